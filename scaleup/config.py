@@ -1,0 +1,468 @@
+"""Every setting of a run: typed, with its unit and default, read from YAML, overridden by `section.key=value`, checked once.
+
+Four sections (`model`, `method`, `data`, `train`). All problems of a config are reported together, before a model is
+loaded: unknown keys (with the nearest valid name), wrong types, combinations that cannot work, settings that would have
+no effect. `train` also takes any field of transformers' TrainingArguments.
+"""
+
+import dataclasses
+import difflib
+import enum
+import pathlib
+import re
+import typing
+from typing import Any, Callable, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import TrainingArguments
+
+SUBMODULES = ("adapter", "prefix", "lora")
+GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+class ConfigError(ValueError):
+    """What a user must change before the run can start. `problems` holds one plain sentence each."""
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelSettings(Section):
+    """The frozen backbone."""
+
+    name: str = Field("facebook/bart-large", min_length=1, description="Hub id or local folder of the backbone.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit; no effect on a local folder.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, else float32."
+    )
+    quantization: Literal["none", "8bit"] = Field("none", description="Frozen linear weights in 8 bit (bitsandbytes).")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation; eager is the slow, plain one.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models you trust.")
+
+
+class MethodSettings(Section):
+    """What is trained."""
+
+    name: Literal["unipelt", "full", "bitfit"] = Field(
+        "unipelt", description="unipelt; full: fine-tuning of every weight; bitfit: the biases only."
+    )
+    submodules: list[Literal["adapter", "prefix", "lora"]] = Field(
+        list(SUBMODULES), min_length=1, description="Any subset of adapter, prefix, lora."
+    )
+    gates: Literal["learned", "none"] | None = Field(
+        None, description="learned, or none (NoGate). Default: learned for two or three submodules, none for one, as in the paper."
+    )
+    gate_pooling: Literal["auto", "paper", "masked", "causal"] = Field(
+        "auto",
+        description="Mean of the per-token gates over: every position (paper), real tokens (masked), tokens so far (causal). "
+        "auto: masked in bidirectional attention, causal in causal attention and its layer.",
+    )
+    adapter_size: PositiveInt = Field(48, description="Bottleneck size, units.")
+    adapter_activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="Nonlinearity of the bottleneck.")
+    prefix_length: PositiveInt = Field(10, description="Learned keys and values in front of each attention, positions.")
+    prefix_hidden_size: PositiveInt = Field(512, description="Hidden size of the MLP that produces the prefix, units.")
+    prefix_reparameterization: Literal["mlp", "none"] = Field(
+        "mlp", description="Train the prefix through an MLP (paper; ~10M more weights while training), or directly."
+    )
+    r: PositiveInt = Field(8, description="Rank of the LoRA update.")
+    lora_alpha: PositiveFloat = Field(16, description="Ungated LoRA is scaled by alpha/r; a learned gate replaces that factor.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of LoRA, probability.")
+
+    @pydantic.field_validator("submodules")
+    @classmethod
+    def _unique(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a submodule twice")
+        return [name for name in SUBMODULES if name in value]
+
+    @property
+    def resolved_gates(self) -> Literal["learned", "none"]:
+        """One submodule alone is ungated in the paper; asking for `gates: learned` gates it all the same."""
+        return self.gates or ("learned" if len(self.submodules) > 1 else "none")
+
+
+class DataSettings(Section):
+    """Where examples come from and how they become batches."""
+
+    name: Literal[GLUE_TASKS] | None = Field(None, description="GLUE task by name; leave out for your own files.")
+    task: Literal["sequence_classification", "regression"] | None = Field(
+        None, description="Kind of task. Default: the GLUE task's own, else sequence_classification."
+    )
+    path: str | None = Field(
+        None, description="Local folder with <task>/{train,validation}.parquet, or a hub dataset id; default nyu-mll/glue on the hub."
+    )
+    train_file: str | None = Field(None, description="Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet.")
+    validation_file: str | None = Field(None, description="Your own development data, same columns.")
+    test_file: str | None = Field(None, description="Your own test data, same columns; scored once, at the end.")
+    text_column: str = Field("text", min_length=1, description="Column with the text, for your own files.")
+    text_pair_column: str | None = Field(None, description="Column with the second text of a pair, for your own files.")
+    label_column: str = Field("label", min_length=1, description="Column with the class name or number, for your own files.")
+    k: PositiveInt | Literal["all"] = Field(
+        "all", description="Training examples: the first K of the shuffled training set (low-resource protocol), or all."
+    )
+    dev_size: PositiveInt = Field(1000, description="Development examples cut from the training set after the first K.")
+    seed: NonNegativeInt = Field(0, description="Seed of the shuffle that picks the K training and the development examples.")
+    metric: Literal["accuracy", "f1", "matthews", "spearman"] | None = Field(
+        None, description="Metric that picks the best checkpoint. Default: the GLUE task's; accuracy or spearman for your own files."
+    )
+    max_length: PositiveInt = Field(128, description="Longest input, tokens; longer ones are cut.")
+    pad_to_max_length: bool = Field(False, description="Pad every batch to max_length (paper) instead of to its longest example.")
+
+
+# Fields of TrainingArguments that the run itself decides, and what to use instead.
+MANAGED = {
+    "do_train": "a run always trains",
+    "do_eval": "a run always evaluates",
+    "do_predict": "a run always scores the test set once",
+    "resume_from_checkpoint": "use train.resume",
+    "load_best_model_at_end": "the best checkpoint is always restored",
+    "metric_for_best_model": "use data.metric",
+    "greater_is_better": "follows from data.metric",
+    "label_names": "follows from the task",
+    "remove_unused_columns": "columns are chosen by data.*",
+    "prediction_loss_only": "metrics need predictions",
+    "include_for_metrics": "metrics need predictions only",
+    "batch_eval_metrics": "metrics are computed over the whole set",
+    "local_rank": "the launcher sets it",
+    "accelerator_config": "scaleup configures Accelerate",
+    "data_seed": "use train.seed for the order of batches, data.seed for the choice of examples",
+    "push_to_hub": "export the run, then upload the folder",
+    "hub_token": "export the run, then upload the folder",
+    "hub_private_repo": "export the run, then upload the folder",
+    "hub_model_id": "export the run, then upload the folder",
+    "hub_strategy": "export the run, then upload the folder",
+    "hub_always_push": "export the run, then upload the folder",
+    "hub_revision": "export the run, then upload the folder",
+    "length_column_name": "lengths are computed by the run",
+    "auto_find_batch_size": "it would change the method's batch size silently; set train.per_device_train_batch_size",
+    "fsdp": "use train.deepspeed",
+    "fsdp_config": "use train.deepspeed",
+    "parallelism_config": "use train.deepspeed",
+    "use_cache": "no cache is needed in training",
+    "ignore_data_skip": "a resumed run always continues with the batch it stopped at",
+    "eval_do_concat_batches": "metrics are computed over the whole set",
+    "eval_use_gather_object": "predictions are gathered as tensors",
+    "restore_callback_states_from_checkpoint": "early stopping always resumes with the run",
+    "train_sampling_strategy": "use train.group_by_length",
+    "save_only_model": "a run can always be resumed",
+}
+
+# The paper's learning rates (section 4.1): one for each method alone, 5e-4 for LoRA and every combination.
+LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "adapter": 1e-4, "prefix": 2e-4, "lora": 5e-4, "unipelt": 5e-4}
+
+
+class _Train(Section):
+    """How it is trained. Any other field of transformers' TrainingArguments passes through."""
+
+    output_dir: str = Field("runs/unipelt", min_length=1, description="Folder for everything the run leaves.")
+    resume: Literal["never", "auto"] = Field("never", description="auto: continue from the newest checkpoint in output_dir.")
+    early_stopping_patience: NonNegativeInt = Field(
+        10, description="Stop after this many evaluations without a better dev metric; 0: never stop early."
+    )
+    learning_rate: PositiveFloat | None = Field(None, description="Peak rate of AdamW. Default: the paper's for the method.")
+    num_train_epochs: PositiveFloat = Field(50, description="Passes over the training set, at most.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: num_train_epochs decides.")
+    per_device_train_batch_size: PositiveInt = Field(16, description="Examples per process and forward pass.")
+    per_device_eval_batch_size: PositiveInt = Field(64, description="Examples per process and forward pass in evaluation.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Forward passes per optimizer step.")
+    warmup_steps: NonNegativeFloat = Field(0.06, description="Linear warmup: steps, or below 1 the share of all steps.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of AdamW.")
+    seed: NonNegativeInt = Field(42, description="Seed of initialisation, dropout and the order of batches.")
+    bf16: Literal["auto"] | bool = Field("auto", description="bfloat16 autocast. auto: on where the GPU computes in it, off on CPU.")
+    fp16: bool = Field(False, description="float16 autocast with loss scaling, for GPUs without bfloat16.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    group_by_length: bool = Field(True, description="Batches of similar length; no effect with data.pad_to_max_length.")
+    deepspeed: str | None = Field(None, description="ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file.")
+    logging_steps: NonNegativeFloat = Field(10, description="Optimizer steps between lines of log.jsonl; below 1: share of all steps.")
+    report_to: list[str] | str = Field("none", description="Trackers: tensorboard, wandb, …; none.")
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """The fields that go to TrainingArguments as they stand: our defaults, and what the user set beyond them."""
+        own = {"resume", "early_stopping_patience", "learning_rate", "bf16", "group_by_length", "deepspeed"}
+        return {k: getattr(self, k) for k in type(self).model_fields if k not in own and (k in _Train.model_fields or k in self.model_fields_set)}
+
+
+def _enum_only(hint: Any) -> Any:
+    """`SchedulerType | str` would take any text; the enumeration alone takes its values, written as text."""
+    kinds = [t for t in typing.get_args(hint) if isinstance(t, type) and issubclass(t, enum.Enum)]
+    return kinds[0] if kinds and str in typing.get_args(hint) else hint
+
+
+def _pass_through() -> dict[str, tuple[Any, Any]]:
+    """Fields of TrainingArguments that `train` takes besides its own, with their types."""
+    hints = {name: _enum_only(hint) for name, hint in typing.get_type_hints(TrainingArguments).items()}
+    names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and not f.name.startswith("_")]
+    return {
+        name: (hints[name] | None, Field(None, description="transformers.TrainingArguments"))
+        for name in names
+        if name not in _Train.model_fields and name not in MANAGED
+    }
+
+
+TrainSettings = pydantic.create_model("TrainSettings", __base__=_Train, __doc__=_Train.__doc__, **_pass_through())
+
+
+class Settings(Section):
+    """A whole run."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    method: MethodSettings = Field(default_factory=MethodSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate set, or the paper's for this method."""
+        if self.train.learning_rate is not None:
+            return self.train.learning_rate
+        alone = self.method.name == "unipelt" and len(self.method.submodules) == 1
+        return LEARNING_RATES[self.method.submodules[0] if alone else self.method.name]
+
+    def dump(self) -> dict[str, dict[str, Any]]:
+        """The resolved run: defaults filled in, settings without effect left out, so that it loads again as it is."""
+        idle = _without_effect({name: getattr(self, name) for name in SECTIONS})
+        out: dict[str, dict[str, Any]] = {}
+        for name in SECTIONS:
+            section = getattr(self, name)
+            shown = section.model_fields_set | set(_Train.model_fields) if name == "train" else set(type(section).model_fields)
+            values = section.model_dump(mode="json", include=shown)
+            out[name] = {k: v for k, v in values.items() if f"{name}.{k}" not in idle}
+        if self.method.name == "unipelt":
+            out["method"]["gates"] = self.method.resolved_gates
+        out["train"]["learning_rate"] = self.learning_rate
+        return out
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSettings, "method": MethodSettings, "data": DataSettings, "train": TrainSettings
+}  # fmt: skip
+
+
+def _without_effect(sections: dict[str, Section]) -> dict[str, str]:
+    """Settings that nothing would read in this run: `section.key` -> why."""
+    idle: dict[str, str] = {}
+    method, data, train = sections.get("method"), sections.get("data"), sections.get("train")
+    if method is not None:
+        if method.name != "unipelt":
+            idle |= {f"method.{k}": f"method.name is {method.name}" for k in MethodSettings.model_fields if k != "name"}
+        else:
+            for part in SUBMODULES:
+                if part not in method.submodules:
+                    keys = [k for k in MethodSettings.model_fields if k.startswith(part + "_") or (part == "lora" and k == "r")]
+                    idle |= {f"method.{k}": f"{part} is not among method.submodules" for k in keys}
+            if method.prefix_reparameterization == "none":
+                idle.setdefault("method.prefix_hidden_size", "method.prefix_reparameterization is none")
+            if method.resolved_gates == "learned":
+                idle.setdefault("method.lora_alpha", "a learned gate replaces alpha/r")
+            else:
+                idle["method.gate_pooling"] = "there are no learned gates"
+    if data is not None:
+        own_columns = ("train_file", "validation_file", "test_file", "text_column", "text_pair_column", "label_column")
+        if data.name is not None:
+            idle |= {f"data.{k}": f"data.name is {data.name}" for k in own_columns}
+        else:
+            idle["data.path"] = "data.name is not set"
+        if data.k == "all" and (data.name is not None or data.validation_file is not None):
+            idle["data.dev_size"] = "with data.k all, the validation set is the development set"
+            idle["data.seed"] = "with data.k all, nothing is sampled"
+        if data.pad_to_max_length:
+            idle["train.group_by_length"] = "data.pad_to_max_length makes every batch the same length"
+    if train is not None and train.max_steps > 0:
+        idle["train.num_train_epochs"] = "train.max_steps decides"
+    if train is not None and not train.gradient_checkpointing:
+        idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
+    return idle
+
+
+def _impossible(sections: dict[str, Section]) -> list[str]:
+    """Combinations that cannot work, across sections; only over the sections that are valid by themselves."""
+    problems = []
+    model, method, data, train = (sections.get(name) for name in SECTIONS)
+    if model is not None and method is not None and model.quantization != "none" and method.name != "unipelt":
+        problems.append(f"model.quantization: {model.quantization} weights are frozen; method.name {method.name} trains them: use none")
+    if model is not None and pathlib.Path(model.name).exists() and not pathlib.Path(model.name, "config.json").is_file():
+        problems.append(f"model.name: {model.name} has no config.json; give the folder of a transformers model")
+    elif model is not None and not pathlib.Path(model.name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
+        problems.append(f"model.name: no folder {model.name}; give an existing folder or a hub id like facebook/bart-large")
+    if data is not None and data.name is None and data.train_file is None:
+        problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
+    if data is not None and data.name is not None:
+        if data.task is not None and (data.task == "regression") != (data.name == "stsb"):
+            problems.append(f"data.task: {data.task} does not fit data.name {data.name}; leave it out")
+        if data.metric is not None and (data.metric == "spearman") != (data.name == "stsb"):
+            problems.append(f"data.metric: {data.metric} does not fit data.name {data.name}; leave it out")
+    elif data is not None and data.metric is not None and (data.metric == "spearman") != (data.task == "regression"):
+        problems.append(f"data.metric: {data.metric} does not fit data.task {data.task or 'sequence_classification'}")
+    if train is None:
+        return problems
+    if train.bf16 is True and train.fp16:
+        problems.append("train.fp16: train.bf16 is on already; choose one")
+    kwargs = train.gradient_checkpointing_kwargs or {}
+    if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+        problems.append("train.gradient_checkpointing_kwargs: use_reentrant loses the gradient of the prefix; leave it out")
+    if train.deepspeed is not None:
+        if train.deepspeed not in ZERO_PRESETS and not pathlib.Path(train.deepspeed).is_file():
+            problems.append(f"train.deepspeed: {train.deepspeed} is neither a file nor one of {', '.join(ZERO_PRESETS)}")
+        if train.use_cpu:
+            problems.append("train.use_cpu: Accelerate drops DeepSpeed silently with it; hide GPUs with CUDA_VISIBLE_DEVICES= instead")
+    return problems + _output_problems(train)
+
+
+def _output_problems(train: Section) -> list[str]:
+    out = pathlib.Path(train.output_dir)
+    if out.exists() and not out.is_dir():
+        return [f"train.output_dir: {out} is a file"]
+    # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
+    if out.is_dir() and any(out.iterdir()) and train.resume == "never":
+        return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
+    return []
+
+
+def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
+    """One sentence per key. Alternatives of a union are reported together, not one by one."""
+    by_key: dict[str, list[str]] = {}
+    model = SECTIONS[name]
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            if name == "train" and key in MANAGED:
+                message = f"is decided by scaleup: {MANAGED[key]}"
+            else:
+                message = "unknown setting" + _nearest(key, model.model_fields)
+        else:
+            message = re.sub(r"^(Value error, |Input )", "", item["msg"]) + f" (got {item['input']!r:.80})"
+        by_key.setdefault(key, []).append(message)
+    return [f"{name}.{key}: {'; or '.join(dict.fromkeys(found))}" for key, found in by_key.items()]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where 5e-4 is a number and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = str(loader.construct_object(key_node, deep=True))
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key {key} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _raw(path: str | None, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The file and the overrides as nested dicts, and what is wrong with their shape."""
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = _parse_yaml(pathlib.Path(path).read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(raw).__name__}")
+    problems = []
+    if isinstance(raw.get("method"), str):  # `method: full` is short for `method: {name: full}`
+        raw["method"] = {"name": raw["method"]}
+    for name in list(raw):
+        if name not in SECTIONS:
+            problems.append(f"{name}: unknown section{_nearest(str(name), SECTIONS)} (sections: {', '.join(SECTIONS)})")
+            del raw[name]
+        elif raw[name] is None:
+            raw[name] = {}
+        elif not isinstance(raw[name], dict):
+            problems.append(f"{name}: expected settings, found {raw[name]!r:.80}")
+            del raw[name]
+        else:
+            raw[name] = {str(key): value for key, value in raw[name].items()}
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        section, dot, field = key.partition(".")
+        if section == "method" and not dot and sign:
+            field, dot = "name", "."
+        if not sign or not dot or not field:
+            problems.append(f"{item}: overrides look like section.key=value")
+        elif section not in SECTIONS:
+            problems.append(f"{key}: unknown section{_nearest(section, SECTIONS)} (sections: {', '.join(SECTIONS)})")
+        else:
+            raw.setdefault(section, {})[field] = _parse_yaml(text, key)
+    return raw, problems
+
+
+def load(
+    path: str | None,
+    overrides: typing.Sequence[str] = (),
+    checks: typing.Sequence[Callable[[dict[str, Section]], list[str]]] = (),
+) -> Settings:
+    """Reads and checks a config.
+
+    `overrides` are `section.key=value` with YAML values. Each of `checks` gets the valid sections by name and returns
+    further problems (files, columns, labels). Raises ConfigError with every problem found.
+    """
+    raw, problems = _raw(path, overrides)
+    sections: dict[str, Section] = {}
+    for name, cls in SECTIONS.items():
+        try:
+            sections[name] = cls.model_validate(raw.get(name, {}))
+        except pydantic.ValidationError as error:
+            problems += _section_problems(name, error)
+    for key, why in _without_effect(sections).items():
+        section, _, field = key.partition(".")
+        # Saying the default out loud is no mistake; a value that would be ignored is.
+        if field in sections[section].model_fields_set and getattr(sections[section], field) != type(sections[section]).model_fields[field].get_default():
+            problems.append(f"{key}: has no effect here ({why}); remove it")
+    problems += _impossible(sections)
+    for check in checks:
+        problems += check(sections)
+    if problems:
+        raise ConfigError(problems)
+    return Settings(**sections)
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved config as YAML; `load` reads it back to the same run."""
+    return yaml.safe_dump(settings.dump(), sort_keys=False, allow_unicode=True)
+
+
+def describe() -> str:
+    """Every setting with its type, default and meaning, for `--help`."""
+    lines = []
+    for name, cls in SECTIONS.items():
+        lines.append(f"\n{name}: {(cls.__doc__ or '').strip()}")
+        for field, info in (_Train if name == "train" else cls).model_fields.items():
+            default = "" if info.default is None else f" [{info.get_default()}]"
+            lines.append(f"  {name}.{field}{default}  {info.description}")
+    return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors (configs/schema.json)."""
+    schema = Settings.model_json_schema()
+    schema["properties"]["method"] = {"anyOf": [schema["properties"]["method"], {"type": "string", "enum": ["unipelt", "full", "bitfit"]}]}
+    return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "scaleup run"}
