@@ -1,0 +1,94 @@
+"""The bottleneck adapter A after the feed-forward sublayer (Houlsby et al. 2019; UniPELT's placement).
+
+    adapter(n) = W_up φ(W_down n + b_down) + b_up            m = 48 units, φ = ReLU
+
+post-LN block (BERT, BART):  z = x + h_F,  n = LN(z),  out = LN(z + G_A adapter(n))       the same LN twice
+pre-LN block (mBART):        z = x + h_F,  n = norm(z), out = z + G_A adapter(n)          norm: mean 0, variance 1, no parameters
+
+In a post-LN block the closing norm is replaced by `PostNormAdapter`; in a pre-LN block `PreNormAdapter` changes the
+block's output. A pre-LN residual stream grows with depth, and gate and adapter should see the same scale in every layer:
+hence the norm without parameters.
+
+Shapes: B examples, T tokens, D hidden size.
+"""
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.activations import ACT2FN
+
+from scaleup.gate import TokenMask, cast_to_weight
+
+
+class Bottleneck(nn.Module):
+    """[..., D] → [..., D] through `size` units. Weights ~ N(0, 0.02), biases 0, as BERT initialises its own."""
+
+    def __init__(self, hidden_size: int, size: int, activation: str):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, size)
+        self.activation = ACT2FN[activation]
+        self.up = nn.Linear(size, hidden_size)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, n: torch.Tensor) -> torch.Tensor:
+        return self.up(self.activation(self.down(cast_to_weight(n, self.down.weight))))
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """What both placements share: adapters and their gates by PEFT adapter name."""
+
+    adapter_layer_names = ("unipelt_adapter", "unipelt_gate")
+
+    def __init__(self, mask: TokenMask):
+        super().__init__()
+        self.unipelt_adapter = nn.ModuleDict()
+        self.unipelt_gate = nn.ModuleDict()
+        self._mask = (mask,)  # in a tuple: a plain attribute would make it a submodule of every site
+        self.merged_adapters = []
+
+    def add(self, name: str, adapter: Bottleneck, gate: nn.Module) -> None:
+        self.unipelt_adapter[name] = adapter
+        self.unipelt_gate[name] = gate
+
+    def update(self, n_BTD: torch.Tensor) -> torch.Tensor | None:
+        """G_A · adapter(n), or None when nothing is active."""
+        if self.disable_adapters:
+            return None
+        for name in self.active_adapters:
+            if name in self.unipelt_adapter:
+                gate = self.unipelt_gate[name](n_BTD, self._mask[0].mask_BT)["adapter"]
+                return (gate * self.unipelt_adapter[name](n_BTD)).to(n_BTD.dtype)
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("an adapter is nonlinear and cannot be merged into a weight")
+
+    def unmerge(self) -> None:
+        assert not self.merged_adapters
+
+
+class PostNormAdapter(AdapterLayer):
+    """Stands where the closing LayerNorm of a post-LN block stood; `base_layer` is that norm."""
+
+    def __init__(self, base_layer: nn.Module, mask: TokenMask):
+        super().__init__(mask)
+        self.base_layer = base_layer
+
+    def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
+        n_BTD = self.base_layer(z_BTD)
+        update = self.update(n_BTD)
+        return n_BTD if update is None else self.base_layer(z_BTD + update)
+
+
+class PreNormAdapter(AdapterLayer):
+    """A child of a pre-LN block whose forward hook changes the block's output."""
+
+    def after_block(self, block: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        """Forward hook: the block's first output plus the gated adapter of its normalised value."""
+        z_BTD = output[0] if isinstance(output, tuple) else output
+        update = self.update(nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
+        if update is None:
+            return output
+        return (z_BTD + update, *output[1:]) if isinstance(output, tuple) else z_BTD + update

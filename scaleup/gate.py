@@ -1,0 +1,161 @@
+"""The gate: one learned scalar per submodule, layer and example that turns a submodule up or down.
+
+    g = pool(sigmoid(W h + b)),   W ~ N(0, 0.02), b = 0        (Mao et al. 2022, section 3.2; the authors' code)
+
+The sigmoid is taken per token, the mean over tokens after it. Gates that read the same input share one fused projection.
+
+Shapes: B examples, T tokens, D hidden size, N gates in one projection. A gate is [B, 1, 1] (one scalar per example) or,
+with causal pooling, [B, T, 1] (at each token, the mean over the tokens so far).
+"""
+
+from typing import Callable
+
+import torch
+from torch import nn
+
+Pooling = str  # "paper" | "masked" | "causal"
+
+
+def resolve_pooling(requested: str, causal: bool) -> Pooling:
+    """The pooling of one site, from `gate_pooling` and whether its queries must not see later tokens.
+
+    `masked` averages over real tokens where all of them may be seen. In causal attention that mean would show a token
+    its future, so `masked`, like `auto`, becomes the running mean there. `paper` and `causal` are taken at their word.
+    """
+    if requested in ("auto", "masked"):
+        return "causal" if causal else "masked"
+    return requested
+
+
+def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    """Mean of per-token gates: [B, 1, N], or [B, T, N] for the running mean. `mask_BT` is 1 at real tokens, None: all real."""
+    if pooling == "paper" or (mask_BT is None and pooling == "masked"):
+        return g_BTN.mean(dim=1, keepdim=True)
+    if pooling == "masked":
+        # An example without any real token keeps a gate of 0 instead of dividing by zero.
+        share_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.einsum("btn,bt->bn", g_BTN, share_BT.to(g_BTN.dtype)).unsqueeze(1)
+    assert pooling == "causal", pooling
+    if mask_BT is None:
+        count_T1 = torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype).unsqueeze(1)
+        return g_BTN.cumsum(dim=1) / count_T1
+    mask_BT1 = mask_BT.to(g_BTN.dtype).unsqueeze(2)
+    return (g_BTN * mask_BT1).cumsum(dim=1) / mask_BT1.cumsum(dim=1).clamp(min=1)
+
+
+def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` in the type of `weight`; unchanged under autocast, which casts by itself."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+class GateStatistics:
+    """Mean and spread of gate values since the last `drain`, summed on the device: no synchronisation per step."""
+
+    def __init__(self) -> None:
+        self.sums_3N: torch.Tensor | None = None  # count, sum, sum of squares
+
+    def add(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Adds one value per example; of per-token gates the mean over real tokens."""
+        with torch.no_grad():
+            per_token = mask_BT if g_BTN.shape[1] > 1 else None
+            g_BN = pool(g_BTN.detach().float(), "masked", per_token)[:, 0]
+            sums = torch.stack([torch.ones_like(g_BN).sum(0), g_BN.sum(0), g_BN.square().sum(0)])
+            self.sums_3N = sums if self.sums_3N is None else self.sums_3N + sums
+
+    def drain(self) -> list[tuple[float, float]]:
+        """(mean, standard deviation) per gate, and starts anew. Empty if nothing was seen."""
+        if self.sums_3N is None:
+            return []
+        count_N, total_N, squares_N = self.sums_3N.double().cpu()
+        self.sums_3N = None
+        mean_N = total_N / count_N
+        spread_N = (squares_N / count_N - mean_N.square()).clamp(min=0).sqrt()
+        return list(zip(mean_N.tolist(), spread_N.tolist()))
+
+
+class LearnedGate(nn.Linear):
+    """Gates named `names` that read the same input [B, T, D], as one projection.
+
+    Calling it gives one tensor per name, [B, 1, 1] or [B, T, 1], in the type of the input.
+    """
+
+    def __init__(self, hidden_size: int, names: tuple[str, ...], pooling: Pooling):
+        super().__init__(hidden_size, len(names))
+        self.names = names
+        self.pooling = pooling
+        self.statistics: GateStatistics | None = None  # set by whoever wants to log gates
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None) -> dict[str, torch.Tensor]:
+        # float32 from here on: a mean over many tokens in bfloat16 would lose the gate's third digit.
+        g_BTN = torch.sigmoid(super().forward(cast_to_weight(h_BTD, self.weight)).float())
+        g_BTN = pool(g_BTN, pooling or self.pooling, mask_BT)
+        if self.statistics is not None and pooling is None:
+            self.statistics.add(g_BTN, mask_BT)
+        g_BTN = g_BTN.to(h_BTD.dtype)
+        return {name: g_BTN[..., i : i + 1] for i, name in enumerate(self.names)}
+
+
+class ConstantGate(nn.Module):
+    """The ungated ablation: a fixed factor per name, nothing to learn."""
+
+    def __init__(self, values: dict[str, float]):
+        super().__init__()
+        self.values = dict(values)
+
+    def forward(self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None) -> dict[str, float]:
+        return self.values
+
+
+class TokenMask(nn.Module):
+    """The padding masks of the running forward pass, seen by a pre-hook on the model that is called with them.
+
+    `generate` calls an encoder directly, so this sits on the smallest enclosing model. The masks stay until the next
+    forward pass because gradient checkpointing recomputes layers in the backward pass: two forward passes with different
+    masks before the first backward pass need gradient checkpointing off.
+    """
+
+    def __init__(self, find_argument: dict[str, int]):
+        """`find_argument`: position of each mask among the model's arguments, for callers that pass them by position."""
+        super().__init__()
+        self.find_argument = find_argument
+        self.mask_BT: torch.Tensor | None = None  # of the model's own tokens
+        self.encoder_mask_BS: torch.Tensor | None = None  # of the encoder's tokens, in a decoder
+
+    def capture(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook. Raises ValueError for a mask that is not [batch, tokens]."""
+        for attribute, argument in (("mask_BT", "attention_mask"), ("encoder_mask_BS", "encoder_attention_mask")):
+            position = self.find_argument.get(argument)
+            mask = kwargs.get(argument)
+            if mask is None and position is not None and position < len(args):
+                mask = args[position]
+            if mask is not None and mask.dim() != 2:
+                raise ValueError(
+                    f"{argument} has {mask.dim()} dimensions; UniPELT's gates need the padding mask of shape [batch, tokens]"
+                )
+            setattr(self, attribute, mask)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"mask_BT": None, "encoder_mask_BS": None}
+
+
+GateFactory = Callable[[int, tuple[str, ...], bool], nn.Module]
+
+
+def gate_factory(learned: bool, pooling: str, lora_scaling: float) -> GateFactory:
+    """How to make the gates of a site: `make(hidden_size, names, causal)`. The only place that knows gated from ungated.
+
+    Ungated, prefix and adapter have the factor 1 and LoRA its alpha/r.
+    """
+
+    def make(hidden_size: int, names: tuple[str, ...], causal: bool) -> nn.Module:
+        if learned:
+            return LearnedGate(hidden_size, names, resolve_pooling(pooling, causal))
+        return ConstantGate({name: lora_scaling if name == "lora" else 1.0 for name in names})
+
+    return make

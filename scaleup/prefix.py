@@ -1,0 +1,178 @@
+"""Prefix-tuning P: learned keys and values in front of every attention, scaled by the gate (Li and Liang 2021).
+
+    softmax([g q·P_Kᵀ, q·Kᵀ] / √E) · [g P_V; V]              L = 10; MLP d → 512 → 2·N·d with Tanh while training
+
+The parameters are PEFT's `PrefixEncoder`, evaluated once per forward pass of the model that owns the attentions. The
+prefix enters in the attention function itself: it takes part in every attention (encoder, decoder, cross), every query
+sees it, the positions of real tokens do not shift, and nothing of it is kept in a KV cache.
+
+This file is the only one that touches transformers' attention and mask registries and its modules' eager functions.
+
+Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, L prefix length, N layers.
+"""
+
+import sys
+from typing import Callable
+
+import torch
+from peft import PrefixEncoder, PrefixTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (scaleup.attention)
+ATTENTION = {"sdpa": "unipelt_sdpa", "eager": "unipelt_eager"}  # the plain implementation → ours around it
+
+Prefix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # keys [G, L, E], values [G, L, E], gate
+
+
+class PrefixBank(nn.Module, BaseTunerLayer):
+    """The prefixes of one model's attentions, of one kind ("self" or "cross"): a child of that model."""
+
+    adapter_layer_names = ("unipelt_prefix",)
+
+    def __init__(self, layers: int, kv_heads: int, head_size: int):
+        super().__init__()
+        self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
+        self.unipelt_prefix = nn.ModuleDict()
+        self.kv_NLE: torch.Tensor | None = None  # [N, 2, G, L, E] of the running forward pass
+        self.merged_adapters = []
+
+    def add(self, name: str, length: int, hidden_size: int, reparameterization: str) -> None:
+        width = self.kv_heads * self.head_size
+        config = PrefixTuningConfig(
+            num_virtual_tokens=length,
+            token_dim=width,
+            num_layers=self.layers,
+            encoder_hidden_size=hidden_size,
+            prefix_projection=reparameterization == "mlp",
+        )
+        self.unipelt_prefix[name] = PrefixEncoder(config)
+
+    def keys_values(self, name: str) -> torch.Tensor:
+        """[N, 2, G, L, E]: layer i's keys and values. The same layout as the authors' and PEFT's: entry 2i keys, 2i+1 values."""
+        encoder = self.unipelt_prefix[name]
+        weight = encoder.embedding.weight
+        # ZeRO-3 leaves an empty weight between calls, so the length comes from the layer's own record.
+        out = encoder(torch.arange(encoder.embedding.num_embeddings, device=weight.device))
+        return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4)
+
+    def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model: once per pass, however many layers and examples there are."""
+        active = [name for name in self.active_adapters if name in self.unipelt_prefix]
+        self.kv_NLE = None if self.disable_adapters or not active else self.keys_values(active[0])
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.kv_NLE is None:
+            return None
+        keys_GLE, values_GLE = self.kv_NLE[index]
+        return keys_GLE, values_GLE
+
+    def __getstate__(self) -> dict:
+        # The running prefix is part of a graph; copies and pickles of the model go without it.
+        return self.__dict__ | {"kv_NLE": None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("a prefix changes the softmax and cannot be merged into a weight")
+
+    def unmerge(self) -> None:
+        assert not self.merged_adapters
+
+
+def widen_mask(
+    mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool
+) -> torch.Tensor | None:
+    """The attention mask with `length` columns in front that every query sees: boolean stays boolean, additive additive.
+
+    No mask with causal attention means "rely on is_causal", which a longer key would misalign: it is spelled out.
+    """
+    if mask is not None:
+        shape = (*mask.shape[:-1], length)
+        front = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+        return torch.cat([front, mask], dim=-1)
+    queries, keys = query_BHTE.shape[2], key_BGSE.shape[2]
+    if not causal or queries == 1:
+        return None
+    seen = torch.ones(queries, keys + length, dtype=torch.bool, device=query_BHTE.device)
+    return seen.tril(diagonal=length)[None, None]
+
+
+def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with the prefix, scaled by one gate per example, in front."""
+    keys_GLE, values_GLE, gate = prefix
+    if isinstance(gate, torch.Tensor):
+        gate = gate.unsqueeze(-1)  # [B, 1, 1, 1]
+    shape = (key_BGSE.shape[0], -1, -1, -1)
+    joined_key = torch.cat([(gate * keys_GLE).to(key_BGSE.dtype).expand(shape), key_BGSE], dim=2)
+    return joined_key, torch.cat([(gate * values_GLE).to(value_BGSE.dtype).expand(shape), value_BGSE], dim=2)
+
+
+def _attend_per_token(
+    plain: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: torch.Tensor | None, prefix: Prefix, scaling: float, **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """A gate per query: softmax([g_t q_t·P_Kᵀ, q_t·Kᵀ]) · [g_t P_V; V], exact in any attention kernel.
+
+    Heads grow by L columns. A query carries its gated prefix scores there, the prefix keys are unit vectors that read
+    them, and as unit vectors among the values they give back the prefix's share of the softmax, which then weighs P_V.
+    """
+    keys_GLE, values_GLE, gate_BT1 = prefix
+    groups = query.shape[1] // keys_GLE.shape[0]
+    keys_HLE = keys_GLE.to(query.dtype).repeat_interleave(groups, dim=0)
+    values_HLE = values_GLE.to(query.dtype).repeat_interleave(groups, dim=0)
+    head_size, length = query.shape[-1], keys_HLE.shape[1]
+    extra = -(head_size + length) % 8 + length  # kernels want multiples of 8
+
+    scores_BHTL = gate_BT1.unsqueeze(1) * (query @ keys_HLE.transpose(1, 2))
+    wide_query = torch.cat([query, nn.functional.pad(scores_BHTL, (0, extra - length))], dim=-1)
+    unit_LW = nn.functional.pad(torch.eye(length, extra, device=query.device, dtype=query.dtype), (head_size, 0))
+    unit = unit_LW.expand(*key.shape[:2], -1, -1)
+    wide_key = torch.cat([unit, nn.functional.pad(key, (0, extra))], dim=2)
+    wide_value = torch.cat([unit, nn.functional.pad(value, (0, extra))], dim=2)
+    out_BTHW, weights = plain(module, wide_query, wide_key, wide_value, mask, scaling=scaling, **kwargs)
+    share_BTHL = out_BTHW[..., head_size : head_size + length]
+    from_prefix = torch.einsum("bthl,hle->bthe", share_BTHL, values_HLE) * gate_BT1.unsqueeze(-1)
+    return out_BTHW[..., :head_size] + from_prefix, weights
+
+
+def _attend(
+    plain: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """An attention function as transformers calls it: `plain` with this module's prefix, if it was handed one."""
+    child = module._modules.get(CHILD)
+    prefix = child.take_prefix() if child is not None else None
+    if prefix is None:
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = kwargs.get("is_causal")
+    causal = child.causal if causal is None else causal
+    mask = widen_mask(attention_mask, prefix[0].shape[1], query, key, causal)
+    kwargs["is_causal"] = False  # the mask says it all
+    gate = prefix[2]
+    if isinstance(gate, torch.Tensor) and gate.shape[1] > 1:
+        return _attend_per_token(plain, module, query, key, value, mask, prefix, scaling, **kwargs)
+    key, value = _join_scaled(prefix, key, value)
+    return plain(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
+def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """Scaled-dot-product attention with the module's gated prefix."""
+    return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, attention_mask, **kwargs)
+
+
+def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """The eager attention of the module's own modelling file, with the module's gated prefix."""
+    plain = sys.modules[type(module).__module__].eager_attention_forward
+    return _attend(plain, module, query, key, value, attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Makes both functions known to transformers. Their masks too: without them a model's mask would silently be None."""
+    for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
+        AttentionInterface.register(ATTENTION[plain], function)
+        AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
+
+
+register()
