@@ -84,7 +84,8 @@ class UniPeltConfig(LoraConfig):
         for field, values in choices.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} must be one of {', '.join(values)}; got {getattr(self, field)!r}")
-        for field in ("r", "adapter_size", "prefix_length", "prefix_hidden_size"):
+        sizes = {"r": "lora", "adapter_size": "adapter", "prefix_length": "prefix", "prefix_hidden_size": "prefix"}
+        for field in (field for field, part in sizes.items() if part in self.submodules):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be a positive whole number; got {value!r}")
@@ -185,7 +186,8 @@ def _child(parent: nn.Module, name: str, make, hooks: dict[str, str]) -> nn.Modu
 def _attach(
     model: nn.Module, name: str, config: UniPeltConfig, attentions: list[AttentionSite], blocks: list[BlockSite]
 ) -> None:
-    gates = gate_factory(config.gates == "learned", config.gate_pooling, config.lora_alpha / config.r)
+    lora_scaling = config.lora_alpha / config.r if "lora" in config.submodules else 1.0
+    gates = gate_factory(config.gates == "learned", config.gate_pooling, lora_scaling)
     masks = {}
     for host in dict.fromkeys(site.host for site in attentions):
         module = model.get_submodule(host)

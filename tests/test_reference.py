@@ -35,10 +35,10 @@ class Reference:
                 gates="learned" if meta["gated"] else "none",
                 gate_pooling="paper",
                 adapter_size=meta["adapter_bottleneck"],
-                prefix_length=meta["prefix_length"] or 1,
+                prefix_length=meta["prefix_length"],
                 prefix_hidden_size=meta["prefix_mlp_dim"],
-                r=meta["lora_r"] or 1,
-                lora_alpha=meta["lora_alpha"] if meta["lora_r"] else 16,
+                r=meta["lora_r"],
+                lora_alpha=meta["lora_alpha"],
             ),
         ).eval()
         self.base = self.model.get_base_model()
