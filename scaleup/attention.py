@@ -46,7 +46,7 @@ class AttentionGates(nn.Module, BaseTunerLayer):
         gate = self.unipelt_gate[active[0]]
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         mask = self._mask[0]
-        self._refuse_decoding(gate, kwargs)
+        self._refuse_decoding(gate, attention, kwargs)
         gates = gate(h_BTD, mask.mask_BT)
         if "lora" in gates:
             self._lora = {"query": gates["lora"], "value": gates["lora"]}
@@ -67,12 +67,12 @@ class AttentionGates(nn.Module, BaseTunerLayer):
         """Every encoder token may be seen: the mean over real ones, unless the paper's mean was asked for."""
         return "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
 
-    def _refuse_decoding(self, gate: nn.Module, kwargs: dict) -> None:
+    def _refuse_decoding(self, gate: nn.Module, attention: nn.Module, kwargs: dict) -> None:
         """With a filled KV cache only the new tokens are here, and the gates' running mean over earlier ones is not."""
         cache = kwargs.get("past_key_values")
         if cache is None or next(gate.parameters(), None) is None:
             return
-        if cache.get_seq_length() > 0 and not self.cross:
+        if not self.cross and cache.get_seq_length(attention.layer_idx) > 0:
             raise ValueError("learned gates need the whole sequence: call generate(..., use_cache=False)")
 
     def take_prefix(self) -> Prefix | None:

@@ -1,0 +1,44 @@
+# make quickstart   model, data and a first training run in a few minutes of CPU
+# make test         every test but those that need a GPU
+# make venv         .venv with exactly requirements.txt; made anew only when that file changes
+# make schema       configs/schema.json, from which editors complete and check the YAML files
+# make clean        removes .venv, quickstart/ and caches; runs/ stays
+#
+# PYTHON=… chooses the interpreter (3.11 or newer), VENV=… another place for the environment, OUTPUT=… the folder of the run.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# A run never writes into the folder of an earlier one, so each quickstart gets its own.
+OUTPUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+# Left alone, `accelerate launch` gives the process a single thread and prints the defaults it took.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+
+.PHONY: venv quickstart test schema clean
+
+# Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
+# written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
+venv:
+	@if ! cmp -s requirements.txt "$(VENV)/requirements.txt"; then \
+	  set -e; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=…" >&2; exit 2; }; \
+	  if [ -f "$(VENV)/requirements.txt" ]; then clear=--clear; else clear=; fi; \
+	  echo "installing requirements.txt into $(VENV) (minutes, about 2 GB) …"; \
+	  "$(PYTHON)" -m venv $$clear "$(VENV)"; \
+	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	  cp requirements.txt "$(VENV)/requirements.txt"; \
+	fi
+
+quickstart: venv
+	@"$(VENV)/bin/python" launch/quickstart_assets.py
+	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
+
+test: venv
+	"$(VENV)/bin/python" -m pytest -m "not gpu"
+
+schema: venv
+	"$(VENV)/bin/python" launch/schema.py
+
+clean:
+	rm -rf .venv quickstart build .pytest_cache scaleup.egg-info
+	find scaleup launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""Trains one model as a YAML config says.
+
+    accelerate launch launch/train.py --config configs/quickstart.yaml train.max_steps=20
+
+Exit codes: 0 done, 2 something in the config or the data must change (one message with everything), 130 interrupted.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Help(argparse.Action):
+    """--help with every setting: needs the package, which is slow to import, so only when asked."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        from scaleup.config import describe
+
+        print(parser.format_help() + describe())
+        parser.exit()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file with the sections model, method, data, train")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    options = parser.parse_args()
+
+    from scaleup import backbone, config, data, runtime
+
+    try:
+        settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
+        if options.print_config:
+            print(config.to_yaml(settings), end="")
+            return 0
+        runtime.respawn(__file__, sys.argv[1:])
+        from scaleup import train
+
+        train.run(settings)
+    except config.ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            count = len(error.problems)
+            print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; continue with train.resume=auto", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The bundle on disk: the trained tensors as safetensors, the adapter config, the tokenizer and a manifest.
+
+Whoever writes one saves into `draft(folder)` and then calls `seal`: every expected tensor is read back and checked
+(present, right shape, finite), hashed into manifest.json, synced to disk, and only then does the folder get its name.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class BundleError(ValueError):
+    """A folder that is not a whole, unaltered bundle. The message is one plain line."""
+
+
+def draft(folder: pathlib.Path) -> pathlib.Path:
+    """The empty folder beside `folder` to write into before it is sealed."""
+    path = folder.with_name(f".{folder.name}.draft")
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
+    """Name in the file → shape, of every trained tensor. Shapes are whole even where ZeRO-3 keeps a share."""
+    parameters = dict(model.named_parameters())
+    if isinstance(model, PeftModel):
+        parameters = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    else:
+        parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    return {name: list(p.ds_shape if hasattr(p, "ds_shape") else p.shape) for name, p in parameters.items()}
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, dict]:
+    """Shape, type and hash of every tensor in the folder's safetensors. Raises BundleError for one that is not finite."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise BundleError(f"{path}: {name} has values that are not finite; nothing was kept")
+                digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+                found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
+    return found
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[int]], about: dict) -> None:
+    """Checks what was written, adds the manifest and gives the folder its name, replacing an older one.
+
+    `about` goes into the manifest (method, backbone, labels, …). Raises BundleError if a tensor is missing, has another
+    shape or is not finite; then nothing gets the final name.
+    """
+    (written / "training_args.bin").unlink(missing_ok=True)  # a pickle; the run's config.yaml says the same
+    tensors = _tensors(written)
+    wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name]["shape"] != shape]
+    if wrong:
+        raise BundleError(f"{written}: {len(wrong)} trained tensors were not written whole, first {wrong[0]}; nothing was kept")
+    manifest = {"format_version": FORMAT_VERSION, **about, "tensors": tensors}
+    (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for path in [*written.rglob("*"), written]:
+        _sync(path)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    written.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(folder: pathlib.Path) -> dict:
+    """The manifest of a whole, unaltered bundle. Raises BundleError otherwise."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder}: no {MANIFEST}; not a bundle of scaleup, or one that was not finished") from None
+    except ValueError:
+        raise BundleError(f"{folder}/{MANIFEST}: not readable; the bundle was altered") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(f"{folder}: format version {manifest.get('format_version')}; this scaleup reads {FORMAT_VERSION}")
+    try:
+        tensors = _tensors(folder)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{folder}: a tensor file is damaged: {error}") from None
+    if tensors != manifest["tensors"]:
+        raise BundleError(f"{folder}: the tensors are not the ones in {MANIFEST}; the bundle was altered")
+    return manifest

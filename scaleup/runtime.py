@@ -1,0 +1,136 @@
+"""The processes of a run: how many there are, how they talk, what machine they are on.
+
+    world = start(deepspeed=True)         first thing in every process, before TrainingArguments exists
+
+Accelerate and DeepSpeed each guess this from the environment, and on CPU they guess wrong silently: `accelerate launch
+--num_processes 2` starts one process, `cpu=True` drops DeepSpeed, and without a backend every rank believes it is alone.
+"""
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import platform
+import resource
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command_parser
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "safetensors", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    deepspeed: bool
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def requested_processes() -> int:
+    """How many processes `accelerate launch` was asked for; 1 if it is not our parent.
+
+    Without several GPUs Accelerate starts a single process whatever `--num_processes` says. It leaves MASTER_ADDR behind
+    but no rank, so the number has to come from its command line.
+    """
+    if "MASTER_ADDR" not in os.environ or "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+        return 1
+    command = psutil.Process(os.getppid()).cmdline()
+    starts = [i for i, word in enumerate(command) if pathlib.Path(word).name in ("accelerate", "accelerate-launch", "launch.py")]
+    if not starts:
+        return 1
+    words = command[starts[0] + 1 :]
+    known, _ = launch_command_parser().parse_known_args(words[1:] if words[:1] == ["launch"] else words)
+    return known.num_processes or 1
+
+
+def respawn(script: str, arguments: list[str]) -> None:
+    """Becomes `torchrun` with the processes that were asked for, if Accelerate started only this one. Returns otherwise."""
+    count = requested_processes()
+    if count == 1:
+        return
+    port = os.environ.get("MASTER_PORT", "29500")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}", script, *arguments]
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    os.execv(sys.executable, command)
+
+
+def start(deepspeed: bool, timeout_s: int = 1800) -> World:
+    """Joins the other processes. Call once, before transformers' TrainingArguments is made.
+
+    On CPU: gloo; the process group is configured here and Accelerate is told to use it. On GPUs: NCCL.
+    """
+    launched = "LOCAL_RANK" in os.environ
+    if deepspeed and not launched:  # DeepSpeed wants a process group even for one process
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        launched = True
+    cuda = torch.cuda.is_available()
+    if deepspeed:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not cuda:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    options = {"timeout": datetime.timedelta(seconds=timeout_s)} if launched else {}
+    if not cuda and launched:
+        options["backend"] = "gloo"
+    # MULTI_CPU needs cpu=True, DeepSpeed on CPU needs it False (it would be dropped).
+    state = PartialState(cpu=not cuda and not deepspeed, **options)
+    return World(state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(world: World) -> dict[str, object]:
+    """What a reader needs to know of the machine to believe a number: versions, devices, threads, commit."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": f"{world.device.type}: {device}",
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with + if it has changes; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_mib(world: World) -> float:
+    """Most memory this process has held: GPU tensors, or resident memory on CPU. MiB."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
