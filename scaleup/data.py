@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import sys
 from typing import Any, Callable
 
 import datasets
@@ -54,7 +53,7 @@ class Examples:
 
 
 def _delimited(text: str, place: str, delimiter: str, quoting: int) -> tuple[dict[str, list], list[int]]:
-    csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, refuses long documents
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, refuses long documents
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     header, rows, lines, line = [], [], [], 1
     try:
@@ -83,43 +82,81 @@ def _json_lines(text: str, place: str) -> tuple[dict[str, list], list[int]]:
         if line.strip():
             try:
                 rows.append(json.loads(line, strict=False))  # not strict: control characters are text
+                lines.append(number)
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"but a {type(rows[-1]).__name__}")
             except (ValueError, RecursionError) as error:
                 reason = str(error).partition(": line")[0]
-                raise ConfigError(f"{place}, line {number}: not valid JSON ({reason}); write one object per line") from None
-            if not isinstance(rows[-1], dict):
-                raise ConfigError(f"{place}, line {number}: not a JSON object but {line[:40]}; write one object per line")
-            lines.append(number)
+                raise ConfigError(f"{place}, line {number}: not a JSON object ({reason}); write one object per line") from None
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}, lines
 
 
-def _parse(raw: bytes, suffix: str, place: str) -> tuple[dict[str, Any], list[int] | None, dict[str, Any]]:
-    """Columns by name, the line on which each row begins, and the features that `datasets` left in a Parquet file."""
-    if suffix == ".parquet":
-        try:
+def _parse(key: str, file: str) -> tuple[dict[str, Any], list[int] | None, dict[str, Any], dict[str, Any]]:
+    """Columns by name, the line on which each row begins, the features that `datasets` left in a Parquet file, the source."""
+    place, suffix = f"{key}: {file}", os.path.splitext(file)[1].lower()
+    if suffix not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        raise ConfigError(f"{place} has an unknown extension; use .csv, .tsv, .jsonl, .json (lines) or .parquet")
+    try:
+        with open(file, "rb") as handle:
+            raw = handle.read()
+        source = {"file": file, "sha256": hashlib.sha256(raw).hexdigest()}
+        if suffix == ".parquet":
             table = pq.read_table(pa.BufferReader(raw))
             table.validate(full=True)  # text that is not UTF-8 would fail only later
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{place}: not a readable Parquet file ({' '.join(str(error).split())[:100]})") from None
-        try:
-            features = datasets.Features.from_arrow_schema(table.schema)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            features = {}  # what another tool left there; the columns speak for themselves
-        return dict(zip(table.column_names, table.columns)), None, features
-    try:
+            try:
+                features = datasets.Features.from_arrow_schema(table.schema)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                features = {}  # what another tool left there; the columns speak for themselves
+            return dict(zip(table.column_names, table.columns)), None, features, source
         text = raw.decode("utf-8-sig")  # with or without the byte order mark that spreadsheets write
     except UnicodeDecodeError as error:
         line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
         raise ConfigError(f"{place}, line {line}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:100]
+        raise ConfigError(f"{place} cannot be read: {reason}") from None
     if suffix == ".csv":
-        return *_delimited(text, place, ",", csv.QUOTE_MINIMAL), {}
-    if suffix == ".tsv":
-        try:
-            return *_delimited(text, place, "\t", csv.QUOTE_MINIMAL), {}
-        except ConfigError:  # quotes are plain characters, as in GLUE's originals, or the mistake shows again
-            return *_delimited(text, place, "\t", csv.QUOTE_NONE), {}
-    if suffix in (".jsonl", ".json"):
-        return *_json_lines(text, place), {}
-    raise ConfigError(f"{place} has an unknown extension; use .csv, .tsv, .jsonl, .json (lines) or .parquet")
+        return *_delimited(text, place, ",", csv.QUOTE_MINIMAL), {}, source
+    if suffix != ".tsv":
+        return *_json_lines(text, place), {}, source
+    try:
+        return *_delimited(text, place, "\t", csv.QUOTE_MINIMAL), {}, source
+    except ConfigError:  # quotes are plain characters, as in GLUE's originals, or the mistake shows again
+        return *_delimited(text, place, "\t", csv.QUOTE_NONE), {}, source
+
+
+def _on_hub(data: DataSettings) -> bool:
+    """GLUE without a path, or with one that is nothing on this machine but may be a hub id."""
+    if data.name is None or (data.path is not None and os.path.exists(data.path)):
+        return False
+    return data.path is None or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) is not None
+
+
+def _from_hub(data: DataSettings) -> dict[str, tuple]:
+    """Split -> what `_parse` gives for a file."""
+    hub_id = data.path or "nyu-mll/glue"
+    try:
+        sets = datasets.load_dataset(hub_id, data.name)
+        chosen = {"train": sets["train"], "validation": sets["validation_matched" if data.name == "mnli" else "validation"]}
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        advice = f"give data.path as a local folder with {data.name}/train.parquet and {data.name}/validation.parquet"
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"data.path: {hub_id} is no folder here and did not load from the hub ({reason}); {advice}") from None
+    source = {"hub_id": hub_id, "name": data.name}
+    return {split: ({c: rows[c][:] for c in rows.column_names}, None, rows.features, source) for split, rows in chosen.items()}
+
+
+def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
+    """Split -> the setting to name in messages, and the file (on the hub: what to call it in messages)."""
+    if data.name is None:
+        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
+    found, root = {}, data.path or "nyu-mll/glue"
+    for split in ("train", "validation"):
+        stems = [split + end for end in ("", "-00000-of-00001", "_matched", "_matched-00000-of-00001")]  # ours, and the hub's
+        paths = [os.path.join(root, folder, f"{stem}.parquet") for folder in (data.name, "") for stem in stems]
+        found[split] = ("data.path", next(filter(os.path.exists, paths), paths[0]))
+    return found
 
 
 def _cell(value: Any, role: str, regression: bool, declared: list[str] | None) -> tuple[str | float | None, str | None]:
@@ -139,80 +176,192 @@ def _cell(value: Any, role: str, regression: bool, declared: list[str] | None) -
     text = str(int(value) if whole else value).strip()
     if not text or not regression:
         return text or None, None if text else "is missing"
-    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) or not np.isfinite(np.float32(text)):
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) or abs(float(text)) > np.finfo(np.float32).max:
         return None, f"{text[:40]!r} is not a number"
     return float(text), None
 
 
-def _wanted(data: DataSettings) -> dict[str, str]:
-    """Role (text, text_pair, label) -> column."""
-    columns = {"text": data.text_column, "text_pair": data.text_pair_column, "label": data.label_column}
-    if data.name is not None:
-        columns = {"text": GLUE[data.name][0], "text_pair": GLUE[data.name][1], "label": "label"}
-    return {role: column for role, column in columns.items() if column is not None}
+def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[str] | None) -> tuple[dict[str, list], list[str] | None]:
+    """The wanted columns by role, labels as class names or floats, and the class names that the file declares.
 
-
-def _check_columns(key: str, file: str, columns: dict[str, Any], wanted: dict[str, str]) -> None:
-    problems = [] if columns else [f"{key}: {file} is empty"]
-    for role, name in wanted.items() if columns else ():
-        if name not in columns:
-            close = difflib.get_close_matches(name, list(columns), n=1, cutoff=0.5)
-            shown = ", ".join(other[:40] for other in list(columns)[:20]) + (f"; did you mean {close[0]}?" if close else "")
-            setting = key if key == "data.path" else f"data.{role}_column"
-            problems.append(f"{setting}: {file} has no column {name!r}; its columns are {shown}")
-        elif not len(columns[name]):
-            problems = [f"{key}: {file} has columns but no rows"]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: list[str]) -> tuple[dict[str, list], list[str] | None]:
-    """The wanted columns by role, labels as class names or floats, and the class names in id order as far as declared.
-
-    `known`: the classes of training, once they are read. Raises ConfigError with a sentence for each kind of bad cell.
+    `known`: the labels of training, empty before it is read, None in a regression. Raises ConfigError with all bad cells.
     """
-    columns, lines, features = parsed
-    wanted, part, problems = _wanted(data), {}, []
-    _check_columns(key, file, columns, wanted)
-    feature = features.get(wanted["label"])
+    columns, lines, features, _ = parsed
+    names = (data.text_column, data.text_pair_column, data.label_column) if data.name is None else (*GLUE[data.name][:2], "label")
+    feature, part, problems = features.get(names[2]), {}, []
     declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if data.name is not None:
-        expected = GLUE[data.name][2]
-        if declared and declared != expected:
-            raise ConfigError(f"{key}: {file} has the classes {', '.join(declared)}: that is not {data.name}")
-        declared = expected
-    for role, column in wanted.items():
-        part[role], bad = [], {}
-        cells = columns[column].to_pylist() if isinstance(columns[column], pa.ChunkedArray) else columns[column]
-        for row, cell in enumerate(cells):
-            value, reason = _cell(cell, role, _task(data) == "regression", declared)
-            if role == "label" and known and reason is None and value not in known:
-                reason = f"the label {value!r} does not occur in training"
-            if reason is not None:
-                bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
-            part[role].append(value)
-        for reason, rows in list(bad.items())[:5]:
-            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-            problems.append(f"{key}: {file}, {', '.join(rows[:3])}{more}, column {column}: {reason}")
+    expected = GLUE[data.name][2] if data.name is not None else declared
+    if declared not in (None, expected):
+        raise ConfigError(f"{key}: {file} is not {data.name}; its classes are {', '.join(declared)}")
+    for role, column in zip(("text", "text_pair", "label"), names):
+        if column is not None and column not in columns:
+            close = difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)
+            shown = ", ".join(name[:40] for name in list(columns)[:20]) + (f"; did you mean {close[0]}?" if close else "")
+            setting = key if data.name is not None else f"data.{role}_column"
+            problems.append(f"{setting}: {file} has no column {column!r}; its columns are {shown or 'none'}")
+        elif column is not None:
+            part[role], bad = [], {}
+            for row, cell in enumerate(columns[column].to_pylist() if isinstance(columns[column], pa.ChunkedArray) else columns[column]):
+                value, reason = _cell(cell, role, known is None, expected)
+                if role == "label" and known and reason is None and value not in known:
+                    reason = f"the label {value!r} does not occur in training"
+                if reason is not None:
+                    bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
+                part[role].append(value)
+            for reason, rows in list(bad.items())[:5]:
+                more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+                problems.append(f"{key}: {file}, {', '.join(rows[:3])}{more}, column {column}: {reason}")
+    if not problems and not part["label"]:
+        problems = [f"{key}: {file} has no rows"]
     if problems:
         raise ConfigError(problems)
-    return part, declared
+    return part, expected
 
 
-def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Split -> the setting to name in messages, and the file. Empty: the hub."""
-    if data.name is None:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
-    if data.path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) and not os.path.exists(data.path)):
-        return {}
-    found = {}
-    for split in ("train", "validation"):
-        stems = [split + end for end in ("", "-00000-of-00001", "_matched", "_matched-00000-of-00001")]  # ours, and the hub's
-        paths = [os.path.join(data.path, folder, f"{stem}.parquet") for folder in (data.name, "") for stem in stems]
-        found[split] = ("data.path", next(filter(os.path.exists, paths), paths[0]))
-    return found
+def _cut(data: DataSettings, labels: list, file: str) -> tuple[list[int], list[int]]:
+    """Rows of the training set to train on, and those to develop on (none where a development set is given)."""
+    rows, given = len(labels), data.k == "all" if data.name is not None else data.validation_file is not None
+    dev = 0 if given else data.dev_size
+    k = max(rows - dev, 1) if data.k == "all" else data.k
+    if k + dev > rows:
+        fits = [f"data.k={rows - dev}"] * (data.k != "all" and rows > dev) + [f"data.dev_size={rows - k}"] * (bool(dev) and rows > k)
+        advice = f"the largest that fits: {' or '.join(fits)}" if fits else "lower both"
+        raise ConfigError(f"data.k: {k} to train on and {dev} for development exceed the {rows} examples of {file}; {advice}")
+    order = np.random.default_rng(data.seed).permutation(rows).tolist() if dev or data.k != "all" else list(range(rows))
+    if len({labels[row] for row in order[:k]}) < 2:
+        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}; two are needed")
+    return order[:k], order[k : k + dev]
 
 
-def _from_hub(data: DataSettings):
-    hub_id = data.path or "nyu-mll/glue"
+def _dataset(part: dict[str, list], rows: list[int] | range, ids: dict[str, int] | None) -> datasets.Dataset:
+    columns = {role: [cells[row] for row in rows] for role, cells in part.items()}
+    kinds = {role: datasets.Value("string") for role in part} | {"label": datasets.Value("float32" if ids is None else "int64")}
+    if ids is not None:
+        columns["label"] = [ids[name] for name in columns["label"]]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+@functools.lru_cache(maxsize=1)  # load finds what check has read
+def _load(settings: str, _state: tuple) -> Examples:
+    data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
+    task = data.task or ("regression" if data.name == "stsb" else "sequence_classification")
+    hub = _from_hub(data) if _on_hub(data) else {}
+    ids, known = None, None if task == "regression" else set()
+    for split, (key, file) in _files(data).items():
+        try:
+            parsed = hub[split] if hub else _parse(key, file)
+            parts[split], names = _clean(key, file, parsed, data, known)
+            labels = parts[split]["label"]
+            sources.append({"split": split, "rows": len(labels), **parsed[3]})
+            if split == "train" and known is not None:
+                known = set(labels)
+                whole = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in known)
+                names = names or sorted(known, key=lambda name: (float(name) if whole else 0, name))
+                ids = {name: i for i, name in enumerate(names)}
+            if split == "train":
+                train, dev = _cut(data, labels, file)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    sets = {split: _dataset(part, range(len(part["label"])), ids) for split, part in parts.items() if split != "train"}
+    dev_set = _dataset(parts["train"], dev, ids) if dev else sets["validation"]
+    test_set = sets.get("test" if data.name is None else "validation")
+    metric = data.metric or (GLUE[data.name][3] if data.name is not None else "accuracy" if ids else "spearman")
+    both = data.name is not None and data.k == "all"
+    return Examples(_dataset(parts["train"], train, ids), dev_set, test_set, None if ids is None else list(ids), metric, task, both, sources)
+
+
+def load(data: DataSettings) -> Examples:
+    """The paper's protocol: `k` examples of the training set shuffled by `seed`, the next `dev_size` for development.
+
+    GLUE is tested on its official validation set, which with k all is the development set as well; there, nothing is
+    shuffled. Your own validation_file replaces the cut; test_file is the test. Raises ConfigError with all problems found.
+    """
+    files = [] if _on_hub(data) else [file for _, file in _files(data).values() if os.path.isfile(file)]
+    state = tuple((os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files)
+    return _load(data.model_dump_json(), state)
+
+
+def check(sections: dict[str, Section]) -> list[str]:
+    """What is wrong with the data that a config names: one sentence per problem. The hub is left to `load`."""
+    data = sections.get("data")
+    if not isinstance(data, DataSettings) or (data.name is None and data.train_file is None) or _on_hub(data):
+        return []
+    try:
+        load(data)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Examples:
+    """Texts to input_ids, attention_mask and what else the tokenizer gives; adds labels and length (tokens).
+
+    Cut to `max_length` tokens, of a pair the longer text first; padding is the collator's. A text without any token gets
+    one, so that no example attends to nothing. Raises ConfigError where the tokenizer cannot pad or leaves no room.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.name: the tokenizer of {tokenizer.name_or_path} has no padding token; set one and save it")
+    roles = [role for role in ("text", "text_pair") if role in examples.train.column_names]
+    special = tokenizer.num_special_tokens_to_add(len(roles) == 2)
+    if data.max_length <= special:
+        raise ConfigError(f"data.max_length: {data.max_length} leaves no room for text beside {special} special tokens")
+    # A line of 100,000 characters would be tokenized whole to keep its first tokens. No text spends 100 characters on a
+    # token for max_length tokens on end, so what is cut off here would be cut off after tokenizing, too.
+    room = 100 * data.max_length
+    keep = slice(-room, None) if tokenizer.truncation_side == "left" else slice(room)
+    blank = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        texts = [[text[keep] for text in batch[role]] for role in roles]
+        found = tokenizer(*texts, truncation="longest_first", max_length=data.max_length, padding=False)
+        filler = {"input_ids": [blank], "attention_mask": [1]}
+        columns = {name: [values or filler.get(name, [0]) for values in rows] for name, rows in found.items()}
+        return columns | {"labels": batch["label"], "length": [len(ids) for ids in columns["input_ids"]]}
+
+    def encoded(rows: datasets.Dataset) -> datasets.Dataset:
+        return rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="Tokenizing")
+
+    dev = encoded(examples.dev)
+    test = dev if examples.test_is_dev else examples.test and encoded(examples.test)
+    return dataclasses.replace(examples, train=encoded(examples.train), dev=dev, test=test)
+
+
+class _Collator(DataCollatorWithPadding):
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().__call__([{name: value for name, value in row.items() if name != "length"} for row in features])
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Examples to a batch of tensors [examples, tokens], padded to the longest of them or to max_length."""
+    return _Collator(tokenizer, padding="max_length" if data.pad_to_max_length else "longest", max_length=data.max_length)
+
+
+def compute_metrics(examples: Examples) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The main metric and its companions, as shares of 1: f1 or matthews with accuracy; spearman with pearson.
+
+    F1 is that of class id 1; of more than two classes the macro average over those that occur. A NaN among the outputs of
+    an example makes it wrong; in a regression it makes both correlations 0, as constant outputs do.
+    """
+
+    def score(prediction: EvalPrediction) -> dict[str, float]:
+        outputs = prediction.predictions
+        truth = np.asarray(prediction.label_ids).reshape(-1)
+        outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64).reshape(len(truth), -1)
+        if examples.task == "regression":
+            values = outputs[:, 0]
+            if not np.isfinite(values).all() or np.ptp(values) == 0 or np.ptp(truth) == 0:
+                return {"spearman": 0.0, "pearson": 0.0}
+            spearman, pearson = stats.spearmanr(values, truth), stats.pearsonr(values, truth)
+            return {"spearman": float(spearman.statistic), "pearson": float(pearson.statistic)}
+        guess = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
+        found = {"accuracy": float(metrics.accuracy_score(truth, guess))}
+        if examples.metric == "f1":
+            classes = [1] if len(examples.labels) == 2 else sorted(set(truth) | set(guess) - {-1})
+            found["f1"] = float(metrics.f1_score(truth, guess, labels=classes, average="macro", zero_division=0))
+        if examples.metric == "matthews":
+            found["matthews"] = float(metrics.matthews_corrcoef(truth, guess))
+        return found
+
+    return score

@@ -1,0 +1,35 @@
+"""What every test shares: a fixed environment, set before torch is imported, and the folder of real data."""
+
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# No test may reach a hub, and forks after a tokenizer has started threads would warn.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `-m gpu` alone leaves the GPU visible: everywhere else results are to be those of a machine without one.
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """Folder with glue/ and seq2seq/: $SCALEUP_DATA, else ../shared/data. Skips the test where there is none."""
+    folder = pathlib.Path(os.environ.get("SCALEUP_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "glue").is_dir():
+        pytest.skip(f"no GLUE data in {folder}; set SCALEUP_DATA to the folder that has glue/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart_dir() -> pathlib.Path:
+    """quickstart/ with its model and data. Skips the test where `make quickstart` has not made them."""
+    folder = ROOT / "quickstart"
+    if not all((folder / part / "SHA256SUMS").is_file() for part in ("model", "data")):
+        pytest.skip("no quickstart/; launch/quickstart_assets.py makes it")
+    return folder
