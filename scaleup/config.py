@@ -8,10 +8,11 @@ no effect. `train` also takes any field of transformers' TrainingArguments.
 import dataclasses
 import difflib
 import enum
+import os
 import pathlib
 import re
 import typing
-from typing import Any, Callable, Literal
+from typing import Annotated, Any, Callable, Literal
 
 import pydantic
 import yaml
@@ -21,6 +22,8 @@ from transformers import TrainingArguments
 SUBMODULES = ("adapter", "prefix", "lora")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
 class ConfigError(ValueError):
@@ -32,7 +35,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -109,7 +112,7 @@ class DataSettings(Section):
         "all", description="Training examples: the first K of the shuffled training set (low-resource protocol), or all."
     )
     dev_size: PositiveInt = Field(1000, description="Development examples cut from the training set after the first K.")
-    seed: NonNegativeInt = Field(0, description="Seed of the shuffle that picks the K training and the development examples.")
+    seed: Seed = Field(0, description="Seed of the shuffle that picks the K training and the development examples.")
     metric: Literal["accuracy", "f1", "matthews", "spearman"] | None = Field(
         None, description="Metric that picks the best checkpoint. Default: the GLUE task's; accuracy or spearman for your own files."
     )
@@ -175,7 +178,7 @@ class _Train(Section):
     gradient_accumulation_steps: PositiveInt = Field(1, description="Forward passes per optimizer step.")
     warmup_steps: NonNegativeFloat = Field(0.06, description="Linear warmup: steps, or below 1 the share of all steps.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of AdamW.")
-    seed: NonNegativeInt = Field(42, description="Seed of initialisation, dropout and the order of batches.")
+    seed: Seed = Field(42, description="Seed of initialisation, dropout and the order of batches.")
     bf16: Literal["auto"] | bool = Field("auto", description="bfloat16 autocast. auto: on where the GPU computes in it, off on CPU.")
     fp16: bool = Field(False, description="float16 autocast with loss scaling, for GPUs without bfloat16.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
@@ -274,7 +277,7 @@ def _without_effect(sections: dict[str, Section]) -> dict[str, str]:
         if data.k == "all" and (data.name is not None or data.validation_file is not None):
             idle["data.dev_size"] = "with data.k all, the validation set is the development set"
             idle["data.seed"] = "with data.k all, nothing is sampled"
-        if data.pad_to_max_length:
+        if data.pad_to_max_length and train is not None:
             idle["train.group_by_length"] = "data.pad_to_max_length makes every batch the same length"
     if train is not None and train.max_steps > 0:
         idle["train.num_train_epochs"] = "train.max_steps decides"
@@ -289,9 +292,10 @@ def _impossible(sections: dict[str, Section]) -> list[str]:
     model, method, data, train = (sections.get(name) for name in SECTIONS)
     if model is not None and method is not None and model.quantization != "none" and method.name != "unipelt":
         problems.append(f"model.quantization: {model.quantization} weights are frozen; method.name {method.name} trains them: use none")
-    if model is not None and pathlib.Path(model.name).exists() and not pathlib.Path(model.name, "config.json").is_file():
+    # os.path answers no where pathlib raises: names too long, folders we may not enter.
+    if model is not None and os.path.exists(model.name) and not os.path.isfile(os.path.join(model.name, "config.json")):
         problems.append(f"model.name: {model.name} has no config.json; give the folder of a transformers model")
-    elif model is not None and not pathlib.Path(model.name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
+    elif model is not None and not os.path.exists(model.name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
         problems.append(f"model.name: no folder {model.name}; give an existing folder or a hub id like facebook/bart-large")
     if data is not None and data.name is None and data.train_file is None:
         problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
@@ -310,7 +314,7 @@ def _impossible(sections: dict[str, Section]) -> list[str]:
     if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
         problems.append("train.gradient_checkpointing_kwargs: use_reentrant loses the gradient of the prefix; leave it out")
     if train.deepspeed is not None:
-        if train.deepspeed not in ZERO_PRESETS and not pathlib.Path(train.deepspeed).is_file():
+        if train.deepspeed not in ZERO_PRESETS and not os.path.isfile(train.deepspeed):
             problems.append(f"train.deepspeed: {train.deepspeed} is neither a file nor one of {', '.join(ZERO_PRESETS)}")
         if train.use_cpu:
             problems.append("train.use_cpu: Accelerate drops DeepSpeed silently with it; hide GPUs with CUDA_VISIBLE_DEVICES= instead")
@@ -319,17 +323,28 @@ def _impossible(sections: dict[str, Section]) -> list[str]:
 
 def _output_problems(train: Section) -> list[str]:
     out = pathlib.Path(train.output_dir)
-    if out.exists() and not out.is_dir():
-        return [f"train.output_dir: {out} is a file"]
-    # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
-    if out.is_dir() and any(out.iterdir()) and train.resume == "never":
-        return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
+    try:
+        if out.exists() and not out.is_dir():
+            return [f"train.output_dir: {out} is a file"]
+        # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
+        if out.is_dir() and any(out.iterdir()) and train.resume == "never":
+            return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
+    except OSError as error:
+        return [f"train.output_dir: cannot be used: {error.strerror}"]
     return []
 
 
 def _nearest(name: str, valid: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut; Python refuses to write integers of thousands of digits."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a very long number"
 
 
 def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
@@ -344,7 +359,7 @@ def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
             else:
                 message = "unknown setting" + _nearest(key, model.model_fields)
         else:
-            message = re.sub(r"^(Value error, |Input )", "", item["msg"]) + f" (got {item['input']!r:.80})"
+            message = re.sub(r"^(Value error, |Input )", "", item["msg"]) + f" (got {_shown(item['input'])})"
         by_key.setdefault(key, []).append(message)
     return [f"{name}.{key}: {'; or '.join(dict.fromkeys(found))}" for key, found in by_key.items()]
 
@@ -353,12 +368,19 @@ class _Loader(yaml.SafeLoader):
     """YAML where 5e-4 is a number and a key given twice is an error."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads: the text "5e-4", a commit say, gets quotes."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = str(loader.construct_object(key_node, deep=True))
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key} stands twice", problem_mark=key_node.start_mark)
@@ -372,7 +394,8 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # Beyond its own error PyYAML lets through what Python raises for `!!int x`, `!!bool x`, `!!timestamp x`, 0:0:… and [[[[….
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -397,7 +420,7 @@ def _raw(path: str | None, overrides: typing.Sequence[str]) -> tuple[dict[str, A
         elif raw[name] is None:
             raw[name] = {}
         elif not isinstance(raw[name], dict):
-            problems.append(f"{name}: expected settings, found {raw[name]!r:.80}")
+            problems.append(f"{name}: expected settings, found {_shown(raw[name])}")
             del raw[name]
         else:
             raw[name] = {str(key): value for key, value in raw[name].items()}
@@ -447,7 +470,7 @@ def load(
 
 def to_yaml(settings: Settings) -> str:
     """The resolved config as YAML; `load` reads it back to the same run."""
-    return yaml.safe_dump(settings.dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(settings.dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe() -> str:

@@ -65,12 +65,11 @@ def _delimited(text: str, place: str, delimiter: str, quoting: int) -> tuple[dic
                 lines.append(line)
                 # A tab inside quotes in a .tsv is a sign that two stray quotes swallowed what stands between them.
                 if len(row) != len(header) or (delimiter == "\t" and any("\t" in cell for cell in row)):
-                    advice = "quote a text that holds a comma or a line break" if delimiter == "," else "no text may hold a tab"
+                    advice = "a text with a comma or line break needs quotes" if delimiter == "," else "no text may hold a tab"
                     raise ConfigError(f"{place}, line {line}: {len(row)} fields under a header of {len(header)}; {advice}")
             line = reader.line_num + 1
     except csv.Error as error:
-        advice = "a quoted field must end, and a quote inside it must be doubled"
-        raise ConfigError(f"{place}, line {line}: not valid CSV ({error}); {advice}") from None
+        raise ConfigError(f"{place}, line {line}: not valid CSV ({error}); a quote inside a quoted field is doubled") from None
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise ConfigError(f"{place} has the column {', '.join(twice)} more than once")
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}, lines
@@ -86,8 +85,7 @@ def _json_lines(text: str, place: str) -> tuple[dict[str, list], list[int]]:
                 if not isinstance(rows[-1], dict):
                     raise ValueError(f"but a {type(rows[-1]).__name__}")
             except (ValueError, RecursionError) as error:
-                reason = str(error).partition(": line")[0]
-                raise ConfigError(f"{place}, line {number}: not a JSON object ({reason}); write one object per line") from None
+                raise ConfigError(f"{place}, line {number}: not one JSON object ({str(error).partition(': line')[0]})") from None
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}, lines
 
 
@@ -125,11 +123,19 @@ def _parse(key: str, file: str) -> tuple[dict[str, Any], list[int] | None, dict[
         return *_delimited(text, place, "\t", csv.QUOTE_NONE), {}, source
 
 
-def _on_hub(data: DataSettings) -> bool:
-    """GLUE without a path, or with one that is nothing on this machine but may be a hub id."""
-    if data.name is None or (data.path is not None and os.path.exists(data.path)):
-        return False
-    return data.path is None or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) is not None
+def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
+    """Split -> the setting to name in messages, and the file; empty where the hub is meant."""
+    if data.name is None:
+        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
+    if data.path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) and not os.path.exists(data.path)):
+        return {}
+    found = {}
+    for split in ("train", "validation"):
+        stems = [split + end for end in ("", "-00000-of-00001", "_matched", "_matched-00000-of-00001")]  # ours, and the hub's
+        paths = [os.path.join(data.path, folder, f"{stem}.parquet") for folder in (data.name, "") for stem in stems]
+        found[split] = ("data.path", next(filter(os.path.exists, paths), paths[0]))
+    return found
 
 
 def _from_hub(data: DataSettings) -> dict[str, tuple]:
@@ -139,83 +145,68 @@ def _from_hub(data: DataSettings) -> dict[str, tuple]:
         sets = datasets.load_dataset(hub_id, data.name)
         chosen = {"train": sets["train"], "validation": sets["validation_matched" if data.name == "mnli" else "validation"]}
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        advice = f"give data.path as a local folder with {data.name}/train.parquet and {data.name}/validation.parquet"
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"data.path: {hub_id} is no folder here and did not load from the hub ({reason}); {advice}") from None
+        problem = f"{hub_id} is no folder here and did not load from the hub ({' '.join(str(error).split())[:200]})"
+        raise ConfigError(f"data.path: {problem}; give data.path as a local folder with {data.name}/train.parquet") from None
     source = {"hub_id": hub_id, "name": data.name}
     return {split: ({c: rows[c][:] for c in rows.column_names}, None, rows.features, source) for split, rows in chosen.items()}
 
 
-def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Split -> the setting to name in messages, and the file (on the hub: what to call it in messages)."""
-    if data.name is None:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
-    found, root = {}, data.path or "nyu-mll/glue"
-    for split in ("train", "validation"):
-        stems = [split + end for end in ("", "-00000-of-00001", "_matched", "_matched-00000-of-00001")]  # ours, and the hub's
-        paths = [os.path.join(root, folder, f"{stem}.parquet") for folder in (data.name, "") for stem in stems]
-        found[split] = ("data.path", next(filter(os.path.exists, paths), paths[0]))
-    return found
-
-
-def _cell(value: Any, role: str, regression: bool, declared: list[str] | None) -> tuple[str | float | None, str | None]:
-    """A cell as text, class name or number, or else what is wrong with it."""
+def _cell(value: Any, role: str, known: set[str] | None, declared: list[str] | None) -> tuple[str | float | None, str | None]:
+    """A cell as text, class name or (`known` None: a regression) number, or else what is wrong with it."""
     if value is None or value != value:  # NaN is what other tools make of a gap
         return None, "is missing"
-    if role == "label" and declared and isinstance(value, int):
-        if 0 <= value < len(declared):
-            return declared[value], None
-        # GLUE withholds a label by giving -1.
-        return None, "is missing" if value == -1 else f"{value} is none of the {len(declared)} classes of this file"
     if not isinstance(value, str | int | float):
         return None, f"holds a {type(value).__name__}, not {'a label' if role == 'label' else 'text'}"
     if role != "label":  # JSON can spell half a surrogate pair, which neither Arrow nor a tokenizer takes
         return re.sub("[\ud800-\udfff]", "\ufffd", str(value)), None
-    whole = isinstance(value, float) and value.is_integer()  # 1.0 is what other tools make of 1 beside a gap
-    text = str(int(value) if whole else value).strip()
-    if not text or not regression:
-        return text or None, None if text else "is missing"
-    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) or abs(float(text)) > np.finfo(np.float32).max:
-        return None, f"{text[:40]!r} is not a number"
-    return float(text), None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1.0 is what other tools make of 1 beside a gap
+    if declared and isinstance(value, int) and -1 <= value < len(declared):
+        value = [*declared, ""][value]  # GLUE withholds a label by giving -1
+    text = str(value).strip()
+    if not text:
+        return None, "is missing"
+    if known is not None:
+        valid = known or declared or [text]
+        return text, None if text in valid else f"the label {text!r} is none of {', '.join(sorted(valid)[:10])}"
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) and abs(float(text)) <= np.finfo(np.float32).max
+    return (float(text), None) if number else (None, f"{text[:40]!r} is not a number")
 
 
-def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[str] | None) -> tuple[dict[str, list], list[str] | None]:
-    """The wanted columns by role, labels as class names or floats, and the class names that the file declares.
+def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[str] | None) -> tuple[dict, list[str] | None]:
+    """The wanted columns by role, labels as class names or floats, and the class names in id order if they are declared.
 
     `known`: the labels of training, empty before it is read, None in a regression. Raises ConfigError with all bad cells.
     """
     columns, lines, features, _ = parsed
-    names = (data.text_column, data.text_pair_column, data.label_column) if data.name is None else (*GLUE[data.name][:2], "label")
-    feature, part, problems = features.get(names[2]), {}, []
-    declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    expected = GLUE[data.name][2] if data.name is not None else declared
-    if declared not in (None, expected):
+    own, part, problems = data.name is None, {}, []
+    names = [data.text_column, data.text_pair_column, data.label_column] if own else [*GLUE[data.name][:2], "label"]
+    feature = features.get(names[2])
+    declared = feature.names if isinstance(feature, datasets.ClassLabel) and known is not None else None
+    if not own and declared not in (None, GLUE[data.name][2]):
         raise ConfigError(f"{key}: {file} is not {data.name}; its classes are {', '.join(declared)}")
+    declared = declared if own else GLUE[data.name][2]
     for role, column in zip(("text", "text_pair", "label"), names):
         if column is not None and column not in columns:
             close = difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)
-            shown = ", ".join(name[:40] for name in list(columns)[:20]) + (f"; did you mean {close[0]}?" if close else "")
-            setting = key if data.name is not None else f"data.{role}_column"
-            problems.append(f"{setting}: {file} has no column {column!r}; its columns are {shown or 'none'}")
+            shown = (", ".join(name[:40] for name in list(columns)[:20]) or "none") + "".join(f"; did you mean {name}?" for name in close)
+            problems.append(f"{f'data.{role}_column' if own else key}: {file} has no column {column!r}; its columns are {shown}")
         elif column is not None:
             part[role], bad = [], {}
-            for row, cell in enumerate(columns[column].to_pylist() if isinstance(columns[column], pa.ChunkedArray) else columns[column]):
-                value, reason = _cell(cell, role, known is None, expected)
-                if role == "label" and known and reason is None and value not in known:
-                    reason = f"the label {value!r} does not occur in training"
+            cells = columns[column].to_pylist() if isinstance(columns[column], pa.ChunkedArray) else columns[column]
+            for row, cell in enumerate(cells):
+                value, reason = _cell(cell, role, known, declared)
                 if reason is not None:
                     bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
                 part[role].append(value)
             for reason, rows in list(bad.items())[:5]:
-                more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-                problems.append(f"{key}: {file}, {', '.join(rows[:3])}{more}, column {column}: {reason}")
-    if not problems and not part["label"]:
-        problems = [f"{key}: {file} has no rows"]
-    if problems:
-        raise ConfigError(problems)
-    return part, expected
+                shown = ", ".join(rows[:3]) + f" and {len(rows) - 3} more" * (len(rows) > 3)
+                problems.append(f"{key}: {file}, {shown}, column {column}: {reason}")
+    if names[2] in names[:2]:
+        problems.append(f"data.label_column: {names[2]} is a text column, too; the text would tell the label")
+    if problems or not part["label"]:
+        raise ConfigError(problems or f"{key}: {file} has no rows")
+    return part, declared
 
 
 def _cut(data: DataSettings, labels: list, file: str) -> tuple[list[int], list[int]]:
@@ -224,52 +215,50 @@ def _cut(data: DataSettings, labels: list, file: str) -> tuple[list[int], list[i
     dev = 0 if given else data.dev_size
     k = max(rows - dev, 1) if data.k == "all" else data.k
     if k + dev > rows:
-        fits = [f"data.k={rows - dev}"] * (data.k != "all" and rows > dev) + [f"data.dev_size={rows - k}"] * (bool(dev) and rows > k)
-        advice = f"the largest that fits: {' or '.join(fits)}" if fits else "lower both"
-        raise ConfigError(f"data.k: {k} to train on and {dev} for development exceed the {rows} examples of {file}; {advice}")
+        fits = [f"data.k={rows - dev}"] * (rows > dev) + [f"data.dev_size={rows - k}"] * (dev > 0 and rows > k)
+        advice = f"the largest that fits: {' or '.join(fits)}" if fits and data.k != "all" else "lower data.dev_size"
+        raise ConfigError(f"data.k: {k} examples to train on and {dev} for development, but {file} has {rows}; {advice}")
     order = np.random.default_rng(data.seed).permutation(rows).tolist() if dev or data.k != "all" else list(range(rows))
     if len({labels[row] for row in order[:k]}) < 2:
-        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}; two are needed")
+        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}; use two or more")
     return order[:k], order[k : k + dev]
 
 
-def _dataset(part: dict[str, list], rows: list[int] | range, ids: dict[str, int] | None) -> datasets.Dataset:
+def _dataset(part: dict[str, list], rows: list[int] | range, ids: dict[str, int]) -> datasets.Dataset:
     columns = {role: [cells[row] for row in rows] for role, cells in part.items()}
-    kinds = {role: datasets.Value("string") for role in part} | {"label": datasets.Value("float32" if ids is None else "int64")}
-    if ids is not None:
-        columns["label"] = [ids[name] for name in columns["label"]]
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    columns["label"] = [ids.get(label, label) for label in columns["label"]]  # the numbers of a regression have no ids
+    return datasets.Dataset.from_dict(columns)
 
 
 @functools.lru_cache(maxsize=1)  # load finds what check has read
 def _load(settings: str, _state: tuple) -> Examples:
     data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
-    task = data.task or ("regression" if data.name == "stsb" else "sequence_classification")
-    hub = _from_hub(data) if _on_hub(data) else {}
-    ids, known = None, None if task == "regression" else set()
-    for split, (key, file) in _files(data).items():
+    files, task = _files(data), data.task or ("regression" if data.name == "stsb" else "sequence_classification")
+    hub = {} if files else _from_hub(data)
+    labels, known = None, None if task == "regression" else set()
+    for split, (key, file) in (files or {split: ("data.path", f"the hub's {split} split") for split in hub}).items():
         try:
             parsed = hub[split] if hub else _parse(key, file)
-            parts[split], names = _clean(key, file, parsed, data, known)
-            labels = parts[split]["label"]
-            sources.append({"split": split, "rows": len(labels), **parsed[3]})
+            parts[split], declared = _clean(key, file, parsed, data, known)
+            sources.append({"split": split, "rows": len(parts[split]["label"]), **parsed[3]})
             if split == "train" and known is not None:
-                known = set(labels)
+                known = set(parts[split]["label"])
                 whole = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in known)
-                names = names or sorted(known, key=lambda name: (float(name) if whole else 0, name))
-                ids = {name: i for i, name in enumerate(names)}
+                if whole and len(known) > 20 and any("." in name for name in known):
+                    raise ConfigError(f"data.task: {file} has {len(known)} different numbers as labels; set data.task=regression")
+                labels = declared or sorted(known, key=lambda name: (float(name) if whole else 0, name))
             if split == "train":
-                train, dev = _cut(data, labels, file)
+                train, dev = _cut(data, parts[split]["label"], file)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    sets = {split: _dataset(part, range(len(part["label"])), ids) for split, part in parts.items() if split != "train"}
+    ids = {name: i for i, name in enumerate(labels or [])}
+    sets = {split: _dataset(part, train if split == "train" else range(len(part["label"])), ids) for split, part in parts.items()}
+    test = sets.get("test" if data.name is None else "validation")
     dev_set = _dataset(parts["train"], dev, ids) if dev else sets["validation"]
-    test_set = sets.get("test" if data.name is None else "validation")
     metric = data.metric or (GLUE[data.name][3] if data.name is not None else "accuracy" if ids else "spearman")
-    both = data.name is not None and data.k == "all"
-    return Examples(_dataset(parts["train"], train, ids), dev_set, test_set, None if ids is None else list(ids), metric, task, both, sources)
+    return Examples(sets["train"], dev_set, test, labels, metric, task, data.name is not None and data.k == "all", sources)
 
 
 def load(data: DataSettings) -> Examples:
@@ -278,18 +267,16 @@ def load(data: DataSettings) -> Examples:
     GLUE is tested on its official validation set, which with k all is the development set as well; there, nothing is
     shuffled. Your own validation_file replaces the cut; test_file is the test. Raises ConfigError with all problems found.
     """
-    files = [] if _on_hub(data) else [file for _, file in _files(data).values() if os.path.isfile(file)]
-    state = tuple((os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files)
-    return _load(data.model_dump_json(), state)
+    states = [os.stat(file) for _, file in _files(data).values() if os.path.isfile(file)]
+    return _load(data.model_dump_json(), tuple((state.st_mtime_ns, state.st_size) for state in states))
 
 
 def check(sections: dict[str, Section]) -> list[str]:
     """What is wrong with the data that a config names: one sentence per problem. The hub is left to `load`."""
     data = sections.get("data")
-    if not isinstance(data, DataSettings) or (data.name is None and data.train_file is None) or _on_hub(data):
-        return []
     try:
-        load(data)
+        if isinstance(data, DataSettings) and "train" in _files(data):
+            load(data)
     except ConfigError as error:
         return error.problems
     return []
@@ -307,22 +294,22 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
     special = tokenizer.num_special_tokens_to_add(len(roles) == 2)
     if data.max_length <= special:
         raise ConfigError(f"data.max_length: {data.max_length} leaves no room for text beside {special} special tokens")
-    # A line of 100,000 characters would be tokenized whole to keep its first tokens. No text spends 100 characters on a
-    # token for max_length tokens on end, so what is cut off here would be cut off after tokenizing, too.
-    room = 100 * data.max_length
-    keep = slice(-room, None) if tokenizer.truncation_side == "left" else slice(room)
+    # A line of 100,000 characters need not be tokenized whole for its first tokens: 100 characters a token hold them.
+    keep = slice(-100 * data.max_length, None) if tokenizer.truncation_side == "left" else slice(100 * data.max_length)
     blank = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    to_ids = functools.partial(tokenizer, truncation="longest_first", max_length=data.max_length, padding=False)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        texts = [[text[keep] for text in batch[role]] for role in roles]
-        found = tokenizer(*texts, truncation="longest_first", max_length=data.max_length, padding=False)
+        found = to_ids(*([text[keep] for text in batch[role]] for role in roles))
+        cut = {row for role in roles for row, text in enumerate(batch[role]) if len(text) > 100 * data.max_length}
+        if any(len(found["input_ids"][row]) < data.max_length for row in cut):  # unless it begins with blanks, or one endless word
+            found = to_ids(*(batch[role] for role in roles))
         filler = {"input_ids": [blank], "attention_mask": [1]}
         columns = {name: [values or filler.get(name, [0]) for values in rows] for name, rows in found.items()}
         return columns | {"labels": batch["label"], "length": [len(ids) for ids in columns["input_ids"]]}
 
-    def encoded(rows: datasets.Dataset) -> datasets.Dataset:
-        return rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="Tokenizing")
-
+    names = examples.train.column_names
+    encoded = functools.partial(datasets.Dataset.map, function=encode, batched=True, remove_columns=names, keep_in_memory=True)
     dev = encoded(examples.dev)
     test = dev if examples.test_is_dev else examples.test and encoded(examples.test)
     return dataclasses.replace(examples, train=encoded(examples.train), dev=dev, test=test)
@@ -350,11 +337,10 @@ def compute_metrics(examples: Examples) -> Callable[[EvalPrediction], dict[str, 
         truth = np.asarray(prediction.label_ids).reshape(-1)
         outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64).reshape(len(truth), -1)
         if examples.task == "regression":
-            values = outputs[:, 0]
-            if not np.isfinite(values).all() or np.ptp(values) == 0 or np.ptp(truth) == 0:
+            if not np.isfinite(outputs).all() or np.ptp(outputs) == 0 or np.ptp(truth) == 0:
                 return {"spearman": 0.0, "pearson": 0.0}
-            spearman, pearson = stats.spearmanr(values, truth), stats.pearsonr(values, truth)
-            return {"spearman": float(spearman.statistic), "pearson": float(pearson.statistic)}
+            both = {"spearman": stats.spearmanr(outputs[:, 0], truth), "pearson": stats.pearsonr(outputs[:, 0], truth)}
+            return {name: float(np.nan_to_num(found.statistic)) for name, found in both.items()}
         guess = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
         found = {"accuracy": float(metrics.accuracy_score(truth, guess))}
         if examples.metric == "f1":

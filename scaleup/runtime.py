@@ -80,10 +80,10 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
         launched = True
     cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns while it finds out by itself
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if not cuda:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options = {"timeout": datetime.timedelta(seconds=timeout_s)} if launched else {}
     if not cuda and launched:
         options["backend"] = "gloo"

@@ -11,6 +11,7 @@ import os
 import pathlib
 import time
 
+import datasets
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -32,7 +33,8 @@ class GateLog:
     """Means of every gate of a model, by site and submodule, as collected since the last look."""
 
     def __init__(self, model: nn.Module):
-        self.gates = {}
+        self.gates: dict[str, LearnedGate] = {}
+        self.last: dict[str, dict[str, dict[str, float]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
                 module.statistics = GateStatistics()
@@ -41,13 +43,18 @@ class GateLog:
 
     def drain(self) -> dict[str, dict[str, dict[str, float]]]:
         """site → submodule → mean and std over the examples seen. The only synchronisation with the device."""
-        return {
+        self.last = {
             site: {
                 part: {"mean": round(mean, 6), "std": round(std, 6)}
                 for part, (mean, std) in zip(gate.names, gate.statistics.drain())
             }
             for site, gate in self.gates.items()
         }
+        return self.last
+
+    def scalars(self) -> dict[str, float]:
+        """The means of the last look under flat names, for trackers."""
+        return {f"gates/{site}/{part}": value["mean"] for site, parts in self.last.items() for part, value in parts.items()}
 
 
 class RunTrainer(Trainer):
@@ -67,14 +74,16 @@ class RunTrainer(Trainer):
         """Adds speed and gates to a training log. Runs on every rank: the token count is summed over them."""
         if "loss" in logs:
             tokens, self.tokens = self.accelerator.reduce(self.tokens, reduction="sum"), torch.zeros_like(self.tokens)
-            now = time.perf_counter()
-            logs["tokens_per_second"] = round(tokens.item() / (now - self.since), 1)
-            self.since = now
-            logs["gates"] = self.gate_log.drain()
-        elif any(key.startswith("eval_") for key in logs):
-            self.since, self.tokens = time.perf_counter(), torch.zeros_like(self.tokens)
-            logs["gates"] = self.gate_log.drain()
+            logs["tokens_per_second"] = round(tokens.item() / (time.perf_counter() - self.since), 1)
+        if "loss" in logs or any(key.startswith("eval_") for key in logs):
+            self.since = time.perf_counter()  # evaluation does not count as training time
+            self.gate_log.drain()
+            logs.update(self.gate_log.scalars())
         super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        self.gate_log.drain()  # the gates logged with dev scores are those of dev examples
+        return super().evaluate(*args, **kwargs)
 
     def save_bundle(self, name: str) -> None:
         """`out/name`: the model as it is now. Every rank takes part; the main one writes."""
@@ -94,8 +103,8 @@ class RunTrainer(Trainer):
 class Journal(TrainerCallback):
     """log.jsonl and the one progress bar, on the main rank."""
 
-    def __init__(self, path: pathlib.Path, metric: str):
-        self.path, self.metric = path, metric
+    def __init__(self, path: pathlib.Path, metric: str, gate_log: GateLog):
+        self.path, self.metric, self.gate_log = path, metric, gate_log
         self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
@@ -110,7 +119,9 @@ class Journal(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        line = {"step": state.global_step, **logs}
+        line = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("gates/")}}
+        if "loss" in logs or "eval_loss" in logs:
+            line["gates"] = self.gate_log.last
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if "loss" in logs:
@@ -140,6 +151,7 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
     passed.setdefault("save_total_limit", 2)
     passed.setdefault("ddp_find_unused_parameters", False)
     passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
+    passed.setdefault("disable_tqdm", False)
     passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
     group = train.group_by_length and not settings.data.pad_to_max_length
     try:
@@ -240,6 +252,8 @@ def run(settings: Settings) -> dict:
     world = runtime.start(settings.train.deepspeed is not None, settings.train.ddp_timeout or 1800)
     if settings.train.log_level is None:
         hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # one bar: the training's
+    datasets.disable_progress_bars()
     set_seed(settings.train.seed)
     out = pathlib.Path(settings.train.output_dir)
     problems = check_resume(settings)
@@ -271,6 +285,7 @@ def run(settings: Settings) -> dict:
 
 
 def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out: pathlib.Path) -> RunTrainer:
+    gate_log = GateLog(model)
     trainer = RunTrainer(
         model=model,
         args=args,
@@ -279,8 +294,8 @@ def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out
         data_collator=data.collator(tokenizer, settings.data),
         processing_class=tokenizer,
         compute_metrics=data.compute_metrics(examples),
-        callbacks=[Journal(out / "log.jsonl", examples.metric)],
-        gate_log=GateLog(model),
+        callbacks=[Journal(out / "log.jsonl", examples.metric, gate_log)],
+        gate_log=gate_log,
         out=out,
         about=_about(settings, examples),
     )

@@ -76,9 +76,3 @@ def test_the_check_sees_every_way_to_import_upwards(line):
 @pytest.mark.parametrize("line", ["import torch", "from scaleup.config import Settings", "from . import gate", "from scaleups import train"])
 def test_the_check_lets_downward_and_foreign_imports_pass(line):
     assert too_high("data", ast.parse(line)) == []
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
-def test_launch_scripts_are_imported_by_nobody(path):
-    users = [f.name for f in [*PACKAGE.glob("*.py")] if f"launch.{path.stem}" in f.read_text(encoding="utf-8")]
-    assert users == []
