@@ -243,7 +243,8 @@ def _describe(path: pathlib.Path) -> str:
     with path.open(encoding="utf-8", newline="") as stream:
         counts = collections.Counter(row["label"] for row in csv.DictReader(stream))
     classes = ", ".join(f"{count:,} {label}" for label, count in sorted(counts.items()))
-    return f"{path}: {counts.total():,} sentences ({classes}; always saying the larger class is right in {max(counts.values()) / counts.total():.1%})"
+    majority = max(counts.values()) / counts.total()
+    return f"{path}: {counts.total():,} sentences ({classes}; always guessing the larger class is right in {majority:.1%})"
 
 
 def make_all(output: pathlib.Path) -> None:

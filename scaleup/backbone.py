@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleup.attention import ENCODER_ARGUMENTS
-from scaleup.config import ConfigError, ModelSettings
+from scaleup.config import ConfigError, DataSettings, ModelSettings
 
 # The families whose attentions, norms and masks are under test (tests/test_contract.py). Others may fit by structure, but
 # an untested one could lose a submodule silently, so it is refused.
@@ -193,18 +193,40 @@ def head_names(model: nn.Module) -> list[str]:
 
 def check(sections: dict) -> list[str]:
     """What can be said of the model folder without loading weights: is the family supported? For `config.load`."""
-    model, method = sections.get("model"), sections.get("method")
+    model, method, data = sections.get("model"), sections.get("method"), sections.get("data")
     if model is None or not pathlib.Path(model.name, "config.json").is_file():
         return []
     try:
-        kind = PretrainedConfig.get_config_dict(model.name)[0].get("model_type")
-    except (OSError, ValueError):
-        return [f"model.name: {model.name}/config.json is not a readable model config"]
-    if method is not None and method.name == "unipelt" and kind not in SUPPORTED:
-        return [f"model.name: UniPELT does not support the model type {kind} yet; supported: {', '.join(SUPPORTED)}"]
-    if not any(pathlib.Path(model.name).glob(pattern) for pattern in ("*.safetensors", "*.bin")):
-        return [f"model.name: {model.name} has no weights (*.safetensors or *.bin)"]
-    return []
+        config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        return [f"model.name: {model.name}/config.json is not a usable model config: {' '.join(str(error).split())[:200]}"]
+    problems = []
+    if method is not None and method.name == "unipelt" and config.model_type not in SUPPORTED:
+        problems.append(
+            f"model.name: UniPELT does not support the model type {config.model_type} yet; supported: {', '.join(SUPPORTED)}"
+        )
+    if not any(found for pattern in ("*.safetensors", "*.bin") for found in pathlib.Path(model.name).glob(pattern)):
+        problems.append(f"model.name: {model.name} has no weights (*.safetensors or *.bin)")
+    if data is not None and "max_length" in data.model_fields_set:
+        problems += length_problems(data, model, config)
+    return problems
+
+
+def length_problems(data: DataSettings, model: ModelSettings, config: PretrainedConfig) -> list[str]:
+    """Inputs longer than the model's table of positions would end in an index error in the middle of a run."""
+    limit = position_limit(config)
+    if limit is None or data.max_length <= limit:
+        return []
+    return [f"data.max_length: {data.max_length} tokens, but {model.name} has {limit} positions"]
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model with learned positions takes; None where there is no such table."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # The RoBERTa family counts positions from padding_idx + 1.
+    return positions - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else positions
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:
@@ -224,8 +246,18 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(settings: ModelSettings) -> PretrainedConfig:
+    """The backbone's config. Raises ConfigError if it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _unreadable(settings.name, error) from error
+
+
 def load_model(
-    settings: ModelSettings, labels: list[str] | None, dtype: torch.dtype, device: torch.device
+    settings: ModelSettings, config: PretrainedConfig, labels: list[str] | None, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The backbone with a fresh classification head (`labels` in id order) or regression head (`labels` None).
 
@@ -233,20 +265,36 @@ def load_model(
     """
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(settings.name, **source)
         if labels is None:
             config.num_labels, config.problem_type = 1, "regression"
         else:
             config.num_labels, config.problem_type = len(labels), "single_label_classification"
             config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+        with torch.device("meta"):
+            heads = tuple(head_names(AutoModelForSequenceClassification.from_config(config)))
         quantised = {}
         if settings.quantization == "8bit":
-            with torch.device("meta"):
-                heads = head_names(AutoModelForSequenceClassification.from_config(config))
-            quantised = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)}
+            quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(heads))
             quantised["device_map"] = {"": device}
-        return AutoModelForSequenceClassification.from_pretrained(
-            settings.name, config=config, dtype=dtype, attn_implementation=settings.attention, **source, **quantised
-        )
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            settings.name, config=config, dtype=dtype, attn_implementation=settings.attention,
+            ignore_mismatched_sizes=True, output_loading_info=True, **source, **quantised,
+        )  # fmt: skip
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _unreadable(settings.name, error) from error
+    _check_loaded(settings.name, heads, info)
+    return model
+
+
+def _check_loaded(name: str, heads: tuple[str, ...], info: dict) -> None:
+    """A head of another size is replaced; anything else that did not come from the checkpoint would train on noise.
+
+    A pooler may be missing (checkpoints of masked language models have none); it stays as initialised.
+    """
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    strange = [k for k in sorted({*info["missing_keys"], *mismatched}) if not k.startswith(heads) and ".pooler." not in k]
+    if strange:
+        raise ConfigError(
+            f"model.name: the weights in {name} do not fit its config.json: {len(strange)} tensors are missing or have "
+            f"another shape, first {strange[0]}"
+        )

@@ -171,7 +171,7 @@ class _Train(Section):
         10, description="Stop after this many evaluations without a better dev metric; 0: never stop early."
     )
     learning_rate: PositiveFloat | None = Field(None, description="Peak rate of AdamW. Default: the paper's for the method.")
-    num_train_epochs: PositiveFloat = Field(50, description="Passes over the training set, at most.")
+    num_train_epochs: PositiveFloat = Field(50, description="Passes over the training set, at most; train.max_steps goes before.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: num_train_epochs decides.")
     per_device_train_batch_size: PositiveInt = Field(16, description="Examples per process and forward pass.")
     per_device_eval_batch_size: PositiveInt = Field(64, description="Examples per process and forward pass in evaluation.")
@@ -279,8 +279,6 @@ def _without_effect(sections: dict[str, Section]) -> dict[str, str]:
             idle["data.seed"] = "with data.k all, nothing is sampled"
         if data.pad_to_max_length and train is not None:
             idle["train.group_by_length"] = "data.pad_to_max_length makes every batch the same length"
-    if train is not None and train.max_steps > 0:
-        idle["train.num_train_epochs"] = "train.max_steps decides"
     if train is not None and not train.gradient_checkpointing:
         idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
     return idle

@@ -130,12 +130,10 @@ def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
         return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
     if data.path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) and not os.path.exists(data.path)):
         return {}
-    found = {}
-    for split in ("train", "validation"):
-        stems = [split + end for end in ("", "-00000-of-00001", "_matched", "_matched-00000-of-00001")]  # ours, and the hub's
-        paths = [os.path.join(data.path, folder, f"{stem}.parquet") for folder in (data.name, "") for stem in stems]
-        found[split] = ("data.path", next(filter(os.path.exists, paths), paths[0]))
-    return found
+    ends = (".parquet", "-00000-of-00001.parquet", "_matched.parquet", "_matched-00000-of-00001.parquet")  # ours, and the hub's
+    roots = (os.path.join(data.path, data.name), data.path)
+    paths = {split: [os.path.join(root, split + end) for root in roots for end in ends] for split in ("train", "validation")}
+    return {split: ("data.path", next(filter(os.path.exists, files), files[0])) for split, files in paths.items()}
 
 
 def _from_hub(data: DataSettings) -> dict[str, tuple]:
@@ -153,7 +151,8 @@ def _from_hub(data: DataSettings) -> dict[str, tuple]:
 
 def _cell(value: Any, role: str, known: set[str] | None, declared: list[str] | None) -> tuple[str | float | None, str | None]:
     """A cell as text, class name or (`known` None: a regression) number, or else what is wrong with it."""
-    if value is None or value != value:  # NaN is what other tools make of a gap
+    blank = role == "label" and (not str(value).strip() or (declared is not None and value == -1))  # GLUE withholds labels by -1
+    if value is None or value != value or blank:  # NaN is what other tools make of a gap
         return None, "is missing"
     if not isinstance(value, str | int | float):
         return None, f"holds a {type(value).__name__}, not {'a label' if role == 'label' else 'text'}"
@@ -161,21 +160,18 @@ def _cell(value: Any, role: str, known: set[str] | None, declared: list[str] | N
         return re.sub("[\ud800-\udfff]", "\ufffd", str(value)), None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # 1.0 is what other tools make of 1 beside a gap
-    if declared and isinstance(value, int) and -1 <= value < len(declared):
-        value = [*declared, ""][value]  # GLUE withholds a label by giving -1
+    if declared and isinstance(value, int) and 0 <= value < len(declared):
+        value = declared[value]
     text = str(value).strip()
-    if not text:
-        return None, "is missing"
     if known is not None:
         valid = known or declared or [text]
-        return text, None if text in valid else f"the label {text!r} is none of {', '.join(sorted(valid)[:10])}"
-    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) and abs(float(text)) <= np.finfo(np.float32).max
+        return text, None if text in valid else f"the label {text[:40]!r} is none of {', '.join(sorted(valid)[:10])}"
+    number = re.fullmatch(r"(?a)[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) and abs(float(text)) <= np.finfo(np.float32).max
     return (float(text), None) if number else (None, f"{text[:40]!r} is not a number")
 
 
 def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[str] | None) -> tuple[dict, list[str] | None]:
     """The wanted columns by role, labels as class names or floats, and the class names in id order if they are declared.
-
     `known`: the labels of training, empty before it is read, None in a regression. Raises ConfigError with all bad cells.
     """
     columns, lines, features, _ = parsed
@@ -188,8 +184,8 @@ def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[st
     declared = declared if own else GLUE[data.name][2]
     for role, column in zip(("text", "text_pair", "label"), names):
         if column is not None and column not in columns:
-            close = difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)
-            shown = (", ".join(name[:40] for name in list(columns)[:20]) or "none") + "".join(f"; did you mean {name}?" for name in close)
+            shown = ", ".join(name[:40] for name in list(columns)[:20]) or "none"
+            shown = "; did you mean ".join([shown, *difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)])
             problems.append(f"{f'data.{role}_column' if own else key}: {file} has no column {column!r}; its columns are {shown}")
         elif column is not None:
             part[role], bad = [], {}
@@ -217,10 +213,11 @@ def _cut(data: DataSettings, labels: list, file: str) -> tuple[list[int], list[i
     if k + dev > rows:
         fits = [f"data.k={rows - dev}"] * (rows > dev) + [f"data.dev_size={rows - k}"] * (dev > 0 and rows > k)
         advice = f"the largest that fits: {' or '.join(fits)}" if fits and data.k != "all" else "lower data.dev_size"
-        raise ConfigError(f"data.k: {k} examples to train on and {dev} for development, but {file} has {rows}; {advice}")
+        asked = f"data.dev_size: {dev}" if data.k == "all" else f"data.k: {k} examples to train on and {dev}"
+        raise ConfigError(f"{asked} for development, but {file} has {rows}; {advice}")
     order = np.random.default_rng(data.seed).permutation(rows).tolist() if dev or data.k != "all" else list(range(rows))
     if len({labels[row] for row in order[:k]}) < 2:
-        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}; use two or more")
+        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}")
     return order[:k], order[k : k + dev]
 
 
@@ -244,8 +241,8 @@ def _load(settings: str, _state: tuple) -> Examples:
             if split == "train" and known is not None:
                 known = set(parts[split]["label"])
                 whole = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in known)
-                if whole and len(known) > 20 and any("." in name for name in known):
-                    raise ConfigError(f"data.task: {file} has {len(known)} different numbers as labels; set data.task=regression")
+                if len(known) > 20 and (len(known) == sources[0]["rows"] or (whole and any("." in name for name in known))):
+                    raise ConfigError(f"data.label_column: {file} has {len(known)} labels; numbers need data.task=regression")
                 labels = declared or sorted(known, key=lambda name: (float(name) if whole else 0, name))
             if split == "train":
                 train, dev = _cut(data, parts[split]["label"], file)
@@ -302,14 +299,14 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
     def encode(batch: dict[str, list]) -> dict[str, list]:
         found = to_ids(*([text[keep] for text in batch[role]] for role in roles))
         cut = {row for role in roles for row, text in enumerate(batch[role]) if len(text) > 100 * data.max_length}
-        if any(len(found["input_ids"][row]) < data.max_length for row in cut):  # unless it begins with blanks, or one endless word
+        if any(len(found["input_ids"][row]) < data.max_length for row in cut):  # not blanks or an endless word
             found = to_ids(*(batch[role] for role in roles))
-        filler = {"input_ids": [blank], "attention_mask": [1]}
-        columns = {name: [values or filler.get(name, [0]) for values in rows] for name, rows in found.items()}
+        filler = {"input_ids": [blank], "attention_mask": [1], "token_type_ids": [0]}
+        columns = {name: [values or filler[name] for values in rows] for name, rows in found.items()}
         return columns | {"labels": batch["label"], "length": [len(ids) for ids in columns["input_ids"]]}
 
-    names = examples.train.column_names
-    encoded = functools.partial(datasets.Dataset.map, function=encode, batched=True, remove_columns=names, keep_in_memory=True)
+    names = examples.train.column_names  # below, a fingerprint spares the pickling of the tokenizer for one
+    encoded = functools.partial(datasets.Dataset.map, function=encode, batched=True, remove_columns=names, new_fingerprint="ids")
     dev = encoded(examples.dev)
     test = dev if examples.test_is_dev else examples.test and encoded(examples.test)
     return dataclasses.replace(examples, train=encoded(examples.train), dev=dev, test=test)

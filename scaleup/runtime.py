@@ -40,33 +40,53 @@ class World:
         return self.rank == 0
 
 
-def requested_processes() -> int:
-    """How many processes `accelerate launch` was asked for; 1 if it is not our parent.
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """What `accelerate launch` was asked for when it is our parent and started a single process."""
 
-    Without several GPUs Accelerate starts a single process whatever `--num_processes` says. It leaves MASTER_ADDR behind
-    but no rank, so the number has to come from its command line.
+    processes: int
+    threads_chosen: bool
+
+
+def launcher() -> Launcher | None:
+    """The `accelerate launch` that started this process alone, or None.
+
+    Without several GPUs Accelerate starts a single process whatever `--num_processes` says, and gives it one thread. It
+    leaves neither number behind, so both come from its command line and environment.
     """
-    if "MASTER_ADDR" not in os.environ or "RANK" in os.environ or "LOCAL_RANK" in os.environ:
-        return 1
-    command = psutil.Process(os.getppid()).cmdline()
+    if "RANK" in os.environ or "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None
+    try:
+        parent = psutil.Process(os.getppid())
+        command, variables = parent.cmdline(), parent.environ()
+    except psutil.Error:
+        return None
     starts = [i for i, word in enumerate(command) if pathlib.Path(word).name in ("accelerate", "accelerate-launch", "launch.py")]
     if not starts:
-        return 1
+        return None
     words = command[starts[0] + 1 :]
     known, _ = launch_command_parser().parse_known_args(words[1:] if words[:1] == ["launch"] else words)
-    return known.num_processes or 1
+    return Launcher(known.num_processes or 1, known.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in variables)
 
 
 def respawn(script: str, arguments: list[str]) -> None:
-    """Becomes `torchrun` with the processes that were asked for, if Accelerate started only this one. Returns otherwise."""
-    count = requested_processes()
-    if count == 1:
+    """Mends what Accelerate does to CPU runs: becomes `torchrun` with the processes that were asked for, or takes all cores.
+
+    Returns if one process is right.
+    """
+    found = launcher()
+    if found is None or torch.cuda.is_available():
         return
+    threads = max(1, (os.cpu_count() or 1) // found.processes)
+    if found.processes == 1:
+        if not found.threads_chosen:
+            torch.set_num_threads(threads)
+        return
+    if not found.threads_chosen:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     port = os.environ.get("MASTER_PORT", "29500")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}", script, *arguments]
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    os.execv(sys.executable, command)
+    command = ["torch.distributed.run", f"--nproc_per_node={found.processes}", f"--master_port={port}", script, *arguments]
+    os.execv(sys.executable, [sys.executable, "-m", *command])
 
 
 def start(deepspeed: bool, timeout_s: int = 1800) -> World:

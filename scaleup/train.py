@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers import set_seed
+from transformers import PretrainedConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
@@ -153,9 +153,11 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
     passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
     passed.setdefault("disable_tqdm", False)
     passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
+    if world.device.type == "cpu" and not world.deepspeed:
+        passed.setdefault("use_cpu", True)  # what Trainer wants to hear before it allows bfloat16 on CPU
     group = train.group_by_length and not settings.data.pad_to_max_length
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             **passed,
             eval_strategy=strategy,
             learning_rate=settings.learning_rate,
@@ -170,6 +172,8 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
             label_names=["labels"],
             accelerator_config={"use_configured_state": True},
         )
+        args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; nn.DataParallel would copy modules without their hooks
+        return args
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
 
@@ -202,6 +206,17 @@ def check_resume(settings: Settings) -> list[str]:
     if now == then:
         return []
     return [f"train.resume: {path} has other model, method or data settings; resume with that config, or choose another output_dir"]
+
+
+def _fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
+    """A length the user did not choose shrinks to what the model takes; a chosen one that is too long is refused."""
+    limit = backbone.position_limit(config)
+    if "max_length" not in settings.data.model_fields_set and limit is not None and limit < settings.data.max_length:
+        return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": limit})})
+    problems = backbone.length_problems(settings.data, settings.model, config)
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def _say(world: runtime.World, *lines: str) -> None:
@@ -249,6 +264,8 @@ def run(settings: Settings) -> dict:
     Raises ConfigError for what a user must change.
     """
     begin = time.perf_counter()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
+        raise ConfigError("the launcher asks for DeepSpeed; say which with train.deepspeed=zero2 instead")
     world = runtime.start(settings.train.deepspeed is not None, settings.train.ddp_timeout or 1800)
     if settings.train.log_level is None:
         hf_logging.set_verbosity_error()
@@ -256,6 +273,8 @@ def run(settings: Settings) -> dict:
     datasets.disable_progress_bars()
     set_seed(settings.train.seed)
     out = pathlib.Path(settings.train.output_dir)
+    config = backbone.load_config(settings.model)
+    settings = _fit_length(settings, config)
     problems = check_resume(settings)
     if problems:
         raise ConfigError(problems)
@@ -263,7 +282,7 @@ def run(settings: Settings) -> dict:
     tokenizer = backbone.load_tokenizer(settings.model)
     examples = data.tokenize(examples, tokenizer, settings.data)
     args = _training_arguments(settings, world, examples.metric)
-    model = backbone.load_model(settings.model, examples.labels, frozen_dtype(settings), world.device)
+    model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device)
     # DeepSpeed in bf16 keeps its own float32 masters and wants one type among what it trains.
     model = apply_method(model, settings.method, autocast_adapter_dtype=not (args.bf16 and world.deepspeed))
     counts = parameter_counts(model)
@@ -286,19 +305,22 @@ def run(settings: Settings) -> dict:
 
 def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out: pathlib.Path) -> RunTrainer:
     gate_log = GateLog(model)
-    trainer = RunTrainer(
-        model=model,
-        args=args,
-        train_dataset=examples.train,
-        eval_dataset=examples.dev,
-        data_collator=data.collator(tokenizer, settings.data),
-        processing_class=tokenizer,
-        compute_metrics=data.compute_metrics(examples),
-        callbacks=[Journal(out / "log.jsonl", examples.metric, gate_log)],
-        gate_log=gate_log,
-        out=out,
-        about=_about(settings, examples),
-    )
+    try:
+        trainer = RunTrainer(
+            model=model,
+            args=args,
+            train_dataset=examples.train,
+            eval_dataset=examples.dev,
+            data_collator=data.collator(tokenizer, settings.data),
+            processing_class=tokenizer,
+            compute_metrics=data.compute_metrics(examples),
+            callbacks=[Journal(out / "log.jsonl", examples.metric, gate_log)],
+            gate_log=gate_log,
+            out=out,
+            about=_about(settings, examples),
+        )
+    except (ImportError, RuntimeError) as error:  # a tracker or an optimizer whose package is not installed
+        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if settings.train.early_stopping_patience:

@@ -1,0 +1,223 @@
+"""The real entry script on tiny models: what a run leaves, repeats, resumes and refuses; one process and two."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+
+from scaleup.checkpoint import verify
+from tests.tiny import FAMILIES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WORDS = {"good": ["fine", "great", "warm", "bright"], "bad": ["poor", "cold", "dull", "weak"], "other": ["film", "plot", "scene", "actor", "the", "a"]}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> pathlib.Path:
+    """Tiny backbones without dropout with a tokenizer, and a data set that a tiny model can learn."""
+    folder = tmp_path_factory.mktemp("workspace")
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *[w for kind in WORDS.values() for w in kind]]
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for family in ("bert", "bart"):
+        cls, config_cls, values = FAMILIES[family]
+        special = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+        extra = still if family == "bert" else {"dropout": 0.0, "decoder_start_token_id": 3}
+        torch.manual_seed(0)
+        model = cls(config_cls(**(values | special | extra | {"vocab_size": len(words)})))
+        # BERT as pretraining leaves it; BART with a head for three classes, which a run for two has to replace.
+        (model.base_model if family == "bert" else model).save_pretrained(folder / family)
+        names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>", mask_token="<mask>", eos_token="</s>")
+        (folder / "vocab.txt").write_text("\n".join(words))
+        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **names).save_pretrained(folder / family)
+    draw = random.Random(0)
+    for name, count in (("train", 120), ("test", 40)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "score"])
+            for _ in range(count):
+                label = draw.choice(["good", "bad"])
+                text = [draw.choice(WORDS[label]), *draw.choices(WORDS["other"], k=draw.randint(1, 9))]
+                draw.shuffle(text)
+                writer.writerow([" ".join(text), label, float(label == "good") + draw.random() / 10])
+    return folder
+
+
+def overrides(workspace: pathlib.Path, out: pathlib.Path, *more: str, family: str = "bert") -> list[str]:
+    return [
+        f"model.name={workspace / family}", f"data.train_file={workspace / 'train.csv'}", f"data.test_file={workspace / 'test.csv'}",
+        "data.k=64", "data.dev_size=32", f"train.output_dir={out}", "train.num_train_epochs=3", "train.logging_steps=1",
+        "method.prefix_hidden_size=16" if not any("method" in m for m in more) else "train.seed=42", *more,
+    ]  # fmt: skip
+
+
+def train(*arguments: str, launcher: tuple[str, ...] = (), env: dict | None = None) -> subprocess.CompletedProcess:
+    """launch/train.py as a user starts it: by itself, or through a launcher."""
+    command = [*(launcher or [sys.executable]), str(ROOT / "launch" / "train.py"), *arguments]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP_"))}
+    return subprocess.run(command, capture_output=True, text=True, timeout=420, cwd=ROOT, env=variables | (env or {}))
+
+
+def done(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def log(out: pathlib.Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """One finished run, and its screen."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, done(train(*overrides(workspace, out)))
+
+
+def test_a_run_leaves_every_file_of_the_design(finished):
+    out, _ = finished
+    found = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "environment.json", "log.jsonl", "best", "final", "results.json", "timing.json"} <= found
+    assert not [name for name in found if name.startswith(".")]
+    for bundle in ("best", "final"):
+        manifest = verify(out / bundle)
+        assert manifest["labels"] == ["bad", "good"] and len(manifest["tensors"]) > 20
+        assert not list((out / bundle).glob("*.bin")) and not list((out / bundle).glob("*.pt"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["examples"] == {"train": 64, "dev": 32, "test": 40} and results["seeds"] == {"data": 0, "train": 42}
+    assert 0 <= results["test"]["accuracy"] <= 1 and results["parameters"]["trained"] > results["parameters"]["stored"] > 0
+
+
+def test_the_screen_says_what_matters(finished):
+    out, screen = finished
+    for words in ("test accuracy", "trained", "stored", str(out / "results.json"), "adapter", "prefix", "lora", "gates"):
+        assert words in screen
+
+
+def test_the_log_has_loss_rate_speed_and_every_gate(finished):
+    lines = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert all(line["tokens_per_second"] > 0 and line["learning_rate"] >= 0 for line in steps)
+    for line in steps:
+        parts = [part for site in line["gates"].values() for part in site]
+        assert sorted(parts) == ["adapter"] * 3 + ["lora"] * 3 + ["prefix"] * 3
+        assert all(0 < value["mean"] < 1 for site in line["gates"].values() for value in site.values())
+    assert len([line for line in lines if "eval_accuracy" in line]) == 3
+
+
+def test_the_resolved_config_starts_the_same_run_and_gives_the_same_results(finished, tmp_path):
+    out, _ = finished
+    done(train("--config", str(out / "config.yaml"), f"train.output_dir={tmp_path / 'again'}"))
+    assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
+    assert log(tmp_path / "again") == log(out)
+
+
+def test_the_best_bundle_gives_the_reported_test_score(finished, workspace):
+    out, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(out / "best")
+    base = AutoModelForSequenceClassification.from_pretrained(workspace / "bert", num_labels=2)
+    model = PeftModel.from_pretrained(base, out / "best").eval()
+    rows = list(csv.DictReader((workspace / "test.csv").open()))
+    with torch.no_grad():
+        logits = model(**tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")).logits
+    right = [["bad", "good"][i] == row["label"] for i, row in zip(logits.argmax(-1), rows)]
+    assert json.loads((out / "results.json").read_text())["test"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_second_run_never_overwrites_the_first(finished, workspace):
+    out, _ = finished
+    before = (out / "results.json").read_bytes()
+    result = train(*overrides(workspace, out))
+    assert result.returncode == 2 and "is not empty; choose another, or set train.resume=auto" in result.stderr
+    assert "Traceback" not in result.stderr and (out / "results.json").read_bytes() == before
+
+
+def test_resume_continues_to_the_same_weights(workspace, tmp_path):
+    """Stopped after one epoch by max_steps, continued to three: as if never stopped (constant rate, so the schedule agrees)."""
+    same = ("train.lr_scheduler_type=constant", "train.warmup_steps=0")
+    done(train(*overrides(workspace, tmp_path / "whole", *same)))
+    done(train(*overrides(workspace, tmp_path / "parts", *same, "train.max_steps=4")))
+    done(train(*overrides(workspace, tmp_path / "parts", *same, "train.resume=auto")))
+    whole, parts = (verify(tmp_path / name / "final")["tensors"] for name in ("whole", "parts"))
+    assert whole == parts
+    other = train(*overrides(workspace, tmp_path / "parts", *same, "train.resume=auto", "method.r=4"))
+    assert other.returncode == 2 and "other model, method or data settings" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("method=full",),
+        ("method=bitfit",),
+        ("method.gates=none",),
+        ("method.submodules=[adapter]", "data.pad_to_max_length=true", "data.max_length=16"),
+        ("data.task=regression", "data.label_column=score"),
+        ("model.quantization=8bit",),
+        ("model.attention=eager", "train.gradient_checkpointing=true", "train.bf16=true"),
+    ],
+    ids=lambda more: more[0],
+)
+@pytest.mark.slow
+def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
+    out = tmp_path / "run"
+    done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
+    verify(out / "best")
+    assert all(loss == loss for loss in log(out))
+
+
+@pytest.mark.slow
+def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
+    out = tmp_path / "run"
+    done(train(*overrides(workspace, out, "train.num_train_epochs=12", "train.learning_rate=3e-3", family="bart")))
+    results = json.loads((out / "results.json").read_text())
+    assert results["test"]["accuracy"] > 0.8
+    assert results["dev"]["accuracy"] == pytest.approx(max(log(out, "eval_accuracy")))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_two_processes_equal_one_plain_and_under_zero2(workspace, tmp_path, family):
+    """The same global batch of 16, without dropout: losses of one process, of DDP and of ZeRO-2 on two (gloo) agree to 1e-5."""
+    shared = ("train.max_steps=6", "train.group_by_length=false")
+    done(train(*overrides(workspace, tmp_path / "one", *shared, family=family)))
+    two = (str(pathlib.Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2", "--main_process_port", "0")
+    for name, more in (("ddp", ()), ("zero2", ("train.deepspeed=zero2",))):
+        port = str(random.randint(20000, 40000))
+        screen = done(train(*overrides(workspace, tmp_path / name, *shared, "train.per_device_train_batch_size=8", *more, family=family),
+                            launcher=(*two[:-1], port)))  # fmt: skip
+        assert "8 per process x 2 processes" in screen
+        assert log(tmp_path / name) == pytest.approx(log(tmp_path / "one"), abs=1e-5)
+        one, many = (json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", name))
+        assert many["accuracy"] == one["accuracy"]
+        verify(tmp_path / name / "best")
+
+
+def test_print_config_shows_the_resolved_run(workspace, tmp_path):
+    shown = yaml.safe_load(done(train("--print-config", *overrides(workspace, tmp_path / "x"))))
+    assert shown["train"]["learning_rate"] == 5e-4 and shown["method"]["gates"] == "learned" and not (tmp_path / "x").exists()
+
+
+def test_help_shows_every_setting():
+    screen = done(train("--help"))
+    assert "method.prefix_length [10]" in screen and "train.deepspeed" in screen and "data.text_column [text]" in screen
+
+
+def test_everything_wrong_is_said_at_once_with_exit_code_2(workspace, tmp_path):
+    result = train(
+        f"data.train_file={workspace / 'train.csv'}", "data.label_column=lable", "model.name=/no/such/folder", "train.lerning_rate=1",
+        "method.adapter_size=many", f"train.output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for words in ("did you mean learning_rate", "adapter_size: should be a valid integer", "no folder /no/such/folder", "lable"):
+        assert words in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
