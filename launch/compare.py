@@ -67,6 +67,7 @@ def table(folder: pathlib.Path) -> str:
 
 
 def main() -> None:
+    """Command line: runs, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="local folder or hub id of the backbone")
     parser.add_argument("--data", required=True, help="folder with <task>/{train,validation}.parquet")

@@ -25,6 +25,7 @@ class _Help(argparse.Action):
 
 
 def main() -> int:
+    """Command line; the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )

@@ -11,10 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from scaleup.backbone import ENCODER_ARGUMENTS
 from scaleup.gate import TokenMask
 from scaleup.prefix import Prefix, PrefixBank
-
-ENCODER_ARGUMENTS = ("key_value_states", "encoder_hidden_states")  # BART, BERT: where a cross attention gets the encoder's output
 
 
 class AttentionGates(nn.Module, BaseTunerLayer):

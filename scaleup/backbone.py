@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scaleup.attention import ENCODER_ARGUMENTS
 from scaleup.config import ConfigError, DataSettings, ModelSettings
 
 # The families whose attentions, norms and masks are under test (tests/test_contract.py). Others may fit by structure, but
 # an untested one could lose a submodule silently, so it is refused.
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "bart", "mbart")
+# Where a cross attention gets the encoder's output: BART, BERT.
+ENCODER_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
 
 

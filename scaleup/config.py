@@ -6,11 +6,9 @@ no effect. `train` also takes any field of transformers' TrainingArguments.
 """
 
 import dataclasses
-import difflib
 import enum
-import os
-import pathlib
 import re
+import types
 import typing
 from typing import Annotated, Any, Callable, Literal
 
@@ -19,23 +17,33 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import TrainingArguments
 
-SUBMODULES = ("adapter", "prefix", "lora")
+from scaleup.rules import SUBMODULES, ZERO_PRESETS, impossible, without_effect
+from scaleup.yamlfile import ConfigError, Dumper, nearest, read, shown
+
+__all__ = ["ConfigError", "SUBMODULES", "ZERO_PRESETS", "Settings", "describe", "json_schema", "load", "to_yaml"]
+
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
-class ConfigError(ValueError):
-    """What a user must change before the run can start. `problems` holds one plain sentence each."""
-
-    def __init__(self, problems: list[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
-
-
 class Section(BaseModel):
+    """What the sections share: no unknown keys, no infinities, and yes or no is not a number."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if isinstance(value, bool) and bool not in _alternatives(cls.model_fields[info.field_name].annotation):
+            raise ValueError("should be a number or a text, not yes or no")
+        return value
+
+
+def _alternatives(hint: Any) -> set[Any]:
+    """The types of a union, however nested."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return {hint} if parts == (hint,) else set().union(*map(_alternatives, parts))
 
 
 class ModelSettings(Section):
@@ -100,7 +108,7 @@ class DataSettings(Section):
         None, description="Kind of task. Default: the GLUE task's own, else sequence_classification."
     )
     path: str | None = Field(
-        None, description="Local folder with <task>/{train,validation}.parquet, or a hub dataset id; default nyu-mll/glue on the hub."
+        None, description="Local folder with <task>/{train,validation}.parquet, or the task's own; or a hub dataset id. Default: nyu-mll/glue."
     )
     train_file: str | None = Field(None, description="Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet.")
     validation_file: str | None = Field(None, description="Your own development data, same columns.")
@@ -111,7 +119,7 @@ class DataSettings(Section):
     k: PositiveInt | Literal["all"] = Field(
         "all", description="Training examples: the first K of the shuffled training set (low-resource protocol), or all."
     )
-    dev_size: PositiveInt = Field(1000, description="Development examples cut from the training set after the first K.")
+    dev_size: PositiveInt = Field(1000, description="Development examples cut from the training set: after the first K, or with k all and no validation set.")
     seed: Seed = Field(0, description="Seed of the shuffle that picks the K training and the development examples.")
     metric: Literal["accuracy", "f1", "matthews", "spearman"] | None = Field(
         None, description="Metric that picks the best checkpoint. Default: the GLUE task's; accuracy or spearman for your own files."
@@ -232,7 +240,7 @@ class Settings(Section):
 
     def dump(self) -> dict[str, dict[str, Any]]:
         """The resolved run: defaults filled in, settings without effect left out, so that it loads again as it is."""
-        idle = _without_effect({name: getattr(self, name) for name in SECTIONS})
+        idle = without_effect({name: getattr(self, name) for name in SECTIONS})
         out: dict[str, dict[str, Any]] = {}
         for name in SECTIONS:
             section = getattr(self, name)
@@ -250,101 +258,6 @@ SECTIONS: dict[str, type[Section]] = {
 }  # fmt: skip
 
 
-def _without_effect(sections: dict[str, Section]) -> dict[str, str]:
-    """Settings that nothing would read in this run: `section.key` -> why."""
-    idle: dict[str, str] = {}
-    method, data, train = sections.get("method"), sections.get("data"), sections.get("train")
-    if method is not None:
-        if method.name != "unipelt":
-            idle |= {f"method.{k}": f"method.name is {method.name}" for k in MethodSettings.model_fields if k != "name"}
-        else:
-            for part in SUBMODULES:
-                if part not in method.submodules:
-                    keys = [k for k in MethodSettings.model_fields if k.startswith(part + "_") or (part == "lora" and k == "r")]
-                    idle |= {f"method.{k}": f"{part} is not among method.submodules" for k in keys}
-            if method.prefix_reparameterization == "none":
-                idle.setdefault("method.prefix_hidden_size", "method.prefix_reparameterization is none")
-            if method.resolved_gates == "learned":
-                idle.setdefault("method.lora_alpha", "a learned gate replaces alpha/r")
-            else:
-                idle["method.gate_pooling"] = "there are no learned gates"
-    if data is not None:
-        own_columns = ("train_file", "validation_file", "test_file", "text_column", "text_pair_column", "label_column")
-        if data.name is not None:
-            idle |= {f"data.{k}": f"data.name is {data.name}" for k in own_columns}
-        else:
-            idle["data.path"] = "data.name is not set"
-        if data.k == "all" and (data.name is not None or data.validation_file is not None):
-            idle["data.dev_size"] = "with data.k all, the validation set is the development set"
-            idle["data.seed"] = "with data.k all, nothing is sampled"
-        if data.pad_to_max_length and train is not None:
-            idle["train.group_by_length"] = "data.pad_to_max_length makes every batch the same length"
-    if train is not None and not train.gradient_checkpointing:
-        idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
-    return idle
-
-
-def _impossible(sections: dict[str, Section]) -> list[str]:
-    """Combinations that cannot work, across sections; only over the sections that are valid by themselves."""
-    problems = []
-    model, method, data, train = (sections.get(name) for name in SECTIONS)
-    if model is not None and method is not None and model.quantization != "none" and method.name != "unipelt":
-        problems.append(f"model.quantization: {model.quantization} weights are frozen; method.name {method.name} trains them: use none")
-    # os.path answers no where pathlib raises: names too long, folders we may not enter.
-    if model is not None and os.path.exists(model.name) and not os.path.isfile(os.path.join(model.name, "config.json")):
-        problems.append(f"model.name: {model.name} has no config.json; give the folder of a transformers model")
-    elif model is not None and not os.path.exists(model.name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
-        problems.append(f"model.name: no folder {model.name}; give an existing folder or a hub id like facebook/bart-large")
-    if data is not None and data.name is None and data.train_file is None:
-        problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
-    if data is not None and data.name is not None:
-        if data.task is not None and (data.task == "regression") != (data.name == "stsb"):
-            problems.append(f"data.task: {data.task} does not fit data.name {data.name}; leave it out")
-        if data.metric is not None and (data.metric == "spearman") != (data.name == "stsb"):
-            problems.append(f"data.metric: {data.metric} does not fit data.name {data.name}; leave it out")
-    elif data is not None and data.metric is not None and (data.metric == "spearman") != (data.task == "regression"):
-        problems.append(f"data.metric: {data.metric} does not fit data.task {data.task or 'sequence_classification'}")
-    if train is None:
-        return problems
-    if train.bf16 is True and train.fp16:
-        problems.append("train.fp16: train.bf16 is on already; choose one")
-    kwargs = train.gradient_checkpointing_kwargs or {}
-    if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-        problems.append("train.gradient_checkpointing_kwargs: use_reentrant loses the gradient of the prefix; leave it out")
-    if train.deepspeed is not None:
-        if train.deepspeed not in ZERO_PRESETS and not os.path.isfile(train.deepspeed):
-            problems.append(f"train.deepspeed: {train.deepspeed} is neither a file nor one of {', '.join(ZERO_PRESETS)}")
-        if train.use_cpu:
-            problems.append("train.use_cpu: Accelerate drops DeepSpeed silently with it; hide GPUs with CUDA_VISIBLE_DEVICES= instead")
-    return problems + _output_problems(train)
-
-
-def _output_problems(train: Section) -> list[str]:
-    out = pathlib.Path(train.output_dir)
-    try:
-        if out.exists() and not out.is_dir():
-            return [f"train.output_dir: {out} is a file"]
-        # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
-        if out.is_dir() and any(out.iterdir()) and train.resume == "never":
-            return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
-    except OSError as error:
-        return [f"train.output_dir: cannot be used: {error.strerror}"]
-    return []
-
-
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    """A value as Python writes it, cut; Python refuses to write integers of thousands of digits."""
-    try:
-        return f"{value!r:.80}"
-    except ValueError:
-        return "a very long number"
-
-
 def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
     """One sentence per key. Alternatives of a union are reported together, not one by one."""
     by_key: dict[str, list[str]] = {}
@@ -355,85 +268,11 @@ def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
             if name == "train" and key in MANAGED:
                 message = f"is decided by scaleup: {MANAGED[key]}"
             else:
-                message = "unknown setting" + _nearest(key, model.model_fields)
+                message = "unknown setting" + nearest(key, model.model_fields)
         else:
-            message = re.sub(r"^(Value error, |Input )", "", item["msg"]) + f" (got {_shown(item['input'])})"
+            message = re.sub(r"^(Value error, |Input )", "", item["msg"]) + f" (got {shown(item['input'])})"
         by_key.setdefault(key, []).append(message)
     return [f"{name}.{key}: {'; or '.join(dict.fromkeys(found))}" for key, found in by_key.items()]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where 5e-4 is a number and a key given twice is an error."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads: the text "5e-4", a commit say, gets quotes."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = str(loader.construct_object(key_node, deep=True))
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key} stands twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        # Beyond its own error PyYAML lets through what Python raises for `!!int x`, `!!bool x`, `!!timestamp x`, 0:0:… and [[[[….
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _raw(path: str | None, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The file and the overrides as nested dicts, and what is wrong with their shape."""
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = _parse_yaml(pathlib.Path(path).read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(raw).__name__}")
-    problems = []
-    if isinstance(raw.get("method"), str):  # `method: full` is short for `method: {name: full}`
-        raw["method"] = {"name": raw["method"]}
-    for name in list(raw):
-        if name not in SECTIONS:
-            problems.append(f"{name}: unknown section{_nearest(str(name), SECTIONS)} (sections: {', '.join(SECTIONS)})")
-            del raw[name]
-        elif raw[name] is None:
-            raw[name] = {}
-        elif not isinstance(raw[name], dict):
-            problems.append(f"{name}: expected settings, found {_shown(raw[name])}")
-            del raw[name]
-        else:
-            raw[name] = {str(key): value for key, value in raw[name].items()}
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        section, dot, field = key.partition(".")
-        if section == "method" and not dot and sign:
-            field, dot = "name", "."
-        if not sign or not dot or not field:
-            problems.append(f"{item}: overrides look like section.key=value")
-        elif section not in SECTIONS:
-            problems.append(f"{key}: unknown section{_nearest(section, SECTIONS)} (sections: {', '.join(SECTIONS)})")
-        else:
-            raw.setdefault(section, {})[field] = _parse_yaml(text, key)
-    return raw, problems
 
 
 def load(
@@ -446,19 +285,19 @@ def load(
     `overrides` are `section.key=value` with YAML values. Each of `checks` gets the valid sections by name and returns
     further problems (files, columns, labels). Raises ConfigError with every problem found.
     """
-    raw, problems = _raw(path, overrides)
+    raw, problems = read(path, overrides, tuple(SECTIONS))
     sections: dict[str, Section] = {}
     for name, cls in SECTIONS.items():
         try:
             sections[name] = cls.model_validate(raw.get(name, {}))
         except pydantic.ValidationError as error:
             problems += _section_problems(name, error)
-    for key, why in _without_effect(sections).items():
+    for key, why in without_effect(sections).items():
         section, _, field = key.partition(".")
         # Saying the default out loud is no mistake; a value that would be ignored is.
         if field in sections[section].model_fields_set and getattr(sections[section], field) != type(sections[section]).model_fields[field].get_default():
             problems.append(f"{key}: has no effect here ({why}); remove it")
-    problems += _impossible(sections)
+    problems += impossible(sections)
     for check in checks:
         problems += check(sections)
     if problems:
@@ -468,7 +307,7 @@ def load(
 
 def to_yaml(settings: Settings) -> str:
     """The resolved config as YAML; `load` reads it back to the same run."""
-    return yaml.dump(settings.dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(settings.dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe() -> str:

@@ -329,7 +329,7 @@ def compute_metrics(examples: Examples) -> Callable[[EvalPrediction], dict[str, 
     an example makes it wrong; in a regression it makes both correlations 0, as constant outputs do.
     """
 
-    def score(prediction: EvalPrediction) -> dict[str, float]:
+    def _score(prediction: EvalPrediction) -> dict[str, float]:
         outputs = prediction.predictions
         truth = np.asarray(prediction.label_ids).reshape(-1)
         outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64).reshape(len(truth), -1)
@@ -347,4 +347,4 @@ def compute_metrics(examples: Examples) -> Callable[[EvalPrediction], dict[str, 
             found["matthews"] = float(metrics.matthews_corrcoef(truth, guess))
         return found
 
-    return score
+    return _score

@@ -23,38 +23,10 @@ from transformers.utils import logging as hf_logging
 from scaleup import backbone, data, runtime
 from scaleup.checkpoint import draft, expected_tensors, seal
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings, to_yaml
-from scaleup.gate import GateStatistics, LearnedGate
+from scaleup.journal import GateLog, header, summary, write_json
 from scaleup.unipelt import apply_method, parameter_counts
 
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
-
-
-class GateLog:
-    """Means of every gate of a model, by site and submodule, as collected since the last look."""
-
-    def __init__(self, model: nn.Module):
-        self.gates: dict[str, LearnedGate] = {}
-        self.last: dict[str, dict[str, dict[str, float]]] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, LearnedGate):
-                module.statistics = GateStatistics()
-                site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
-                self.gates[site] = module
-
-    def drain(self) -> dict[str, dict[str, dict[str, float]]]:
-        """site → submodule → mean and std over the examples seen. The only synchronisation with the device."""
-        self.last = {
-            site: {
-                part: {"mean": round(mean, 6), "std": round(std, 6)}
-                for part, (mean, std) in zip(gate.names, gate.statistics.drain())
-            }
-            for site, gate in self.gates.items()
-        }
-        return self.last
-
-    def scalars(self) -> dict[str, float]:
-        """The means of the last look under flat names, for trackers."""
-        return {f"gates/{site}/{part}": value["mean"] for site, parts in self.last.items() for part, value in parts.items()}
 
 
 class RunTrainer(Trainer):
@@ -117,6 +89,7 @@ class Journal(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """One line of log.jsonl, and the newest numbers behind the bar."""
         if not state.is_world_process_zero:
             return
         line = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("gates/")}}
@@ -224,31 +197,6 @@ def _say(world: runtime.World, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def _header(settings: Settings, examples: data.Examples, counts: dict, args: TrainingArguments, world: runtime.World) -> list[str]:
-    test = "none" if examples.test is None else "the dev set" if examples.test_is_dev else len(examples.test)
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
-    return [
-        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters, {settings.model.quantization} quantisation)",
-        f"method     {settings.method.name}{' (' + parts + ')' if parts else ''}",
-        f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored {counts['stored']:,}"
-        f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
-        f"data       train {len(examples.train)}, dev {len(examples.dev)}, test {test}; metric {examples.metric}",
-        f"batch      {batch} = {args.per_device_train_batch_size} per process x {world.size} processes x"
-        f" {args.gradient_accumulation_steps} accumulation; learning rate {args.learning_rate:g}",
-        f"device     {world.device.type}, {args.distributed_state.distributed_type.value.lower()}"
-        f"{', ' + settings.train.deepspeed if settings.train.deepspeed else ''}; bf16 {'on' if args.bf16 else 'off'}",
-        f"output     {settings.train.output_dir}",
-    ]
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    """Never half written under its final name."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def _about(settings: Settings, examples: data.Examples) -> dict:
     return {
         "method": settings.dump()["method"],
@@ -289,17 +237,19 @@ def run(settings: Settings) -> dict:
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-        _write_json(out / "environment.json", runtime.environment(world))
-    _say(world, *_header(settings, examples, counts, args, world))
+        write_json(out / "environment.json", runtime.environment(world))
+    kind = args.distributed_state.distributed_type.value.lower() if world.size > 1 or world.deepspeed else "one process"
+    kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
+    _say(world, *header(settings, examples, counts, world, kind, args.bf16))
     trainer = _make_trainer(settings, args, model, tokenizer, examples, out)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if settings.train.resume == "auto" and out.is_dir() else None)
     trainer.save_bundle("best")
     results = _score(settings, trainer, examples, counts)
     seconds = time.perf_counter() - begin
     if world.main:
-        _write_json(out / "results.json", results)
-        _write_json(out / "timing.json", {"seconds": round(seconds, 1), "peak_memory_mib": round(runtime.peak_memory_mib(world), 1)})
-    _say(world, *_summary(results, out, seconds))
+        write_json(out / "results.json", results)
+        write_json(out / "timing.json", {"seconds": round(seconds, 1), "peak_memory_mib": round(runtime.peak_memory_mib(world), 1)})
+    _say(world, *summary(results, out, seconds))
     return results
 
 
@@ -357,15 +307,3 @@ def _score(settings: Settings, trainer: RunTrainer, examples: data.Examples, cou
         "learning_rate": settings.learning_rate,
         "sources": examples.sources,
     }
-
-
-def _summary(results: dict, out: pathlib.Path, seconds: float) -> list[str]:
-    metric, counts = results["metric"], results["parameters"]
-    which = "test" if results["test"] is not None else "dev"
-    scored = results[which]
-    return [
-        "",
-        f"{which} {metric}  {scored[metric]:.4f}  (dev {results['dev'][metric]:.4f} at step {results['best_step']} of {results['steps']})",
-        f"parameters  trained {counts['trained']:,}, stored {counts['stored']:,} ({counts['stored_percent']:.2f}% of the model)",
-        f"results     {out / 'results.json'}; best checkpoint {out / 'best'}; log {out / 'log.jsonl'}; {seconds:.0f} s",
-    ]

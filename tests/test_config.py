@@ -3,7 +3,7 @@
 import pytest
 from transformers import TrainingArguments
 
-from scaleup import config
+from scaleup import config, rules, yamlfile
 from scaleup.config import ConfigError, load
 
 GLUE = "data.name=rte"
@@ -100,13 +100,13 @@ def test_the_last_of_several_overrides_wins():
 
 @pytest.mark.parametrize("number", ["5e-4", "5E-4", "+5e-4", "0.5e-3", "0.0005"])
 def test_numbers_with_an_exponent_are_numbers(tmp_path, number):
-    parsed = config._parse_yaml(f"rate: {number}", "here")["rate"]
+    parsed = yamlfile.parse(f"rate: {number}", "here")["rate"]
     assert isinstance(parsed, float) and parsed == 5e-4
     assert load(None, [GLUE, f"train.learning_rate={number}"]).learning_rate == 5e-4
 
 
 def test_text_that_only_looks_like_a_number_stays_text():
-    assert config._parse_yaml("[5e, e5, 1e-4b, 0x1e-4]", "here") == ["5e", "e5", "1e-4b", "0x1e-4"]
+    assert yamlfile.parse("[5e, e5, 1e-4b, 0x1e-4]", "here") == ["5e", "e5", "1e-4b", "0x1e-4"]
 
 
 def test_a_method_may_be_named_in_short(tmp_path):
@@ -352,7 +352,7 @@ def test_what_is_written_loads_to_the_same_run(tmp_path, overrides):
     again = load(write(tmp_path, config.to_yaml(run)))
     assert again.dump() == run.dump() and config.to_yaml(again) == config.to_yaml(run)
     assert again.learning_rate == run.learning_rate and again.method.resolved_gates == run.method.resolved_gates
-    idle = config._without_effect({name: getattr(run, name) for name in config.SECTIONS})
+    idle = rules.without_effect({name: getattr(run, name) for name in config.SECTIONS})
     mine, theirs = run.model_dump(), again.model_dump()
     same = {"method.gates", "train.learning_rate"}  # resolved in the file
     for name in config.SECTIONS:

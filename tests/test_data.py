@@ -726,7 +726,7 @@ def test_a_max_length_below_the_special_tokens_is_refused(in_tmp, tokenizer):
 
 
 LONG = {
-    "words": "good bad film " * 8000,
+    "words": "good bad film " * 8000 + "great poor",
     "letters": "a b c d " * 13_000,
     "one endless word, then words": "x" * 60_000 + " good bad film" * 3000,
     "blanks, then words": " " * 60_000 + "good bad film " * 3000,
@@ -735,14 +735,14 @@ LONG = {
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_line_of_100000_characters_is_quick_and_cut_as_if_tokenized_whole(in_tmp, tokenizer, side):
-    write_jsonl("long.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(LONG.values())])
+@pytest.mark.parametrize("kind", LONG)
+def test_a_line_of_100000_characters_is_cut_as_if_tokenized_whole(in_tmp, tokenizer, kind, side):
+    write_jsonl("long.jsonl", [{"text": LONG[kind], "label": 0}, {"text": "good", "label": 1}])
     fields = settings(train_file="long.jsonl", validation_file="long.jsonl")
-    examples = data.load(fields)
     tokenizer.truncation_side = side
     try:
-        whole = tokenizer(list(LONG.values()), truncation=True, max_length=128)["input_ids"]
-        assert data.tokenize(examples, tokenizer, fields).train["input_ids"][:] == whole
+        whole = tokenizer(LONG[kind], truncation=True, max_length=128)["input_ids"]
+        assert data.tokenize(data.load(fields), tokenizer, fields).train[0]["input_ids"] == whole
     finally:
         tokenizer.truncation_side = "right"
 
@@ -879,6 +879,13 @@ def test_an_example_with_nan_outputs_is_wrong(metric):
     assert found["accuracy"] == 0.75 and np.isfinite(found[metric])
     lost = score(made(metric=metric), np.full((4, 2), np.nan), [0, 1, 0, 1])
     assert lost["accuracy"] == 0.0 and lost[metric] == 0.0
+
+
+def test_the_macro_average_counts_no_class_for_nan_outputs():
+    outputs = logits([0, 0, 1, 1, 2, 2], 3)
+    outputs[0] = np.nan
+    found = score(made(labels="abc", metric="f1"), outputs, [0, 0, 1, 1, 2, 2])["f1"]
+    assert found == pytest.approx((2 / 3 + 1 + 1) / 3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -11,11 +11,12 @@ PACKAGE = ROOT / "scaleup"
 
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
-    {"config", "gate", "context", "runtime"},
+    {"rules", "yamlfile"},
+    {"config", "gate", "runtime"},
     {"data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},
     {"unipelt"},
-    {"checkpoint"},
+    {"checkpoint", "journal"},
     {"train", "export", "plan", "bench", "report"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -1,0 +1,79 @@
+"""What a run says and writes: the gates' means, the header and the summary on the screen, JSON files."""
+
+import json
+import os
+import pathlib
+
+from torch import nn
+
+from scaleup.config import Settings
+from scaleup.data import Examples
+from scaleup.gate import GateStatistics, LearnedGate
+from scaleup.runtime import World
+
+
+class GateLog:
+    """Means of every gate of a model, by site and submodule, as collected since the last look."""
+
+    def __init__(self, model: nn.Module):
+        self.gates: dict[str, LearnedGate] = {}
+        self.last: dict[str, dict[str, dict[str, float]]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LearnedGate):
+                module.statistics = GateStatistics()
+                site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
+                self.gates[site] = module
+
+    def drain(self) -> dict[str, dict[str, dict[str, float]]]:
+        """site → submodule → mean and std over the examples seen. The only synchronisation with the device."""
+        self.last = {
+            site: {
+                part: {"mean": round(mean, 6), "std": round(std, 6)}
+                for part, (mean, std) in zip(gate.names, gate.statistics.drain())
+            }
+            for site, gate in self.gates.items()
+        }
+        return self.last
+
+    def scalars(self) -> dict[str, float]:
+        """The means of the last look under flat names, for trackers."""
+        return {f"gates/{site}/{part}": value["mean"] for site, parts in self.last.items() for part, value in parts.items()}
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Never half written under its final name."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def header(settings: Settings, examples: Examples, counts: dict, world: World, launched_as: str, bf16: bool) -> list[str]:
+    """What is about to run, for the screen: backbone, method, counts, data, batch arithmetic, devices."""
+    test = "none" if examples.test is None else "the dev set" if examples.test_is_dev else len(examples.test)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
+    train = settings.train
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
+    return [
+        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters, {settings.model.quantization} quantisation)",
+        f"method     {settings.method.name}{' (' + parts + ')' if parts else ''}",
+        f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored {counts['stored']:,}"
+        f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
+        f"data       train {len(examples.train)}, dev {len(examples.dev)}, test {test}; metric {examples.metric}",
+        f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size} processes x"
+        f" {train.gradient_accumulation_steps} accumulation; learning rate {settings.learning_rate:g}",
+        f"device     {world.device.type}, {launched_as}; bf16 {'on' if bf16 else 'off'}",
+        f"output     {train.output_dir}",
+    ]
+
+
+def summary(results: dict, out: pathlib.Path, seconds: float) -> list[str]:
+    """The end of the screen: the score, the counts, where everything is."""
+    metric, counts = results["metric"], results["parameters"]
+    which = "test" if results["test"] is not None else "dev"
+    scored = results[which]
+    return [
+        "",
+        f"{which} {metric}  {scored[metric]:.4f}  (dev {results['dev'][metric]:.4f} at step {results['best_step']} of {results['steps']})",
+        f"parameters  trained {counts['trained']:,}, stored {counts['stored']:,} ({counts['stored_percent']:.2f}% of the model)",
+        f"results     {out / 'results.json'}; best checkpoint {out / 'best'}; log {out / 'log.jsonl'}; {seconds:.0f} s",
+    ]
