@@ -9,9 +9,11 @@ import argparse
 import os
 import pathlib
 import sys
+import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
 
 
 class _Help(argparse.Action):

@@ -54,7 +54,7 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
     train = settings.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
     return [
-        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters, {settings.model.quantization} quantisation)",
+        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters{', 8 bit' * (settings.model.quantization == '8bit')})",
         f"method     {settings.method.name}{' (' + parts + ')' if parts else ''}",
         f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored {counts['stored']:,}"
         f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",

@@ -202,6 +202,21 @@ def test_two_processes_equal_one_plain_and_under_zero2(workspace, tmp_path, fami
         verify(tmp_path / name / "best")
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, data_dir, tmp_path):
+    """The command of the README with two processes: ZeRO-2 on gloo, real RTE sentences."""
+    accelerate = str(pathlib.Path(sys.executable).with_name("accelerate"))
+    port = str(random.randint(20000, 40000))
+    screen = done(train(
+        "--config", "configs/bart_large.yaml", f"model.name={workspace / 'bart'}", f"data.path={data_dir / 'glue'}", "train.max_steps=20",
+        f"train.output_dir={tmp_path / 'run'}", "data.dev_size=64", launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+    ))  # fmt: skip
+    assert "16 per process x 2 processes" in screen and "deepspeed, zero2" in screen and "test 277" in screen
+    assert len(log(tmp_path / "run", "eval_accuracy")) == 2
+    verify(tmp_path / "run" / "best")
+
+
 def test_print_config_shows_the_resolved_run(workspace, tmp_path):
     shown = yaml.safe_load(done(train("--print-config", *overrides(workspace, tmp_path / "x"))))
     assert shown["train"]["learning_rate"] == 5e-4 and shown["method"]["gates"] == "learned" and not (tmp_path / "x").exists()
