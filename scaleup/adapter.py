@@ -13,11 +13,11 @@ Shapes: B examples, T tokens, D hidden size.
 """
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import ACT2FN
 
 from scaleup.gate import TokenMask, cast_to_weight
+from scaleup.tuner import SideLayer
 
 
 class Bottleneck(nn.Module):
@@ -36,44 +36,28 @@ class Bottleneck(nn.Module):
         return self.up(self.activation(self.down(cast_to_weight(n, self.down.weight))))
 
 
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(SideLayer):
     """What both placements share: adapters and their gates by PEFT adapter name."""
 
     adapter_layer_names = ("unipelt_adapter", "unipelt_gate")
 
-    def __init__(self, mask: TokenMask):
-        super().__init__()
-        self.unipelt_adapter = nn.ModuleDict()
-        self.unipelt_gate = nn.ModuleDict()
-        self._mask = (mask,)  # in a tuple: a plain attribute would make it a submodule of every site
-        self.merged_adapters = []
-
-    def add(self, name: str, adapter: Bottleneck, gate: nn.Module) -> None:
-        self.unipelt_adapter[name] = adapter
-        self.unipelt_gate[name] = gate
+    def __init__(self, neighbour: nn.Module, mask: TokenMask):
+        super().__init__(neighbour)
+        self._mask = (mask,)  # in a tuple: owned by the model, not by each block
 
     def update(self, n_BTD: torch.Tensor) -> torch.Tensor | None:
         """G_A · adapter(n), or None when nothing is active."""
-        if self.disable_adapters:
+        adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
+        if adapter is None:
             return None
-        for name in self.active_adapters:
-            if name in self.unipelt_adapter:
-                gate = self.unipelt_gate[name](n_BTD, self._mask[0].mask_BT)["adapter"]
-                return (gate * self.unipelt_adapter[name](n_BTD)).to(n_BTD.dtype)
-        return None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError("an adapter is nonlinear and cannot be merged into a weight")
-
-    def unmerge(self) -> None:
-        assert not self.merged_adapters
+        return (gate(n_BTD, self._mask[0].mask_BT)["adapter"] * adapter(n_BTD)).to(n_BTD.dtype)
 
 
 class PostNormAdapter(AdapterLayer):
     """Stands where the closing LayerNorm of a post-LN block stood; `base_layer` is that norm."""
 
     def __init__(self, base_layer: nn.Module, mask: TokenMask):
-        super().__init__(mask)
+        super().__init__(base_layer, mask)
         self.base_layer = base_layer
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:

@@ -8,30 +8,25 @@ the same projection pooled over the encoder's tokens.
 """
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from scaleup.backbone import ENCODER_ARGUMENTS
 from scaleup.gate import TokenMask
 from scaleup.prefix import Prefix, PrefixBank
+from scaleup.tuner import SideLayer
 
 
-class AttentionGates(nn.Module, BaseTunerLayer):
-    """A child of one attention. `layer`: its index in the prefix bank; `cross`: it attends to an encoder; `causal`: its own is_causal."""
+class AttentionGates(SideLayer):
+    """A child of one attention. `layer`: its index in the prefix bank; `cross`: it attends to an encoder; `causal`: its is_causal."""
 
     adapter_layer_names = ("unipelt_gate",)
 
-    def __init__(self, mask: TokenMask, bank: PrefixBank | None, layer: int, cross: bool, causal: bool):
-        super().__init__()
-        self.unipelt_gate = nn.ModuleDict()
+    def __init__(self, neighbour: nn.Module, mask: TokenMask, bank: PrefixBank | None, layer: int, cross: bool, causal: bool):
+        super().__init__(neighbour)
         self.layer, self.cross, self.causal = layer, cross, causal
         self._mask, self._bank = (mask,), (bank,)  # in tuples: owned by the model, not by each attention
         self._prefix: Prefix | None = None
         self._lora: dict[str, torch.Tensor | float] = {}
-        self.merged_adapters = []
-
-    def add(self, name: str, gate: nn.Module) -> None:
-        self.unipelt_gate[name] = gate
 
     def use_bank(self, bank: PrefixBank | None) -> None:
         """A second adapter may be the first one with a prefix."""
@@ -39,10 +34,9 @@ class AttentionGates(nn.Module, BaseTunerLayer):
 
     def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the attention. Raises ValueError for a decoding step: see `_refuse_decoding`."""
-        active = [name for name in self.active_adapters if name in self.unipelt_gate]
-        if self.disable_adapters or not active:
+        gate = self.active(self.unipelt_gate)
+        if gate is None:
             return
-        gate = self.unipelt_gate[active[0]]
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         mask = self._mask[0]
         self._refuse_decoding(gate, attention, kwargs)
@@ -91,9 +85,3 @@ class AttentionGates(nn.Module, BaseTunerLayer):
                 "the attention ignored its prefix: its implementation was changed after UniPELT was attached; "
                 "use set_attn_implementation('unipelt_sdpa') or 'unipelt_eager'"
             )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError("gates depend on the input and cannot be merged into a weight")
-
-    def unmerge(self) -> None:
-        assert not self.merged_adapters

@@ -294,7 +294,8 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
     # A line of 100,000 characters need not be tokenized whole for its first tokens: 100 characters a token hold them.
     keep = slice(-100 * data.max_length, None) if tokenizer.truncation_side == "left" else slice(100 * data.max_length)
     blank = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    to_ids = functools.partial(tokenizer, truncation="longest_first", max_length=data.max_length, padding=False)
+    # "</s>" or "[SEP]" in a text is text: as a token it would end the sequence, and BART's head counts the ends.
+    to_ids = functools.partial(tokenizer, truncation="longest_first", max_length=data.max_length, split_special_tokens=True)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         found = to_ids(*([text[keep] for text in batch[role]] for role in roles))

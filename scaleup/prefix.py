@@ -16,10 +16,11 @@ from typing import Callable
 
 import torch
 from peft import PrefixEncoder, PrefixTuningConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from scaleup.tuner import SideLayer
 
 CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (scaleup.attention)
 ATTENTION = {"sdpa": "unipelt_sdpa", "eager": "unipelt_eager"}  # the plain implementation → ours around it
@@ -27,57 +28,54 @@ ATTENTION = {"sdpa": "unipelt_sdpa", "eager": "unipelt_eager"}  # the plain impl
 Prefix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # keys [G, L, E], values [G, L, E], gate
 
 
-class PrefixBank(nn.Module, BaseTunerLayer):
+class PrefixBank(SideLayer):
     """The prefixes of one model's attentions, of one kind ("self" or "cross"): a child of that model."""
 
     adapter_layer_names = ("unipelt_prefix",)
 
-    def __init__(self, layers: int, kv_heads: int, head_size: int):
-        super().__init__()
+    def __init__(self, neighbour: nn.Module, layers: int, kv_heads: int, head_size: int):
+        super().__init__(neighbour)
         self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
-        self.unipelt_prefix = nn.ModuleDict()
         self.kv_NLE: torch.Tensor | None = None  # [N, 2, G, L, E] of the running forward pass
-        self.merged_adapters = []
 
-    def add(self, name: str, length: int, hidden_size: int, reparameterization: str) -> None:
-        width = self.kv_heads * self.head_size
+    def encoder(self, length: int, hidden_size: int, reparameterization: str) -> PrefixEncoder:
+        """PEFT's prefix encoder for this model: through an MLP ("mlp") or the keys and values themselves ("none")."""
         config = PrefixTuningConfig(
             num_virtual_tokens=length,
-            token_dim=width,
+            token_dim=self.kv_heads * self.head_size,
             num_layers=self.layers,
             encoder_hidden_size=hidden_size,
             prefix_projection=reparameterization == "mlp",
         )
-        self.unipelt_prefix[name] = PrefixEncoder(config)
+        return PrefixEncoder(config)
 
-    def keys_values(self, name: str) -> torch.Tensor:
+    def keys_values(self, encoder: PrefixEncoder) -> torch.Tensor:
         """[N, 2, G, L, E]: layer i's keys and values. The same layout as the authors' and PEFT's: entry 2i keys, 2i+1 values."""
-        encoder = self.unipelt_prefix[name]
-        weight = encoder.embedding.weight
         # ZeRO-3 leaves an empty weight between calls, so the length comes from the layer's own record.
-        out = encoder(torch.arange(encoder.embedding.num_embeddings, device=weight.device))
+        positions = torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)
+        out = encoder(positions)
         return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4)
 
     def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model: once per pass, however many layers and examples there are."""
-        active = [name for name in self.active_adapters if name in self.unipelt_prefix]
-        self.kv_NLE = None if self.disable_adapters or not active else self.keys_values(active[0])
+        encoder = self.active(self.unipelt_prefix)
+        self.kv_NLE = None if encoder is None else self.keys_values(encoder)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [G, L, E] of one layer in the running forward pass; None when nothing is active."""
         if self.kv_NLE is None:
             return None
         keys_GLE, values_GLE = self.kv_NLE[index]
         return keys_GLE, values_GLE
 
+    def stored(self) -> int:
+        """Numbers that remain of the prefixes after training, the MLP collapsed."""
+        width = 2 * self.layers * self.kv_heads * self.head_size
+        return sum(encoder.embedding.num_embeddings * width for encoder in self.unipelt_prefix.values())
+
     def __getstate__(self) -> dict:
         # The running prefix is part of a graph; copies and pickles of the model go without it.
         return self.__dict__ | {"kv_NLE": None}
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError("a prefix changes the softmax and cannot be merged into a weight")
-
-    def unmerge(self) -> None:
-        assert not self.merged_adapters
 
 
 def widen_mask(

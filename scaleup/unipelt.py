@@ -22,12 +22,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scaleup import lora
-from scaleup.adapter import AdapterLayer, Bottleneck, PostNormAdapter, PreNormAdapter
+from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
 from scaleup.attention import AttentionGates
 from scaleup.backbone import AttentionSite, BlockSite, find_sites, head_names, mask_arguments
 from scaleup.config import SUBMODULES, MethodSettings
 from scaleup.gate import GateFactory, TokenMask, gate_factory
 from scaleup.prefix import ATTENTION, CHILD, PrefixBank
+from scaleup.tuner import SideLayer
 
 MASK_CHILD, BLOCK_CHILD = "unipelt_mask", "unipelt_block"
 BANK_CHILD = {False: "unipelt_bank_self", True: "unipelt_bank_cross"}
@@ -104,7 +105,7 @@ class UniPeltModel(LoraModel):
 
     # `inject_adapter_in_model` and `model.add_adapter` would skip the shared prefixes; PEFT refuses them for this flag.
     uses_shared_state = True
-    tuner_layer_cls = (LoraLayer, AdapterLayer, AttentionGates, PrefixBank)
+    tuner_layer_cls = (LoraLayer, SideLayer)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
@@ -208,10 +209,10 @@ def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], 
         first = sites[0]
         bank = _child(
             model.get_submodule(first.host), BANK_CHILD[first.cross],
-            lambda: PrefixBank(len(sites), first.kv_heads, first.head_size), {"before": "before_forward"},
+            lambda: PrefixBank(model.get_submodule(first.value), len(sites), first.kv_heads, first.head_size),
+            {"before": "before_forward"},
         )  # fmt: skip
-        bank.add(name, config.prefix_length, config.prefix_hidden_size, config.prefix_reparameterization)
-        _like(bank.unipelt_prefix[name], model.get_submodule(first.value))
+        bank.add(name, unipelt_prefix=bank.encoder(config.prefix_length, config.prefix_hidden_size, config.prefix_reparameterization))
         banks[key] = bank
     return banks
 
@@ -221,11 +222,11 @@ def _attach_attention(
 ) -> None:
     child = _child(
         model.get_submodule(site.name), CHILD,
-        lambda: AttentionGates(mask, bank, site.layer, site.cross, site.causal),
+        lambda: AttentionGates(model.get_submodule(site.query), mask, bank, site.layer, site.cross, site.causal),
         {"before": "before_attention", "always": "after_attention"},
     )  # fmt: skip
     child.use_bank(bank)
-    child.add(name, _like(gates(site.hidden_size, names, site.causal_block), model.get_submodule(site.query)))
+    child.add(name, unipelt_gate=gates(site.hidden_size, names, site.causal_block))
     if "lora" in names:
         lora.attach(model.get_submodule(site.query), name, child, "query")
         lora.attach(model.get_submodule(site.value), name, child, "value")
@@ -234,28 +235,21 @@ def _attach_attention(
 def _attach_adapter(
     model: nn.Module, name: str, config: UniPeltConfig, site: BlockSite, mask: TokenMask, gates: GateFactory
 ) -> None:
+    block = model.get_submodule(site.name)
     if site.norm is None:
-        layer = _child(model.get_submodule(site.name), BLOCK_CHILD, lambda: PreNormAdapter(mask), {"after": "after_block"})
+        linear = next(module for module in block.modules() if isinstance(module, nn.Linear))
+        layer = _child(block, BLOCK_CHILD, lambda: PreNormAdapter(linear, mask), {"after": "after_block"})
     else:
         layer = model.get_submodule(site.norm)
         if not isinstance(layer, PostNormAdapter):
             layer = PostNormAdapter(layer, mask)
             parent, _, child = site.norm.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-    like = next(module for module in model.get_submodule(site.name).modules() if isinstance(module, nn.Linear | nn.LayerNorm))
     layer.add(
         name,
-        _like(Bottleneck(site.hidden_size, config.adapter_size, config.adapter_activation), like),
-        _like(gates(site.hidden_size, ("adapter",), site.causal), like),
+        unipelt_adapter=Bottleneck(site.hidden_size, config.adapter_size, config.adapter_activation),
+        unipelt_gate=gates(site.hidden_size, ("adapter",), site.causal),
     )
-
-
-def _like(module: nn.Module, neighbour: nn.Module) -> nn.Module:
-    """On the neighbour's device, in its type; beside quantised weights in float32. PEFT may raise it to float32 later."""
-    weight = neighbour.weight
-    if any(p.device.type == "meta" for p in module.parameters()):
-        return module
-    return module.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
 
 
 def apply_method(model: PreTrainedModel, method: MethodSettings, autocast_adapter_dtype: bool = True) -> nn.Module:
@@ -310,10 +304,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int | float | dict[str, int]
             parts[part] += count if part != "prefix" else 0
     for module in base.modules():
         if isinstance(module, PrefixBank):
-            parts["prefix"] += sum(
-                encoder.embedding.num_embeddings * 2 * module.layers * module.kv_heads * module.head_size
-                for encoder in module.unipelt_prefix.values()
-            )
+            parts["prefix"] += module.stored()
     adapted = isinstance(model, PeftModel)
     stored = sum(parts.values()) if adapted else trained
     return {

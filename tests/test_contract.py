@@ -187,3 +187,11 @@ def test_a_second_adapter_is_independent_and_switchable(family):
         model.base_model.set_adapter(["default", "second"])
     model.delete_adapter("second")
     assert difference(first, logits(model, batch())) == 0
+
+
+@families
+def test_loading_with_low_memory_gives_the_same_logits(family, tmp_path):
+    model = adapt(backbone(family))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(backbone(family), tmp_path, low_cpu_mem_usage=True).eval()
+    assert difference(logits(model, batch()), logits(loaded, batch())) == 0

@@ -692,6 +692,14 @@ def test_of_a_pair_the_longer_text_is_cut_first(in_tmp, tokenizer):
     assert tokens.train[1]["token_type_ids"] == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_special_tokens_written_in_a_text_are_text(in_tmp, tokenizer):
+    fields = settings(train_file="x.csv")
+    tokens = data.tokenize(own([("good [SEP] bad [PAD] [CLS]", "a"), ("fine", "b")]), tokenizer, fields)
+    ids = tokens.train[0]["input_ids"]
+    special = [i for i in ids if i in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)]
+    assert special == [ids[0], ids[-1]] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+
+
 def test_a_tokenizer_without_token_types_gives_none(in_tmp):
     plain = PreTrainedTokenizerFast(tokenizer_object=word_level(), unk_token="<unk>", pad_token="<pad>")
     plain.model_input_names = ["input_ids", "attention_mask"]

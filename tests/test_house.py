@@ -12,7 +12,7 @@ PACKAGE = ROOT / "scaleup"
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
     {"rules", "yamlfile"},
-    {"config", "gate", "runtime"},
+    {"config", "gate", "runtime", "tuner"},
     {"data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},
     {"unipelt"},

@@ -75,13 +75,12 @@ def test_a_mask_is_widened_in_its_own_kind():
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
 def test_the_layout_is_the_authors(reparameterization):
     """Layer i takes entry 2i of [2 N, heads, size] for keys and 2i + 1 for values."""
-    bank = PrefixBank(layers=2, kv_heads=H, head_size=E)
-    bank.add("default", L, 5, reparameterization)
-    encoder = bank.unipelt_prefix["default"]
+    bank = PrefixBank(nn.Linear(1, 1), layers=2, kv_heads=H, head_size=E)
+    encoder = bank.encoder(L, 5, reparameterization)
     flat = encoder(torch.arange(L)).view(L, 2 * 2, H, E)
     for layer in range(2):
         for kind in range(2):
-            assert torch.equal(bank.keys_values("default")[layer, kind], flat[:, 2 * layer + kind].transpose(0, 1))
+            assert torch.equal(bank.keys_values(encoder)[layer, kind], flat[:, 2 * layer + kind].transpose(0, 1))
 
 
 def test_both_registries_of_transformers_know_the_attentions():
