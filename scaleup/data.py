@@ -300,7 +300,7 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
     def encode(batch: dict[str, list]) -> dict[str, list]:
         found = to_ids(*([text[keep] for text in batch[role]] for role in roles))
         cut = {row for role in roles for row, text in enumerate(batch[role]) if len(text) > 100 * data.max_length}
-        if any(len(found["input_ids"][row]) < data.max_length for row in cut):  # not blanks or an endless word
+        if any(len(found["input_ids"][row]) < data.max_length for row in cut):  # blanks or an endless word
             found = to_ids(*(batch[role] for role in roles))
         filler = {"input_ids": [blank], "attention_mask": [1], "token_type_ids": [0]}
         columns = {name: [values or filler[name] for values in rows] for name, rows in found.items()}

@@ -22,6 +22,8 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 
+from scaleup.yamlfile import ConfigError
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "safetensors", "numpy")
 
 
@@ -45,6 +47,7 @@ class Launcher:
     """What `accelerate launch` was asked for when it is our parent and started a single process."""
 
     processes: int
+    machines: int
     threads_chosen: bool
 
 
@@ -66,17 +69,20 @@ def launcher() -> Launcher | None:
         return None
     words = command[starts[0] + 1 :]
     known, _ = launch_command_parser().parse_known_args(words[1:] if words[:1] == ["launch"] else words)
-    return Launcher(known.num_processes or 1, known.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in variables)
+    threads_chosen = known.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in variables
+    return Launcher(known.num_processes or 1, known.num_machines or 1, threads_chosen)
 
 
 def respawn(script: str, arguments: list[str]) -> None:
     """Mends what Accelerate does to CPU runs: becomes `torchrun` with the processes that were asked for, or takes all cores.
 
-    Returns if one process is right.
+    Returns if one process is right. Raises ConfigError for several machines: Accelerate gave this process no rank.
     """
     found = launcher()
     if found is None or torch.cuda.is_available():
         return
+    if found.machines > 1:
+        raise ConfigError("accelerate launch starts several machines only with GPUs; on CPU start launch/train.py with torchrun")
     threads = max(1, (os.cpu_count() or 1) // found.processes)
     if found.processes == 1:
         if not found.threads_chosen:

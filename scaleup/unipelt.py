@@ -20,6 +20,7 @@ from peft.utils import ModulesToSaveWrapper, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from scaleup import lora
 from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
@@ -82,6 +83,8 @@ class UniPeltConfig(LoraConfig):
             "gate_pooling": ("auto", "paper", "masked", "causal"),
             "prefix_reparameterization": ("mlp", "none"),
         }
+        if "adapter" in self.submodules:
+            choices["adapter_activation"] = tuple(ACT2FN)
         for field, values in choices.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} must be one of {', '.join(values)}; got {getattr(self, field)!r}")

@@ -201,6 +201,7 @@ def test_the_head_trains_without_a_task_type():
         ({"gates": "maybe"}, "gates must be one of learned, none"),
         ({"gate_pooling": "max"}, "gate_pooling must be one of"),
         ({"prefix_reparameterization": "conv"}, "prefix_reparameterization must be one of"),
+        ({"adapter_activation": "rely"}, "adapter_activation must be one of"),
         ({"adapter_size": 0}, "adapter_size must be a positive whole number"),
         ({"r": 2.5}, "r must be a positive whole number"),
         ({"use_dora": True}, "leave out use_dora"),

@@ -1,0 +1,62 @@
+"""What Accelerate leaves behind, and what is read back from it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from scaleup import runtime
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ACCELERATE = str(pathlib.Path(sys.executable).with_name("accelerate"))
+
+
+def launched(tmp_path, *flags: str, **variables: str) -> str:
+    """What a script started by `accelerate launch` reads of its launcher."""
+    script = tmp_path / "probe.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom scaleup import runtime\nprint(runtime.launcher())\n")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP_"))}
+    command = [ACCELERATE, "launch", *flags, str(script), "--num_processes", "7", "train.max_steps=1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean | variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_number_of_processes_comes_from_accelerates_own_arguments(tmp_path):
+    assert "processes=3, machines=1, threads_chosen=False" in launched(tmp_path, "--num_processes", "3")
+    assert "processes=1, machines=1, threads_chosen=True" in launched(tmp_path, "--num_processes=1", OMP_NUM_THREADS="1")
+
+
+def test_without_accelerate_there_is_no_launcher(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert runtime.launcher() is None
+
+
+def test_several_machines_without_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(runtime, "launcher", lambda: runtime.Launcher(4, 2, False))
+    with pytest.raises(runtime.ConfigError, match="torchrun"):
+        runtime.respawn("script.py", [])
+
+
+def test_one_process_takes_the_cores_that_nobody_chose(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        monkeypatch.setattr(runtime, "launcher", lambda: runtime.Launcher(1, 1, True))
+        runtime.respawn("script.py", [])
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(runtime, "launcher", lambda: runtime.Launcher(1, 1, False))
+        runtime.respawn("script.py", [])
+        assert torch.get_num_threads() == os.cpu_count()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_environment_names_versions_device_and_commit():
+    world = runtime.World(0, 0, 1, torch.device("cpu"), False)
+    found = runtime.environment(world)
+    assert found["packages"]["torch"] == torch.__version__ and found["device"].startswith("cpu: ") and found["processes"] == 1
+    assert runtime.peak_memory_mib(world) > 50
