@@ -2,7 +2,8 @@
 
     accelerate launch launch/train.py --config configs/quickstart.yaml train.max_steps=20
 
-Exit codes: 0 done, 2 something in the config or the data must change (one message with everything), 130 interrupted.
+Exit codes: 0 done, 1 the run could not go on (what it saved stays), 2 something in the config or the data must change (one
+message with everything), 130 interrupted.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_args()
 
-    from scaleup import backbone, config, data, runtime
+    from scaleup import backbone, checkpoint, config, data, runtime, train
 
     try:
         settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
@@ -45,14 +46,18 @@ def main() -> int:
             print(config.to_yaml(settings), end="")
             return 0
         runtime.respawn(__file__, sys.argv[1:])
-        from scaleup import train
-
         train.run(settings)
     except config.ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             count = len(error.problems)
             print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
         return 2
+    except (train.RunError, checkpoint.BundleError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; continue with train.resume=auto", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ holds only what the same config and seed give again, times and memory are in `ti
 """
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -29,6 +30,10 @@ from scaleup.unipelt import apply_method, parameter_counts
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, in one plain line. What it had saved stays."""
+
+
 class RunTrainer(Trainer):
     """Trainer that counts tokens, logs gates and keeps the last weights beside the best."""
 
@@ -44,6 +49,11 @@ class RunTrainer(Trainer):
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Adds speed and gates to a training log. Runs on every rank: the token count is summed over them."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise RunError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower train.learning_rate"
+                f" (best checkpoint so far: {self.state.best_model_checkpoint or 'none'})"
+            )
         if "loss" in logs:
             tokens, self.tokens = self.accelerator.reduce(self.tokens, reduction="sum"), torch.zeros_like(self.tokens)
             logs["tokens_per_second"] = round(tokens.item() / (time.perf_counter() - self.since), 1)
@@ -125,6 +135,7 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
     passed.setdefault("ddp_find_unused_parameters", False)
     passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
     passed.setdefault("disable_tqdm", False)
+    passed.setdefault("logging_nan_inf_filter", False)  # a loss that is not a number ends the run instead of being smoothed over
     passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
     if world.device.type == "cpu" and not world.deepspeed:
         passed.setdefault("use_cpu", True)  # what Trainer wants to hear before it allows bfloat16 on CPU
@@ -269,7 +280,7 @@ def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out
             out=out,
             about=_about(settings, examples),
         )
-    except (ImportError, RuntimeError) as error:  # a tracker or an optimizer whose package is not installed
+    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is unknown or whose package is not installed
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

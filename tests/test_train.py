@@ -217,6 +217,18 @@ def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, da
     verify(tmp_path / "run" / "best")
 
 
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(workspace, tmp_path):
+    result = train(*overrides(workspace, tmp_path / "run", "train.learning_rate=1e30", "train.max_grad_norm=0", "method=full"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: the loss is" in result.stderr and "at step" in result.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_an_unknown_tracker_is_a_plain_error(workspace, tmp_path):
+    result = train(*overrides(workspace, tmp_path / "run", "train.report_to=nope"))
+    assert result.returncode == 2 and "nope is not supported" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_print_config_shows_the_resolved_run(workspace, tmp_path):
     shown = yaml.safe_load(done(train("--print-config", *overrides(workspace, tmp_path / "x"))))
     assert shown["train"]["learning_rate"] == 5e-4 and shown["method"]["gates"] == "learned" and not (tmp_path / "x").exists()
