@@ -11,6 +11,7 @@ import inspect
 import pathlib
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -281,7 +282,7 @@ def load_model(
             settings.name, config=config, dtype=dtype, attn_implementation=settings.attention,
             ignore_mismatched_sizes=True, output_loading_info=True, **source, **quantised,
         )  # fmt: skip
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _unreadable(settings.name, error) from error
     _check_loaded(settings.name, heads, info)
     return model

@@ -82,6 +82,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
 
 
 def _output_problems(train: Any) -> list[str]:
+    if "\0" in train.output_dir:
+        return ["train.output_dir: a path cannot hold a null character"]
     out = pathlib.Path(train.output_dir)
     try:
         if out.exists() and not out.is_dir():

@@ -65,6 +65,13 @@ def test_weights_that_do_not_fit_are_refused(folder):
         load(folder)
 
 
+def test_a_damaged_weight_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(folder)
+
+
 def problems(name, method="unipelt", **data):
     return check({
         "model": ModelSettings(name=str(name)), "method": MethodSettings(name=method), "data": DataSettings(name="rte", **data)

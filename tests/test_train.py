@@ -63,7 +63,9 @@ def train(*arguments: str, launcher: tuple[str, ...] = (), env: dict | None = No
     """launch/train.py as a user starts it: by itself, or through a launcher."""
     command = [*(launcher or [sys.executable]), str(ROOT / "launch" / "train.py"), *arguments]
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP_"))}
-    return subprocess.run(command, capture_output=True, text=True, timeout=420, cwd=ROOT, env=variables | (env or {}))
+    # One thread: two would only wait for each other over models of this size.
+    variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(command, capture_output=True, text=True, timeout=420, cwd=ROOT, env=variables)
 
 
 def done(result: subprocess.CompletedProcess) -> str:
