@@ -39,7 +39,12 @@ class PrefixBank(SideLayer):
         self.kv_NLE: torch.Tensor | None = None  # [N, 2, G, L, E] of the running forward pass
 
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> PrefixEncoder:
-        """PEFT's prefix encoder for this model: through an MLP ("mlp") or the keys and values themselves ("none")."""
+        """PEFT's prefix encoder for this model: through an MLP ("mlp") or the keys and values themselves ("none").
+
+        Weights ~ N(0, 0.02), biases 0, as in the authors' code, where BERT's own initialisation reaches the prefix too. PEFT's
+        default (an embedding ~ N(0, 1)) starts with a prefix that outweighs a short sentence: UniPELT on MiniLM and CoLA,
+        K = 500, then stays at the larger class (training loss 0.6 after 11 epochs; 0.2 with this one).
+        """
         config = PrefixTuningConfig(
             num_virtual_tokens=length,
             token_dim=self.kv_heads * self.head_size,
@@ -47,7 +52,13 @@ class PrefixBank(SideLayer):
             encoder_hidden_size=hidden_size,
             prefix_projection=reparameterization == "mlp",
         )
-        return PrefixEncoder(config)
+        encoder = PrefixEncoder(config)
+        for module in encoder.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        return encoder
 
     def keys_values(self, encoder: PrefixEncoder) -> torch.Tensor:
         """[N, 2, G, L, E]: layer i's keys and values. The same layout as the authors' and PEFT's: entry 2i keys, 2i+1 values."""

@@ -88,3 +88,12 @@ def test_both_registries_of_transformers_know_the_attentions():
     for plain, ours in ATTENTION.items():
         assert ours in ALL_ATTENTION_FUNCTIONS and ours in ALL_MASK_ATTENTION_FUNCTIONS
         assert ALL_MASK_ATTENTION_FUNCTIONS[ours] is ALL_MASK_ATTENTION_FUNCTIONS[plain]
+
+
+@pytest.mark.parametrize("reparameterization", ["mlp", "none"])
+def test_a_fresh_prefix_is_small_beside_real_keys(reparameterization):
+    """As the authors start it; PEFT's own start (entries near 1) drowns short inputs and UniPELT then does not learn."""
+    torch.manual_seed(0)
+    bank = PrefixBank(nn.Linear(H * E, H * E), layers=2, kv_heads=H, head_size=E)
+    fresh = bank.keys_values(bank.encoder(10, 512, reparameterization))
+    assert 0 < fresh.std() < 0.03
