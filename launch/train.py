@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_args()
 
-    from scaleup import backbone, checkpoint, config, data, runtime, train
+    from scaleup import backbone, checkpoint, config, data, loop, runtime, train
 
     try:
         settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
@@ -52,9 +52,13 @@ def main() -> int:
             count = len(error.problems)
             print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
         return 2
-    except (train.RunError, checkpoint.BundleError) as error:
+    except (loop.RunError, checkpoint.BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except loop.Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return 0
     except OSError as error:
         print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
         return 1

@@ -13,10 +13,14 @@ import pathlib
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from scaleup import quantised
 from scaleup.config import ConfigError, DataSettings, ModelSettings
+from scaleup.int8 import replace_linears
+from scaleup.weights import Weights, checkpoint_folder, load_sharded
 
 # The families whose attentions, norms and masks are under test (tests/test_contract.py). Others may fit by structure, but
 # an untested one could lose a submodule silently, so it is refused.
@@ -259,11 +263,12 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def load_model(
-    settings: ModelSettings, config: PretrainedConfig, labels: list[str] | None, dtype: torch.dtype, device: torch.device
+    settings: ModelSettings, config: PretrainedConfig, labels: list[str] | None, dtype: torch.dtype, device: torch.device, zero3: bool = False
 ) -> PreTrainedModel:
     """The backbone with a fresh classification head (`labels` in id order) or regression head (`labels` None).
 
-    8-bit weights are made while loading; the head stays in full precision. Raises ConfigError if it cannot be loaded.
+    Quantised weights are made while loading; the head stays in full precision. `zero3`: each process keeps its share of the
+    weights, and 8-bit ones are `Int8Linear`, which can be shared out. Raises ConfigError if it cannot be loaded.
     """
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -272,19 +277,39 @@ def load_model(
         else:
             config.num_labels, config.problem_type = len(labels), "single_label_classification"
             config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-        with torch.device("meta"):
-            heads = tuple(head_names(AutoModelForSequenceClassification.from_config(config)))
-        quantised = {}
-        if settings.quantization == "8bit":
-            quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(heads))
-            quantised["device_map"] = {"": device}
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            settings.name, config=config, dtype=dtype, attn_implementation=settings.attention,
-            ignore_mismatched_sizes=True, output_loading_info=True, **source, **quantised,
-        )  # fmt: skip
+        empty = _empty_model(config, settings.attention, dtype)
+        heads = tuple(head_names(empty))
+        if zero3 and settings.quantization != "nf4":
+            if settings.quantization == "8bit":
+                replace_linears(empty, heads, dtype)
+            model = empty.eval()
+            info = load_sharded(model, Weights(model, checkpoint_folder(settings.name, settings.revision)), device)
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                settings.name, config=config, dtype=dtype, attn_implementation=settings.attention,
+                ignore_mismatched_sizes=True, output_loading_info=True, **source, **quantised.arguments(settings.quantization, heads, dtype, None if zero3 else device),
+            )  # fmt: skip
+            if settings.quantization == "8bit":
+                quantised.leave_out_scales(model)
+            quantised.renew_heads(model, empty, heads)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _unreadable(settings.name, error) from error
     _check_loaded(settings.name, heads, info)
+    return model
+
+
+def _empty_model(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device. Not through `from_config`, which under ZeRO-3 would allocate and share out every weight."""
+    cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    config._attn_implementation = attention
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
     return model
 
 

@@ -1,7 +1,9 @@
 """The bundle on disk: the trained tensors as safetensors, the adapter config, the tokenizer and a manifest.
 
 Whoever writes one saves into `draft(folder)` and then calls `seal`: every expected tensor is read back and checked
-(present, right shape, finite), hashed into manifest.json, synced to disk, and only then does the folder get its name.
+(present, right shape, finite), every file hashed into manifest.json and synced to disk, and only then does the folder get
+its name. `best/` and `final/` are bundles; `checkpoint-N/` is one with the optimizer's state beside it. What resuming needs
+of them is in scaleup.resume.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -25,11 +27,16 @@ class BundleError(ValueError):
 
 def draft(folder: pathlib.Path) -> pathlib.Path:
     """The empty folder beside `folder` to write into before it is sealed."""
-    path = folder.with_name(f".{folder.name}.draft")
+    path = draft_name(folder)
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
+
+
+def draft_name(folder: pathlib.Path) -> pathlib.Path:
+    """Where `draft` puts it."""
+    return folder.with_name(f".{folder.name}.draft")
 
 
 def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
@@ -56,6 +63,17 @@ def _tensors(folder: pathlib.Path) -> dict[str, dict]:
     return found
 
 
+def _other_files(folder: pathlib.Path) -> dict[str, dict]:
+    """Size in bytes and hash of every other file: optimizer state, tokenizer, configs."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
 def _sync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -75,12 +93,13 @@ def seal(written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[i
     wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name]["shape"] != shape]
     if wrong:
         raise BundleError(f"{written}: {len(wrong)} trained tensors were not written whole, first {wrong[0]}; nothing was kept")
-    manifest = {"format_version": FORMAT_VERSION, **about, "tensors": tensors}
+    manifest = {"format_version": FORMAT_VERSION, **about, "tensors": tensors, "files": _other_files(written)}
     (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in [*written.rglob("*"), written]:
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     written.rename(folder)
     _sync(folder.parent)
@@ -95,12 +114,16 @@ def verify(folder: pathlib.Path) -> dict:
         raise BundleError(f"{folder}: no {MANIFEST}; not a bundle of scaleup, or one that was not finished") from None
     except ValueError:
         raise BundleError(f"{folder}/{MANIFEST}: not readable; the bundle was altered") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BundleError(f"{folder}: format version {manifest.get('format_version')}; this scaleup reads {FORMAT_VERSION}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{folder}: format version {version}; this scaleup reads {FORMAT_VERSION}")
     try:
-        tensors = _tensors(folder)
+        tensors, files = _tensors(folder), _other_files(folder)
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"{folder}: a tensor file is damaged: {error}") from None
-    if tensors != manifest["tensors"]:
+        raise BundleError(f"{folder}: a file is damaged: {error}") from None
+    if tensors != manifest.get("tensors"):
         raise BundleError(f"{folder}: the tensors are not the ones in {MANIFEST}; the bundle was altered")
+    changed = sorted(name for name, entry in manifest.get("files", {}).items() if files.get(name) != entry)
+    if changed:
+        raise BundleError(f"{folder}: {changed[0]} is missing or not the one in {MANIFEST}; the bundle was altered")
     return manifest

@@ -54,7 +54,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, else float32."
     )
-    quantization: Literal["none", "8bit"] = Field("none", description="Frozen linear weights in 8 bit (bitsandbytes).")
+    quantization: Literal["none", "8bit", "nf4"] = Field(
+        "none", description="Frozen linear weights in 8 bit (bitsandbytes; under ZeRO-3 scaleup's own, which are sharded) or 4 bit (NF4)."
+    )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation; eager is the slow, plain one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models you trust.")
 
@@ -162,6 +164,8 @@ MANAGED = {
     "eval_do_concat_batches": "metrics are computed over the whole set",
     "eval_use_gather_object": "predictions are gathered as tensors",
     "restore_callback_states_from_checkpoint": "early stopping always resumes with the run",
+    "save_total_limit": "use train.keep_checkpoints",
+    "save_on_each_node": "found out by the run",
     "train_sampling_strategy": "use train.group_by_length",
     "save_only_model": "a run can always be resumed",
 }
@@ -174,7 +178,12 @@ class _Train(Section):
     """How it is trained. Any other field of transformers' TrainingArguments passes through."""
 
     output_dir: str = Field("runs/unipelt", min_length=1, description="Folder for everything the run leaves.")
-    resume: Literal["never", "auto"] = Field("never", description="auto: continue from the newest checkpoint in output_dir.")
+    resume: Literal["never", "auto", "weights_only"] = Field(
+        "never",
+        description="auto: continue from the newest checkpoint in output_dir. weights_only: where its optimizer state does not fit "
+        "(another number of processes or ZeRO stage), start anew from its trained weights.",
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoint-N folders to keep, besides the best one.")
     early_stopping_patience: NonNegativeInt = Field(
         10, description="Stop after this many evaluations without a better dev metric; 0: never stop early."
     )
@@ -198,7 +207,7 @@ class _Train(Section):
     @property
     def training_arguments(self) -> dict[str, Any]:
         """The fields that go to TrainingArguments as they stand: our defaults, and what the user set beyond them."""
-        own = {"resume", "early_stopping_patience", "learning_rate", "bf16", "group_by_length", "deepspeed"}
+        own = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16", "group_by_length", "deepspeed"}
         return {k: getattr(self, k) for k in type(self).model_fields if k not in own and (k in _Train.model_fields or k in self.model_fields_set)}
 
 

@@ -47,6 +47,18 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     os.replace(part, path)
 
 
+def rewind(path: pathlib.Path, step: int) -> None:
+    """Cuts a log back to what was known at `step`: lines after the checkpoint that a run resumes from come again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A killed run may have left half a line at the end.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
 def header(settings: Settings, examples: Examples, counts: dict, world: World, launched_as: str, bf16: bool) -> list[str]:
     """What is about to run, for the screen: backbone, method, counts, data, batch arithmetic, devices."""
     test = "none" if examples.test is None else "the dev set" if examples.test_is_dev else len(examples.test)
@@ -54,7 +66,7 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
     train = settings.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
     return [
-        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters{', 8 bit' * (settings.model.quantization == '8bit')})",
+        f"backbone   {settings.model.name} ({counts['backbone']:,} parameters{'' if settings.model.quantization == 'none' else ', ' + settings.model.quantization})",
         f"method     {settings.method.name}{' (' + parts + ')' if parts else ''}",
         f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored {counts['stored']:,}"
         f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",

@@ -118,6 +118,15 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     return World(state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed)
 
 
+def gather(world: World, value: object) -> list[object]:
+    """Every process's value, in the order of ranks, on every process. A barrier too."""
+    if world.size == 1:
+        return [value]
+    values: list[object] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,122 +2,33 @@
 
     results = run(settings)             config → data, backbone → attach → train → bundles, log, results
 
-This is the only file that knows Trainer. What it leaves in `output_dir` is listed in DESIGN.md section 4; `results.json`
+With scaleup.loop, the only file that knows Trainer. What it leaves in `output_dir` is listed in DESIGN.md section 4; `results.json`
 holds only what the same config and seed give again, times and memory are in `timing.json`.
 """
 
+import contextlib
 import json
-import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import datasets
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers import PretrainedConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, data, runtime
-from scaleup.checkpoint import draft, expected_tensors, seal
+from scaleup import backbone, data, resume, runtime, weights
+from scaleup.checkpoint import BundleError
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings, to_yaml
 from scaleup.journal import GateLog, header, summary, write_json
+from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
 from scaleup.unipelt import apply_method, parameter_counts
 
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on, in one plain line. What it had saved stays."""
-
-
-class RunTrainer(Trainer):
-    """Trainer that counts tokens, logs gates and keeps the last weights beside the best."""
-
-    def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.gate_log, self.out, self.about = gate_log, out, about
-        self.tokens = torch.zeros((), device=self.args.device)
-        self.since = time.perf_counter()
-
-    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
-        self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        """Adds speed and gates to a training log. Runs on every rank: the token count is summed over them."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise RunError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower train.learning_rate"
-                f" (best checkpoint so far: {self.state.best_model_checkpoint or 'none'})"
-            )
-        if "loss" in logs:
-            tokens, self.tokens = self.accelerator.reduce(self.tokens, reduction="sum"), torch.zeros_like(self.tokens)
-            logs["tokens_per_second"] = round(tokens.item() / (time.perf_counter() - self.since), 1)
-        if "loss" in logs or any(key.startswith("eval_") for key in logs):
-            self.since = time.perf_counter()  # evaluation does not count as training time
-            self.gate_log.drain()
-            logs.update(self.gate_log.scalars())
-        super().log(logs, start_time)
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        self.gate_log.drain()  # the gates logged with dev scores are those of dev examples
-        return super().evaluate(*args, **kwargs)
-
-    def save_bundle(self, name: str) -> None:
-        """`out/name`: the model as it is now. Every rank takes part; the main one writes."""
-        folder = self.out / name
-        written = draft(folder) if self.args.process_index == 0 else folder.with_name(f".{name}.draft")
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(written))
-        if self.args.process_index == 0:
-            seal(written, folder, expected_tensors(self.accelerator.unwrap_model(self.model)), self.about)
-        self.accelerator.wait_for_everyone()
-
-    def _load_best_model(self) -> None:
-        self.save_bundle("final")
-        super()._load_best_model()
-
-
-class Journal(TrainerCallback):
-    """log.jsonl and the one progress bar, on the main rank."""
-
-    def __init__(self, path: pathlib.Path, metric: str, gate_log: GateLog):
-        self.path, self.metric, self.gate_log = path, metric, gate_log
-        self.bar: tqdm | None = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, disable=args.disable_tqdm)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """One line of log.jsonl, and the newest numbers behind the bar."""
-        if not state.is_world_process_zero:
-            return
-        line = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("gates/")}}
-        if "loss" in logs or "eval_loss" in logs:
-            line["gates"] = self.gate_log.last
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.3f}"
-        if f"eval_{self.metric}" in logs:
-            self.shown[f"dev {self.metric}"] = f"{logs[f'eval_{self.metric}']:.3f}"
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def _training_arguments(settings: Settings, world: runtime.World, metric: str) -> TrainingArguments:
@@ -131,7 +42,6 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
         passed.setdefault("save_steps", passed["eval_steps"])
     passed.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False} if train.gradient_checkpointing else None)
     passed.setdefault("save_strategy", strategy)
-    passed.setdefault("save_total_limit", 2)
     passed.setdefault("ddp_find_unused_parameters", False)
     passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
     passed.setdefault("disable_tqdm", False)
@@ -192,6 +102,54 @@ def check_resume(settings: Settings) -> list[str]:
     return [f"train.resume: {path} has other model, method or data settings; resume with that config, or choose another output_dir"]
 
 
+def _finished(settings: Settings, out: pathlib.Path) -> dict | None:
+    """The results of this very run, if it came to its end before: a job that a scheduler starts again has nothing to do."""
+    path, config = out / "results.json", out / "config.yaml"
+    if settings.train.resume == "never" or not path.is_file() or not config.is_file():
+        return None
+
+    def wanted(text: str) -> str:
+        return "\n".join(line for line in text.splitlines() if not line.startswith("  resume:"))
+
+    same = wanted(config.read_text(encoding="utf-8")) == wanted(to_yaml(settings))
+    return json.loads(path.read_text(encoding="utf-8")) if same else None
+
+
+@contextlib.contextmanager
+def _agreed(world: runtime.World):
+    """What goes wrong on one process ends all of them, with the first one's words."""
+    problem = None
+    try:
+        yield
+    except (ConfigError, BundleError) as error:
+        problem = error
+    problems = [found for found in runtime.gather(world, problem) if found is not None]
+    if problems:
+        raise problems[0]
+
+
+def _prepare_folder(settings: Settings, out: pathlib.Path, now: dict, writes: bool) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """(checkpoint to resume, checkpoint to take only weights from). Clears what a killed run left half written."""
+    if settings.train.resume == "never" or not out.is_dir():
+        return None, None
+    if writes:
+        resume.clear_unfinished(out)
+    found = resume.checkpoints(out)
+    weights_only = settings.train.resume == "weights_only"
+    if not found:
+        return None, resume.set_aside_newest(out) if weights_only else None
+    why = resume.misfit(resume.check(found[-1], now), now)
+    if why is None:
+        best = resume.trainer_state(found[-1])["best_global_step"]
+        if best and best != int(found[-1].name.partition("-")[2]):
+            resume.check(out / f"checkpoint-{best}", now)
+        return found[-1], None
+    if not weights_only:
+        raise ConfigError(f"train.resume: {found[-1]} cannot be continued here: {why}. Use as many processes and that ZeRO stage, or"
+                          " train.resume=weights_only: its trained weights, a new optimizer and schedule (the old run moves to before-N/)")  # fmt: skip
+    return None, found[-1]
+
+
 def _fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
     """A length the user did not choose shrinks to what the model takes; a chosen one that is too long is refused."""
     limit = backbone.position_limit(config)
@@ -208,19 +166,26 @@ def _say(world: runtime.World, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def _about(settings: Settings, examples: data.Examples) -> dict:
+def about(settings: Settings, examples: data.Examples, config: PretrainedConfig, args: TrainingArguments) -> dict:
+    """What a bundle's manifest says of its run."""
+    model, stage = settings.model, args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
     return {
         "method": settings.dump()["method"],
-        "backbone": {"name": settings.model.name, "revision": settings.model.revision, "quantization": settings.model.quantization},
+        "backbone": {
+            "name": model.name, "revision": model.revision, "quantization": model.quantization,
+            "fingerprint": weights.fingerprint(model.name, getattr(config, "_commit_hash", None)),
+        },
         "task": examples.task,
         "labels": examples.labels,
-    }
+        "run": {"processes": args.world_size, "zero_stage": stage},
+    }  # fmt: skip
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     """Trains, restores the best checkpoint, scores the test set once. Returns what results.json holds.
 
-    Raises ConfigError for what a user must change.
+    `callbacks`: transformers callbacks to run besides our own. Raises ConfigError for what a user must change, RunError for a
+    run that cannot go on, Preempted after SIGTERM once everything is saved.
     """
     begin = time.perf_counter()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
@@ -237,23 +202,43 @@ def run(settings: Settings) -> dict:
     problems = check_resume(settings)
     if problems:
         raise ConfigError(problems)
+    done = _finished(settings, out)
+    if done is not None:
+        _say(world, f"this run is finished; to train on, change what it stopped for. Results of {out}:", *summary(done, out, 0.0))
+        return done
     examples = data.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model)
     examples = data.tokenize(examples, tokenizer, settings.data)
     args = _training_arguments(settings, world, examples.metric)
-    model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device)
+    facts = about(settings, examples, config, args)
+    with _agreed(world):
+        checkpoint, old_weights = _prepare_folder(settings, out, facts, world.main)
+    model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device, is_deepspeed_zero3_enabled())
     # DeepSpeed in bf16 keeps its own float32 masters and wants one type among what it trains.
     model = apply_method(model, settings.method, autocast_adapter_dtype=not (args.bf16 and world.deepspeed))
     counts = parameter_counts(model)
+    if old_weights is not None:
+        resume.load_weights(model, old_weights)
+    runtime.gather(world, None)  # nobody moves the folder before everyone has read it
     if world.main:
+        if old_weights is not None and old_weights.parent == out:
+            resume.set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
         write_json(out / "environment.json", runtime.environment(world))
     kind = args.distributed_state.distributed_type.value.lower() if world.size > 1 or world.deepspeed else "one process"
     kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
     _say(world, *header(settings, examples, counts, world, kind, args.bf16))
-    trainer = _make_trainer(settings, args, model, tokenizer, examples, out)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if settings.train.resume == "auto" and out.is_dir() else None)
+    if checkpoint or old_weights:
+        _say(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
+    if checkpoint is not None and settings.train.early_stopping_patience:
+        state = resume.trainer_state(checkpoint)
+        if resume.patience_used(state["stateful_callbacks"]) >= settings.train.early_stopping_patience:
+            args.max_steps = state["global_step"]  # it was killed when it was about to stop
+    trainer = _make_trainer(settings, args, model, tokenizer, examples, facts, callbacks)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopping is not None:
+        raise Preempted(f"stopped by {trainer.stopping} at step {trainer.state.global_step}, saved; continue with train.resume=auto")
     trainer.save_bundle("best")
     results = _score(settings, trainer, examples, counts)
     seconds = time.perf_counter() - begin
@@ -264,8 +249,10 @@ def run(settings: Settings) -> dict:
     return results
 
 
-def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out: pathlib.Path) -> RunTrainer:
-    gate_log = GateLog(model)
+def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, facts: dict, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+    gate_log, out = GateLog(model), pathlib.Path(settings.train.output_dir)
+    writes = args.process_index == 0
+    stop = StopInTime()
     try:
         trainer = RunTrainer(
             model=model,
@@ -275,13 +262,17 @@ def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, out
             data_collator=data.collator(tokenizer, settings.data),
             processing_class=tokenizer,
             compute_metrics=data.compute_metrics(examples),
-            callbacks=[Journal(out / "log.jsonl", examples.metric, gate_log)],
+            callbacks=[stop, Journal(out / "log.jsonl", examples.metric, gate_log, writes), *callbacks],
             gate_log=gate_log,
             out=out,
-            about=_about(settings, examples),
+            about=facts,
+            keep=settings.train.keep_checkpoints,
+            writes=writes,
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is unknown or whose package is not installed
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+    stop.trainer = trainer
+    stop.install()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if settings.train.early_stopping_patience:

@@ -11,12 +11,14 @@ PACKAGE = ROOT / "scaleup"
 
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
-    {"rules", "yamlfile"},
-    {"config", "gate", "runtime", "tuner"},
+    {"rules", "yamlfile", "int8", "quantised"},
+    {"config", "gate", "runtime", "tuner", "weights"},
     {"data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},
     {"unipelt"},
     {"checkpoint", "journal"},
+    {"resume"},
+    {"loop"},
     {"train", "export", "plan", "bench", "report"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

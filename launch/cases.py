@@ -1,0 +1,49 @@
+"""Runs several configs one after another in the same processes, so that start-up is paid once.
+
+    torchrun --nproc_per_node 2 launch/cases.py CASES.json
+
+CASES.json: {"name": ["section.key=value", …], …}. Every process runs every case; the first one writes CASES.done.json:
+name → null, or the message of the error that ended the case. An error that is not ours stops everything.
+"""
+
+import gc
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate.state import AcceleratorState
+
+from scaleup import backbone, config, data, train
+from scaleup.checkpoint import BundleError
+from scaleup.loop import RunError
+
+
+def run_cases(cases: dict[str, list[str]]) -> dict[str, str | None]:
+    """name → None, or what was refused."""
+    results: dict[str, str | None] = {}
+    for name, overrides in cases.items():
+        AcceleratorState._reset_state(reset_partial_state=True)  # the last case: DDP or DeepSpeed
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        try:
+            train.run(config.load(None, overrides, checks=(data.check, backbone.check)))
+            results[name] = None
+        except (config.ConfigError, RunError, BundleError) as error:
+            results[name] = str(error)
+        gc.collect()  # engines hold cycles
+    return results
+
+
+def main() -> None:
+    """Command line."""
+    path = pathlib.Path(sys.argv[1])
+    results = run_cases(json.loads(path.read_text(encoding="utf-8")))
+    if os.environ.get("RANK", "0") == "0":
+        path.with_suffix(".done.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Measures what each process holds and sends: frozen weights per rank and bytes of communication per step, by ZeRO stage.
+
+    python launch/measure.py --processes 2 --output results/zero/measured.json [section.key=value …]
+
+A backbone of BERT-base geometry with random weights (or model.name=… of your own) trains for four steps under every stage,
+with bfloat16 and with 8-bit frozen weights. Writes the JSON and a Markdown table beside it. Works on CPU (gloo) and GPUs.
+
+frozen: bytes of frozen weights that this rank keeps between steps. linear: of those, the layers that 8 bit quantises.
+sent: bytes of the tensors handed to each collective in one step; theory: the trained parameters, in the type they are reduced in.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+STAGES = ("none", "zero1", "zero2", "zero3")
+KINDS = ("none", "8bit", "nf4")
+
+
+def frozen_bytes(model) -> dict[str, int]:
+    """Bytes of frozen weights in this process; a share counts as a share, a second copy as a second one."""
+    from torch import nn
+
+    heads = tuple(name for name, _ in model.named_modules() if name.endswith(("modules_to_save", "original_module")))
+    totals = {"frozen": 0, "linear": 0}
+    for name, module in model.named_modules():
+        if name.startswith(heads):
+            continue
+        tensors = {}
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.requires_grad:
+                held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+                tensors[held.data_ptr()] = held
+        state = getattr(module, "state", None)  # bitsandbytes' second reference to 8-bit weights
+        for tensor in (getattr(state, "CB", None), getattr(state, "SCB", None)):
+            if tensor is not None and tensor.numel():
+                tensors[tensor.data_ptr()] = tensor
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        totals["frozen"] += size
+        totals["linear"] += size if isinstance(module, nn.Linear) else 0
+    return totals
+
+
+def worker(path: pathlib.Path) -> None:
+    """Under torchrun: every case of the file, one JSON line each from rank 0."""
+    import deepspeed.comm
+    import torch
+    from accelerate.state import AcceleratorState
+    from transformers import TrainerCallback
+
+    from scaleup import backbone, config, data, train
+
+    class Meter(TrainerCallback):
+        """Reads the counters between the third and the fourth step."""
+
+        def __init__(self) -> None:
+            self.before: dict = {}
+            self.found: dict = {}
+
+        def counts(self) -> dict[str, int]:
+            logger = deepspeed.comm.comm.comms_logger
+            return {} if logger is None else {op: sum(size * entry[0] for size, entry in sizes.items()) for op, sizes in logger.comms_dict.items()}
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                self.before = self.counts()
+
+        def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+            if state.global_step == 4:
+                sent = {op: count - self.before.get(op, 0) for op, count in self.counts().items()}
+                trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
+                kind = next(p.dtype for p in model.parameters() if p.requires_grad)
+                self.found = {**frozen_bytes(model), "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
+
+    rows = {}
+    for name, overrides in json.loads(path.read_text(encoding="utf-8")).items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        meter = Meter()
+        train.run(config.load(None, overrides, checks=(data.check, backbone.check)), callbacks=[meter])
+        rows[name] = meter.found
+        gc.collect()
+    every = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, rows)
+    if os.environ["RANK"] == "0":
+        path.with_suffix(".done.json").write_text(json.dumps(every), encoding="utf-8")
+
+
+def prepare(folder: pathlib.Path) -> list[str]:
+    """A BERT-base with random weights in bfloat16 and forty sentences."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "plot"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "bert-base")
+    BertForSequenceClassification(BertConfig()).to(torch.bfloat16).save_pretrained(folder / "bert-base")
+    rows = [f"{random.choice(words[7:])} {label},{label}" for label in ("good", "bad") * 30]
+    (folder / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return [f"model.name={folder / 'bert-base'}", f"data.train_file={folder / 'train.csv'}", "data.k=40", "data.dev_size=8"]
+
+
+def table(rows: dict[str, list[dict]], processes: int) -> str:
+    """Markdown: stage × quantisation, per rank."""
+    mib = 2**20
+    reference = max(rank["linear"] for rank in rows["zero3-none"])
+    lines = [
+        f"{processes} processes, MiB per rank (the largest rank). Last column: linear weights against bfloat16 under ZeRO-3.", "",
+        "| stage | frozen weights | all frozen | linear layers | of bf16 ZeRO-3 |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, ranks in rows.items():
+        stage, kind = name.split("-")
+        frozen, linear = (max(rank[key] for rank in ranks) for key in ("frozen", "linear"))
+        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {frozen / mib:.1f} | {linear / mib:.1f} | {linear / reference:.3f} |")
+    lines += ["", "Bytes handed to collectives in one step, per rank; trained parameters in the type they are reduced in beside it.", "",
+              "| stage | frozen weights | trained parameters, bytes | collectives, bytes |", "|---|---|---|---|"]  # fmt: skip
+    for name, ranks in rows.items():
+        stage, kind = name.split("-")
+        first = ranks[0]
+        trained = first["trained"] * (2 if "bfloat16" in first["trained_dtype"] else 4)
+        sent = ", ".join(f"{op} {count:,}" for op, count in first["sent"].items()) or "not counted (torch DDP)"
+        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {trained:,} | {sent} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--worker":
+        worker(pathlib.Path(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    root = pathlib.Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="measure-") as name:
+        folder = pathlib.Path(name)
+        shared = [*prepare(folder), "model.dtype=bfloat16", "train.max_steps=4", "train.per_device_train_batch_size=2", "train.eval_strategy=steps",
+                  "train.eval_steps=4", "train.disable_tqdm=true", "train.logging_steps=1"]  # fmt: skip
+        comms = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}
+        cases = {}
+        for stage in STAGES:
+            path = folder / f"{stage}.json"
+            if stage != "none":
+                preset = json.loads((root / "configs" / "deepspeed" / f"{stage}.json").read_text(encoding="utf-8"))
+                path.write_text(json.dumps(preset | comms))
+            for kind in KINDS:
+                key = f"{stage}-{kind}"
+                deepspeed = [] if stage == "none" else [f"train.deepspeed={path}"]
+                cases[key] = [*shared, f"model.quantization={kind}", f"train.output_dir={folder / key}", *deepspeed, *options.overrides]
+        (folder / "cases.json").write_text(json.dumps(cases))
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
+        subprocess.run([sys.executable, *launcher, __file__, "--worker", str(folder / "cases.json")], check=True)
+        every = json.loads((folder / "cases.done.json").read_text(encoding="utf-8"))
+    rows = {name: [rank[name] for rank in every] for name in every[0]}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"processes": options.processes, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(table(rows, options.processes), encoding="utf-8")
+    print(table(rows, options.processes))
+
+
+if __name__ == "__main__":
+    main()

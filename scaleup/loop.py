@@ -1,0 +1,259 @@
+"""The training loop: HF Trainer with checkpoints that are whole or not there, and what stops a run in good order.
+
+With scaleup.train, which assembles a run, the only file that knows Trainer.
+"""
+
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from scaleup import resume
+from scaleup.checkpoint import BundleError, draft, draft_name, expected_tensors, seal
+from scaleup.journal import GateLog, rewind
+
+
+BATCHES = 1 << 20  # more than a step ever has
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, in one plain line. What it had saved stays."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved; the message is one plain line."""
+
+
+class LengthGroups(LengthGroupedSampler):
+    """Batches of similar length in an order that follows from seed and epoch alone, so that a run resumed in the middle of an
+    epoch meets the same batches. transformers' own takes its order from the global random state."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class RunTrainer(Trainer):
+    """Trainer that counts tokens, logs gates, seals every checkpoint and keeps the last weights beside the best.
+
+    `writes`: this process writes the files of its output folder (rank 0, or one process per host where hosts do not share it).
+    """
+
+    def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, writes: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate_log, self.out, self.about, self.keep, self.writes = gate_log, out, about, keep, writes
+        self.tokens = torch.zeros((), device=self.args.device)
+        self.since = time.perf_counter()
+        self.batch = (0, 0)  # step, forward pass within it
+        self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)  # step * BATCHES + pass
+        self.stopping: str | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        step = self.state.global_step + 1
+        self.batch = (step, self.batch[1] + 1 if self.batch[0] == step else 1)
+        # Noted on the device; read where there is a synchronisation anyway.
+        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step * BATCHES + self.batch[1], self.first_bad)
+        return loss
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups(batch_size, list(self.train_dataset[self.args.length_column_name]), self.args.seed)
+
+    def refuse_bad_loss(self) -> None:
+        """Raises RunError, on every rank, if a loss was not a number; names the first step and batch."""
+        found = self.accelerator.gather(self.first_bad.reshape(1)).tolist()
+        bad = [(where, rank) for rank, where in enumerate(found) if where >= 0]
+        if not bad:
+            return
+        where, rank = min(bad)
+        step, batch = divmod(where, BATCHES)
+        kept = resume.checkpoints(self.out)
+        raise RunError(
+            f"the loss is not a number at step {step} (its batch {batch}, rank {rank}); the last good checkpoint is"
+            f" {kept[-1] if kept else 'none'}. Try a lower train.learning_rate, or look at the data of that step"
+        )
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """Adds speed and gates to a training log. Runs on every rank: the token count is summed over them."""
+        if "loss" in logs:
+            self.refuse_bad_loss()
+            assert math.isfinite(logs["loss"])
+            tokens, self.tokens = self.accelerator.reduce(self.tokens, reduction="sum"), torch.zeros_like(self.tokens)
+            logs["tokens_per_second"] = round(tokens.item() / (time.perf_counter() - self.since), 1)
+        if "loss" in logs or any(key.startswith("eval_") for key in logs):
+            self.since = time.perf_counter()  # evaluation does not count as training time
+            self.gate_log.drain()
+            logs.update(self.gate_log.scalars())
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        self.gate_log.drain()  # the gates logged with dev scores are those of dev examples
+        return super().evaluate(*args, **kwargs)
+
+    def save_bundle(self, name: str) -> None:
+        """`out/name`: the model as it is now. Every rank takes part; those that write seal."""
+        folder = self.out / name
+        if self.writes:
+            draft(folder)
+        self.accelerator.wait_for_everyone()
+        self._write(folder, lambda: self.save_model(str(draft_name(folder))))
+        self._seal(folder)
+
+    def _write(self, folder: pathlib.Path, save) -> None:
+        """Calls `save`; a disk that does not take it ends the run in one line. torch says RuntimeError for a full disk."""
+        try:
+            save()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.distributed.DistError):
+                raise
+            kept = resume.checkpoints(self.out)
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+            raise RunError(f"{folder} could not be written: {cause}. The last good checkpoint is {kept[-1] if kept else 'none'}") from error
+
+    def _seal(self, folder: pathlib.Path) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.writes:
+            expected = expected_tensors(self.accelerator.unwrap_model(self.model))
+            self._write(folder, lambda: seal(draft_name(folder), folder, expected, self.about))
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: object) -> str:
+        """Where Trainer puts checkpoint-N: into the draft of ours."""
+        return str(draft_name(self.out / f"checkpoint-{self.state.global_step}"))
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """checkpoint-N, written under a temporary name, sealed, and only then one of the checkpoints."""
+        folder = self.out / f"checkpoint-{self.state.global_step}"
+        self.refuse_bad_loss()
+        if self.writes:
+            draft(folder)
+        self.accelerator.wait_for_everyone()
+        self._write(folder, lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
+        self.accelerator.wait_for_everyone()
+        inner = draft_name(folder) / folder.name
+        best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        self.state.best_model_checkpoint = str(self.out / best) if best else None
+        if self.writes:
+            self._write(folder, lambda: self.state.save_to_json(str(inner / "trainer_state.json")))
+            for path in list(inner.iterdir()):
+                path.rename(draft_name(folder) / path.name)
+            inner.rmdir()
+        self._seal(folder)
+        if self.writes:
+            resume.keep_newest(self.out, self.keep, self.state.best_global_step)
+
+    def _load_callback_state(self) -> None:
+        """Trainer calls it when it has read a checkpoint's state: early stopping goes on counting, the best one is found again
+        wherever the run's folder is now."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.out / f"checkpoint-{self.state.best_global_step}")
+        count = resume.patience_used(self.state.stateful_callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = count
+
+    def _load_best_model(self) -> None:
+        if self.stopping is not None:
+            return
+        self.save_bundle("final")
+        super()._load_best_model()
+
+
+class StopInTime(TrainerCallback):
+    """SIGTERM (preemption, `scancel`, a pod's eviction) and SIGUSR1: finish the step, save, stop. All ranks stop at the same step.
+
+    Also logs whenever it saves, so that a resumed run's log has the same windows as an uninterrupted one's.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.group = None
+        self.trainer: RunTrainer | None = None
+
+    def install(self) -> None:
+        """Takes the signals over. Only the main thread of a process may."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # A group of its own on the CPU: the answer must not wait for the GPU.
+        if args.world_size > 1 and self.group is None:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        number = torch.tensor(self.signal or 0)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        if number.item():
+            self.trainer.stopping = signal.Signals(int(number.item())).name
+            control.should_save, control.should_training_stop = True, True
+        if control.should_save:
+            control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if control.should_save:
+            control.should_log = True
+
+
+class Journal(TrainerCallback):
+    """log.jsonl and the one progress bar, on the processes that write."""
+
+    def __init__(self, path: pathlib.Path, metric: str, gate_log: GateLog, writes: bool):
+        self.path, self.metric, self.gate_log, self.writes = path, metric, gate_log, writes
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.writes:
+            rewind(self.path, state.global_step)
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, disable=args.disable_tqdm)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """One line of log.jsonl, and the newest numbers behind the bar."""
+        if not self.writes:
+            return
+        line = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("gates/")}}
+        if "loss" in logs or "eval_loss" in logs:
+            line["gates"] = self.gate_log.last
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "loss" in logs:
+            self.shown["loss"] = f"{logs['loss']:.3f}"
+        if f"eval_{self.metric}" in logs:
+            self.shown[f"dev {self.metric}"] = f"{logs[f'eval_{self.metric}']:.3f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,202 @@
+"""Stopping and going on: signals, damaged and foreign checkpoints, full disks, retention. Runs in this process, with the real loop."""
+
+import json
+import os
+import pathlib
+import resource as limits
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from scaleup import backbone, config, data, resume, train
+from scaleup.checkpoint import BundleError, verify
+from scaleup.config import ConfigError
+from scaleup.journal import rewind
+from scaleup.loop import Preempted, RunError
+from tests.workspace import make_workspace, overrides
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> pathlib.Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run takes SIGTERM over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(workspace: pathlib.Path, out: pathlib.Path, *more: str, callbacks=()) -> dict:
+    arguments = overrides(workspace, out, "train.disable_tqdm=true", *more)
+    return train.run(config.load(None, arguments, checks=(data.check, backbone.check)), callbacks)
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory) -> pathlib.Path:
+    """Three epochs of four steps, never stopped."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(workspace, out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> pathlib.Path:
+    """The finished run as it was before it came to its end."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "results.json").unlink()
+    return out
+
+
+def weights(bundle: pathlib.Path) -> dict[str, torch.Tensor]:
+    return load_file(bundle / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(workspace, finished, tmp_path, number):
+    """In the middle of an epoch: step 6 of 12."""
+    out = tmp_path / "run"
+    with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name} at step 6, saved; continue with train.resume=auto"):
+        run(workspace, out, callbacks=[At(5, lambda: os.kill(os.getpid(), number))])
+    assert verify(out / "checkpoint-6")["run"] == {"processes": 1, "zero_stage": 0}
+    assert not (out / "final").exists() and not (out / "results.json").exists()
+    run(workspace, out, "train.resume=auto")
+    assert verify(out / "final")["tensors"] == verify(finished / "final")["tensors"]
+    assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(workspace, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    results = run(workspace, finished, "train.resume=auto")
+    assert results == json.loads((finished / "results.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_early_stopping_counts_on_and_a_run_that_was_stopping_stops(workspace, tmp_path):
+    """Killed after the checkpoint of the last epoch, before the end: not one step more."""
+    out, patience = tmp_path / "run", "train.early_stopping_patience=1"
+    slow = ("train.num_train_epochs=9", "train.learning_rate=1e-9", patience)  # no epoch is better than the first
+    run(workspace, out, *slow)
+    stopped = json.loads((out / "results.json").read_text())
+    assert stopped["steps"] == 8
+    (out / "results.json").unlink()
+    shutil.rmtree(out / "final")
+    run(workspace, out, *slow, "train.resume=auto")
+    assert json.loads((out / "results.json").read_text()) == stopped
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"x"), "optimizer.pt is missing or not the one"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing or not the one"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:-9]), "damaged"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format_version": 1}'), "format version 1; this scaleup reads"),
+        (lambda folder: (folder / "manifest.json").unlink(), "not a bundle of scaleup, or one that was not finished"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(workspace, copy, damage, words):
+    damage(copy / "checkpoint-12")
+    with pytest.raises(BundleError, match=words) as caught:
+        run(workspace, copy, "train.resume=auto")
+    assert "\n" not in str(caught.value) and f"remove {copy / 'checkpoint-12'}" in str(caught.value)
+
+
+def test_another_backbone_is_refused(workspace, copy, tmp_path):
+    """The same path and settings, other weights behind it."""
+    moved = workspace / "bert"
+    saved = tmp_path / "bert"
+    shutil.copytree(moved, saved)
+    try:
+        (moved / "config.json").write_text((moved / "config.json").read_text().replace('"hidden_act": "gelu"', '"hidden_act": "relu"'))
+        with pytest.raises(BundleError, match="trained on another backbone"):
+            run(workspace, copy, "train.resume=auto")
+    finally:
+        shutil.rmtree(moved)
+        shutil.copytree(saved, moved)
+
+
+def test_another_number_of_processes_is_refused_and_weights_only_goes_on(workspace, copy):
+    manifest = json.loads((copy / "checkpoint-12" / "manifest.json").read_text())
+    manifest["run"] = {"processes": 4, "zero_stage": 2}
+    (copy / "checkpoint-12" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"written by 4 process\(es\), this run has 1 .*train.resume=weights_only"):
+        run(workspace, copy, "train.resume=auto")
+    old = weights(copy / "checkpoint-12")
+    still = ("train.resume=weights_only", "train.learning_rate=1e-12")
+    run(workspace, copy, *still)
+    new = weights(copy / "final")
+    assert max((old[name] - new[name]).abs().max().item() for name in old) < 1e-6
+    assert (copy / "before-1" / "checkpoint-12").is_dir() and (copy / "before-1" / "log.jsonl").is_file()
+    assert [path.name for path in resume.checkpoints(copy)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    (copy / "results.json").unlink()
+    run(workspace, copy, *still)  # the same command after a requeue resumes what it started
+    assert not (copy / "before-2").exists()
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_and_keeps_the_last_good_checkpoint(workspace, tmp_path):
+    out = tmp_path / "run"
+    before = limits.getrlimit(limits.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(RunError, match=r"checkpoint-8 could not be written: .*The last good checkpoint is .*checkpoint-4"):
+            run(workspace, out, callbacks=[At(6, lambda: limits.setrlimit(limits.RLIMIT_FSIZE, (20_000, before[1])))])
+    finally:
+        limits.setrlimit(limits.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in resume.checkpoints(out)] == ["checkpoint-4"]
+    run(workspace, out, "train.resume=auto")
+    assert not list(out.glob(".*"))
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_batch_and_keeps_the_last_good_checkpoint(workspace, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+            if state.global_step == 5:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    with pytest.raises(RunError, match=r"not a number at step 6 \(its batch 1, rank 0\); the last good checkpoint is .*checkpoint-4"):
+        run(workspace, tmp_path / "run", "train.logging_steps=4", callbacks=[Poison()])
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    for step in (4, 8, 12, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    resume.keep_newest(tmp_path, 1, best_step=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-8"]
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
+    for name in (".checkpoint-8.draft", ".checkpoint-4.gone", ".best.old", "checkpoint-8"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".results.json.part").write_text("{")
+    (tmp_path / ".mine").write_text("")
+    resume.clear_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "best", "checkpoint-8"]
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n{"st')
+    rewind(log, 4)
+    assert log.read_text() == '{"step": 1}\n{"step": 4}\n'

@@ -1,0 +1,79 @@
+"""DeepSpeed on two real processes (gloo): every ZeRO stage equals one process, and ZeRO-3 really shares the frozen weights out."""
+
+import json
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.workspace import ROOT, environment, make_workspace, overrides
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+VARIANTS = {
+    "plain": ["train.per_device_train_batch_size=8"],
+    "accumulation": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"],
+    "checkpointing": ["train.per_device_train_batch_size=8", "train.gradient_checkpointing=true"],
+    "both": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2", "train.gradient_checkpointing=true"],
+}
+
+
+def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
+    """launch/cases.py; every case must succeed."""
+    path = folder / f"cases{processes}.json"
+    path.write_text(json.dumps(cases))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 60000))]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "launch" / "cases.py"), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(path.with_suffix(".done.json").read_text()) == dict.fromkeys(cases)
+
+
+def losses(out: pathlib.Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+@pytest.fixture(scope="module", params=["bert", "bart"])
+def runs(request, tmp_path_factory) -> pathlib.Path:
+    """Runs of one family: `one` alone, and `<stage>-<variant>` on two processes, all with a global batch of 16."""
+    folder = tmp_path_factory.mktemp(request.param)
+    workspace = make_workspace(folder)
+    # Parameters below the default threshold are never shared out, and all of a tiny model's are.
+    config = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(config))
+    stages = {"zero1": "zero1", "zero2": "zero2", "zero3": str(folder / "zero3.json")}
+
+    def case(name: str, *more: str) -> list[str]:
+        shared = ("train.max_steps=6", "train.group_by_length=false")
+        return overrides(workspace, folder / name, *shared, *more, family=request.param)
+
+    run_cases({"one": case("one"), "one-8bit": case("one-8bit", "model.quantization=8bit")}, 1, folder)
+    two = {f"{stage}-{name}": case(f"{stage}-{name}", f"train.deepspeed={path}", *variant) for stage, path in stages.items() for name, variant in VARIANTS.items()}
+    for stage in ("zero2", "zero3"):
+        for kind in ("8bit", "nf4"):
+            two[f"{stage}-{kind}"] = case(f"{stage}-{kind}", f"train.deepspeed={stages[stage]}", f"model.quantization={kind}", *VARIANTS["plain"])
+    run_cases(two, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
+    assert losses(runs / f"{stage}-{variant}") == pytest.approx(losses(runs / "one"), abs=1e-5)
+    one, many = (load_file(runs / name / "final" / "adapter_model.safetensors") for name in ("one", f"{stage}-{variant}"))
+    assert one.keys() == many.keys()
+    worst = max((one[name] - many[name]).abs().max().item() for name in one)
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_a_quantised_backbone_gives_the_same_losses_under_zero2_and_zero3(runs, kind):
+    """8 bit: bitsandbytes' own layer against ours."""
+    assert losses(runs / f"zero3-{kind}") == pytest.approx(losses(runs / f"zero2-{kind}"), abs=1e-5)
+
+
+def test_bitsandbytes_in_one_process_gives_the_losses_of_zero3(runs):
+    assert losses(runs / "zero3-8bit") == pytest.approx(losses(runs / "one-8bit"), abs=1e-5)

@@ -1,0 +1,55 @@
+"""A workspace for runs of the real entry script: tiny backbones with a tokenizer, and data that a tiny model can learn."""
+
+import csv
+import os
+import pathlib
+import random
+
+import torch
+from transformers import BertTokenizerFast
+
+from tests.tiny import FAMILIES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WORDS = {"good": ["fine", "great", "warm", "bright"], "bad": ["poor", "cold", "dull", "weak"], "other": ["film", "plot", "scene", "actor", "the", "a"]}
+
+
+def make_workspace(folder: pathlib.Path) -> pathlib.Path:
+    """Fills the folder with bert/, bart/ (without dropout), train.csv and test.csv."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *[w for kind in WORDS.values() for w in kind]]
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for family in ("bert", "bart"):
+        cls, config_cls, values = FAMILIES[family]
+        special = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+        extra = still if family == "bert" else {"dropout": 0.0, "decoder_start_token_id": 3}
+        torch.manual_seed(0)
+        model = cls(config_cls(**(values | special | extra | {"vocab_size": len(words)})))
+        # BERT as pretraining leaves it; BART with a head for three classes, which a run for two has to replace.
+        (model.base_model if family == "bert" else model).save_pretrained(folder / family)
+        names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>", mask_token="<mask>", eos_token="</s>")
+        (folder / "vocab.txt").write_text("\n".join(words))
+        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **names).save_pretrained(folder / family)
+    draw = random.Random(0)
+    for name, count in (("train", 120), ("test", 40)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "score"])
+            for _ in range(count):
+                label = draw.choice(["good", "bad"])
+                text = [draw.choice(WORDS[label]), *draw.choices(WORDS["other"], k=draw.randint(1, 9))]
+                draw.shuffle(text)
+                writer.writerow([" ".join(text), label, float(label == "good") + draw.random() / 10])
+    return folder
+
+
+def overrides(workspace: pathlib.Path, out: pathlib.Path, *more: str, family: str = "bert") -> list[str]:
+    return [
+        f"model.name={workspace / family}", f"data.train_file={workspace / 'train.csv'}", f"data.test_file={workspace / 'test.csv'}",
+        "data.k=64", "data.dev_size=32", f"train.output_dir={out}", "train.num_train_epochs=3", "train.logging_steps=1",
+        "method.prefix_hidden_size=16" if not any("method" in m for m in more) else "train.seed=42", *more,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Of a run started by a test: nothing that another launcher left, one thread (two would only wait for each other here)."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP_"))} | {"OMP_NUM_THREADS": "1"}
