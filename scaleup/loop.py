@@ -57,6 +57,9 @@ class RunTrainer(Trainer):
 
     def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, writes: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        # Classification and regression losses are means over the batch and ignore the count of items that Trainer passes; it
+        # would then leave out the division by the accumulation steps: loss and gradient times that number.
+        self.model_accepts_loss_kwargs = False
         self.gate_log, self.out, self.about, self.keep, self.writes = gate_log, out, about, keep, writes
         self.tokens = torch.zeros((), device=self.args.device)
         self.since = time.perf_counter()

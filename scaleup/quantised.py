@@ -3,6 +3,8 @@
 What both libraries leave undone around it is mended here, and only here.
 """
 
+import logging
+
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -25,6 +27,8 @@ def arguments(quantization: str, heads: tuple[str, ...], dtype: torch.dtype, dev
     """from_pretrained's arguments for "8bit", "nf4" or "none". Under ZeRO-3 `device` must be None."""
     if quantization == "none":
         return {}
+    # It would say in every layer that it casts to float16, which is how it works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     kinds = {
         "8bit": {"load_in_8bit": True},
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},

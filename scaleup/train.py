@@ -47,7 +47,7 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
     passed.setdefault("disable_tqdm", False)
     passed.setdefault("logging_nan_inf_filter", False)  # a loss that is not a number ends the run instead of being smoothed over
     passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
-    if world.device.type == "cpu" and not world.deepspeed:
+    if world.device.type == "cpu":
         passed.setdefault("use_cpu", True)  # what Trainer wants to hear before it allows bfloat16 on CPU
     group = train.group_by_length and not settings.data.pad_to_max_length
     try:
@@ -214,8 +214,11 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     with _agreed(world):
         checkpoint, old_weights = _prepare_folder(settings, out, facts, world.main)
     model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device, is_deepspeed_zero3_enabled())
-    # DeepSpeed in bf16 keeps its own float32 masters and wants one type among what it trains.
-    model = apply_method(model, settings.method, autocast_adapter_dtype=not (args.bf16 and world.deepspeed))
+    model = apply_method(model, settings.method)
+    if world.deepspeed and (args.bf16 or args.fp16):
+        # DeepSpeed keeps its own float32 masters and wants one type among what it trains.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16) if parameter.requires_grad else parameter.data
     counts = parameter_counts(model)
     if old_weights is not None:
         resume.load_weights(model, old_weights)
