@@ -5,6 +5,7 @@
 A backbone of BERT-base geometry with random weights (or model.name=… of your own) trains for four steps under every stage,
 with bfloat16 and with 8-bit frozen weights. Writes the JSON and a Markdown table beside it. Works on CPU (gloo) and GPUs.
 
+load peak: growth of this process's private memory (RssAnon) from the start of the run to the first step, sampled every 5 ms.
 frozen: bytes of frozen weights that this rank keeps between steps. linear: of those, the layers that 8 bit quantises.
 sent: bytes of the tensors handed to each collective in one step; theory: the trained parameters, in the type they are reduced in.
 """
@@ -18,6 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,6 +52,29 @@ def frozen_bytes(model) -> dict[str, int]:
     return totals
 
 
+class PeakMemory:
+    """Largest growth of private memory between `start` and `stop`, bytes. Mapped files do not count."""
+
+    def start(self) -> None:
+        self.begin, self.most, self.running = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+
+    def sample(self) -> None:
+        while not self.running.wait(0.005):
+            self.most = max(self.most, self.now() - self.begin)
+
+    def stop(self) -> int:
+        self.running.set()
+        self.thread.join()
+        return self.most
+
+    @staticmethod
+    def now() -> int:
+        status = pathlib.Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+
 def worker(path: pathlib.Path) -> None:
     """Under torchrun: every case of the file, one JSON line each from rank 0."""
     import deepspeed.comm
@@ -65,6 +90,11 @@ def worker(path: pathlib.Path) -> None:
         def __init__(self) -> None:
             self.before: dict = {}
             self.found: dict = {}
+            self.memory = PeakMemory()
+            self.memory.start()
+
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            self.load_peak = self.memory.stop()
 
         def counts(self) -> dict[str, int]:
             logger = deepspeed.comm.comm.comms_logger
@@ -79,7 +109,7 @@ def worker(path: pathlib.Path) -> None:
                 sent = {op: count - self.before.get(op, 0) for op, count in self.counts().items()}
                 trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
                 kind = next(p.dtype for p in model.parameters() if p.requires_grad)
-                self.found = {**frozen_bytes(model), "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
+                self.found = {**frozen_bytes(model), "load_peak": self.load_peak, "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
 
     rows = {}
     for name, overrides in json.loads(path.read_text(encoding="utf-8")).items():
@@ -114,13 +144,13 @@ def table(rows: dict[str, list[dict]], processes: int) -> str:
     mib = 2**20
     reference = max(rank["linear"] for rank in rows["zero3-none"])
     lines = [
-        f"{processes} processes, MiB per rank (the largest rank). Last column: linear weights against bfloat16 under ZeRO-3.", "",
-        "| stage | frozen weights | all frozen | linear layers | of bf16 ZeRO-3 |", "|---|---|---|---|---|",
+        f"{processes} processes, MiB per rank (the largest rank). `of bf16 ZeRO-3`: linear layers against bfloat16 under ZeRO-3.", "",
+        "| stage | frozen weights | all frozen | linear layers | of bf16 ZeRO-3 | load peak |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, ranks in rows.items():
         stage, kind = name.split("-")
-        frozen, linear = (max(rank[key] for rank in ranks) for key in ("frozen", "linear"))
-        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {frozen / mib:.1f} | {linear / mib:.1f} | {linear / reference:.3f} |")
+        frozen, linear, load = (max(rank[key] for rank in ranks) for key in ("frozen", "linear", "load_peak"))
+        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {frozen / mib:.1f} | {linear / mib:.1f} | {linear / reference:.3f} | {load / mib:.0f} |")
     lines += ["", "Bytes handed to collectives in one step, per rank; trained parameters in the type they are reduced in beside it.", "",
               "| stage | frozen weights | trained parameters, bytes | collectives, bytes |", "|---|---|---|---|"]  # fmt: skip
     for name, ranks in rows.items():

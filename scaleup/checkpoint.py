@@ -89,6 +89,7 @@ def seal(written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[i
     shape or is not finite; then nothing gets the final name.
     """
     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle; the run's config.yaml says the same
+    (written / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing filled in
     tensors = _tensors(written)
     wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name]["shape"] != shape]
     if wrong:

@@ -158,8 +158,7 @@ def _cell(value: Any, role: str, known: set[str] | None, declared: list[str] | N
         return None, f"holds a {type(value).__name__}, not {'a label' if role == 'label' else 'text'}"
     if role != "label":  # JSON can spell half a surrogate pair, which neither Arrow nor a tokenizer takes
         return re.sub("[\ud800-\udfff]", "\ufffd", str(value)), None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1.0 is what other tools make of 1 beside a gap
+    value = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is what other tools make of 1 beside a gap
     if declared and isinstance(value, int) and 0 <= value < len(declared):
         value = declared[value]
     text = str(value).strip()

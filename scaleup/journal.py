@@ -81,11 +81,13 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
 def summary(results: dict, out: pathlib.Path, seconds: float) -> list[str]:
     """The end of the screen: the score, the counts, where everything is."""
     metric, counts = results["metric"], results["parameters"]
-    which = "test" if results["test"] is not None else "dev"
-    scored = results[which]
+    dev = f"dev {metric}  {results['dev'][metric]:.4f}"
+    at = f"step {results['best_step']} of {results['steps']}, epoch {results['epochs']:g}"
+    test = results["test"]
+    first = f"{dev} (best, at {at})" if test is None else f"test {metric}  {test[metric]:.4f}  ({dev.replace('  ', ' ')} at {at})"
     return [
         "",
-        f"{which} {metric}  {scored[metric]:.4f}  (dev {results['dev'][metric]:.4f} at step {results['best_step']} of {results['steps']})",
+        first,
         f"parameters  trained {counts['trained']:,}, stored {counts['stored']:,} ({counts['stored_percent']:.2f}% of the model)",
         f"results     {out / 'results.json'}; best checkpoint {out / 'best'}; log {out / 'log.jsonl'}; {seconds:.0f} s",
     ]

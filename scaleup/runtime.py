@@ -115,6 +115,8 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
         options["backend"] = "gloo"
     # MULTI_CPU needs cpu=True, DeepSpeed on CPU needs it False (it would be dropped).
     state = PartialState(cpu=not cuda and not deepspeed, **options)
+    if not cuda:
+        state.device = torch.device("cpu")  # Accelerate numbers it, and torch.load does not know cpu:1
     return World(state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed)
 
 

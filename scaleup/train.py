@@ -242,6 +242,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopping is not None:
         raise Preempted(f"stopped by {trainer.stopping} at step {trainer.state.global_step}, saved; continue with train.resume=auto")
+    if trainer.state.global_step < trainer.state.max_steps:
+        _say(world, f"stopped early: {settings.train.early_stopping_patience} evaluations without a better dev {examples.metric}")
     trainer.save_bundle("best")
     results = _score(settings, trainer, examples, counts)
     seconds = time.perf_counter() - begin
