@@ -38,7 +38,19 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_args()
 
-    from scaleup import backbone, checkpoint, config, data, loop, runtime, train
+    from scaleup import watchdog
+
+    code = 1
+    try:
+        code = _train(options)
+    finally:
+        watchdog.stop(code)
+    return code
+
+
+def _train(options: argparse.Namespace) -> int:
+    """The run; its exit code."""
+    from scaleup import backbone, checkpoint, config, data, loop, runtime, train, watchdog
 
     try:
         settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
@@ -48,7 +60,7 @@ def main() -> int:
         runtime.respawn(__file__, sys.argv[1:])
         train.run(settings)
     except config.ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host: what is wrong may be wrong on one only
             count = len(error.problems)
             print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
         return 2
@@ -59,6 +71,12 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         return 0
+    except RuntimeError as error:
+        lost = watchdog.lost_connection(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
         return 1
