@@ -3,7 +3,7 @@
     accelerate launch launch/train.py --config configs/quickstart.yaml train.max_steps=20
 
 Exit codes: 0 done, 1 the run could not go on (what it saved stays), 2 something in the config or the data must change (one
-message with everything), 130 interrupted.
+message with everything), 75 stopped from outside and saved (start it again with train.resume=auto), 130 interrupted.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import warnings
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
+
+AGAIN = 75  # EX_TEMPFAIL. Not 0: Kubernetes and Slurm would take the run for finished.
 
 
 class _Help(argparse.Action):
@@ -70,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     except loop.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
-        return 0
+        return AGAIN
     except RuntimeError as error:
         lost = watchdog.lost_connection(error)
         if lost is None:

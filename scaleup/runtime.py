@@ -158,8 +158,8 @@ def gather(world: World, value: Any) -> list[Any]:
 
 def hosts(world: World) -> list[tuple[str, str]]:
     """Host name and device of every rank, by rank. Every rank has to call it."""
-    name = f" ({torch.cuda.get_device_name(world.device)})" if world.device.type == "cuda" else ""
-    return gather(world, (socket.gethostname(), f"{world.device}{name}"))
+    device = f"{world.device} ({torch.cuda.get_device_name(world.device)})" if world.device.type == "cuda" else world.device.type
+    return gather(world, (socket.gethostname(), device))
 
 
 def shares_folder(world: World, path: pathlib.Path, wait_s: float = 5.0) -> bool:

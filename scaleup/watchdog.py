@@ -183,20 +183,21 @@ class Watchdog:
         if self.rank:
             return
         failed = self.state != "end 0"
-        if not self._wait_for_others(self.patience_s if failed else self.limit_s) and failed:
+        patience_s = self.patience_s if failed else self.limit_s
+        if not self._wait_for_others(patience_s, patience_s) and failed:
             self._convict(f"{self._name(0)} has stopped with an error (its own output says which)")
 
     def _convict(self, reason: str) -> None:
         self.store.set(self._key("verdict"), reason)
-        self._wait_for_others(2 * self.interval_s)  # the store may end with this process
+        self._wait_for_others(2 * self.interval_s, self.patience_s)  # the store may end with this process
 
-    def _wait_for_others(self, most_s: float) -> bool:
-        """Until every other rank has ended, fallen silent or `most_s` have passed; whether all have ended."""
+    def _wait_for_others(self, most_s: float, patience_s: float) -> bool:
+        """Until every other rank has ended or been silent for `patience_s`, or `most_s` have passed; whether all have ended."""
         deadline = time.monotonic() + most_s
         while True:
             self._look_at_all()
             running = [rank for rank, beat in self.seen.items() if " end " not in beat]
-            if not any(self.silence[rank] <= self.patience_s for rank in running) or time.monotonic() > deadline:
+            if not any(self.silence[rank] <= patience_s for rank in running) or time.monotonic() > deadline:
                 return not running
             self.rounds += 1
             time.sleep(self.interval_s / 4)
