@@ -108,6 +108,7 @@ def test_a_link_that_goes_down_is_reported_by_both_sides_within_a_minute(both, w
     cut = time.monotonic()
     assert [process.wait(timeout=60) for process in processes] == [1, 1]
     print(f"both sides had stopped {time.monotonic() - cut:.0f} s after the link went down")
+    print(both.said(0).splitlines()[-1], both.said(1).splitlines()[-1], sep="\n")
     assert "error: rank 1 on host n02 has not been heard from for " in both.said(0)
     assert "error: " in both.said(1) and "rank 0 on host n01" in both.said(1)
     for host in (0, 1):
