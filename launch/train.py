@@ -2,8 +2,9 @@
 
     accelerate launch launch/train.py --config configs/quickstart.yaml train.max_steps=20
 
-Exit codes: 0 done, 1 the run could not go on (what it saved stays), 2 something in the config or the data must change (one
-message with everything), 130 interrupted.
+Exit codes: 0 done, or stopped from outside (SIGTERM, SIGUSR1) and saved; 1 the run could not go on (what it saved stays); 2
+something in the config or the data must change (one message with everything); 130 interrupted. A scheduler that starts a job
+again only after a failure sets SCALEUP_EXIT_STOPPED to the code it wants instead of 0 (launch/slurm and launch/k8s: 75).
 """
 
 import argparse
@@ -15,7 +16,6 @@ import warnings
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
-
 
 class _Help(argparse.Action):
     """--help with every setting: needs the package, which is slow to import, so only when asked."""
@@ -38,7 +38,19 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_args()
 
-    from scaleup import backbone, checkpoint, config, data, loop, runtime, train
+    from scaleup import watchdog
+
+    code = 1
+    try:
+        code = _train(options)
+    finally:
+        watchdog.stop(code)
+    return code
+
+
+def _train(options: argparse.Namespace) -> int:
+    """The run; its exit code."""
+    from scaleup import backbone, checkpoint, config, data, loop, runtime, train, watchdog
 
     try:
         settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
@@ -48,7 +60,7 @@ def main() -> int:
         runtime.respawn(__file__, sys.argv[1:])
         train.run(settings)
     except config.ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host: what is wrong may be wrong on one only
             count = len(error.problems)
             print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
         return 2
@@ -58,7 +70,13 @@ def main() -> int:
     except loop.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
-        return 0
+        return int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
+    except RuntimeError as error:
+        lost = watchdog.lost_connection(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
         return 1

@@ -78,6 +78,15 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
     ]
 
 
+def placement(hosts: list[tuple[str, str]]) -> list[str]:
+    """Where every process runs, for the screen: one line per host, each rank with its device. `hosts`: as runtime.hosts gives."""
+    by_host: dict[str, list[str]] = {}
+    for rank, (host, device) in enumerate(hosts):
+        by_host.setdefault(host, []).append(f"rank {rank} {device}")
+    lines = [f"world      {len(hosts)} process{'es' * (len(hosts) > 1)} on {len(by_host)} host{'s' * (len(by_host) > 1)}"]
+    return [*lines, *(f"host       {host}: {', '.join(ranks)}" for host, ranks in by_host.items())]
+
+
 def summary(results: dict, out: pathlib.Path, seconds: float) -> list[str]:
     """The end of the screen: the score, the counts, where everything is."""
     metric, counts = results["metric"], results["parameters"]

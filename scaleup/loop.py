@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from scaleup import resume
+from scaleup import resume, runtime, watchdog
 from scaleup.checkpoint import BundleError, draft, draft_name, expected_tensors, seal
 from scaleup.journal import GateLog, rewind
 
@@ -52,15 +53,17 @@ class LengthGroups(LengthGroupedSampler):
 class RunTrainer(Trainer):
     """Trainer that counts tokens, logs gates, seals every checkpoint and keeps the last weights beside the best.
 
-    `writes`: this process writes the files of its output folder (rank 0, or one process per host where hosts do not share it).
+    `shared`: whether all hosts see one output folder. `writes`: this process writes the files of its output folder (rank 0, or
+    one process per host where hosts do not share it).
     """
 
-    def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, writes: bool, **kwargs):
+    def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, world: runtime.World, shared: bool, **kwargs):
         super().__init__(*args, **kwargs)
         # Classification and regression losses are means over the batch and ignore the count of items that Trainer passes; it
         # would then leave out the division by the accumulation steps: loss and gradient times that number.
         self.model_accepts_loss_kwargs = False
-        self.gate_log, self.out, self.about, self.keep, self.writes = gate_log, out, about, keep, writes
+        self.gate_log, self.out, self.about, self.keep = gate_log, out, about, keep
+        self.world, self.shared, self.writes = world, shared, world.writes(shared)
         self.tokens = torch.zeros((), device=self.args.device)
         self.since = time.perf_counter()
         self.batch = (0, 0)  # step, forward pass within it
@@ -114,6 +117,21 @@ class RunTrainer(Trainer):
         self.gate_log.drain()  # the gates logged with dev scores are those of dev examples
         return super().evaluate(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, whole on every host that has its own output folder: under ZeRO-3 only rank 0 ever holds whole tensors."""
+        super().save_model(output_dir, _internal_call)
+        if not self.shared and is_deepspeed_zero3_enabled():
+            runtime.copy_from_first(self.world, pathlib.Path(output_dir or self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.world.main or not is_deepspeed_zero3_enabled():
+            super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.shared and self.is_deepspeed_enabled:  # the one file that DeepSpeed leaves on the first host only
+            runtime.copy_from_first(self.world, pathlib.Path(output_dir), "latest")
+
     def save_bundle(self, name: str) -> None:
         """`out/name`: the model as it is now. Every rank takes part; those that write seal."""
         folder = self.out / name
@@ -128,7 +146,7 @@ class RunTrainer(Trainer):
         try:
             save()
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.distributed.DistError):
+            if watchdog.is_lost(error):
                 raise
             kept = resume.checkpoints(self.out)
             cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]

@@ -37,7 +37,7 @@ def clear_unfinished(out: pathlib.Path) -> None:
             if not final.exists() and path.is_dir():
                 path.rename(final)
                 continue
-        if path.name.endswith((".old", ".draft", ".part", ".gone")):
+        if path.name.endswith((".old", ".draft", ".part", ".gone")) or path.name.startswith(".probe-"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -12,16 +12,21 @@ import os
 import pathlib
 import platform
 import resource
+import secrets
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import psutil
 import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 
+from scaleup import watchdog
 from scaleup.yamlfile import ConfigError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "safetensors", "numpy")
@@ -40,6 +45,15 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def local_main(self) -> bool:
+        """The first process of its host."""
+        return self.local_rank == 0
+
+    def writes(self, shared: bool) -> bool:
+        """Whether this process writes the files of its output folder: one does for each folder. `shared`: all hosts see one."""
+        return self.main if shared else self.local_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +112,10 @@ def respawn(script: str, arguments: list[str]) -> None:
 def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     """Joins the other processes. Call once, before transformers' TrainingArguments is made.
 
-    On CPU: gloo; the process group is configured here and Accelerate is told to use it. On GPUs: NCCL.
+    On CPU: gloo; the process group is configured here and Accelerate is told to use it. On GPUs: NCCL. With several processes
+    the watchdog runs from here on. Raises ConfigError for a bad SCALEUP_WATCHDOG_S.
     """
+    limit_s = watchdog.limit_from_environment()
     launched = "LOCAL_RANK" in os.environ
     if deepspeed and not launched:  # DeepSpeed wants a process group even for one process
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -117,16 +133,95 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     state = PartialState(cpu=not cuda and not deepspeed, **options)
     if not cuda:
         state.device = torch.device("cpu")  # Accelerate numbers it, and torch.load does not know cpu:1
-    return World(state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed)
+    world = World(state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed)
+    if world.size > 1:
+        _start_watchdog(world, limit_s)
+    return world
 
 
-def gather(world: World, value: object) -> list[object]:
-    """Every process's value, in the order of ranks, on every process. A barrier too."""
+def _start_watchdog(world: World, limit_s: float) -> None:
+    # Rank 0's limit holds for all. The token keeps this start apart from an earlier one in the same store.
+    told = gather(world, (limit_s, secrets.token_hex(8), socket.gethostname()))
+    limit_s, token, _ = told[0]
+    if limit_s:
+        made = watchdog.prepare(world.rank, [host for _, _, host in told], token, limit_s)
+        torch.distributed.barrier()
+        watchdog.begin(made)
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Every process's value, in the order of ranks, on every process. Small picklable things. A barrier too."""
     if world.size == 1:
         return [value]
-    values: list[object] = [None] * world.size
+    values = [None] * world.size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def hosts(world: World) -> list[tuple[str, str]]:
+    """Host name and device of every rank, by rank. Every rank has to call it."""
+    device = f"{world.device} ({torch.cuda.get_device_name(world.device)})" if world.device.type == "cuda" else world.device.type
+    return gather(world, (socket.gethostname(), device))
+
+
+def shares_folder(world: World, path: pathlib.Path, wait_s: float = 5.0) -> bool:
+    """Whether `path` is one folder for all processes (True), or one for each host (False). Makes the folder where it is missing.
+
+    The first process of each host leaves a file there and every process looks which ones it sees, for `wait_s` seconds, as
+    network file systems show new files late. Every rank has to call it; all get the same answer. Raises ConfigError where only
+    some of the hosts share the folder, or the processes of one host do not, and OSError where it cannot be written.
+    """
+    if world.size == 1:
+        return True
+    mine = f".probe-{secrets.token_hex(8)}"
+    if world.local_main:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / mine).touch()
+    told = gather(world, (socket.gethostname(), mine if world.local_main else None))
+    left = {name for _, name in told if name}
+    deadline = time.monotonic() + wait_s
+    seen = left & _names(path)
+    while seen != left and time.monotonic() < deadline:
+        time.sleep(0.2)
+        seen = left & _names(path)
+    views = gather(world, seen)
+    if world.local_main:
+        (path / mine).unlink()
+    if all(view == left for view in views):
+        return True
+    leader = None
+    for rank, (_, name) in enumerate(told):  # ranks of one host follow one another
+        leader = name or leader
+        if views[rank] != {leader}:
+            raise ConfigError(f"train.output_dir: {path} is shared by some processes only; give a folder that all hosts share, or none")
+    return False
+
+
+def _names(path: pathlib.Path) -> set[str]:
+    try:
+        return set(os.listdir(path))  # reads the folder anew, where a look for one name may be answered from a cache
+    except FileNotFoundError:
+        return set()
+
+
+def copy_from_first(world: World, folder: pathlib.Path, pattern: str = "*", chunk: int = 64 * 2**20) -> None:
+    """The files of rank 0's `folder` into the `folder` of every other host, over the network, `chunk` bytes at a time.
+
+    For hosts that share no folder, where only rank 0 could write something. Subfolders are left out. Every rank has to call it.
+    """
+    files = sorted((p.name, p.stat().st_size) for p in folder.glob(pattern) if p.is_file()) if world.main else []
+    if world.local_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, size in gather(world, files)[0]:
+        with (folder / name).open("rb" if world.main else "wb") if world.local_main else open(os.devnull, "wb") as file:
+            for start in range(0, size, chunk):
+                data = torch.empty(min(chunk, size - start), dtype=torch.uint8)
+                if world.main:
+                    file.readinto(data.numpy())
+                data = data.to(world.device)
+                torch.distributed.broadcast(data, 0)
+                if not world.main:
+                    file.write(data.cpu().numpy())
 
 
 def _free_port() -> int:

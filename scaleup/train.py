@@ -24,14 +24,14 @@ from transformers.utils import logging as hf_logging
 from scaleup import backbone, data, resume, runtime, weights
 from scaleup.checkpoint import BundleError
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings, to_yaml
-from scaleup.journal import GateLog, header, summary, write_json
+from scaleup.journal import GateLog, header, placement, summary, write_json
 from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
 from scaleup.unipelt import apply_method, parameter_counts
 
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
-def _training_arguments(settings: Settings, world: runtime.World, metric: str) -> TrainingArguments:
+def _training_arguments(settings: Settings, world: runtime.World, metric: str, shared: bool) -> TrainingArguments:
     """TrainingArguments of a run. Raises ConfigError with Trainer's own words for values it refuses."""
     train = settings.train
     passed = train.training_arguments
@@ -63,6 +63,7 @@ def _training_arguments(settings: Settings, world: runtime.World, metric: str) -
             metric_for_best_model=metric,
             greater_is_better=True,
             remove_unused_columns=False,
+            save_on_each_node=not shared,
             label_names=["labels"],
             accelerator_config={"use_configured_state": True},
         )
@@ -128,13 +129,22 @@ def _agreed(world: runtime.World):
         raise problems[0]
 
 
-def _prepare_folder(settings: Settings, out: pathlib.Path, now: dict, writes: bool) -> tuple[pathlib.Path | None, pathlib.Path | None]:
-    """(checkpoint to resume, checkpoint to take only weights from). Clears what a killed run left half written."""
+def _prepare_folder(
+    settings: Settings, out: pathlib.Path, now: dict, writes: bool, on_hosts: list[list[str]]
+) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """(checkpoint to resume, checkpoint to take only weights from). Clears what a killed run left half written.
+
+    `on_hosts`: the checkpoints that each process sees. Hosts with a folder of their own resume from the newest that all have.
+    """
     if settings.train.resume == "never" or not out.is_dir():
         return None, None
     if writes:
         resume.clear_unfinished(out)
-    found = resume.checkpoints(out)
+    found = [path for path in resume.checkpoints(out) if all(path.name in names for names in on_hosts)]
+    if not found and any(on_hosts):
+        first = {tuple(names): rank for rank, names in reversed(list(enumerate(on_hosts)))}  # one rank for each of the answers
+        lists = "; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for names, rank in first.items())
+        raise ConfigError(f"train.resume: no checkpoint in {out} is on every host ({lists})")
     weights_only = settings.train.resume == "weights_only"
     if not found:
         return None, resume.set_aside_newest(out) if weights_only else None
@@ -164,6 +174,16 @@ def _fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
 def _say(world: runtime.World, *lines: str) -> None:
     if world.main:
         print(*lines, sep="\n", flush=True)
+
+
+def _say_where(world: runtime.World, shared: bool) -> None:
+    """World, hosts, devices, and whose output folder it is. The other hosts say where the rest is told."""
+    where = runtime.hosts(world)
+    _say(world, *placement(where))
+    if world.size > 1:
+        _say(world, f"folder     {'shared by all hosts' if shared else 'one on each host; each writes what it needs to resume'}")
+    if world.local_main and not world.main and where[world.rank][0] != where[0][0]:
+        print(f"host       {where[world.rank][0]}: rank {world.rank} of {world.size} and its neighbours; the run speaks on {where[0][0]}", flush=True)
 
 
 def about(settings: Settings, examples: data.Examples, config: PretrainedConfig, args: TrainingArguments) -> dict:
@@ -202,17 +222,20 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     problems = check_resume(settings)
     if problems:
         raise ConfigError(problems)
-    done = _finished(settings, out)
+    shared = runtime.shares_folder(world, out)
+    writes = world.writes(shared)
+    done = runtime.gather(world, _finished(settings, out))[0]  # results.json is on the first host
     if done is not None:
         _say(world, f"this run is finished; to train on, change what it stopped for. Results of {out}:", *summary(done, out, 0.0))
         return done
     examples = data.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model)
     examples = data.tokenize(examples, tokenizer, settings.data)
-    args = _training_arguments(settings, world, examples.metric)
+    args = _training_arguments(settings, world, examples.metric, shared)
     facts = about(settings, examples, config, args)
+    on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
-        checkpoint, old_weights = _prepare_folder(settings, out, facts, world.main)
+        checkpoint, old_weights = _prepare_folder(settings, out, facts, writes, on_hosts)
     model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device, is_deepspeed_zero3_enabled())
     model = apply_method(model, settings.method)
     if world.deepspeed and (args.bf16 or args.fp16):
@@ -223,7 +246,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     if old_weights is not None:
         resume.load_weights(model, old_weights)
     runtime.gather(world, None)  # nobody moves the folder before everyone has read it
-    if world.main:
+    if writes:
         if old_weights is not None and old_weights.parent == out:
             resume.set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -232,13 +255,14 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     kind = args.distributed_state.distributed_type.value.lower() if world.size > 1 or world.deepspeed else "one process"
     kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
     _say(world, *header(settings, examples, counts, world, kind, args.bf16))
+    _say_where(world, shared)
     if checkpoint or old_weights:
         _say(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     if checkpoint is not None and settings.train.early_stopping_patience:
         state = resume.trainer_state(checkpoint)
         if resume.patience_used(state["stateful_callbacks"]) >= settings.train.early_stopping_patience:
             args.max_steps = state["global_step"]  # it was killed when it was about to stop
-    trainer = _make_trainer(settings, args, model, tokenizer, examples, facts, callbacks)
+    trainer = _make_trainer(settings, args, model, tokenizer, examples, facts, callbacks, world, shared)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopping is not None:
         raise Preempted(f"stopped by {trainer.stopping} at step {trainer.state.global_step}, saved; continue with train.resume=auto")
@@ -254,9 +278,10 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     return results
 
 
-def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, facts: dict, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+def _make_trainer(
+    settings, args, model, tokenizer, examples: data.Examples, facts: dict, callbacks: Sequence[TrainerCallback], world: runtime.World, shared: bool
+) -> RunTrainer:
     gate_log, out = GateLog(model), pathlib.Path(settings.train.output_dir)
-    writes = args.process_index == 0
     stop = StopInTime()
     try:
         trainer = RunTrainer(
@@ -267,12 +292,13 @@ def _make_trainer(settings, args, model, tokenizer, examples: data.Examples, fac
             data_collator=data.collator(tokenizer, settings.data),
             processing_class=tokenizer,
             compute_metrics=data.compute_metrics(examples),
-            callbacks=[stop, Journal(out / "log.jsonl", examples.metric, gate_log, writes), *callbacks],
+            callbacks=[stop, Journal(out / "log.jsonl", examples.metric, gate_log, world.writes(shared)), *callbacks],
             gate_log=gate_log,
             out=out,
             about=facts,
             keep=settings.train.keep_checkpoints,
-            writes=writes,
+            world=world,
+            shared=shared,
         )
     except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is unknown or whose package is not installed
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error

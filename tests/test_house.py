@@ -12,6 +12,7 @@ PACKAGE = ROOT / "scaleup"
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
     {"rules", "yamlfile", "int8", "quantised"},
+    {"watchdog"},
     {"config", "gate", "runtime", "tuner", "weights"},
     {"data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},

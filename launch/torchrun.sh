@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One line per node; the same on every node but for NODE_RANK:
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=n01 launch/torchrun.sh configs/bart_large.yaml train.deepspeed=zero2
+#
+#   NNODES       nodes of the run (1)            MASTER_ADDR  host name of node 0 (this host)
+#   NODE_RANK    this node, from 0 (0)           MASTER_PORT  a port that is free on node 0 (29500)
+#   NPROC        processes on this node (its GPUs; 1 without)
+#   PYTHON       interpreter (.venv/bin/python of the checkout, else python3)
+#
+# Where one is not set, what Kubeflow (PET_*) or an Indexed Job (JOB_COMPLETION_INDEX) sets is taken. Inside a process that a
+# launcher has started already (RANK and LOCAL_RANK are there) it becomes that one process.
+set -euo pipefail
+if [ $# -lt 1 ]; then
+  echo "usage: [NNODES=…] [NODE_RANK=…] [MASTER_ADDR=…] [MASTER_PORT=…] [NPROC=…] $0 CONFIG [section.key=value …]" >&2
+  exit 2
+fi
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+config=$1
+shift
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$home/.venv/bin/python" ]; then PYTHON=$home/.venv/bin/python; else PYTHON=python3; fi
+fi
+if [ -n "${RANK:-}" ] && [ -n "${LOCAL_RANK:-}" ]; then
+  exec "$PYTHON" "$home/launch/train.py" --config "$config" "$@"
+fi
+
+nodes=${NNODES:-${PET_NNODES:-1}}
+node=${NODE_RANK:-${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}}
+address=${MASTER_ADDR:-${PET_MASTER_ADDR:-127.0.0.1}}
+port=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
+processes=${NPROC:-${PET_NPROC_PER_NODE:-}}
+if [ -z "$processes" ] || [ "$processes" = auto ] || [ "$processes" = gpu ]; then
+  gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+  processes=$((gpus > 0 ? gpus : 1))
+elif [ "$processes" = cpu ]; then
+  processes=$(getconf _NPROCESSORS_ONLN)
+fi
+if [ "$nodes" != 1 ] && [ "$address" = 127.0.0.1 ] && [ -z "${PET_RDZV_ENDPOINT:-}" ]; then
+  echo "error: $nodes nodes need MASTER_ADDR, the host name of node 0" >&2
+  exit 2
+fi
+
+# torchrun gives each process one thread unless told; on a node without GPUs that would leave cores idle.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+where=(--nnodes "$nodes" --nproc_per_node "$processes")
+# A rendezvous that Kubeflow has set up (PET_RDZV_*) is read by torchrun itself; an address would contradict it.
+if [ -z "${PET_RDZV_ENDPOINT:-}" ]; then
+  where+=(--node_rank "$node" --master_addr "$address" --master_port "$port")
+fi
+exec "$PYTHON" -m torch.distributed.run "${where[@]}" "$home/launch/train.py" --config "$config" "$@"
