@@ -80,11 +80,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="matrix-") as name:
         folder = pathlib.Path(name)
         chosen = {key: words for key, words in cells(make_workspace(folder), folder).items() if options.only in key}
-        path = folder / "cases.json"
-        path.write_text(json.dumps(chosen))
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
-        subprocess.run([sys.executable, *launcher, str(ROOT / "launch" / "cases.py"), str(path)], check=True, env=environment(), stdout=subprocess.DEVNULL)
-        results = json.loads(path.with_suffix(".done.json").read_text())
+        results = {}
+        for stage in STAGES:  # anew for each: what DeepSpeed engines leave behind slows the next ones down
+            path = folder / f"{stage}.json"
+            path.write_text(json.dumps({key: words for key, words in chosen.items() if key.startswith(f"{stage}/")}))
+            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
+            command = [sys.executable, *launcher, str(ROOT / "launch" / "cases.py"), str(path)]
+            subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+            results |= json.loads(path.with_suffix(".done.json").read_text())
     if options.only:
         print(json.dumps(results, indent=1))
         return

@@ -51,7 +51,8 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
         return overrides(workspace, folder / name, *shared, *more, family=request.param)
 
     run_cases({"one": case("one"), "one-8bit": case("one-8bit", "model.quantization=8bit")}, 1, folder)
-    two = {f"{stage}-{name}": case(f"{stage}-{name}", f"train.deepspeed={path}", *variant) for stage, path in stages.items() for name, variant in VARIANTS.items()}
+    two = {f"{stage}-{name}": case(f"{stage}-{name}", f"train.deepspeed={path}", *variant) for stage, path in stages.items() for name, variant in VARIANTS.items()
+           if request.param == "bert" or name == "both"}  # fmt: skip
     for stage in ("zero2", "zero3"):
         for kind in ("8bit", "nf4"):
             two[f"{stage}-{kind}"] = case(f"{stage}-{kind}", f"train.deepspeed={stages[stage]}", f"model.quantization={kind}", *VARIANTS["plain"])
@@ -62,6 +63,8 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
+    if not (runs / f"{stage}-{variant}").exists():
+        pytest.skip("of BART only the fullest variant, to save time")
     assert losses(runs / f"{stage}-{variant}") == pytest.approx(losses(runs / "one"), abs=1e-5)
     one, many = (load_file(runs / name / "final" / "adapter_model.safetensors") for name in ("one", f"{stage}-{variant}"))
     assert one.keys() == many.keys()
