@@ -1,0 +1,81 @@
+"""Started by tests/test_plan.py in every process: a real training run that counts its own tensors.
+
+    python -m torch.distributed.run … tests/measured.py OUT section.key=value …
+
+Writes OUT.<rank>.json: `rest`, bytes of all live tensors before the third step; `peak`, the most during that step, from the
+CPU allocator's own record.
+"""
+
+import gc
+import inspect
+import json
+import os
+import pathlib
+import sys
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers.integrations import deepspeed as hf_deepspeed
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from scaleup import backbone, config, train  # noqa: E402 (the checkout need not be installed)
+
+
+class Enough(Exception):
+    pass
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def allocated_peak(run) -> int:
+    """Most bytes that the CPU allocator handed out while `run` ran, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    level = peak = 0
+    for _, size in events:
+        level += size
+        peak = max(peak, level)
+    return peak
+
+
+def main() -> None:
+    out, *overrides = sys.argv[1:]
+    steps = []
+    plain_step, plain_load = train.RunTrainer.training_step, backbone.load_model
+
+    def step(self, model, inputs, *args, **kwargs):
+        steps.append(None)
+        if len(steps) < 3:
+            return plain_step(self, model, inputs, *args, **kwargs)
+        rest = live_bytes()
+        peak = rest + allocated_peak(lambda: plain_step(self, model, inputs, *args, **kwargs))
+        pathlib.Path(f"{out}.{os.environ['RANK']}.json").write_text(json.dumps({"rest": rest, "peak": peak, "shape": list(inputs["input_ids"].shape)}))
+        raise Enough
+
+    def load(*args, **kwargs):
+        """Loads whole; DeepSpeed shares the weights out when it starts. For a load_model that does not know ZeRO-3 yet."""
+        known, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+        try:
+            return plain_load(*args, **kwargs)
+        finally:
+            hf_deepspeed._hf_deepspeed_config_weak_ref = known
+
+    train.RunTrainer.training_step = step
+    if "zero3" not in inspect.signature(plain_load).parameters:
+        backbone.load_model = load
+    try:
+        train.run(config.load(None, overrides))
+    except Enough:
+        pass
+
+
+if __name__ == "__main__":
+    main()
