@@ -290,7 +290,7 @@ def table(plan: Plan) -> list[str]:
         "",
         f"Memory of one process, K/M/G = powers of 1024; every batch {batch} x {length} tokens (the worst case); * as configured",
         *rows,
-        "none: one process or DDP.  activ.: most alive in a step beside weights, states, buffers.  cp: with gradient checkpointing.",
+        "none: one process or DDP.  activ.: most alive in a step beside all of these.  cp: with gradient checkpointing.",
         "buffers: of DDP and ZeRO, with what ZeRO-3 gathers.  host: CPU memory of what is offloaded.  load: most while loading.",
         "What CUDA takes itself (context, kernels, fragmentation) comes on top.",
     ]
