@@ -7,7 +7,6 @@ CPU allocator's own record.
 """
 
 import gc
-import inspect
 import json
 import os
 import pathlib
@@ -15,10 +14,9 @@ import sys
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers.integrations import deepspeed as hf_deepspeed
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from scaleup import backbone, config, train  # noqa: E402 (the checkout need not be installed)
+from scaleup import config, train  # noqa: E402 (the checkout need not be installed)
 
 
 class Enough(Exception):
@@ -49,7 +47,7 @@ def allocated_peak(run) -> int:
 def main() -> None:
     out, *overrides = sys.argv[1:]
     steps = []
-    plain_step, plain_load = train.RunTrainer.training_step, backbone.load_model
+    plain_step = train.RunTrainer.training_step
 
     def step(self, model, inputs, *args, **kwargs):
         steps.append(None)
@@ -60,17 +58,7 @@ def main() -> None:
         pathlib.Path(f"{out}.{os.environ['RANK']}.json").write_text(json.dumps({"rest": rest, "peak": peak, "shape": list(inputs["input_ids"].shape)}))
         raise Enough
 
-    def load(*args, **kwargs):
-        """Loads whole; DeepSpeed shares the weights out when it starts. For a load_model that does not know ZeRO-3 yet."""
-        known, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-        try:
-            return plain_load(*args, **kwargs)
-        finally:
-            hf_deepspeed._hf_deepspeed_config_weak_ref = known
-
     train.RunTrainer.training_step = step
-    if "zero3" not in inspect.signature(plain_load).parameters:
-        backbone.load_model = load
     try:
         train.run(config.load(None, overrides))
     except Enough:

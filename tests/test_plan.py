@@ -68,9 +68,14 @@ def script(*arguments: str, file: str = "launch/plan.py", **env: str) -> subproc
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage):
-    more = (f"train.deepspeed={stage}", f"train.output_dir={tmp_path / 'run'}", "train.max_steps=5")
+@pytest.mark.parametrize(
+    "stage, changes",
+    [("zero1", ()), ("zero2", ()), ("zero3", ()), ("zero2", ("train.bf16=true",)), ("zero3", ("model.quantization=8bit",)),
+     ("zero2", ("model.quantization=8bit",)), ("zero2", ("model.quantization=nf4",)), ("zero3", ("train.bf16=true",)), ("zero3", ("model.quantization=nf4",))],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)  # fmt: skip
+def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage, changes):
+    more = (*changes, f"train.deepspeed={stage}", f"train.output_dir={tmp_path / 'run'}", "train.max_steps=5")
     row = next(row for row in plan.make_plan(settings(workspace, *more), 2, "cpu", configured=True).rows if row.chosen)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={random.randint(20000, 40000)}")
     result = script(*launcher, str(ROOT / "tests" / "measured.py"), str(tmp_path / "found"), *overrides(workspace, *more), file="-")
@@ -79,7 +84,7 @@ def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_pa
         assert path.is_file(), result.stderr[-3000:]
         found = json.loads(path.read_text())
         assert found["shape"] == [8, 64]
-        print(f"{stage} rank {rank}: rest {row.states.resident:,} planned, {found['rest']:,}; peak {row.total(False):,} planned, {found['peak']:,}")
+        print(f"{stage} {changes} rank {rank}: rest {row.states.resident:,} planned, {found['rest']:,}; peak {row.total(False):,} planned, {found['peak']:,}")
         assert row.states.resident == pytest.approx(found["rest"], rel=0.1)
         assert row.total(False) == pytest.approx(found["peak"], rel=0.1)
 
