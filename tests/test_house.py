@@ -17,7 +17,7 @@ RANKS = [
     {"data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},
     {"unipelt"},
-    {"checkpoint", "journal"},
+    {"checkpoint", "journal", "activations", "memory"},
     {"resume"},
     {"loop"},
     {"train", "export", "plan", "bench", "report"},

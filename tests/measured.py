@@ -1,0 +1,69 @@
+"""Started by tests/test_plan.py in every process: a real training run that counts its own tensors.
+
+    python -m torch.distributed.run … tests/measured.py OUT section.key=value …
+
+Writes OUT.<rank>.json: `rest`, bytes of all live tensors before the third step; `peak`, the most during that step, from the
+CPU allocator's own record.
+"""
+
+import gc
+import json
+import os
+import pathlib
+import sys
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from scaleup import config, train  # noqa: E402 (the checkout need not be installed)
+
+
+class Enough(Exception):
+    pass
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def allocated_peak(run) -> int:
+    """Most bytes that the CPU allocator handed out while `run` ran, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    level = peak = 0
+    for _, size in events:
+        level += size
+        peak = max(peak, level)
+    return peak
+
+
+def main() -> None:
+    out, *overrides = sys.argv[1:]
+    steps = []
+    plain_step = train.RunTrainer.training_step
+
+    def step(self, model, inputs, *args, **kwargs):
+        steps.append(None)
+        if len(steps) < 3:
+            return plain_step(self, model, inputs, *args, **kwargs)
+        rest = live_bytes()
+        peak = rest + allocated_peak(lambda: plain_step(self, model, inputs, *args, **kwargs))
+        pathlib.Path(f"{out}.{os.environ['RANK']}.json").write_text(json.dumps({"rest": rest, "peak": peak, "shape": list(inputs["input_ids"].shape)}))
+        raise Enough
+
+    train.RunTrainer.training_step = step
+    try:
+        train.run(config.load(None, overrides))
+    except Enough:
+        pass
+
+
+if __name__ == "__main__":
+    main()
