@@ -277,7 +277,7 @@ def load_model(
         else:
             config.num_labels, config.problem_type = len(labels), "single_label_classification"
             config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-        empty = _empty_model(config, settings.attention, dtype)
+        empty = empty_model(config, settings.attention, dtype)
         heads = tuple(head_names(empty))
         if zero3 and settings.quantization != "nf4":
             if settings.quantization == "8bit":
@@ -298,7 +298,7 @@ def load_model(
     return model
 
 
-def _empty_model(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device. Not through `from_config`, which under ZeRO-3 would allocate and share out every weight."""
     cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     config._attn_implementation = attention

@@ -9,6 +9,7 @@ from torch import nn
 from scaleup.config import Settings
 from scaleup.data import Examples
 from scaleup.gate import GateStatistics, LearnedGate
+from scaleup.memory import States
 from scaleup.runtime import World
 
 
@@ -85,6 +86,19 @@ def placement(hosts: list[tuple[str, str]]) -> list[str]:
         by_host.setdefault(host, []).append(f"rank {rank} {device}")
     lines = [f"world      {len(hosts)} process{'es' * (len(hosts) > 1)} on {len(by_host)} host{'s' * (len(by_host) > 1)}"]
     return [*lines, *(f"host       {host}: {', '.join(ranks)}" for host, ranks in by_host.items())]
+
+
+def memory_line(states: States) -> str:
+    """What weights, gradients and optimizer will take on each process; activations come on top."""
+    mib = 2**20
+    total = states.resident + states.gathered + states.gradients
+    return (
+        f"memory     {total / mib:,.0f} MiB per process before activations: backbone {states.backbone / mib:,.0f}, trained {states.trained / mib:,.0f},"
+        f" gradients {states.gradients / mib:,.0f}, optimizer {states.optimizer / mib:,.0f}"
+        + (f", gathered weights {states.gathered / mib:,.0f}" if states.gathered else "")
+        + (f"; {states.host / mib:,.0f} in CPU memory" if states.host else "")
+        + " (launch/plan.py counts all)"
+    )
 
 
 def summary(results: dict, out: pathlib.Path, seconds: float) -> list[str]:

@@ -24,8 +24,9 @@ from transformers.utils import logging as hf_logging
 from scaleup import backbone, data, resume, runtime, weights
 from scaleup.checkpoint import BundleError
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings, to_yaml
-from scaleup.journal import GateLog, header, placement, summary, write_json
+from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json
 from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
+from scaleup.memory import estimate
 from scaleup.unipelt import apply_method, parameter_counts
 
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
@@ -256,6 +257,9 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
     _say(world, *header(settings, examples, counts, world, kind, args.bf16))
     _say_where(world, shared)
+    half = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((args.bf16, args.fp16)) if world.deepspeed else None
+    file = _deepspeed_file(settings.train.deepspeed)
+    _say(world, memory_line(estimate(settings, config, frozen_dtype(settings), file, world.size, half)))
     if checkpoint or old_weights:
         _say(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     if checkpoint is not None and settings.train.early_stopping_patience:
