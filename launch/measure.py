@@ -175,7 +175,7 @@ def main() -> None:
     root = pathlib.Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="measure-") as name:
         folder = pathlib.Path(name)
-        shared = [*prepare(folder), "model.dtype=bfloat16", "train.max_steps=4", "train.per_device_train_batch_size=2", "train.eval_strategy=steps",
+        shared = [*prepare(folder), "train.bf16=true", "train.max_steps=4", "train.per_device_train_batch_size=2", "train.eval_strategy=steps",
                   "train.eval_steps=4", "train.disable_tqdm=true", "train.logging_steps=1"]  # fmt: skip
         comms = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}
         cases = {}

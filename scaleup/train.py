@@ -92,6 +92,15 @@ def frozen_dtype(settings: Settings) -> torch.dtype:
     return torch.bfloat16 if use_bf16(settings) and settings.method.name == "unipelt" else torch.float32
 
 
+def _precision_problems(settings: Settings) -> list[str]:
+    """DeepSpeed computes in one type; a backbone stored in another would meet it in the middle of the model."""
+    half = "bfloat16" if use_bf16(settings) else "float16" if settings.train.fp16 else "float32"
+    if settings.train.deepspeed is None or settings.model.dtype in ("auto", "float32", half):
+        return []
+    switch = "train.bf16=true" if settings.model.dtype == "bfloat16" else "train.fp16=true"
+    return [f"model.dtype: {settings.model.dtype} weights under DeepSpeed need {switch}, or leave model.dtype out"]
+
+
 def check_resume(settings: Settings) -> list[str]:
     """Problems with continuing the run in output_dir: another backbone, method or data than it was started with."""
     path = pathlib.Path(settings.train.output_dir, "config.yaml")
@@ -220,7 +229,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
     settings = _fit_length(settings, config)
-    problems = check_resume(settings)
+    problems = check_resume(settings) + _precision_problems(settings)
     if problems:
         raise ConfigError(problems)
     shared = runtime.shares_folder(world, out)
