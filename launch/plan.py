@@ -40,6 +40,8 @@ def main() -> int:
         problems, limit = [], None
         if options.world < 1:
             problems.append(f"--world: {options.world} processes; it takes at least 1")
+        if options.json is not None and not os.path.isdir(os.path.dirname(options.json) or "."):
+            problems.append(f"--json: no folder {os.path.dirname(options.json)}")
         try:
             limit = plan.parse_bytes(options.gpu_memory) if options.gpu_memory is not None else None
         except config.ConfigError as error:
