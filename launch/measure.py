@@ -5,7 +5,7 @@
 A backbone of BERT-base geometry with random weights (or model.name=… of your own) trains for four steps under every stage,
 with bfloat16 and with 8-bit frozen weights. Writes the JSON and a Markdown table beside it. Works on CPU (gloo) and GPUs.
 
-load peak: growth of this process's private memory (RssAnon) from the start of the run to the first step, sampled every 5 ms.
+load: growth of a process's private memory (RssAnon) while it loads its share under ZeRO-3, sampled every 2 ms, in fresh processes.
 frozen: bytes of frozen weights that this rank keeps between steps. linear: of those, the layers that 8 bit quantises.
 sent: bytes of the tensors handed to each collective in one step; theory: the trained parameters, in the type they are reduced in.
 """
@@ -61,7 +61,7 @@ class PeakMemory:
         self.thread.start()
 
     def sample(self) -> None:
-        while not self.running.wait(0.005):
+        while not self.running.wait(0.002):
             self.most = max(self.most, self.now() - self.begin)
 
     def stop(self) -> int:
@@ -90,11 +90,6 @@ def worker(path: pathlib.Path) -> None:
         def __init__(self) -> None:
             self.before: dict = {}
             self.found: dict = {}
-            self.memory = PeakMemory()
-            self.memory.start()
-
-        def on_train_begin(self, args, state, control, **kwargs) -> None:
-            self.load_peak = self.memory.stop()
 
         def counts(self) -> dict[str, int]:
             logger = deepspeed.comm.comm.comms_logger
@@ -109,7 +104,7 @@ def worker(path: pathlib.Path) -> None:
                 sent = {op: count - self.before.get(op, 0) for op, count in self.counts().items()}
                 trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
                 kind = next(p.dtype for p in model.parameters() if p.requires_grad)
-                self.found = {**frozen_bytes(model), "load_peak": self.load_peak, "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
+                self.found = {**frozen_bytes(model), "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
 
     rows = {}
     for name, overrides in json.loads(path.read_text(encoding="utf-8")).items():
@@ -123,6 +118,31 @@ def worker(path: pathlib.Path) -> None:
     torch.distributed.all_gather_object(every, rows)
     if os.environ["RANK"] == "0":
         path.with_suffix(".done.json").write_text(json.dumps(every), encoding="utf-8")
+
+
+def load_worker(kind: str, folder: str) -> None:
+    """Under torchrun: loads the backbone under ZeRO-3, one JSON line from each rank into its own file."""
+    import bitsandbytes  # noqa: F401 (its own memory is not the model's)
+    import deepspeed  # noqa: F401
+    import torch
+    from transformers import TrainingArguments
+
+    from scaleup import backbone, config, runtime
+
+    world = runtime.start(True)
+    preset = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "deepspeed" / "zero3.json")
+    kept = TrainingArguments(  # noqa: F841 (tells transformers of ZeRO-3 as long as it lives)
+        output_dir=folder, deepspeed=preset, bf16=True, use_cpu=not torch.cuda.is_available(), accelerator_config={"use_configured_state": True}
+    )
+    model = config.ModelSettings(name=f"{folder}/bert-base", quantization=kind)
+    memory = PeakMemory()
+    memory.start()
+    loaded = backbone.load_model(model, backbone.load_config(model), ["a", "b"], torch.bfloat16, world.device, True)
+    peak = memory.stop()
+    sizes = [(p.ds_tensor.numel() * p.ds_tensor.element_size(), p.ds_numel * p.ds_tensor.element_size()) for p in loaded.parameters()]
+    row = {"peak": peak, "after": memory.now() - memory.begin, "share": sum(s for s, _ in sizes), "whole": sum(w for _, w in sizes)}
+    pathlib.Path(folder, f"load-{kind}-{world.rank}.json").write_text(json.dumps(row))
+    runtime.gather(world, None)
 
 
 def prepare(folder: pathlib.Path) -> list[str]:
@@ -139,18 +159,23 @@ def prepare(folder: pathlib.Path) -> list[str]:
     return [f"model.name={folder / 'bert-base'}", f"data.train_file={folder / 'train.csv'}", "data.k=40", "data.dev_size=8"]
 
 
-def table(rows: dict[str, list[dict]], processes: int) -> str:
+def table(rows: dict[str, list[dict]], loads: dict[str, list[dict]], processes: int) -> str:
     """Markdown: stage × quantisation, per rank."""
     mib = 2**20
     reference = max(rank["linear"] for rank in rows["zero3-none"])
     lines = [
         f"{processes} processes, MiB per rank (the largest rank). `of bf16 ZeRO-3`: linear layers against bfloat16 under ZeRO-3.", "",
-        "| stage | frozen weights | all frozen | linear layers | of bf16 ZeRO-3 | load peak |", "|---|---|---|---|---|---|",
+        "| stage | frozen weights | all frozen | linear layers | of bf16 ZeRO-3 |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, ranks in rows.items():
         stage, kind = name.split("-")
-        frozen, linear, load = (max(rank[key] for rank in ranks) for key in ("frozen", "linear", "load_peak"))
-        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {frozen / mib:.1f} | {linear / mib:.1f} | {linear / reference:.3f} | {load / mib:.0f} |")
+        frozen, linear = (max(rank[key] for rank in ranks) for key in ("frozen", "linear"))
+        lines.append(f"| {stage} | {'bfloat16' if kind == 'none' else kind} | {frozen / mib:.1f} | {linear / mib:.1f} | {linear / reference:.3f} |")
+    lines += ["", "Loading under ZeRO-3, MiB of private memory per rank (the largest rank).", "",
+              "| frozen weights | whole backbone | share | peak while loading | after |", "|---|---|---|---|---|"]  # fmt: skip
+    for kind, ranks in loads.items():
+        cells = [f"{max(rank[key] for rank in ranks) / mib:.0f}" for key in ("whole", "share", "peak", "after")]
+        lines.append(f"| {'bfloat16' if kind == 'none' else kind} | " + " | ".join(cells) + " |")
     lines += ["", "Bytes handed to collectives in one step, per rank; trained parameters in the type they are reduced in beside it.", "",
               "| stage | frozen weights | trained parameters, bytes | collectives, bytes |", "|---|---|---|---|"]  # fmt: skip
     for name, ranks in rows.items():
@@ -166,6 +191,9 @@ def main() -> None:
     """Command line."""
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
         worker(pathlib.Path(sys.argv[2]))
+        return
+    if len(sys.argv) == 4 and sys.argv[1] == "--load-worker":
+        load_worker(sys.argv[2], sys.argv[3])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=2)
@@ -190,13 +218,17 @@ def main() -> None:
                 cases[key] = [*shared, f"model.quantization={kind}", f"train.output_dir={folder / key}", *deepspeed, *options.overrides]
         (folder / "cases.json").write_text(json.dumps(cases))
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
+        loads = {}
+        for kind in ("none", "8bit"):
+            subprocess.run([sys.executable, *launcher, __file__, "--load-worker", kind, str(folder)], check=True)
+            loads[kind] = [json.loads(path.read_text()) for path in sorted(folder.glob(f"load-{kind}-*.json"))]
         subprocess.run([sys.executable, *launcher, __file__, "--worker", str(folder / "cases.json")], check=True)
         every = json.loads((folder / "cases.done.json").read_text(encoding="utf-8"))
     rows = {name: [rank[name] for rank in every] for name in every[0]}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"processes": options.processes, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(table(rows, options.processes), encoding="utf-8")
-    print(table(rows, options.processes))
+    options.output.write_text(json.dumps({"processes": options.processes, "rows": rows, "loads": loads}, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(table(rows, loads, options.processes), encoding="utf-8")
+    print(table(rows, loads, options.processes))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scaleup.checkpoint import BundleError, verify
+from scaleup.config import Settings, to_yaml
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ASIDE = re.compile(r"before-(\d+)")
@@ -89,6 +90,19 @@ def patience_used(callbacks: dict) -> int:
     stored = callbacks.get("EarlyStoppingCallback", {"attributes": {}})
     entry = stored[-1] if isinstance(stored, list) else stored
     return entry["attributes"].get("early_stopping_patience_counter", 0)
+
+
+def finished(settings: Settings, out: pathlib.Path) -> dict | None:
+    """The results of this very run, if it came to its end before: a job that a scheduler starts again has nothing to do."""
+    path, config = out / "results.json", out / "config.yaml"
+    if settings.train.resume == "never" or not path.is_file() or not config.is_file():
+        return None
+
+    def wanted(text: str) -> str:
+        return "\n".join(line for line in text.splitlines() if not line.startswith("  resume:"))
+
+    same = wanted(config.read_text(encoding="utf-8")) == wanted(to_yaml(settings))
+    return json.loads(path.read_text(encoding="utf-8")) if same else None
 
 
 def set_aside(out: pathlib.Path) -> None:

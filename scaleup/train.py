@@ -7,7 +7,6 @@ holds only what the same config and seed give again, times and memory are in `ti
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import time
@@ -111,19 +110,6 @@ def check_resume(settings: Settings) -> list[str]:
     if now == then:
         return []
     return [f"train.resume: {path} has other model, method or data settings; resume with that config, or choose another output_dir"]
-
-
-def _finished(settings: Settings, out: pathlib.Path) -> dict | None:
-    """The results of this very run, if it came to its end before: a job that a scheduler starts again has nothing to do."""
-    path, config = out / "results.json", out / "config.yaml"
-    if settings.train.resume == "never" or not path.is_file() or not config.is_file():
-        return None
-
-    def wanted(text: str) -> str:
-        return "\n".join(line for line in text.splitlines() if not line.startswith("  resume:"))
-
-    same = wanted(config.read_text(encoding="utf-8")) == wanted(to_yaml(settings))
-    return json.loads(path.read_text(encoding="utf-8")) if same else None
 
 
 @contextlib.contextmanager
@@ -234,7 +220,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
         raise ConfigError(problems)
     shared = runtime.shares_folder(world, out)
     writes = world.writes(shared)
-    done = runtime.gather(world, _finished(settings, out))[0]  # results.json is on the first host
+    done = runtime.gather(world, resume.finished(settings, out))[0]  # results.json is on the first host
     if done is not None:
         _say(world, f"this run is finished; to train on, change what it stopped for. Results of {out}:", *summary(done, out, 0.0))
         return done

@@ -7,6 +7,7 @@ them to DeepSpeed, which keeps this rank's share and frees the rest.
 This is the only file that touches DeepSpeed's parameter partitioning and transformers' key renaming.
 """
 
+import ctypes
 import hashlib
 import pathlib
 from collections.abc import Iterable
@@ -21,6 +22,9 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations.deepspeed import deepspeed_config
 
 from scaleup.int8 import Int8Linear, quantise
+
+
+TRIM_EVERY = 1 << 24  # weights
 
 
 class Weights:
@@ -109,7 +113,7 @@ def load_sharded(model: PreTrainedModel, weights: Weights, device: torch.device)
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
-    partition, done = _Partitioner(), {}
+    partition, done, read = _Partitioner(), {}, 0
     info: dict[str, set[str]] = {"missing_keys": set(), "mismatched_keys": set()}
     for prefix, module in model.named_modules():
         fresh, new = False, []
@@ -138,7 +142,19 @@ def load_sharded(model: PreTrainedModel, weights: Weights, device: torch.device)
         if fresh:
             model._init_weights(module)
         partition(module, new)
+        read += sum(p.ds_numel for p in new)
+        if read > TRIM_EVERY:
+            _return_freed_memory()
+            read = 0
+    _return_freed_memory()
     return info
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed pieces of a few MiB: over a whole backbone more than the backbone itself (measured: 330 MiB against 69)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+    if trim is not None:
+        trim(0)
 
 
 def _read(weights: Weights, names: list[str], empty: torch.Tensor, module: nn.Module, info: dict[str, set[str]]) -> torch.Tensor | None:
