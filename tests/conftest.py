@@ -7,8 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# No test may reach a hub, and forks after a tokenizer has started threads would warn.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# No test may reach a hub, and forks after a tokenizer has started threads would warn. One thread: the models are tiny, and two
+# test processes with two threads each would only wait for each other.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
