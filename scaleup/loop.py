@@ -8,7 +8,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from scaleup import resume, runtime, watchdog
 from scaleup.checkpoint import BundleError, draft, draft_name, expected_tensors, seal
@@ -34,20 +34,25 @@ class Preempted(Exception):
     """The run was asked to stop and has saved; the message is one plain line."""
 
 
-class LengthGroups(LengthGroupedSampler):
-    """Batches of similar length in an order that follows from seed and epoch alone, so that a run resumed in the middle of an
-    epoch meets the same batches. transformers' own takes its order from the global random state."""
+class EpochOrder(torch.utils.data.Sampler):
+    """The order of examples, from seed and epoch alone, so that a run resumed in the middle of an epoch meets the same batches.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
+    transformers' length groups take their order from the global random state; and on several processes, with some batches
+    skipped, Accelerate does not tell the sampler the epoch (it sits two wrappers too deep). So this one asks for it.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, count: int, seed: int, epoch: Callable[[], int], lengths: list[int] | None, batch_size: int):
+        """`lengths`: of each example in tokens, to put similar ones into a batch; None: any order."""
+        self.count, self.seed, self.epoch, self.lengths, self.batch_size = count, seed, epoch, lengths, batch_size
+
+    def __len__(self) -> int:
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.lengths is None:
+            return iter(torch.randperm(self.count, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class RunTrainer(Trainer):
@@ -81,10 +86,14 @@ class RunTrainer(Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        lengths = list(self.train_dataset[self.args.length_column_name]) if grouped else None
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups(batch_size, list(self.train_dataset[self.args.length_column_name]), self.args.seed)
+        return EpochOrder(len(self.train_dataset), self.args.seed, self.current_epoch, lengths, batch_size)
+
+    def current_epoch(self) -> int:
+        """Whole epochs behind us; what is left over by rounding is no epoch."""
+        return int((self.state.epoch or 0.0) + 1e-6)
 
     def refuse_bad_loss(self) -> None:
         """Raises RunError, on every rank, if a loss was not a number; names the first step and batch."""
