@@ -6,6 +6,7 @@ With scaleup.train, which assembles a run, the only file that knows Trainer.
 import json
 import math
 import pathlib
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -159,6 +160,9 @@ class RunTrainer(Trainer):
                 raise
             kept = resume.checkpoints(self.out)
             cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+            if shutil.disk_usage(self.out).free < 2**20:  # torch says "unexpected pos"
+                cause = "the disk is full"
+            shutil.rmtree(draft_name(folder), ignore_errors=True)
             raise RunError(f"{folder} could not be written: {cause}. The last good checkpoint is {kept[-1] if kept else 'none'}") from error
 
     def _seal(self, folder: pathlib.Path) -> None:
