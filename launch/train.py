@@ -38,14 +38,20 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_args()
 
-    from scaleup import watchdog
+    from scaleup import runtime, watchdog
 
     code = 1
     try:
         code = _train(options)
     finally:
         watchdog.stop(code)
+    if code in (0, _stopped_code()):  # after a failure others may be gone, and leaving in good order could wait for them
+        runtime.leave()
     return code
+
+
+def _stopped_code() -> int:
+    return int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -70,7 +76,7 @@ def _train(options: argparse.Namespace) -> int:
     except loop.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
-        return int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
+        return _stopped_code()
     except RuntimeError as error:
         lost = watchdog.lost_connection(error)
         if lost is None:
