@@ -11,7 +11,6 @@ sent: bytes of the tensors handed to each collective in one step; theory: the tr
 """
 
 import argparse
-import gc
 import json
 import os
 import pathlib
@@ -23,6 +22,8 @@ import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from launch.cases import command, run_cases
 
 STAGES = ("none", "zero1", "zero2", "zero3")
 KINDS = ("none", "8bit", "nf4")
@@ -79,10 +80,9 @@ def worker(path: pathlib.Path) -> None:
     """Under torchrun: every case of the file, one JSON line each from rank 0."""
     import deepspeed.comm
     import torch
-    from accelerate.state import AcceleratorState
     from transformers import TrainerCallback
 
-    from scaleup import backbone, config, data, train
+    from scaleup import runtime
 
     class Meter(TrainerCallback):
         """Reads the counters between the third and the fourth step."""
@@ -106,18 +106,16 @@ def worker(path: pathlib.Path) -> None:
                 kind = next(p.dtype for p in model.parameters() if p.requires_grad)
                 self.found = {**frozen_bytes(model), "sent": {op: n for op, n in sent.items() if n}, "trained": trained, "trained_dtype": str(kind)}
 
-    rows = {}
-    for name, overrides in json.loads(path.read_text(encoding="utf-8")).items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        meter = Meter()
-        train.run(config.load(None, overrides, checks=(data.check, backbone.check)), callbacks=[meter])
-        rows[name] = meter.found
-        gc.collect()
+    cases = json.loads(path.read_text(encoding="utf-8"))
+    meters = {name: Meter() for name in cases}
+    refused = {name: words for name, words in run_cases(cases, lambda name: [meters[name]]).items() if words is not None}
+    if refused:
+        sys.exit(f"refused: {refused}")
     every = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, rows)
+    torch.distributed.all_gather_object(every, {name: meter.found for name, meter in meters.items()})
     if os.environ["RANK"] == "0":
         path.with_suffix(".done.json").write_text(json.dumps(every), encoding="utf-8")
+    runtime.leave()
 
 
 def load_worker(kind: str, folder: str) -> None:
@@ -143,6 +141,7 @@ def load_worker(kind: str, folder: str) -> None:
     row = {"peak": peak, "after": memory.now() - memory.begin, "share": sum(s for s, _ in sizes), "whole": sum(w for _, w in sizes)}
     pathlib.Path(folder, f"load-{kind}-{world.rank}.json").write_text(json.dumps(row))
     runtime.gather(world, None)
+    runtime.leave()
 
 
 def prepare(folder: pathlib.Path) -> list[str]:
@@ -217,12 +216,11 @@ def main() -> None:
                 deepspeed = [] if stage == "none" else [f"train.deepspeed={path}"]
                 cases[key] = [*shared, f"model.quantization={kind}", f"train.output_dir={folder / key}", *deepspeed, *options.overrides]
         (folder / "cases.json").write_text(json.dumps(cases))
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
         loads = {}
         for kind in ("none", "8bit"):
-            subprocess.run([sys.executable, *launcher, __file__, "--load-worker", kind, str(folder)], check=True)
+            subprocess.run(command(pathlib.Path(__file__), ["--load-worker", kind, str(folder)], options.processes), check=True)
             loads[kind] = [json.loads(path.read_text()) for path in sorted(folder.glob(f"load-{kind}-*.json"))]
-        subprocess.run([sys.executable, *launcher, __file__, "--worker", str(folder / "cases.json")], check=True)
+        subprocess.run(command(pathlib.Path(__file__), ["--worker", str(folder / "cases.json")], options.processes), check=True)
         every = json.loads((folder / "cases.done.json").read_text(encoding="utf-8"))
     rows = {name: [rank[name] for rank in every] for name in every[0]}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from scaleup import quantised
-from scaleup.config import ConfigError, DataSettings, ModelSettings
+from scaleup.config import ConfigError, DataSettings, ModelSettings, Settings
 from scaleup.int8 import replace_linears
 from scaleup.weights import Weights, checkpoint_folder, load_sharded
 
@@ -224,6 +224,16 @@ def length_problems(data: DataSettings, model: ModelSettings, config: Pretrained
     if limit is None or data.max_length <= limit:
         return []
     return [f"data.max_length: {data.max_length} tokens, but {model.name} has {limit} positions"]
+
+
+def fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
+    """A length the user did not choose shrinks to what the model takes. Raises ConfigError for a chosen one that is too long."""
+    limit = position_limit(config)
+    if "max_length" not in settings.data.model_fields_set and limit is not None and limit < settings.data.max_length:
+        return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": limit})})
+    if problems := length_problems(settings.data, settings.model, config):
+        raise ConfigError(problems)
+    return settings
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

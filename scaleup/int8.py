@@ -27,8 +27,8 @@ class Int8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenMatmul.apply(x, self.weight, self.scale) if bias is None else _FrozenMatmul.apply(x, self.weight, self.scale) + bias
+        y = _FrozenMatmul.apply(x, self.weight, self.scale)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 def quantise(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

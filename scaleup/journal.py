@@ -42,9 +42,14 @@ class GateLog:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
     """Never half written under its final name."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -55,9 +60,7 @@ def rewind(path: pathlib.Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A killed run may have left half a line at the end.
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(kept))
 
 
 def header(settings: Settings, examples: Examples, counts: dict, world: World, launched_as: str, bf16: bool) -> list[str]:

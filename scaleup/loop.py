@@ -20,9 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from scaleup import resume, runtime, watchdog
-from scaleup.checkpoint import BundleError, draft, draft_name, expected_tensors, seal
+from scaleup.checkpoint import draft, draft_name, expected_tensors, seal
 from scaleup.journal import GateLog, rewind
-
 
 BATCHES = 1 << 20  # more than a step ever has
 
@@ -104,11 +103,14 @@ class RunTrainer(Trainer):
             return
         where, rank = min(bad)
         step, batch = divmod(where, BATCHES)
-        kept = resume.checkpoints(self.out)
         raise RunError(
-            f"the loss is not a number at step {step} (its batch {batch}, rank {rank}); the last good checkpoint is"
-            f" {kept[-1] if kept else 'none'}. Try a lower train.learning_rate, or look at the data of that step"
+            f"the loss is not a number at step {step} (its batch {batch}, rank {rank}). {self._last_good()}."
+            " Try a lower train.learning_rate, or look at the data of that step"
         )
+
+    def _last_good(self) -> str:
+        kept = resume.checkpoints(self.out)
+        return f"The last good checkpoint is {kept[-1] if kept else 'none'}"
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Adds speed and gates to a training log. Runs on every rank: the token count is summed over them."""
@@ -158,12 +160,11 @@ class RunTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if watchdog.is_lost(error):
                 raise
-            kept = resume.checkpoints(self.out)
             cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
             if shutil.disk_usage(self.out).free < 2**20:  # torch says "unexpected pos"
                 cause = "the disk is full"
             shutil.rmtree(draft_name(folder), ignore_errors=True)
-            raise RunError(f"{folder} could not be written: {cause}. The last good checkpoint is {kept[-1] if kept else 'none'}") from error
+            raise RunError(f"{folder} could not be written: {cause}. {self._last_good()}") from error
 
     def _seal(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()
@@ -245,8 +246,7 @@ class StopInTime(TrainerCallback):
         if number.item():
             self.trainer.stopping = signal.Signals(int(number.item())).name
             control.should_save, control.should_training_stop = True, True
-        if control.should_save:
-            control.should_log = True
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         if control.should_save:

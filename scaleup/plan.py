@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from scaleup import backbone, data
+from scaleup import backbone, data, precision
 from scaleup.activations import Kernels, Step, trace
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings
 from scaleup.memory import States, Zero, read_zero, states
@@ -98,21 +98,6 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def half_type(settings: Settings, device: str) -> torch.dtype | None:
-    """The type of mixed precision on `device`: what scaleup.train decides there; auto is bfloat16 on a GPU."""
-    train = settings.train
-    if train.fp16:
-        return torch.float16
-    return torch.bfloat16 if train.bf16 is True or (train.bf16 == "auto" and device == "cuda") else None
-
-
-def frozen_type(settings: Settings, half: torch.dtype | None) -> torch.dtype:
-    """Storage type of the backbone: what scaleup.train decides, for a machine where mixed precision is `half`."""
-    if settings.model.dtype != "auto":
-        return getattr(torch, settings.model.dtype)
-    return torch.bfloat16 if half is torch.bfloat16 and settings.method.name == "unipelt" else torch.float32
-
-
 def _labels(settings: Settings) -> tuple[int, int | None]:
     """Outputs of the head, and training examples. GLUE's classes are known without its data."""
     name, path = settings.data.name, settings.data.path
@@ -122,13 +107,16 @@ def _labels(settings: Settings) -> tuple[int, int | None]:
     return len(data.GLUE[name][2] or [None]), settings.data.k if isinstance(settings.data.k, int) else None
 
 
-def _builder(settings: Settings, dtype: torch.dtype, adapters_float32: bool) -> Callable[[PretrainedConfig], nn.Module]:
+def _builder(settings: Settings, dtype: torch.dtype, trained: torch.dtype | None) -> Callable[[PretrainedConfig], nn.Module]:
     def make(config: PretrainedConfig) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=dtype, attn_implementation=settings.model.attention, trust_remote_code=settings.model.trust_remote_code
             )
-        return apply_method(model, settings.method, autocast_adapter_dtype=adapters_float32)
+        model = apply_method(model, settings.method)
+        if trained is not None:
+            precision.cast_trained(model, trained)
+        return model
 
     return make
 
@@ -161,15 +149,15 @@ def make_plan(
     `progress` hears what is being computed. Raises ConfigError if model or data cannot be read or do not fit together.
     """
     config = backbone.load_config(settings.model)
-    settings = _fit_length(settings, config)
+    settings = backbone.fit_length(settings, config)
     config.num_labels, examples = _labels(settings)
-    half = half_type(settings, device)
+    half = precision.half_dtype(settings, has_bf16=device == "cuda")
     own = settings.train.deepspeed
     chosen = "none" if own is None else own if own in ZERO_PRESETS else pathlib.Path(own).name
     makers: dict[bool, tuple] = {}
     for deepspeed in (False, True):
         full_half = half if deepspeed else None
-        make = _builder(settings, full_half or frozen_type(settings, half), full_half is None)
+        make = _builder(settings, full_half or precision.frozen_dtype(settings, half), full_half)
         makers[deepspeed] = (make, _adapted(make, config, settings), full_half)
     counts = parameter_counts(makers[False][1])
     rows, steps = [], {}
@@ -199,16 +187,6 @@ def _adapted(make: Callable[[PretrainedConfig], nn.Module], config: PretrainedCo
         return make(config)
     except (ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model.name: {settings.model.name}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
-    """As a run does: a length that nobody chose shrinks to what the model takes."""
-    limit = backbone.position_limit(config)
-    if "max_length" not in settings.data.model_fields_set and limit is not None and limit < settings.data.max_length:
-        return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": limit})})
-    if problems := backbone.length_problems(settings.data, settings.model, config):
-        raise ConfigError(problems)
-    return settings
 
 
 def checks(settings: Settings, world: int) -> list[str]:

@@ -72,8 +72,6 @@ def check(folder: pathlib.Path, now: dict) -> dict:
         manifest = verify(folder)
     except BundleError as error:
         raise BundleError(f"{error}. To continue from the checkpoint before it, remove {folder}") from None
-    if "run" not in manifest:
-        raise BundleError(f"{folder}: a bundle without the state of a run; it cannot be resumed")
     then, here = manifest["backbone"], now["backbone"]
     if then["fingerprint"] != here["fingerprint"]:
         raise BundleError(f"{folder}: trained on another backbone ({then['name']}, {then['fingerprint'][:19]}…) than {here['name']} is now")

@@ -20,84 +20,14 @@ from transformers import PretrainedConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, data, resume, runtime, weights
+from scaleup import backbone, data, precision, resume, runtime, weights
+from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
-from scaleup.config import ZERO_PRESETS, ConfigError, Settings, to_yaml
-from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json
+from scaleup.config import ConfigError, Settings, to_yaml
+from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json, write_text
 from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
 from scaleup.memory import estimate
 from scaleup.unipelt import apply_method, parameter_counts
-
-PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
-
-
-def _training_arguments(settings: Settings, world: runtime.World, metric: str, shared: bool) -> TrainingArguments:
-    """TrainingArguments of a run. Raises ConfigError with Trainer's own words for values it refuses."""
-    train = settings.train
-    passed = train.training_arguments
-    strategy = passed.pop("eval_strategy", None) or "epoch"
-    if strategy == "no":
-        raise ConfigError("train.eval_strategy: no development scores, no best checkpoint; use epoch or steps")
-    if passed.get("eval_steps"):
-        passed.setdefault("save_steps", passed["eval_steps"])
-    passed.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False} if train.gradient_checkpointing else None)
-    passed.setdefault("save_strategy", strategy)
-    passed.setdefault("ddp_find_unused_parameters", False)
-    passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
-    passed.setdefault("disable_tqdm", False)
-    passed.setdefault("logging_nan_inf_filter", False)  # a loss that is not a number ends the run instead of being smoothed over
-    passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
-    if world.device.type == "cpu":
-        passed.setdefault("use_cpu", True)  # what Trainer wants to hear before it allows bfloat16 on CPU
-    group = train.group_by_length and not settings.data.pad_to_max_length
-    try:
-        args = TrainingArguments(
-            **passed,
-            eval_strategy=strategy,
-            learning_rate=settings.learning_rate,
-            bf16=use_bf16(settings),
-            deepspeed=_deepspeed_file(train.deepspeed),
-            train_sampling_strategy="group_by_length" if group else "random",
-            length_column_name="length",
-            load_best_model_at_end=True,
-            metric_for_best_model=metric,
-            greater_is_better=True,
-            remove_unused_columns=False,
-            save_on_each_node=not shared,
-            label_names=["labels"],
-            accelerator_config={"use_configured_state": True},
-        )
-        args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; nn.DataParallel would copy modules without their hooks
-        return args
-    except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
-
-
-def _deepspeed_file(name: str | None) -> str | None:
-    return str(PRESETS / f"{name}.json") if name in ZERO_PRESETS else name
-
-
-def use_bf16(settings: Settings) -> bool:
-    """`train.bf16`, with auto decided by the device: on where a GPU computes in it."""
-    if settings.train.bf16 == "auto":
-        return not settings.train.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return settings.train.bf16
-
-
-def frozen_dtype(settings: Settings) -> torch.dtype:
-    """Storage type of the backbone. auto: bfloat16 with bf16 training of a frozen backbone, else float32."""
-    if settings.model.dtype != "auto":
-        return getattr(torch, settings.model.dtype)
-    return torch.bfloat16 if use_bf16(settings) and settings.method.name == "unipelt" else torch.float32
-
-
-def _precision_problems(settings: Settings) -> list[str]:
-    """DeepSpeed computes in one type; a backbone stored in another would meet it in the middle of the model."""
-    half = "bfloat16" if use_bf16(settings) else "float16" if settings.train.fp16 else "float32"
-    if settings.train.deepspeed is None or settings.model.dtype in ("auto", "float32", half):
-        return []
-    switch = "train.bf16=true" if settings.model.dtype == "bfloat16" else "train.fp16=true"
-    return [f"model.dtype: {settings.model.dtype} weights under DeepSpeed need {switch}, or leave model.dtype out"]
 
 
 def check_resume(settings: Settings) -> list[str]:
@@ -156,17 +86,6 @@ def _prepare_folder(
     return None, found[-1]
 
 
-def _fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
-    """A length the user did not choose shrinks to what the model takes; a chosen one that is too long is refused."""
-    limit = backbone.position_limit(config)
-    if "max_length" not in settings.data.model_fields_set and limit is not None and limit < settings.data.max_length:
-        return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": limit})})
-    problems = backbone.length_problems(settings.data, settings.model, config)
-    if problems:
-        raise ConfigError(problems)
-    return settings
-
-
 def _say(world: runtime.World, *lines: str) -> None:
     if world.main:
         print(*lines, sep="\n", flush=True)
@@ -197,13 +116,8 @@ def about(settings: Settings, examples: data.Examples, config: PretrainedConfig,
     }  # fmt: skip
 
 
-def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
-    """Trains, restores the best checkpoint, scores the test set once. Returns what results.json holds.
-
-    `callbacks`: transformers callbacks to run besides our own. Raises ConfigError for what a user must change, RunError for a
-    run that cannot go on, Preempted after SIGTERM once everything is saved.
-    """
-    begin = time.perf_counter()
+def _start(settings: Settings) -> runtime.World:
+    """Joins the other processes; libraries speak only if they were asked to."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
         raise ConfigError("the launcher asks for DeepSpeed; say which with train.deepspeed=zero2 instead")
     world = runtime.start(settings.train.deepspeed is not None, settings.train.ddp_timeout or 1800)
@@ -212,10 +126,46 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     hf_logging.disable_progress_bar()  # one bar: the training's
     datasets.disable_progress_bars()
     set_seed(settings.train.seed)
+    return world
+
+
+def _attach(settings: Settings, config: PretrainedConfig, examples: data.Examples, world: runtime.World, half: torch.dtype | None) -> nn.Module:
+    """The backbone with what the method adds, on this process's device, in the types it trains in."""
+    frozen = precision.frozen_dtype(settings, half)
+    model = backbone.load_model(settings.model, config, examples.labels, frozen, world.device, is_deepspeed_zero3_enabled())
+    model = apply_method(model, settings.method)
+    if world.deepspeed and half is not None:
+        precision.cast_trained(model, half)
+    return model
+
+
+def _announce(
+    settings: Settings, config: PretrainedConfig, examples: data.Examples, counts: dict, world: runtime.World, args: TrainingArguments, shared: bool,
+    half: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Everything about the run, before its first step."""
+    kind = args.distributed_state.distributed_type.value.lower() if world.size > 1 or world.deepspeed else "one process"
+    kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
+    _say(world, *header(settings, examples, counts, world, kind, args.bf16))
+    _say_where(world, shared)
+    if world.main:
+        file, frozen = deepspeed_file(settings.train.deepspeed), precision.frozen_dtype(settings, half)
+        _say(world, memory_line(estimate(settings, config, frozen, file, world.size, half if world.deepspeed else None)))
+
+
+def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
+    """Trains, restores the best checkpoint, scores the test set once. Returns what results.json holds.
+
+    `callbacks`: transformers callbacks to run besides our own. Raises ConfigError for what a user must change, RunError for a
+    run that cannot go on, Preempted after SIGTERM once everything is saved.
+    """
+    begin = time.perf_counter()
+    world = _start(settings)
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
-    settings = _fit_length(settings, config)
-    problems = check_resume(settings) + _precision_problems(settings)
+    settings = backbone.fit_length(settings, config)
+    half = precision.half_dtype(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    problems = check_resume(settings) + precision.problems(settings, half)
     if problems:
         raise ConfigError(problems)
     shared = runtime.shares_folder(world, out)
@@ -227,17 +177,12 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     examples = data.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model)
     examples = data.tokenize(examples, tokenizer, settings.data)
-    args = _training_arguments(settings, world, examples.metric, shared)
+    args = training_arguments(settings, world, examples.metric, shared, half)
     facts = about(settings, examples, config, args)
     on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
         checkpoint, old_weights = _prepare_folder(settings, out, facts, writes, on_hosts)
-    model = backbone.load_model(settings.model, config, examples.labels, frozen_dtype(settings), world.device, is_deepspeed_zero3_enabled())
-    model = apply_method(model, settings.method)
-    if world.deepspeed and (args.bf16 or args.fp16):
-        # DeepSpeed keeps its own float32 masters and wants one type among what it trains.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16) if parameter.requires_grad else parameter.data
+    model = _attach(settings, config, examples, world, half)
     counts = parameter_counts(model)
     if old_weights is not None:
         resume.load_weights(model, old_weights)
@@ -246,15 +191,9 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
         if old_weights is not None and old_weights.parent == out:
             resume.set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        write_text(out / "config.yaml", to_yaml(settings))
         write_json(out / "environment.json", runtime.environment(world))
-    kind = args.distributed_state.distributed_type.value.lower() if world.size > 1 or world.deepspeed else "one process"
-    kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
-    _say(world, *header(settings, examples, counts, world, kind, args.bf16))
-    _say_where(world, shared)
-    half = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((args.bf16, args.fp16)) if world.deepspeed else None
-    file = _deepspeed_file(settings.train.deepspeed)
-    _say(world, memory_line(estimate(settings, config, frozen_dtype(settings), file, world.size, half)))
+    _announce(settings, config, examples, counts, world, args, shared, half)
     if checkpoint or old_weights:
         _say(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     if checkpoint is not None and settings.train.early_stopping_patience:

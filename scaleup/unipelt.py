@@ -255,15 +255,12 @@ def _attach_adapter(
     )
 
 
-def apply_method(model: PreTrainedModel, method: MethodSettings, autocast_adapter_dtype: bool = True) -> nn.Module:
-    """The model with exactly the parameters of `method` trainable. The head trains in every method.
-
-    Adapter weights are float32 whatever the backbone's type, unless `autocast_adapter_dtype` is False.
-    """
+def apply_method(model: PreTrainedModel, method: MethodSettings) -> nn.Module:
+    """The model with exactly the parameters of `method` trainable; what is added is float32. The head trains in every method."""
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"})
         config = UniPeltConfig(task_type="SEQ_CLS", gates=method.resolved_gates, **values)
-        return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        return get_peft_model(model, config)
     heads = tuple(f"{name}." for name in head_names(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method.name == "full" or name.endswith(".bias") or name.startswith(heads))

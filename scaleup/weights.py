@@ -1,8 +1,8 @@
 """The files of a pretrained model: which ones they are, and loading them straight into ZeRO-3 shares.
 
-Loading: one module at a time is whole, the rest is a rank's share. transformers' own loader for ZeRO-3 reads the whole checkpoint first, cannot replace a head of another size and cannot
+transformers' own loader for ZeRO-3 reads the whole checkpoint first, cannot replace a head of another size and cannot
 quantise. This one maps the files, and for each module reads its tensors, quantises the linear ones if asked, and hands
-them to DeepSpeed, which keeps this rank's share and frees the rest.
+them to DeepSpeed, which keeps this rank's share and frees the rest: one module at a time is whole.
 
 This is the only file that touches DeepSpeed's parameter partitioning and transformers' key renaming.
 """
@@ -22,7 +22,6 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations.deepspeed import deepspeed_config
 
 from scaleup.int8 import Int8Linear, quantise
-
 
 TRIM_EVERY = 1 << 24  # weights
 
@@ -151,7 +150,7 @@ def load_sharded(model: PreTrainedModel, weights: Weights, device: torch.device)
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps freed pieces of a few MiB: over a whole backbone more than the backbone itself (measured: 330 MiB against 69)."""
+    """glibc keeps freed pieces of a few MiB: over a whole backbone more than the backbone itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
     if trim is not None:
         trim(0)

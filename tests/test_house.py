@@ -14,7 +14,7 @@ RANKS = [
     {"rules", "yamlfile", "int8", "quantised"},
     {"watchdog"},
     {"config", "gate", "runtime", "tuner", "weights"},
-    {"data", "backbone", "adapter", "lora", "prefix"},
+    {"arguments", "precision", "data", "backbone", "adapter", "lora", "prefix"},
     {"attention"},
     {"unipelt"},
     {"checkpoint", "activations", "memory"},

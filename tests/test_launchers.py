@@ -8,8 +8,7 @@ import sys
 import pytest
 import yaml
 
-from tests.two_hosts import variables
-from tests.workspace import ROOT, make_workspace, overrides
+from tests.workspace import ROOT, environment, make_workspace, overrides
 
 TORCHRUN, SBATCH, JOB = ROOT / "launch" / "torchrun.sh", ROOT / "launch" / "slurm" / "train.sbatch", ROOT / "launch" / "k8s" / "job.yaml"
 # Stands in for the interpreter: what it is started with, and the ranks it sees.
@@ -27,7 +26,7 @@ done
 
 def run(command: list, folder: pathlib.Path | None = None, **more: str) -> subprocess.CompletedProcess:
     drop = ("NNODES", "NODE_RANK", "NPROC", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-    env = {k: v for k, v in variables().items() if k not in drop}
+    env = {k: v for k, v in environment().items() if k not in drop}
     if folder is not None:
         env["PATH"] = f"{folder}:{env['PATH']}"
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env | more, cwd=ROOT)

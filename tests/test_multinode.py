@@ -1,7 +1,6 @@
 """Runs over two hosts with their own network, name and disk (tests/two_hosts.py), and ranks that die alone."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -13,8 +12,8 @@ import time
 import pytest
 
 from scaleup.checkpoint import verify
-from tests.two_hosts import NAMES, TwoHosts, ranks, torchrun, variables
-from tests.workspace import ROOT, make_workspace, overrides
+from tests.two_hosts import NAMES, TwoHosts, ranks, torchrun
+from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 # Without dropout, with 16 examples in each step: what 1 x 16 and 2 x 8 compute is the same.
@@ -43,13 +42,9 @@ def both(tmp_path):
 def one(workspace, tmp_path_factory) -> list[float]:
     """The losses of one process."""
     out = tmp_path_factory.mktemp("one") / "run"
-    result = subprocess.run([*TRAIN, *overrides(workspace, out, *SAME)], capture_output=True, text=True, env=variables(), timeout=300, cwd=ROOT)
+    result = subprocess.run([*TRAIN, *overrides(workspace, out, *SAME)], capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     return losses(out)
-
-
-def losses(out: pathlib.Path) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
 
 
 def free_port() -> int:
@@ -129,7 +124,7 @@ def test_a_killed_rank_is_named_by_the_other_within_a_minute(workspace, tmp_path
     port = str(free_port())
     places = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in (0, 1)]
     processes = [
-        subprocess.Popen([*TRAIN, *words], env=variables(**place), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*TRAIN, *words], env=environment(**place), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for place in places
     ]
     try:

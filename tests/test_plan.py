@@ -2,24 +2,23 @@
 
 import csv
 import json
-import os
 import pathlib
 import random
 import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast
 
-from scaleup import backbone, config, data, memory, plan, train
+from launch.cases import command
+from scaleup import backbone, config, data, memory, plan
 from scaleup.activations import Kernels, _fake_step, step, trace
 from scaleup.unipelt import apply_method
 from tests import measured
 from tests.tiny import FAMILIES
+from tests.workspace import ROOT, environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = {
     "bert": dict(hidden_size=128, num_hidden_layers=4, intermediate_size=512),
     "bart": dict(d_model=128, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=512, decoder_ffn_dim=512),
@@ -60,10 +59,9 @@ def settings(workspace: pathlib.Path, *more: str, family: str = "bert") -> confi
     return config.load(None, overrides(workspace, *more, family=family), checks=(data.check, backbone.check))
 
 
-def script(*arguments: str, file: str = "launch/plan.py", **env: str) -> subprocess.CompletedProcess:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"} | env
-    command = [sys.executable, *([] if file.startswith("-") else [str(ROOT / file)]), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=variables)
+def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **env: str) -> subprocess.CompletedProcess:
+    words = command(ROOT / file, arguments, processes)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment(**env))
 
 
 @pytest.mark.distributed
@@ -76,8 +74,7 @@ def script(*arguments: str, file: str = "launch/plan.py", **env: str) -> subproc
 def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage, changes):
     more = (*changes, f"train.deepspeed={stage}", f"train.output_dir={tmp_path / 'run'}", "train.max_steps=5")
     row = next(row for row in plan.make_plan(settings(workspace, *more), 2, "cpu", configured=True).rows if row.chosen)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={random.randint(20000, 40000)}")
-    result = script(*launcher, str(ROOT / "tests" / "measured.py"), str(tmp_path / "found"), *overrides(workspace, *more), file="-")
+    result = script(str(tmp_path / "found"), *overrides(workspace, *more), file="tests/measured.py", processes=2)
     for rank in (0, 1):
         path = tmp_path / f"found.{rank}.json"
         assert path.is_file(), result.stderr[-3000:]
@@ -165,13 +162,6 @@ def test_quantised_weights_take_what_bitsandbytes_takes(kind):
         layer = layer.to("cpu")
         tensors = [layer.weight.data, layer.weight.quant_state.absmax]
     assert planned == sum(t.numel() * t.element_size() for t in tensors)
-
-
-def test_precision_is_what_a_run_on_this_machine_would_take(workspace):
-    for more in ([], ["train.bf16=true"], ["train.bf16=false"], ["model.dtype=bfloat16"], ["train.fp16=true"], ["method=full"]):
-        chosen = config.load(None, [o for o in overrides(workspace, *more) if more != ["method=full"] or "method.prefix" not in o])
-        half = plan.half_type(chosen, "cuda" if torch.cuda.is_available() else "cpu")
-        assert (half is torch.bfloat16) == bool(train.use_bf16(chosen)) and plan.frozen_type(chosen, half) == train.frozen_dtype(chosen)
 
 
 @pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("512 MiB", 2**29), ("1.5G", 3 * 2**29)])

@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch_and_keeps_the_last_goo
             if state.global_step == 5:
                 next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
 
-    with pytest.raises(RunError, match=r"not a number at step 6 \(its batch 1, rank 0\); the last good checkpoint is .*checkpoint-4"):
+    with pytest.raises(RunError, match=r"not a number at step 6 \(its batch 1, rank 0\)\. The last good checkpoint is .*checkpoint-4"):
         run(workspace, tmp_path / "run", "train.logging_steps=4", callbacks=[Poison()])
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaleup.checkpoint import verify
-from tests.workspace import ROOT, environment, make_workspace, overrides
+from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,6 @@ def train(*arguments: str, launcher: tuple[str, ...] = (), env: dict | None = No
 def done(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
-
-
-def log(out: pathlib.Path, key: str = "loss") -> list[float]:
-    return [line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def test_the_resolved_config_starts_the_same_run_and_gives_the_same_results(fini
     out, _ = finished
     done(train("--config", str(out / "config.yaml"), f"train.output_dir={tmp_path / 'again'}"))
     assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
-    assert log(tmp_path / "again") == log(out)
+    assert losses(tmp_path / "again") == losses(out)
 
 
 def test_the_best_bundle_gives_the_reported_test_score(finished, workspace):
@@ -133,7 +129,7 @@ def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
     out = tmp_path / "run"
     done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
     verify(out / "best")
-    assert all(loss == loss for loss in log(out))
+    assert all(loss == loss for loss in losses(out))
 
 
 @pytest.mark.slow
@@ -142,7 +138,7 @@ def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
     done(train(*overrides(workspace, out, "train.num_train_epochs=20", "train.learning_rate=1e-2", "data.k=88", family="bart")))
     results = json.loads((out / "results.json").read_text())
     assert results["test"]["accuracy"] > 0.7
-    assert results["dev"]["accuracy"] == pytest.approx(max(log(out, "eval_accuracy")))
+    assert results["dev"]["accuracy"] == pytest.approx(max(losses(out, "eval_accuracy")))
 
 
 @pytest.mark.distributed
@@ -158,7 +154,7 @@ def test_two_processes_equal_one_plain_and_under_zero2(workspace, tmp_path, fami
         screen = done(train(*overrides(workspace, tmp_path / name, *shared, "train.per_device_train_batch_size=8", *more, family=family),
                             launcher=(*two[:-1], port)))  # fmt: skip
         assert "8 per process x 2 processes" in screen
-        assert log(tmp_path / name) == pytest.approx(log(tmp_path / "one"), abs=1e-5)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
         one, many = (json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", name))
         assert many["accuracy"] == one["accuracy"]
         verify(tmp_path / name / "best")
@@ -175,7 +171,7 @@ def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, da
         f"train.output_dir={tmp_path / 'run'}", "data.dev_size=64", launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
     ))  # fmt: skip
     assert "16 per process x 2 processes" in screen and "deepspeed, zero2" in screen and "test 277" in screen
-    assert len(log(tmp_path / "run", "eval_accuracy")) == 2
+    assert len(losses(tmp_path / "run", "eval_accuracy")) == 2
     verify(tmp_path / "run" / "best")
 
 

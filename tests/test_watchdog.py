@@ -156,20 +156,13 @@ def test_a_stopped_rank_0_whose_store_does_not_answer_is_named(ranks):
         assert code == 1 and "rank 0 on host n01" in line
 
 
-def test_a_rank_that_fails_alone_stops_the_others(ranks):
-    group = ranks(("run", 60), ("fail", 0), ("run", 60))
-    (own, nothing), *others = group.end(1, 0, 2, within=LIMIT + 6)
+@pytest.mark.parametrize("failing, words", [(1, "rank 1 on host n01 has stopped with an error"), (0, "rank 0 on host n01")])
+def test_a_rank_that_fails_alone_stops_the_others(ranks, failing, words):
+    group = ranks(*[("fail", 0) if rank == failing else ("run", 60) for rank in range(3)])
+    (own, nothing), *others = group.end(failing, *({0, 1, 2} - {failing}), within=LIMIT + 6)
     assert (own, nothing) == (3, "")
     for code, line in others:
-        assert code == 1 and "rank 1 on host n01 has stopped with an error" in line
-
-
-def test_an_error_of_rank_0_alone_stops_the_others(ranks):
-    group = ranks(("fail", 0), ("run", 60), ("run", 60))
-    (own, nothing), *others = group.end(0, 1, 2, within=LIMIT + 6)
-    assert (own, nothing) == (3, "")
-    for code, line in others:
-        assert code == 1 and "rank 0 on host n01" in line
+        assert code == 1 and words in line
 
 
 def test_an_error_of_all_ranks_ends_each_with_its_own_code(ranks):

@@ -2,14 +2,12 @@
 
 import json
 import pathlib
-import random
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.workspace import ROOT, environment, make_workspace, overrides
+from launch.cases import start_cases
+from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 VARIANTS = {
@@ -22,17 +20,8 @@ VARIANTS = {
 
 def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
     """launch/cases.py; every case must succeed."""
-    path = folder / f"cases{processes}.json"
-    path.write_text(json.dumps(cases))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 60000))]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "launch" / "cases.py"), str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment())
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(path.with_suffix(".done.json").read_text()) == dict.fromkeys(cases)
-
-
-def losses(out: pathlib.Path) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    found = start_cases(cases, folder / f"cases{processes}.json", processes, timeout=900, cwd=ROOT, env=environment())
+    assert found == dict.fromkeys(cases)
 
 
 @pytest.fixture(scope="module", params=["bert", "bart"])

@@ -14,16 +14,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from tests.workspace import ROOT, make_workspace, overrides
+from tests.workspace import ROOT, environment, make_workspace, overrides
 
 NAMES = ("n01", "n02")
-
-
-def variables(**more: str) -> dict[str, str]:
-    """The environment of a run: nothing of a launcher's, and one thread."""
-    drop = ("ACCELERATE", "OMP_", "PET_", "SLURM_", "TORCHELASTIC", "SCALEUP_WATCHDOG")
-    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | cpu | more
 
 
 class TwoHosts:
@@ -77,7 +70,7 @@ class TwoHosts:
         apart = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         words = ["ip", "netns", "exec", self.spaces[host], *apart, *inside]
         output = (self.folder / f"{NAMES[host]}.log").open("a")
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=variables(**env))
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment(**env))
         self.running.append(process)
         return process
 

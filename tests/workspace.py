@@ -1,6 +1,7 @@
 """A workspace for runs of the real entry script: tiny backbones with a tokenizer, and data that a tiny model can learn."""
 
 import csv
+import json
 import os
 import pathlib
 import random
@@ -50,6 +51,13 @@ def overrides(workspace: pathlib.Path, out: pathlib.Path, *more: str, family: st
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Of a run started by a test: nothing that another launcher left, one thread (two would only wait for each other here)."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP_"))} | {"OMP_NUM_THREADS": "1"}
+def environment(**more: str) -> dict[str, str]:
+    """Of a run started by a test: nothing of a launcher's, no GPU, no hub, one thread (two would only wait for each other here)."""
+    drop = ("ACCELERATE", "OMP_", "PET_", "SLURM_", "TORCHELASTIC", "SCALEUP_WATCHDOG")
+    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | cpu | more
+
+
+def losses(out: pathlib.Path, key: str = "loss") -> list[float]:
+    """What a run logged under `key`, in the order of steps."""
+    return [line[key] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]

@@ -1,6 +1,6 @@
 """Runs every cell of the support matrix on tiny models, on two processes, and writes docs/support-matrix.md.
 
-    python launch/matrix.py --output docs/support-matrix.md
+    python -m tests.matrix --output docs/support-matrix.md
 
 ZeRO stage × precision × quantisation × gradient checkpointing × backbone family. A cell trains two steps, is scored, saved,
 restored to its best checkpoint and resumed for a third step. What a cell cannot do it refuses at start; the table then has the refusal.
@@ -10,14 +10,11 @@ import argparse
 import itertools
 import json
 import pathlib
-import random
 import subprocess
-import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from tests.workspace import ROOT, environment, make_workspace, overrides
+from launch.cases import start_cases
+from tests.workspace import environment, make_workspace, overrides
 
 STAGES = {"DDP": [], "ZeRO-1": ["train.deepspeed=zero1"], "ZeRO-2": ["train.deepspeed=zero2"], "ZeRO-3": ["train.deepspeed=zero3"],
           "ZeRO-3 offload": ["train.deepspeed=zero3_offload"]}  # fmt: skip
@@ -59,7 +56,7 @@ def table(results: dict[str, str | None], processes: int) -> str:
 
     lines = [
         "# Support matrix", "",
-        f"Made by `python launch/matrix.py`: every cell trained two steps on {processes} CPU processes, was scored, saved, restored and resumed.", "",
+        f"Made by `python -m tests.matrix`: every cell trained two steps on {processes} CPU processes, was scored, saved, restored and resumed.", "",
         "| stage | precision | quantisation | " + " | ".join(f"{f}{', checkpointing' if key == 'yes' else ''}" for f, key in columns) + " |",
         "|---|---|---|" + "---|" * len(columns),
     ]  # fmt: skip
@@ -82,12 +79,8 @@ def main() -> None:
         chosen = {key: words for key, words in cells(make_workspace(folder), folder).items() if options.only in key}
         results = {}
         for stage in STAGES:  # anew for each: what DeepSpeed engines leave behind slows the next ones down
-            path = folder / f"{stage}.json"
-            path.write_text(json.dumps({key: words for key, words in chosen.items() if key.startswith(f"{stage}/")}))
-            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.processes), "--master_port", str(random.randint(20000, 60000))]
-            command = [sys.executable, *launcher, str(ROOT / "launch" / "cases.py"), str(path)]
-            subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
-            results |= json.loads(path.with_suffix(".done.json").read_text())
+            share = {key: words for key, words in chosen.items() if key.startswith(f"{stage}/")}
+            results |= start_cases(share, folder / f"{stage}.json", options.processes, env=environment(), stdout=subprocess.DEVNULL)
     if options.only:
         print(json.dumps(results, indent=1))
         return
