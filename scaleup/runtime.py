@@ -150,11 +150,12 @@ def _start_watchdog(world: World, limit_s: float) -> None:
 
 
 def leave() -> None:
-    """Ends the process group, if there is one, on every rank at the end of a run.
+    """Ends the watchdog and the process group, if there are any, on every rank at the end of a run.
 
-    gloo's threads must not outlive the interpreter: left to its shutdown they abort one process in twenty (SIGABRT, "terminate
-    called without an active exception") on a busy machine, after everything is done.
+    Threads that are inside torch's store or gloo when the interpreter ends abort the process (SIGABRT, "terminate called
+    without an active exception"), after everything is done.
     """
+    watchdog.stop()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

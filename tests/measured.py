@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from scaleup import config, train  # noqa: E402 (the checkout need not be installed)
+from scaleup import config, runtime, train  # noqa: E402 (the checkout need not be installed)
 
 
 class Enough(Exception):
@@ -62,7 +62,7 @@ def main() -> None:
     try:
         train.run(config.load(None, overrides))
     except Enough:
-        pass
+        runtime.leave()
 
 
 if __name__ == "__main__":
