@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 launch/cases.py CASES.json
 
-CASES.json: {"name": ["section.key=value", …], …}. Every process runs every case; the first one writes CASES.done.json:
+CASES.json: {"name": ["section.key=value", …], …}, or ["file.yaml", "section.key=value", …]. Every process runs every case; the first one writes CASES.done.json:
 name → null, or the message of the error that ended the case. An error that is not ours stops everything.
 """
 
@@ -21,7 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
-from scaleup import backbone, config, data, runtime, train
+from scaleup import config, runtime, train
+from scaleup.checks import CHECKS
 from scaleup.checkpoint import BundleError
 from scaleup.loop import RunError
 
@@ -50,7 +51,8 @@ def run_cases(cases: dict[str, list[str]], callbacks: Callable[[str], Sequence[T
         AcceleratorState._reset_state(reset_partial_state=True)  # the last case: DDP or DeepSpeed
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         try:
-            train.run(config.load(None, overrides, checks=(data.check, backbone.check)), callbacks(name))
+            path = next((word for word in overrides[:1] if word.endswith(".yaml")), None)
+            train.run(config.load(path, overrides[1:] if path else overrides, checks=CHECKS), callbacks(name))
             results[name] = None
         except (config.ConfigError, RunError, BundleError) as error:
             results[name] = str(error)

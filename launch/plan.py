@@ -28,25 +28,26 @@ def main() -> int:
     parser.add_argument("--configured", action="store_true", help="only what the config says, not every stage and kind of weights: quicker")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed is only imported, and warns while it finds out by itself
     from transformers.utils import logging
 
-    from scaleup import backbone, config, data, journal, plan
+    from scaleup import config, journal, plan
+    from scaleup.checks import CHECKS
 
     logging.set_verbosity_error()
     try:
         problems, limit = [], None
         if options.world < 1:
             problems.append(f"--world: {options.world} processes; it takes at least 1")
-        if options.json is not None and not os.path.isdir(os.path.dirname(options.json) or "."):
-            problems.append(f"--json: no folder {os.path.dirname(options.json)}")
+        if options.json is not None and (not options.json or not os.path.isdir(os.path.dirname(options.json) or ".")):
+            problems.append(f"--json: no folder {os.path.dirname(options.json)}" if options.json else "--json: no file is named")
         try:
             limit = plan.parse_bytes(options.gpu_memory) if options.gpu_memory is not None else None
         except config.ConfigError as error:
             problems += error.problems
-        settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check, lambda sections: problems))
+        settings = config.load(options.config, options.overrides, checks=(*CHECKS, lambda sections: problems))
         say = functools.partial(print, file=sys.stderr, flush=True)
         made = plan.make_plan(settings, options.world, options.device, limit, options.configured, say)
         print(*plan.table(made), sep="\n")

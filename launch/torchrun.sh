@@ -40,6 +40,10 @@ if [ "$nodes" != 1 ] && [ "$address" = 127.0.0.1 ] && [ -z "${PET_RDZV_ENDPOINT:
   echo "error: $nodes nodes need MASTER_ADDR, the host name of node 0" >&2
   exit 2
 fi
+if [ "$nodes" != 1 ] && [ -z "${NODE_RANK:-${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-}}}" ] && [ -z "${PET_RDZV_ENDPOINT:-}" ]; then
+  echo "error: $nodes nodes need NODE_RANK, 0 on the first, 1 on the next, …" >&2
+  exit 2
+fi
 
 # torchrun gives each process one thread unless told; on a node without GPUs that would leave cores idle.
 cores=$(getconf _NPROCESSORS_ONLN)

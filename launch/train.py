@@ -10,12 +10,14 @@ again only after a failure sets SCALEUP_EXIT_STOPPED to the code it wants instea
 import argparse
 import os
 import pathlib
+import signal
 import sys
 import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
+
 
 class _Help(argparse.Action):
     """--help with every setting: needs the package, which is slow to import, so only when asked."""
@@ -36,8 +38,17 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides before and after --config
+    signal.signal(signal.SIGTERM, _stop_early)
+    try:
+        return _run(options)
+    except _StoppedEarly:
+        print("stopped by SIGTERM before the first step; nothing was lost", file=sys.stderr)
+        return _stopped_code()
 
+
+def _run(options: argparse.Namespace) -> int:
+    """The run, its watchdog and its processes, in good order; the exit code."""
     from scaleup import runtime, watchdog
 
     code = 1
@@ -50,16 +61,24 @@ def main() -> int:
     return code
 
 
+class _StoppedEarly(BaseException):
+    """SIGTERM before the loop has taken it over: nothing is there to be saved."""
+
+
+def _stop_early(number: int, frame: object) -> None:
+    raise _StoppedEarly
+
 def _stopped_code() -> int:
     return int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
 
 
 def _train(options: argparse.Namespace) -> int:
     """The run; its exit code."""
-    from scaleup import backbone, checkpoint, config, data, loop, runtime, train, watchdog
+    from scaleup import checkpoint, config, loop, runtime, train, watchdog
+    from scaleup.checks import CHECKS
 
     try:
-        settings = config.load(options.config, options.overrides, checks=(data.check, backbone.check))
+        settings = config.load(options.config, options.overrides, checks=CHECKS)
         if options.print_config:
             print(config.to_yaml(settings), end="")
             return 0

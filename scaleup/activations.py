@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
-LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers")  # where a config says how deep the model is
+LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers", "n_layer")  # where a config says how deep the model is
 # CUDA's autocast computes these in float32 (CPU's does not), and their results stay float32.
 FLOAT32 = ("layer_norm", "softmax")
 
@@ -182,6 +182,8 @@ def _run(model: nn.Module, batch: int, length: int) -> torch.Tensor:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = torch.ones(batch, length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.get_output_embeddings() is not None:
+        return model(**inputs, labels=ids, use_cache=False).loss
     if not base.config.is_encoder_decoder:
         logits = model(**inputs).logits
     else:

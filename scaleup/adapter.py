@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from scaleup.gate import TokenMask, cast_to_weight
+from scaleup.gate import cast_to_weight
+from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
 
 
@@ -41,23 +42,25 @@ class AdapterLayer(SideLayer):
 
     adapter_layer_names = ("unipelt_adapter", "unipelt_gate")
 
-    def __init__(self, neighbour: nn.Module, mask: TokenMask):
+    def __init__(self, neighbour: nn.Module, tokens: Tokens):
         super().__init__(neighbour)
-        self._mask = (mask,)  # in a tuple: owned by the model, not by each block
+        self._tokens = (tokens,)  # in a tuple: owned by the model, not by each block
+        self.running = RunningMean(tokens)
 
     def update(self, n_BTD: torch.Tensor) -> torch.Tensor | None:
         """G_A · adapter(n), or None when nothing is active."""
         adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
         if adapter is None:
             return None
-        return (gate(n_BTD, self._mask[0].mask_BT)["adapter"] * adapter(n_BTD)).to(n_BTD.dtype)
+        g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running)["adapter"]
+        return (g * adapter(n_BTD)).to(n_BTD.dtype)
 
 
 class PostNormAdapter(AdapterLayer):
     """Stands where the closing LayerNorm of a post-LN block stood; `base_layer` is that norm."""
 
-    def __init__(self, base_layer: nn.Module, mask: TokenMask):
-        super().__init__(base_layer, mask)
+    def __init__(self, base_layer: nn.Module, tokens: Tokens):
+        super().__init__(base_layer, tokens)
         self.base_layer = base_layer
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from scaleup.runtime import World
 PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
-def training_arguments(settings: Settings, world: World, metric: str, shared: bool, half: torch.dtype | None) -> TrainingArguments:
-    """TrainingArguments of a run. metric: of the best checkpoint; shared: all hosts see one output folder; half: mixed precision.
+def training_arguments(settings: Settings, world: World, metric: str, token_mean: bool, shared: bool, half: torch.dtype | None) -> TrainingArguments:
+    """TrainingArguments of a run. metric: of the best checkpoint; token_mean: see scaleup.tasks; shared: all hosts see one output folder; half: mixed precision.
 
     Raises ConfigError with Trainer's own words for values it refuses.
     """
@@ -26,7 +26,8 @@ def training_arguments(settings: Settings, world: World, metric: str, shared: bo
     passed.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False} if train.gradient_checkpointing else None)
     passed.setdefault("save_strategy", strategy)
     passed.setdefault("ddp_find_unused_parameters", False)
-    passed.setdefault("average_tokens_across_devices", False)  # True multiplies the logged loss by the number of processes
+    # A loss that does not divide by the step's tokens, as a classifier's, would be multiplied by the number of processes.
+    passed.setdefault("average_tokens_across_devices", token_mean)
     passed.setdefault("disable_tqdm", False)
     passed.setdefault("logging_nan_inf_filter", False)  # a loss that is not a number ends the run instead of being smoothed over
     passed.setdefault("dataloader_pin_memory", world.device.type == "cuda")
@@ -44,7 +45,7 @@ def training_arguments(settings: Settings, world: World, metric: str, shared: bo
             length_column_name="length",
             load_best_model_at_end=True,
             metric_for_best_model=metric,
-            greater_is_better=True,
+            greater_is_better=metric != "loss",
             remove_unused_columns=False,
             save_on_each_node=not shared,
             label_names=["labels"],
@@ -52,7 +53,7 @@ def training_arguments(settings: Settings, world: World, metric: str, shared: bo
         )
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one GPU; nn.DataParallel would copy modules without their hooks
         return args
-    except (ValueError, ImportError, TypeError) as error:
+    except (ValueError, ImportError, TypeError, KeyError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
 
 

@@ -7,6 +7,7 @@ no effect. `train` also takes any field of transformers' TrainingArguments.
 
 import dataclasses
 import enum
+import os
 import re
 import types
 import typing
@@ -17,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import TrainingArguments
 
-from scaleup.rules import SUBMODULES, ZERO_PRESETS, impossible, without_effect
+from scaleup.rules import MANAGED, SUBMODULES, ZERO_PRESETS, impossible, without_effect
 from scaleup.yamlfile import ConfigError, Dumper, nearest, read, shown
 
 __all__ = ["ConfigError", "SUBMODULES", "ZERO_PRESETS", "Settings", "describe", "json_schema", "load", "to_yaml"]
@@ -46,10 +47,18 @@ def _alternatives(hint: Any) -> set[Any]:
     return {hint} if parts == (hint,) else set().union(*map(_alternatives, parts))
 
 
+def _home(value: Any) -> Any:
+    """A path may begin with ~: no shell expands it in a file."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+HOME = pydantic.BeforeValidator(_home)
+
+
 class ModelSettings(Section):
     """The frozen backbone."""
 
-    name: str = Field("facebook/bart-large", min_length=1, description="Hub id or local folder of the backbone.")
+    name: Annotated[str, HOME] = Field("facebook/bart-large", min_length=1, description="Hub id or local folder of the backbone.")
     revision: str | None = Field(None, description="Hub branch, tag or commit; no effect on a local folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, else float32."
@@ -106,69 +115,38 @@ class DataSettings(Section):
     """Where examples come from and how they become batches."""
 
     name: Literal[GLUE_TASKS] | None = Field(None, description="GLUE task by name; leave out for your own files.")
-    task: Literal["sequence_classification", "regression"] | None = Field(
-        None, description="Kind of task. Default: the GLUE task's own, else sequence_classification."
-    )
-    path: str | None = Field(
+    task: Literal["sequence_classification", "regression", "seq2seq", "causal_lm"] | None = Field(
+        None, description="Kind of task. Default: the GLUE task's own, else sequence_classification. seq2seq: write a target for a text "
+        "(encoder-decoder models); causal_lm: complete a prompt or a chat (decoders)."
+    )  # fmt: skip
+    path: Annotated[str | None, HOME] = Field(
         None, description="Local folder with <task>/{train,validation}.parquet, or the task's own; or a hub dataset id. Default: nyu-mll/glue."
     )
-    train_file: str | None = Field(None, description="Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet.")
-    validation_file: str | None = Field(None, description="Your own development data, same columns.")
-    test_file: str | None = Field(None, description="Your own test data, same columns; scored once, at the end.")
+    train_file: Annotated[str | None, HOME] = Field(None, description="Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet.")
+    validation_file: Annotated[str | None, HOME] = Field(None, description="Your own development data, same columns.")
+    test_file: Annotated[str | None, HOME] = Field(None, description="Your own test data, same columns; scored once, at the end.")
     text_column: str = Field("text", min_length=1, description="Column with the text, for your own files.")
     text_pair_column: str | None = Field(None, description="Column with the second text of a pair, for your own files.")
     label_column: str = Field("label", min_length=1, description="Column with the class name or number, for your own files.")
+    target_column: str = Field("target", min_length=1, description="Column with the text to write, for seq2seq and causal_lm.")
+    messages_column: str | None = Field(
+        None, description="causal_lm: column with chats, lists of {role, content} that end with the assistant, instead of text and target."
+    )
     k: PositiveInt | Literal["all"] = Field(
         "all", description="Training examples: the first K of the shuffled training set (low-resource protocol), or all."
     )
     dev_size: PositiveInt = Field(1000, description="Development examples cut from the training set: after the first K, or with k all and no validation set.")
     seed: Seed = Field(0, description="Seed of the shuffle that picks the K training and the development examples.")
-    metric: Literal["accuracy", "f1", "matthews", "spearman"] | None = Field(
-        None, description="Metric that picks the best checkpoint. Default: the GLUE task's; accuracy or spearman for your own files."
-    )
-    max_length: PositiveInt = Field(128, description="Longest input, tokens; longer ones are cut.")
+    metric: Literal["accuracy", "f1", "matthews", "spearman", "bleu", "rouge_l", "exact_match", "loss"] | None = Field(
+        None, description="Metric that picks the best checkpoint. Default: the GLUE task's; accuracy or spearman for your own files; bleu for "
+        "seq2seq; loss for causal_lm, where nothing is written in evaluation unless another metric asks for it."
+    )  # fmt: skip
+    max_length: PositiveInt = Field(128, description="Longest input, tokens; longer ones are cut. causal_lm: prompt and completion together.")
+    max_target_length: PositiveInt = Field(128, description="Longest target of seq2seq, and most tokens written in evaluation.")
+    num_beams: PositiveInt = Field(1, description="Beams with which texts are written in evaluation; 1: greedy.")
+    packing: bool = Field(False, description="causal_lm: join texts in rows of max_length tokens; they do not see each other.")
     pad_to_max_length: bool = Field(False, description="Pad every batch to max_length (paper) instead of to its longest example.")
 
-
-# Fields of TrainingArguments that the run itself decides, and what to use instead.
-MANAGED = {
-    "do_train": "a run always trains",
-    "do_eval": "a run always evaluates",
-    "do_predict": "a run always scores the test set once",
-    "resume_from_checkpoint": "use train.resume",
-    "load_best_model_at_end": "the best checkpoint is always restored",
-    "metric_for_best_model": "use data.metric",
-    "greater_is_better": "follows from data.metric",
-    "label_names": "follows from the task",
-    "remove_unused_columns": "columns are chosen by data.*",
-    "prediction_loss_only": "metrics need predictions",
-    "include_for_metrics": "metrics need predictions only",
-    "batch_eval_metrics": "metrics are computed over the whole set",
-    "local_rank": "the launcher sets it",
-    "accelerator_config": "scaleup configures Accelerate",
-    "data_seed": "use train.seed for the order of batches, data.seed for the choice of examples",
-    "push_to_hub": "export the run, then upload the folder",
-    "hub_token": "export the run, then upload the folder",
-    "hub_private_repo": "export the run, then upload the folder",
-    "hub_model_id": "export the run, then upload the folder",
-    "hub_strategy": "export the run, then upload the folder",
-    "hub_always_push": "export the run, then upload the folder",
-    "hub_revision": "export the run, then upload the folder",
-    "length_column_name": "lengths are computed by the run",
-    "auto_find_batch_size": "it would change the method's batch size silently; set train.per_device_train_batch_size",
-    "fsdp": "use train.deepspeed",
-    "fsdp_config": "use train.deepspeed",
-    "parallelism_config": "use train.deepspeed",
-    "use_cache": "no cache is needed in training",
-    "ignore_data_skip": "a resumed run always continues with the batch it stopped at",
-    "eval_do_concat_batches": "metrics are computed over the whole set",
-    "eval_use_gather_object": "predictions are gathered as tensors",
-    "restore_callback_states_from_checkpoint": "early stopping always resumes with the run",
-    "save_total_limit": "use train.keep_checkpoints",
-    "save_on_each_node": "found out by the run",
-    "train_sampling_strategy": "use train.group_by_length",
-    "save_only_model": "a run can always be resumed",
-}
 
 # The paper's learning rates (section 4.1): one for each method alone, 5e-4 for LoRA and every combination.
 LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "adapter": 1e-4, "prefix": 2e-4, "lora": 5e-4, "unipelt": 5e-4}
@@ -177,7 +155,7 @@ LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "adapter": 1e-4, "prefix": 2e-4,
 class _Train(Section):
     """How it is trained. Any other field of transformers' TrainingArguments passes through."""
 
-    output_dir: str = Field("runs/unipelt", min_length=1, description="Folder for everything the run leaves.")
+    output_dir: Annotated[str, HOME] = Field("runs/unipelt", min_length=1, description="Folder for everything the run leaves.")
     resume: Literal["never", "auto", "weights_only"] = Field(
         "never",
         description="auto: continue from the newest checkpoint in output_dir. weights_only: where its optimizer state does not fit "

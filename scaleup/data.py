@@ -1,15 +1,8 @@
-"""Examples: GLUE by name or your own files, K-shot splits, tokens, batches and metrics.
+"""Examples to classify or to give a number: GLUE by name or your own files, K-shot splits, tokens, batches and metrics."""
 
-Texts are kept as they stand: control characters, mojibake and empty strings are text, only an absent value is missing.
-"""
-
-import csv
 import dataclasses
 import difflib
 import functools
-import hashlib
-import io
-import json
 import os
 import re
 from typing import Any, Callable
@@ -17,12 +10,12 @@ from typing import Any, Callable
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy import stats
 from sklearn import metrics
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.config import ConfigError, DataSettings, Section
+from scaleup.readers import Examples, cut, read_columns, same_state
 
 # Task -> text column, column of the second text, class names in id order (None: regression), metric.
 GLUE = {
@@ -36,91 +29,6 @@ GLUE = {
     "rte": ("sentence1", "sentence2", ["entailment", "not_entailment"], "accuracy"),
     "wnli": ("sentence1", "sentence2", ["not_entailment", "entailment"], "accuracy"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """The sets of a run: columns text, text_pair (pairs only) and label (class id or float); after `tokenize`, tokens."""
-
-    train: datasets.Dataset
-    dev: datasets.Dataset
-    test: datasets.Dataset | None  # None: no test set was given
-    labels: list[str] | None  # class names in id order; None: regression
-    metric: str  # accuracy, f1, matthews or spearman: picks the best checkpoint
-    task: str  # sequence_classification or regression
-    test_is_dev: bool  # GLUE with k all: the official validation set is both
-    sources: list[dict[str, Any]]  # for each set read: split, rows, and file with sha256 or hub_id with name
-
-
-def _delimited(text: str, place: str, delimiter: str, quoting: int) -> tuple[dict[str, list], list[int]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, refuses long documents
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    header, rows, lines, line = [], [], [], 1
-    try:
-        for row in reader:
-            if row and not header:
-                header = [name.strip() for name in row]
-            elif row:
-                rows.append(row)
-                lines.append(line)
-                # A tab inside quotes in a .tsv is a sign that two stray quotes swallowed what stands between them.
-                if len(row) != len(header) or (delimiter == "\t" and any("\t" in cell for cell in row)):
-                    advice = "a text with a comma or line break needs quotes" if delimiter == "," else "no text may hold a tab"
-                    raise ConfigError(f"{place}, line {line}: {len(row)} fields under a header of {len(header)}; {advice}")
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ConfigError(f"{place}, line {line}: not valid CSV ({error}); a quote inside a quoted field is doubled") from None
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        raise ConfigError(f"{place} has the column {', '.join(twice)} more than once")
-    return {name: [row[i] for row in rows] for i, name in enumerate(header)}, lines
-
-
-def _json_lines(text: str, place: str) -> tuple[dict[str, list], list[int]]:
-    rows, lines = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and the like may stand in a text
-        if line.strip():
-            try:
-                rows.append(json.loads(line, strict=False))  # not strict: control characters are text
-                lines.append(number)
-                if not isinstance(rows[-1], dict):
-                    raise ValueError(f"but a {type(rows[-1]).__name__}")
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{place}, line {number}: not one JSON object ({str(error).partition(': line')[0]})") from None
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}, lines
-
-
-def _parse(key: str, file: str) -> tuple[dict[str, Any], list[int] | None, dict[str, Any], dict[str, Any]]:
-    """Columns by name, the line on which each row begins, the features that `datasets` left in a Parquet file, the source."""
-    place, suffix = f"{key}: {file}", os.path.splitext(file)[1].lower()
-    if suffix not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        raise ConfigError(f"{place} has an unknown extension; use .csv, .tsv, .jsonl, .json (lines) or .parquet")
-    try:
-        with open(file, "rb") as handle:
-            raw = handle.read()
-        source = {"file": file, "sha256": hashlib.sha256(raw).hexdigest()}
-        if suffix == ".parquet":
-            table = pq.read_table(pa.BufferReader(raw))
-            table.validate(full=True)  # text that is not UTF-8 would fail only later
-            try:
-                features = datasets.Features.from_arrow_schema(table.schema)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                features = {}  # what another tool left there; the columns speak for themselves
-            return dict(zip(table.column_names, table.columns)), None, features, source
-        text = raw.decode("utf-8-sig")  # with or without the byte order mark that spreadsheets write
-    except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
-        raise ConfigError(f"{place}, line {line}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:100]
-        raise ConfigError(f"{place} cannot be read: {reason}") from None
-    if suffix == ".csv":
-        return *_delimited(text, place, ",", csv.QUOTE_MINIMAL), {}, source
-    if suffix != ".tsv":
-        return *_json_lines(text, place), {}, source
-    try:
-        return *_delimited(text, place, "\t", csv.QUOTE_MINIMAL), {}, source
-    except ConfigError:  # quotes are plain characters, as in GLUE's originals, or the mistake shows again
-        return *_delimited(text, place, "\t", csv.QUOTE_NONE), {}, source
 
 
 def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
@@ -137,7 +45,7 @@ def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
 
 
 def _from_hub(data: DataSettings) -> dict[str, tuple]:
-    """Split -> what `_parse` gives for a file."""
+    """Split -> what `read_columns` gives for a file."""
     hub_id = data.path or "nyu-mll/glue"
     try:
         sets = datasets.load_dataset(hub_id, data.name)
@@ -204,22 +112,6 @@ def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[st
     return part, declared
 
 
-def _cut(data: DataSettings, labels: list, file: str) -> tuple[list[int], list[int]]:
-    """Rows of the training set to train on, and those to develop on (none where a development set is given)."""
-    rows, given = len(labels), data.k == "all" if data.name is not None else data.validation_file is not None
-    dev = 0 if given else data.dev_size
-    k = max(rows - dev, 1) if data.k == "all" else data.k
-    if k + dev > rows:
-        fits = [f"data.k={rows - dev}"] * (rows > dev) + [f"data.dev_size={rows - k}"] * (dev > 0 and rows > k)
-        advice = f"the largest that fits: {' or '.join(fits)}" if fits and data.k != "all" else "lower data.dev_size"
-        asked = f"data.dev_size: {dev}" if data.k == "all" else f"data.k: {k} examples to train on and {dev}"
-        raise ConfigError(f"{asked} for development, but {file} has {rows}; {advice}")
-    order = np.random.default_rng(data.seed).permutation(rows).tolist() if dev or data.k != "all" else list(range(rows))
-    if len({labels[row] for row in order[:k]}) < 2:
-        raise ConfigError(f"data.k: the {k} examples of {file} to train on all have the label {labels[order[0]]!r}")
-    return order[:k], order[k : k + dev]
-
-
 def _dataset(part: dict[str, list], rows: list[int] | range, ids: dict[str, int]) -> datasets.Dataset:
     columns = {role: [cells[row] for row in rows] for role, cells in part.items()}
     columns["label"] = [ids.get(label, label) for label in columns["label"]]  # the numbers of a regression have no ids
@@ -234,7 +126,7 @@ def _load(settings: str, _state: tuple) -> Examples:
     labels, known = None, None if task == "regression" else set()
     for split, (key, file) in (files or {split: ("data.path", f"the hub's {split} split") for split in hub}).items():
         try:
-            parsed = hub[split] if hub else _parse(key, file)
+            parsed = hub[split] if hub else read_columns(key, file)
             parts[split], declared = _clean(key, file, parsed, data, known)
             sources.append({"split": split, "rows": len(parts[split]["label"]), **parsed[3]})
             if split == "train" and known is not None:
@@ -244,7 +136,10 @@ def _load(settings: str, _state: tuple) -> Examples:
                     raise ConfigError(f"data.label_column: {file} has {len(known)} labels; numbers need data.task=regression")
                 labels = declared or sorted(known, key=lambda name: (float(name) if whole else 0, name))
             if split == "train":
-                train, dev = _cut(data, parts[split]["label"], file)
+                train, dev = cut(data, len(parts[split]["label"]), file)
+                chosen = {parts[split]["label"][row] for row in train}
+                if len(chosen) < 2:
+                    raise ConfigError(f"data.k: the {len(train)} examples of {file} to train on all have the label {next(iter(chosen))!r}")
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -263,8 +158,7 @@ def load(data: DataSettings) -> Examples:
     GLUE is tested on its official validation set, which with k all is the development set as well; there, nothing is
     shuffled. Your own validation_file replaces the cut; test_file is the test. Raises ConfigError with all problems found.
     """
-    states = [os.stat(file) for _, file in _files(data).values() if os.path.isfile(file)]
-    return _load(data.model_dump_json(), tuple((state.st_mtime_ns, state.st_size) for state in states))
+    return _load(data.model_dump_json(), same_state(file for _, file in _files(data).values()))
 
 
 def check(sections: dict[str, Section]) -> list[str]:
@@ -322,7 +216,7 @@ def collator(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Callable
     return _Collator(tokenizer, padding="max_length" if data.pad_to_max_length else "longest", max_length=data.max_length)
 
 
-def compute_metrics(examples: Examples) -> Callable[[EvalPrediction], dict[str, float]]:
+def compute_metrics(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
     """The main metric and its companions, as shares of 1: f1 or matthews with accuracy; spearman with pearson.
 
     F1 is that of class id 1; of more than two classes the macro average over those that occur. A NaN among the outputs of

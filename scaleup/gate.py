@@ -13,6 +13,8 @@ from typing import Callable
 import torch
 from torch import nn
 
+from scaleup.tokens import RunningMean, totals
+
 Pooling = str  # "paper" | "masked" | "causal"
 
 
@@ -36,11 +38,8 @@ def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None) ->
         share_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.einsum("btn,bt->bn", g_BTN, share_BT.to(g_BTN.dtype)).unsqueeze(1)
     assert pooling == "causal", pooling
-    if mask_BT is None:
-        count_T1 = torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype).unsqueeze(1)
-        return g_BTN.cumsum(dim=1) / count_T1
-    mask_BT1 = mask_BT.to(g_BTN.dtype).unsqueeze(2)
-    return (g_BTN * mask_BT1).cumsum(dim=1) / mask_BT1.cumsum(dim=1).clamp(min=1)
+    total_BTN, count_BT1 = totals(g_BTN, mask_BT)
+    return total_BTN / count_BT1.clamp(min=1)
 
 
 def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -91,10 +90,16 @@ class LearnedGate(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def forward(self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`pooling`: another than the gate's own, for tokens of another kind. `running`: a running mean that knows earlier tokens."""
         # float32 from here on: a mean over many tokens in bfloat16 would lose the gate's third digit.
         g_BTN = torch.sigmoid(super().forward(cast_to_weight(h_BTD, self.weight)).float())
-        g_BTN = pool(g_BTN, pooling or self.pooling, mask_BT)
+        kind = pooling or self.pooling
+        if running is not None and kind != "causal":
+            running.refuse_cache()
+        g_BTN = running(g_BTN, mask_BT) if kind == "causal" and running is not None else pool(g_BTN, kind, mask_BT)
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
         g_BTN = g_BTN.to(h_BTD.dtype)
@@ -108,40 +113,10 @@ class ConstantGate(nn.Module):
         super().__init__()
         self.values = dict(values)
 
-    def forward(self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None) -> dict[str, float]:
+    def forward(
+        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None
+    ) -> dict[str, float]:
         return self.values
-
-
-class TokenMask(nn.Module):
-    """The padding masks of the running forward pass, seen by a pre-hook on the model that is called with them.
-
-    `generate` calls an encoder directly, so this sits on the smallest enclosing model. The masks stay until the next
-    forward pass because gradient checkpointing recomputes layers in the backward pass: two forward passes with different
-    masks before the first backward pass need gradient checkpointing off.
-    """
-
-    def __init__(self, find_argument: dict[str, int]):
-        """`find_argument`: position of each mask among the model's arguments, for callers that pass them by position."""
-        super().__init__()
-        self.find_argument = find_argument
-        self.mask_BT: torch.Tensor | None = None  # of the model's own tokens
-        self.encoder_mask_BS: torch.Tensor | None = None  # of the encoder's tokens, in a decoder
-
-    def capture(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook. Raises ValueError for a mask that is not [batch, tokens]."""
-        for attribute, argument in (("mask_BT", "attention_mask"), ("encoder_mask_BS", "encoder_attention_mask")):
-            position = self.find_argument.get(argument)
-            mask = kwargs.get(argument)
-            if mask is None and position is not None and position < len(args):
-                mask = args[position]
-            if mask is not None and mask.dim() != 2:
-                raise ValueError(
-                    f"{argument} has {mask.dim()} dimensions; UniPELT's gates need the padding mask of shape [batch, tokens]"
-                )
-            setattr(self, attribute, mask)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"mask_BT": None, "encoder_mask_BS": None}
 
 
 GateFactory = Callable[[int, tuple[str, ...], bool], nn.Module]

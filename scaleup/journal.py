@@ -1,8 +1,11 @@
 """What a run says and writes: the gates' means, the header and the summary on the screen, JSON files."""
 
+import contextlib
 import json
+import math
 import os
 import pathlib
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -36,6 +39,18 @@ class GateLog:
         }
         return self.last
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is collected: while text is written, each step would count as an example."""
+        kept = {gate: gate.statistics for gate in self.gates.values()}
+        for gate in kept:
+            gate.statistics = None
+        try:
+            yield
+        finally:
+            for gate, statistics in kept.items():
+                gate.statistics = statistics
+
     def scalars(self) -> dict[str, float]:
         """The means of the last look under flat names, for trackers."""
         return {f"gates/{site}/{part}": value["mean"] for site, parts in self.last.items() for part, value in parts.items()}
@@ -58,9 +73,16 @@ def rewind(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed run may have left half a line at the end.
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if _step(line) <= step]
     write_text(path, "".join(kept))
+
+
+def _step(line: str) -> float:
+    """Of a line of the log; infinity for what a killed run or a full disk left of one."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def header(settings: Settings, examples: Examples, counts: dict, world: World, launched_as: str, bf16: bool) -> list[str]:

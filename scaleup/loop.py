@@ -24,6 +24,7 @@ from scaleup.checkpoint import draft, draft_name, expected_tensors, seal
 from scaleup.journal import GateLog, rewind
 
 BATCHES = 1 << 20  # more than a step ever has
+FOR_WRITING = ("prompt", "prompt_mask", "reference")  # what a batch has for its answers, and models do not take
 
 
 class RunError(RuntimeError):
@@ -62,11 +63,16 @@ class RunTrainer(Trainer):
     one process per host where hosts do not share it).
     """
 
-    def __init__(self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, world: runtime.World, shared: bool, **kwargs):
+    def __init__(
+        self, *args, gate_log: GateLog, out: pathlib.Path, about: dict, keep: int, world: runtime.World, shared: bool,
+        token_mean: bool = False, generation: dict[str, int] | None = None, **kwargs,
+    ):  # fmt: skip
+        """token_mean, generation: see scaleup.tasks."""
         super().__init__(*args, **kwargs)
-        # Classification and regression losses are means over the batch and ignore the count of items that Trainer passes; it
-        # would then leave out the division by the accumulation steps: loss and gradient times that number.
-        self.model_accepts_loss_kwargs = False
+        # Most losses are means over the batch and ignore the count of items that Trainer passes; it would then leave out the
+        # division by the accumulation steps: loss and gradient times that number.
+        self.model_accepts_loss_kwargs = token_mean
+        self.generation = generation
         self.gate_log, self.out, self.about, self.keep = gate_log, out, about, keep
         self.world, self.shared, self.writes = world, shared, world.writes(shared)
         self.tokens = torch.zeros((), device=self.args.device)
@@ -75,8 +81,19 @@ class RunTrainer(Trainer):
         self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)  # step * BATCHES + pass
         self.stopping: str | None = None
 
+    def try_out(self) -> None:
+        """Makes once what `train` will make, where it costs nothing, so that what the libraries refuse is known before anything is
+        written. Raises whatever they raise."""
+        self.get_train_dataloader()
+        if self.is_deepspeed_enabled:
+            self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
+        else:
+            self.create_optimizer_and_scheduler(1000)
+            self.optimizer = self.lr_scheduler = None
+
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
-        self.tokens += inputs["attention_mask"].sum().to(self.tokens.device)
+        counted = inputs.get("attention_mask", inputs["input_ids"] >= 0)  # packed rows have no mask
+        self.tokens += counted.sum().to(self.tokens.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
         self.batch = (step, self.batch[1] + 1 if self.batch[0] == step else 1)
@@ -84,6 +101,27 @@ class RunTrainer(Trainer):
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
         self.first_bad = torch.where(bad, step * BATCHES + self.batch[1], self.first_bad)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        kept = {name: value for name, value in inputs.items() if name not in FOR_WRITING}
+        if len(kept) < len(inputs) or "position_ids" in inputs:  # with a cache, texts packed into one row would see each other
+            kept["use_cache"] = False
+        return super().compute_loss(model, kept, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None) -> tuple:
+        """Trainer's; where text is to be written: (loss, tokens written [B, T], number of the reference [B])."""
+        if "reference" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if self.generation is None:
+            return loss, None, None
+        prompt, mask = inputs.get("prompt", inputs["input_ids"]), inputs.get("prompt_mask", inputs.get("attention_mask"))
+        with self.compute_loss_context_manager(), self.gate_log.paused(), torch.no_grad():
+            written = self.accelerator.unwrap_model(model).generate(
+                input_ids=prompt, attention_mask=mask, do_sample=False, use_cache=True, pad_token_id=self.processing_class.pad_token_id, **self.generation
+            )
+        return loss, written[:, prompt.shape[1] :] if "prompt" in inputs else written, inputs["reference"]
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"
@@ -246,11 +284,13 @@ class StopInTime(TrainerCallback):
         if number.item():
             self.trainer.stopping = signal.Signals(int(number.item())).name
             control.should_save, control.should_training_stop = True, True
-        self.on_epoch_end(args, state, control)
+        control.should_log |= control.should_save
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if control.should_save:
-            control.should_log = True
+        if self.trainer.stopping is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
+            # Trainer ends an epoch when it stops, too. The run that goes on will score this one where it really ends.
+            control.should_save = control.should_evaluate = control.should_log = False
+        control.should_log |= control.should_save
 
 
 class Journal(TrainerCallback):

@@ -7,17 +7,20 @@ every kind of frozen weight. The gate is one per layer, shared by query and valu
 projection computes it before it calls them.
 """
 
+import math
 from typing import Protocol
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
+from scaleup.sites import Rows
+
 
 class GateSource(Protocol):
-    """Whoever computes G_L: gives the gate of one projection for the running forward pass."""
+    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update."""
 
-    def lora_gate(self, projection: str) -> torch.Tensor | float: ...
+    def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
 
 
 class GatedLora(LoraVariant):
@@ -29,9 +32,12 @@ class GatedLora(LoraVariant):
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs) -> torch.Tensor:
         """x [..., T, in] → result + gate · B(A x), [..., T, out]. The gate scales the r-wide product: less work than the output."""
+        gate = self.source.lora_gate(self.projection)
+        if gate is None:
+            return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         low_rank = lora_a(module.lora_dropout[active_adapter](x))
-        return result + lora_b(self.source.lora_gate(self.projection) * low_rank)
+        return result + lora_b(gate * low_rank)
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -46,6 +52,40 @@ class GatedLora(LoraVariant):
 
     merge_unsafe = merge_safe
     unmerge = merge_safe
+
+
+class FusedUpdate(nn.Module):
+    """B of a projection of query, key and value in one: [..., 2r] → [..., rows], the first r for the queries, the others for
+    the values, nothing for the keys. As two LoRA layers would, for one pass through the frozen weights.
+    """
+
+    def __init__(self, rank: int, rows: Rows):
+        super().__init__()
+        self.rows = rows
+        self.sizes = (rows.heads * rows.head_size, rows.kv_heads * rows.head_size)
+        self.weight = nn.Parameter(torch.zeros(sum(self.sizes), rank))
+
+    def forward(self, low_rank: torch.Tensor) -> torch.Tensor:
+        queries, values = self.sizes
+        low_q, low_v = low_rank.chunk(2, dim=-1)
+        weight_q, weight_v = self.weight.split([queries, values])
+        update_q, update_v = nn.functional.linear(low_q, weight_q), nn.functional.linear(low_v, weight_v)
+        keys = update_v.new_zeros(()).expand_as(update_v)
+        if self.rows.order == "parts":
+            return torch.cat([update_q, keys, update_v], dim=-1)
+        per_head = [part.unflatten(-1, (self.rows.heads, self.rows.head_size)) for part in (update_q, keys, update_v)]
+        return torch.stack(per_head, dim=-2).flatten(-3)
+
+
+def attach_fused(projection: nn.Module, adapter_name: str, source: GateSource, rows: Rows) -> None:
+    """As `attach` for query and value at once: A [2r, in], B [query rows + value rows, r]."""
+    assert isinstance(projection, LoraLayer), type(projection)
+    rank = projection.r[adapter_name]
+    lora_a = nn.Linear(projection.in_features, 2 * rank, bias=False)
+    nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))  # as PEFT's
+    projection.lora_A[adapter_name], projection.lora_B[adapter_name] = lora_a, FusedUpdate(rank, rows)
+    projection._move_adapter_to_device_of_base_layer(adapter_name)
+    projection.lora_variant[adapter_name] = GatedLora(source, "query")
 
 
 def attach(projection: nn.Module, adapter_name: str, source: GateSource, role: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from scaleup import tasks
 from scaleup.backbone import empty_model
 from scaleup.config import ConfigError, Settings
 from scaleup.unipelt import apply_method
@@ -182,7 +183,7 @@ def states(model: nn.Module, quantization: str, zero: Zero, world: int, half: to
 def estimate(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, deepspeed: str | None, world: int, half: torch.dtype | None) -> States:
     """The states of the run that is about to start, from a model on the meta device. deepspeed: the JSON file, None without."""
     with torch.random.fork_rng(devices=[]):  # making the additions draws random numbers, and the run's are not to change
-        model = apply_method(empty_model(config, settings.model.attention, dtype), settings.method)
+        model = apply_method(empty_model(config, settings.model.attention, dtype, tasks.of(settings.data).auto), settings.method)
     zero = Zero() if deepspeed is None else read_zero(deepspeed, config.hidden_size)
     return states(model, settings.model.quantization, zero, world, half)
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
-from scaleup import backbone, data, precision
+from scaleup import backbone, data, precision, tasks
 from scaleup.activations import Kernels, Step, trace
 from scaleup.config import ZERO_PRESETS, ConfigError, Settings
 from scaleup.memory import States, Zero, read_zero, states
@@ -93,7 +93,7 @@ class Plan:
 def parse_bytes(text: str) -> int:
     """24GiB, 80GB, 512MiB, 24G (GiB) as bytes. Raises ConfigError."""
     found = re.fullmatch(r"(?a)(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+    if not found or found[2].upper() not in UNITS or not 0 < float(found[1]) < 1e15:
         raise ConfigError(f"--gpu-memory: {text} is no amount of memory; write 24GiB, 80GB or 512MiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
@@ -101,7 +101,7 @@ def parse_bytes(text: str) -> int:
 def _labels(settings: Settings) -> tuple[int, int | None]:
     """Outputs of the head, and training examples. GLUE's classes are known without its data."""
     name, path = settings.data.name, settings.data.path
-    examples = data.load(settings.data) if name is None or (path is not None and pathlib.Path(path).exists()) else None
+    examples = tasks.of(settings.data).module.load(settings.data) if name is None or (path is not None and pathlib.Path(path).exists()) else None
     if examples is not None:
         return len(examples.labels or [None]), len(examples.train)
     return len(data.GLUE[name][2] or [None]), settings.data.k if isinstance(settings.data.k, int) else None
@@ -110,7 +110,7 @@ def _labels(settings: Settings) -> tuple[int, int | None]:
 def _builder(settings: Settings, dtype: torch.dtype, trained: torch.dtype | None) -> Callable[[PretrainedConfig], nn.Module]:
     def make(config: PretrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(
+            model = tasks.of(settings.data).auto.from_config(
                 config, dtype=dtype, attn_implementation=settings.model.attention, trust_remote_code=settings.model.trust_remote_code
             )
         model = apply_method(model, settings.method)
@@ -152,6 +152,8 @@ def make_plan(
     settings = backbone.fit_length(settings, config)
     config.num_labels, examples = _labels(settings)
     half = precision.half_dtype(settings, has_bf16=device == "cuda")
+    if problems := precision.problems(settings, half):
+        raise ConfigError(problems)
     own = settings.train.deepspeed
     chosen = "none" if own is None else own if own in ZERO_PRESETS else pathlib.Path(own).name
     makers: dict[bool, tuple] = {}

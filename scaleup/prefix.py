@@ -11,12 +11,15 @@ This file is the only one that touches transformers' attention and mask registri
 Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, L prefix length, N layers.
 """
 
+import contextlib
 import sys
-from typing import Callable
+from collections.abc import Iterator
+from typing import Callable, NamedTuple
 
 import torch
 from peft import PrefixEncoder, PrefixTuningConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -24,6 +27,7 @@ from scaleup.tuner import SideLayer
 
 CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (scaleup.attention)
 ATTENTION = {"sdpa": "unipelt_sdpa", "eager": "unipelt_eager"}  # the plain implementation → ours around it
+PROBE = "unipelt_probe"  # takes notes of who calls it, see `probing`
 
 Prefix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # keys [G, L, E], values [G, L, E], gate
 
@@ -157,8 +161,11 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
     causal = child.causal if causal is None else causal
-    mask = widen_mask(attention_mask, prefix[0].shape[1], query, key, causal)
+    length = prefix[0].shape[1]
+    mask = widen_mask(attention_mask, length, query, key, causal)
     kwargs["is_causal"] = False  # the mask says it all
+    if kwargs.get("position_bias") is not None:  # T5's, by the distance between tokens: a prefix has none
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))
     gate = prefix[2]
     if isinstance(gate, torch.Tensor) and gate.shape[1] > 1:
         return _attend_per_token(plain, module, query, key, value, mask, prefix, scaling, **kwargs)
@@ -177,11 +184,87 @@ def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs
     return _attend(plain, module, query, key, value, attention_mask, **kwargs)
 
 
+class Call(NamedTuple):
+    """What an attention asked of its attention function. `causal`: None if it had no mask to go by."""
+
+    module: nn.Module
+    heads: int
+    kv_heads: int
+    head_size: int
+    causal: bool | None
+
+
+_calls: list[Call] = []
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[list[Call]]:
+    """Within it, the attentions of models with the attention implementation PROBE leave their calls."""
+    _calls.clear()
+    try:
+        yield _calls
+    finally:
+        _calls.clear()
+
+
+def unipelt_probe(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """No attention at all: takes a note and returns zeros of the right shape."""
+    causal = None if attention_mask is None else attention_mask.shape[2] > 1
+    _calls.append(Call(module, query.shape[1], key.shape[1], query.shape[3], causal))
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def probe_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Callable = None, **kwargs) -> torch.Tensor:
+    """The mask of PROBE: real ones look at values, which a model on the meta device has not. Has a row per query if it is causal."""
+    first, last = torch.tensor(0), torch.tensor(kv_length - 1)
+    seen = mask_function is None or bool(mask_function(first, first, first, last))
+    return torch.empty(batch_size, 1, 1 if seen else q_length, kv_length, device="meta")
+
+
+class SoftmaxPrefix(TorchFunctionMode):
+    """A prefix for an attention that computes softmax(scores [B, H, T, S]) by itself, while the mode is on.
+
+    The scores grow by L columns in front; their share of the softmax is kept for `take_share`, the rest goes back to the
+    attention, which multiplies it with its values.
+    """
+
+    def __init__(self, prefix: Prefix, query_BTD: torch.Tensor, scaling: float, dropout: float):
+        super().__init__()
+        self.prefix, self.query_BTD, self.scaling, self.dropout = prefix, query_BTD, scaling, dropout
+        self.share_BHTL: torch.Tensor | None = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.functional.softmax:
+            return function(*args, **(kwargs or {}))
+        assert self.share_BHTL is None, "one softmax per attention"
+        keys_HLE, _, gate = self.prefix
+        scores_BHTS = args[0]
+        heads, length, size = keys_HLE.shape
+        query_BHTE = self.query_BTD.unflatten(-1, (heads, size)).transpose(1, 2)
+        scores_BHTL = query_BHTE @ keys_HLE.to(query_BHTE.dtype).transpose(1, 2) * self.scaling * _per_head(gate)
+        share = torch.cat([scores_BHTL.to(scores_BHTS.dtype), scores_BHTS], dim=-1).softmax(dim=-1)
+        self.share_BHTL = nn.functional.dropout(share[..., :length], self.dropout)
+        return share[..., length:]
+
+    def context(self) -> torch.Tensor:
+        """What the prefix adds to the attention's output, [B, T, H·E]."""
+        _, values_HLE, gate = self.prefix
+        out_BHTE = self.share_BHTL @ values_HLE.to(self.share_BHTL.dtype) * _per_head(gate)
+        return out_BHTE.transpose(1, 2).flatten(2)
+
+
+def _per_head(gate: torch.Tensor | float) -> torch.Tensor | float:
+    """A gate [B, 1 or T, 1] beside scores [B, H, T, L]."""
+    return gate.unsqueeze(1) if isinstance(gate, torch.Tensor) else gate
+
+
 def register() -> None:
-    """Makes both functions known to transformers. Their masks too: without them a model's mask would silently be None."""
+    """Makes our functions known to transformers. Their masks too: without them a model's mask would silently be None."""
     for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
         AttentionInterface.register(ATTENTION[plain], function)
         AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    AttentionInterface.register(PROBE, unipelt_probe)
+    AttentionMaskInterface.register(PROBE, probe_mask)
 
 
 register()

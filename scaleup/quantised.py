@@ -23,8 +23,8 @@ def _without_scales(module: nn.Module, state: dict, prefix: str, metadata: dict)
         state.pop(prefix + key, None)
 
 
-def arguments(quantization: str, heads: tuple[str, ...], dtype: torch.dtype, device: torch.device | None) -> dict:
-    """from_pretrained's arguments for "8bit", "nf4" or "none". Under ZeRO-3 `device` must be None."""
+def arguments(quantization: str, whole: tuple[str, ...], dtype: torch.dtype, device: torch.device | None) -> dict:
+    """from_pretrained's arguments for "8bit", "nf4" or "none". `whole`: modules left as they are. Under ZeRO-3 `device` must be None."""
     if quantization == "none":
         return {}
     # It would say in every layer that it casts to float16, which is how it works.
@@ -34,7 +34,7 @@ def arguments(quantization: str, heads: tuple[str, ...], dtype: torch.dtype, dev
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
     }
     # llm_int8_skip_modules serves 4 bit too, whatever its name says.
-    config = BitsAndBytesConfig(**kinds[quantization], llm_int8_skip_modules=list(heads))
+    config = BitsAndBytesConfig(**kinds[quantization], llm_int8_skip_modules=list(whole))
     return {"quantization_config": config} | ({} if device is None else {"device_map": {"": device}})
 
 

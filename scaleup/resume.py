@@ -11,17 +11,24 @@ import shutil
 
 import peft
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from scaleup.checkpoint import BundleError, verify
-from scaleup.config import Settings, to_yaml
+from scaleup.config import ConfigError, Settings, to_yaml
+from scaleup.rules import LOGS_OF_OTHERS
 
 NAME = re.compile(r"checkpoint-(\d+)")
+# Unfinished, on its way out, or a probe of who shares the folder; other hidden files are somebody's.
+OURS = re.compile(r"\.(checkpoint-\d+|best|final)\.(old|draft|gone)|\.\w+\.(yaml|jsonl?)\.part|\.probe-[0-9a-f]+")
+# Settings that optimizer, schedule and order of examples were made with; the others may change when a run goes on.
+FIXED_IN_TRAINING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "group_by_length",
+)  # fmt: skip
 ASIDE = re.compile(r"before-(\d+)")
-# Stays where it is when a run starts anew from old weights: what the scheduler of a cluster writes itself.
-LOGS_OF_OTHERS = (".out", ".err")
 
 
 def checkpoints(out: pathlib.Path) -> list[pathlib.Path]:
@@ -32,14 +39,13 @@ def checkpoints(out: pathlib.Path) -> list[pathlib.Path]:
 
 def clear_unfinished(out: pathlib.Path) -> None:
     """Removes what a killed run left half written. A bundle that was being replaced gets its old version back."""
-    for path in list(out.glob(".*")):
+    for path in [path for path in out.glob(".*") if OURS.fullmatch(path.name)]:
         if path.name.endswith(".old"):
             final = path.with_name(path.name[1 : -len(".old")])
             if not final.exists() and path.is_dir():
                 path.rename(final)
                 continue
-        if path.name.endswith((".old", ".draft", ".part", ".gone")) or path.name.startswith(".probe-"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def keep_newest(out: pathlib.Path, count: int, best_step: int | None) -> None:
@@ -66,7 +72,7 @@ def misfit(manifest: dict, now: dict) -> str | None:
 def check(folder: pathlib.Path, now: dict) -> dict:
     """The manifest of a checkpoint that this run may load.
 
-    Raises BundleError: damaged, of another format, or of another backbone.
+    Raises BundleError: damaged, of another format, of another backbone or other data.
     """
     try:
         manifest = verify(folder)
@@ -75,7 +81,68 @@ def check(folder: pathlib.Path, now: dict) -> dict:
     then, here = manifest["backbone"], now["backbone"]
     if then["fingerprint"] != here["fingerprint"]:
         raise BundleError(f"{folder}: trained on another backbone ({then['name']}, {then['fingerprint'][:19]}…) than {here['name']} is now")
+    if manifest["data"] != now["data"]:
+        raise BundleError(f"{folder}: trained on other data; a file has changed since. Use a new train.output_dir")
     return manifest
+
+
+def changes(settings: Settings) -> list[str]:
+    """Problems with continuing the run in output_dir: settings with which it would not be that run any more."""
+    path = pathlib.Path(settings.train.output_dir, "config.yaml")
+    if settings.train.resume == "never" or not path.is_file():
+        return []
+    try:
+        then = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = [f"{name}.{key}" for name, values in settings.dump().items() for key in (values | then[name])
+                 if (name != "train" or key in FIXED_IN_TRAINING) and values.get(key) != then[name].get(key)]  # fmt: skip
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return [f"train.resume: {path} is damaged; put the run's config back, or choose another output_dir"]
+    if settings.train.resume == "weights_only":
+        found = [key for key in found if not key.startswith("train.")]
+    if not found:
+        return []
+    return [f"train.resume: {path} has another {', '.join(found)}; resume with that config, or choose another output_dir"]
+
+
+def choose(settings: Settings, out: pathlib.Path, now: dict, on_hosts: list[list[str]]) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """(checkpoint to resume, checkpoint to take only weights from).
+
+    `now`: what this run would write of itself. `on_hosts`: the checkpoints that each process sees; hosts with a folder of their
+    own resume from the newest that all have. Raises BundleError or ConfigError where a run cannot go on.
+    """
+    if settings.train.resume == "never" or not out.is_dir():
+        return None, None
+    found = [path for path in checkpoints(out) if all(path.name in names for names in on_hosts)]
+    if not found and any(on_hosts):
+        first = {tuple(names): rank for rank, names in reversed(list(enumerate(on_hosts)))}  # one rank for each of the answers
+        lists = "; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for names, rank in first.items())
+        raise ConfigError(f"train.resume: no checkpoint in {out} is on every host ({lists})")
+    weights_only = settings.train.resume == "weights_only"
+    if not found:
+        old = set_aside_newest(out) if weights_only else None
+        if old is not None:
+            check(old, now)
+        return None, old
+    why = misfit(check(found[-1], now), now)
+    if weights_only and (why is not None or settings.learning_rate != recorded_rate(out)):
+        return None, found[-1]
+    if why is not None:
+        raise ConfigError(f"train.resume: {found[-1]} cannot be continued here: {why}. Use as many processes and that ZeRO stage, or"
+                          " train.resume=weights_only: its trained weights, a new optimizer and schedule (the old run moves to before-N/)")  # fmt: skip
+    best = trainer_state(found[-1])["best_global_step"]
+    if best and best != int(found[-1].name.partition("-")[2]):
+        try:
+            check(out / f"checkpoint-{best}", now)
+        except BundleError as error:
+            words = str(error).partition(". To continue")[0]
+            raise BundleError(f"{words}. It was the best so far, and the run has to end with it: put it back, or start anew in another output_dir") from None
+    return found[-1], None
+
+
+def recorded_rate(out: pathlib.Path) -> float | None:
+    """The learning rate of the run in `out`."""
+    path = out / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["learning_rate"] if path.is_file() else None
 
 
 def trainer_state(folder: pathlib.Path) -> dict:
@@ -99,8 +166,12 @@ def finished(settings: Settings, out: pathlib.Path) -> dict | None:
     def wanted(text: str) -> str:
         return "\n".join(line for line in text.splitlines() if not line.startswith("  resume:"))
 
-    same = wanted(config.read_text(encoding="utf-8")) == wanted(to_yaml(settings))
-    return json.loads(path.read_text(encoding="utf-8")) if same else None
+    if wanted(config.read_text(encoding="utf-8")) != wanted(to_yaml(settings)):
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BundleError(f"{path} is damaged; remove it to score the run's checkpoints again") from None
 
 
 def set_aside(out: pathlib.Path) -> None:

@@ -6,8 +6,51 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# What the scheduler of a cluster writes into a run's folder itself.
+LOGS_OF_OTHERS = (".out", ".err")
 SUBMODULES = ("adapter", "prefix", "lora")
 ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+# Fields of TrainingArguments that the run itself decides, and what to use instead.
+MANAGED = {
+    "do_train": "a run always trains",
+    "do_eval": "a run always evaluates",
+    "do_predict": "a run always scores the test set once",
+    "resume_from_checkpoint": "use train.resume",
+    "load_best_model_at_end": "the best checkpoint is always restored",
+    "metric_for_best_model": "use data.metric",
+    "greater_is_better": "follows from data.metric",
+    "label_names": "follows from the task",
+    "remove_unused_columns": "columns are chosen by data.*",
+    "prediction_loss_only": "metrics need predictions",
+    "include_for_metrics": "metrics need predictions only",
+    "batch_eval_metrics": "metrics are computed over the whole set",
+    "local_rank": "the launcher sets it",
+    "accelerator_config": "scaleup configures Accelerate",
+    "data_seed": "use train.seed for the order of batches, data.seed for the choice of examples",
+    "push_to_hub": "export the run, then upload the folder",
+    "hub_token": "export the run, then upload the folder",
+    "hub_private_repo": "export the run, then upload the folder",
+    "hub_model_id": "export the run, then upload the folder",
+    "hub_strategy": "export the run, then upload the folder",
+    "hub_always_push": "export the run, then upload the folder",
+    "hub_revision": "export the run, then upload the folder",
+    "length_column_name": "lengths are computed by the run",
+    "auto_find_batch_size": "it would change the method's batch size silently; set train.per_device_train_batch_size",
+    "fsdp": "use train.deepspeed",
+    "fsdp_config": "use train.deepspeed",
+    "parallelism_config": "use train.deepspeed",
+    "use_cache": "no cache is needed in training",
+    "ignore_data_skip": "a resumed run always continues with the batch it stopped at",
+    "eval_do_concat_batches": "metrics are computed over the whole set",
+    "eval_use_gather_object": "predictions are gathered as tensors",
+    "restore_callback_states_from_checkpoint": "early stopping always resumes with the run",
+    "save_total_limit": "use train.keep_checkpoints",
+    "save_on_each_node": "found out by the run",
+    "train_sampling_strategy": "use train.group_by_length",
+    "save_only_model": "a run can always be resumed",
+}
 
 
 def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
@@ -34,6 +77,18 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
             idle |= {f"data.{k}": f"data.name is {data.name}" for k in own_columns}
         else:
             idle["data.path"] = "data.name is not set"
+        writes = data.task in ("seq2seq", "causal_lm")
+        written = ("target_column", "messages_column", "max_target_length", "num_beams", "packing")
+        for key in ("text_pair_column", "label_column") if writes else written:
+            idle[f"data.{key}"] = f"data.task is {data.task or 'sequence_classification'}"
+        if writes and data.messages_column is not None:
+            idle |= {f"data.{key}": "data.messages_column is set" for key in ("text_column", "target_column")}
+        if writes and data.metric == "loss" or (data.metric is None and data.task == "causal_lm"):
+            idle["data.num_beams"] = "data.metric is loss: nothing is written"
+            if data.task == "causal_lm":
+                idle["data.max_target_length"] = "data.metric is loss: nothing is written"
+        if data.packing and train is not None:
+            idle["train.group_by_length"] = "data.packing makes every row about the same length"
         if data.k == "all" and (data.name is not None or data.validation_file is not None):
             idle["data.dev_size"] = "with data.k all, the validation set is the development set"
             idle["data.seed"] = "with data.k all, nothing is sampled"
@@ -59,15 +114,19 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
         problems.append(f"model.name: no folder {model.name}; give an existing folder or a hub id like facebook/bart-large")
     if data is not None and data.name is None and data.train_file is None:
         problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
-    if data is not None and data.name is not None:
-        if data.task is not None and (data.task == "regression") != (data.name == "stsb"):
-            problems.append(f"data.task: {data.task} does not fit data.name {data.name}; leave it out")
-        if data.metric is not None and (data.metric == "spearman") != (data.name == "stsb"):
-            problems.append(f"data.metric: {data.metric} does not fit data.name {data.name}; leave it out")
-    elif data is not None and data.metric is not None and (data.metric == "spearman") != (data.task == "regression"):
-        problems.append(f"data.metric: {data.metric} does not fit data.task {data.task or 'sequence_classification'}")
+    if data is not None:
+        problems += _task_problems(data, method)
     if train is None:
         return problems
+    if train.max_steps == 0:
+        problems.append("train.max_steps: 0 steps train nothing; -1 leaves it to num_train_epochs")
+    if data is not None and train.label_smoothing_factor and (data.task == "regression" or data.name == "stsb"):
+        problems.append("train.label_smoothing_factor: there are no classes to smooth in a regression; leave it out")
+    ranges = {"dataloader_num_workers": (0, 10**6), "eval_accumulation_steps": (1, 10**9), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9)}
+    for key, (low, high) in ranges.items():
+        value = getattr(train, key)
+        if value is not None and not low <= value <= high:
+            problems.append(f"train.{key}: should be at least {low}{' and below 1' if high < 1 else ''} (got {value})")
     if train.bf16 is True and train.fp16:
         problems.append("train.fp16: train.bf16 is on already; choose one")
     kwargs = train.gradient_checkpointing_kwargs or {}
@@ -81,16 +140,51 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
     return problems + _output_problems(train)
 
 
+METRICS = {
+    "sequence_classification": ("accuracy", "f1", "matthews"), "regression": ("spearman",),
+    "seq2seq": ("bleu", "rouge_l", "exact_match", "loss"), "causal_lm": ("loss", "bleu", "rouge_l", "exact_match"),
+}  # fmt: skip
+
+
+def _task_problems(data: Any, method: Any) -> list[str]:
+    """Data, task and metric that do not go together."""
+    problems = []
+    own = "regression" if data.name == "stsb" else "sequence_classification"
+    task = data.task or own
+    if data.name is not None and task != own:
+        return [f"data.task: {data.task} does not fit data.name {data.name}; leave it out"]
+    if data.metric is not None and data.metric not in METRICS[task]:
+        advice = "leave it out" if data.name is not None else f"it takes {', '.join(METRICS[task])}"
+        problems.append(f"data.metric: {data.metric} does not fit {f'data.name {data.name}' if data.name else f'data.task {task}'}; {advice}")
+    if data.messages_column is not None and data.task == "seq2seq":
+        problems.append("data.messages_column: chats are for data.task causal_lm; seq2seq takes text_column and target_column")
+    if data.packing and data.task == "seq2seq":
+        problems.append("data.packing: texts are packed with data.task causal_lm only")
+    if data.packing and data.pad_to_max_length:
+        problems.append("data.pad_to_max_length: packed rows need none; leave it out")
+    learned = method is not None and method.name == "unipelt" and method.resolved_gates == "learned"
+    if learned and method.gate_pooling == "paper" and task in ("seq2seq", "causal_lm"):
+        problems.append(f"method.gate_pooling: with paper a decoder's gates see later tokens; use auto for data.task {task}")
+    return problems
+
+
 def _output_problems(train: Any) -> list[str]:
     if "\0" in train.output_dir:
         return ["train.output_dir: a path cannot hold a null character"]
     out = pathlib.Path(train.output_dir)
     try:
-        if out.exists() and not out.is_dir():
-            return [f"train.output_dir: {out} is a file"]
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            return [f"train.output_dir: {nearest} is a file"]
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            return [f"train.output_dir: {nearest} cannot be written to"]
         # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
         if out.is_dir() and any(out.iterdir()) and train.resume == "never":
             return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
+        # What a scheduler writes there itself is no run; without config.yaml nothing else is one either.
+        others = [path.name for path in out.iterdir() if path.suffix not in LOGS_OF_OTHERS and not path.name.startswith(".probe-")] if out.is_dir() else []
+        if others and not (out / "config.yaml").is_file():
+            return [f"train.output_dir: {out} holds {sorted(others)[0]} but no run (no config.yaml); choose another"]
     except OSError as error:
         return [f"train.output_dir: cannot be used: {error.strerror}"]
     return []

@@ -140,6 +140,7 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
 
 
 def _start_watchdog(world: World, limit_s: float) -> None:
+    watchdog.stop()  # of an earlier run in this process
     # Rank 0's limit holds for all. The token keeps this start apart from an earlier one in the same store.
     told = gather(world, (limit_s, secrets.token_hex(8), socket.gethostname()))
     limit_s, token, _ = told[0]

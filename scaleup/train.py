@@ -7,6 +7,7 @@ holds only what the same config and seed give again, times and memory are in `ti
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import time
@@ -20,26 +21,16 @@ from transformers import PretrainedConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, data, precision, resume, runtime, weights
+from scaleup import backbone, precision, resume, runtime, tasks, weights
 from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
 from scaleup.config import ConfigError, Settings, to_yaml
 from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json, write_text
 from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
 from scaleup.memory import estimate
+from scaleup.readers import Examples
+from scaleup.sequences import decode
 from scaleup.unipelt import apply_method, parameter_counts
-
-
-def check_resume(settings: Settings) -> list[str]:
-    """Problems with continuing the run in output_dir: another backbone, method or data than it was started with."""
-    path = pathlib.Path(settings.train.output_dir, "config.yaml")
-    if settings.train.resume == "never" or not path.is_file():
-        return []
-    now = to_yaml(settings).partition("\ntrain:")[0]
-    then = path.read_text(encoding="utf-8").partition("\ntrain:")[0]
-    if now == then:
-        return []
-    return [f"train.resume: {path} has other model, method or data settings; resume with that config, or choose another output_dir"]
 
 
 @contextlib.contextmanager
@@ -53,37 +44,6 @@ def _agreed(world: runtime.World):
     problems = [found for found in runtime.gather(world, problem) if found is not None]
     if problems:
         raise problems[0]
-
-
-def _prepare_folder(
-    settings: Settings, out: pathlib.Path, now: dict, writes: bool, on_hosts: list[list[str]]
-) -> tuple[pathlib.Path | None, pathlib.Path | None]:
-    """(checkpoint to resume, checkpoint to take only weights from). Clears what a killed run left half written.
-
-    `on_hosts`: the checkpoints that each process sees. Hosts with a folder of their own resume from the newest that all have.
-    """
-    if settings.train.resume == "never" or not out.is_dir():
-        return None, None
-    if writes:
-        resume.clear_unfinished(out)
-    found = [path for path in resume.checkpoints(out) if all(path.name in names for names in on_hosts)]
-    if not found and any(on_hosts):
-        first = {tuple(names): rank for rank, names in reversed(list(enumerate(on_hosts)))}  # one rank for each of the answers
-        lists = "; ".join(f"rank {rank}: {', '.join(names) or 'none'}" for names, rank in first.items())
-        raise ConfigError(f"train.resume: no checkpoint in {out} is on every host ({lists})")
-    weights_only = settings.train.resume == "weights_only"
-    if not found:
-        return None, resume.set_aside_newest(out) if weights_only else None
-    why = resume.misfit(resume.check(found[-1], now), now)
-    if why is None:
-        best = resume.trainer_state(found[-1])["best_global_step"]
-        if best and best != int(found[-1].name.partition("-")[2]):
-            resume.check(out / f"checkpoint-{best}", now)
-        return found[-1], None
-    if not weights_only:
-        raise ConfigError(f"train.resume: {found[-1]} cannot be continued here: {why}. Use as many processes and that ZeRO stage, or"
-                          " train.resume=weights_only: its trained weights, a new optimizer and schedule (the old run moves to before-N/)")  # fmt: skip
-    return None, found[-1]
 
 
 def _say(world: runtime.World, *lines: str) -> None:
@@ -101,7 +61,7 @@ def _say_where(world: runtime.World, shared: bool) -> None:
         print(f"host       {where[world.rank][0]}: rank {world.rank} of {world.size} and its neighbours; the run speaks on {where[0][0]}", flush=True)
 
 
-def about(settings: Settings, examples: data.Examples, config: PretrainedConfig, args: TrainingArguments) -> dict:
+def about(settings: Settings, examples: Examples, config: PretrainedConfig, args: TrainingArguments) -> dict:
     """What a bundle's manifest says of its run."""
     model, stage = settings.model, args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
     return {
@@ -112,6 +72,7 @@ def about(settings: Settings, examples: data.Examples, config: PretrainedConfig,
         },
         "task": examples.task,
         "labels": examples.labels,
+        "data": [{key: source[key] for key in ("split", "rows", "sha256", "hub_id") if key in source} for source in examples.sources],
         "run": {"processes": args.world_size, "zero_stage": stage},
     }  # fmt: skip
 
@@ -129,10 +90,13 @@ def _start(settings: Settings) -> runtime.World:
     return world
 
 
-def _attach(settings: Settings, config: PretrainedConfig, examples: data.Examples, world: runtime.World, half: torch.dtype | None) -> nn.Module:
+def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, world: runtime.World, half: torch.dtype | None) -> nn.Module:
     """The backbone with what the method adds, on this process's device, in the types it trains in."""
     frozen = precision.frozen_dtype(settings, half)
-    model = backbone.load_model(settings.model, config, examples.labels, frozen, world.device, is_deepspeed_zero3_enabled())
+    auto = tasks.of(settings.data).auto
+    if not tasks.of(settings.data).writes:
+        backbone.set_labels(config, examples.labels)
+    model = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled())
     model = apply_method(model, settings.method)
     if world.deepspeed and half is not None:
         precision.cast_trained(model, half)
@@ -140,7 +104,7 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: data.Example
 
 
 def _announce(
-    settings: Settings, config: PretrainedConfig, examples: data.Examples, counts: dict, world: runtime.World, args: TrainingArguments, shared: bool,
+    settings: Settings, config: PretrainedConfig, examples: Examples, counts: dict, world: runtime.World, args: TrainingArguments, shared: bool,
     half: torch.dtype | None,
 ) -> None:  # fmt: skip
     """Everything about the run, before its first step."""
@@ -165,7 +129,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     config = backbone.load_config(settings.model)
     settings = backbone.fit_length(settings, config)
     half = precision.half_dtype(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    problems = check_resume(settings) + precision.problems(settings, half)
+    problems = resume.changes(settings) + precision.problems(settings, half)
     if problems:
         raise ConfigError(problems)
     shared = runtime.shares_folder(world, out)
@@ -174,18 +138,24 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     if done is not None:
         _say(world, f"this run is finished; to train on, change what it stopped for. Results of {out}:", *summary(done, out, 0.0))
         return done
-    examples = data.load(settings.data)
-    tokenizer = backbone.load_tokenizer(settings.model)
-    examples = data.tokenize(examples, tokenizer, settings.data)
-    args = training_arguments(settings, world, examples.metric, shared, half)
+    task = tasks.of(settings.data)
+    examples = task.module.load(settings.data)
+    tokenizer = backbone.load_tokenizer(settings.model, config)
+    examples = task.module.tokenize(examples, tokenizer, settings.data)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id  # by which a decoder's classifier finds the last token
+    args = training_arguments(settings, world, examples.metric, task.token_mean, shared, half)
     facts = about(settings, examples, config, args)
     on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
-        checkpoint, old_weights = _prepare_folder(settings, out, facts, writes, on_hosts)
+        if writes and settings.train.resume != "never":
+            resume.clear_unfinished(out)
+        checkpoint, old_weights = resume.choose(settings, out, facts, on_hosts)
     model = _attach(settings, config, examples, world, half)
     counts = parameter_counts(model)
     if old_weights is not None:
         resume.load_weights(model, old_weights)
+    trainer = _make_trainer(settings, args, model, tokenizer, examples, facts, callbacks, world, shared)
     runtime.gather(world, None)  # nobody moves the folder before everyone has read it
     if writes:
         if old_weights is not None and old_weights.parent == out:
@@ -200,7 +170,6 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
         state = resume.trainer_state(checkpoint)
         if resume.patience_used(state["stateful_callbacks"]) >= settings.train.early_stopping_patience:
             args.max_steps = state["global_step"]  # it was killed when it was about to stop
-    trainer = _make_trainer(settings, args, model, tokenizer, examples, facts, callbacks, world, shared)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopping is not None:
         raise Preempted(f"stopped by {trainer.stopping} at step {trainer.state.global_step}, saved; continue with train.resume=auto")
@@ -217,19 +186,21 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
 
 
 def _make_trainer(
-    settings, args, model, tokenizer, examples: data.Examples, facts: dict, callbacks: Sequence[TrainerCallback], world: runtime.World, shared: bool
+    settings, args, model, tokenizer, examples: Examples, facts: dict, callbacks: Sequence[TrainerCallback], world: runtime.World, shared: bool
 ) -> RunTrainer:
     gate_log, out = GateLog(model), pathlib.Path(settings.train.output_dir)
-    stop = StopInTime()
+    stop, task = StopInTime(), tasks.of(settings.data)
     try:
         trainer = RunTrainer(
             model=model,
             args=args,
             train_dataset=examples.train,
             eval_dataset=examples.dev,
-            data_collator=data.collator(tokenizer, settings.data),
+            data_collator=task.module.collator(tokenizer, settings.data),
             processing_class=tokenizer,
-            compute_metrics=data.compute_metrics(examples),
+            compute_metrics=task.module.compute_metrics(examples, tokenizer),
+            token_mean=task.token_mean,
+            generation=tasks.generation(settings.data, examples.metric),
             callbacks=[stop, Journal(out / "log.jsonl", examples.metric, gate_log, world.writes(shared)), *callbacks],
             gate_log=gate_log,
             out=out,
@@ -238,7 +209,8 @@ def _make_trainer(
             world=world,
             shared=shared,
         )
-    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is unknown or whose package is not installed
+        trainer.try_out()
+    except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:  # of a tracker, an optimizer, a DeepSpeed file
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     stop.trainer = trainer
     stop.install()
@@ -249,17 +221,22 @@ def _make_trainer(
     return trainer
 
 
-def _score(settings: Settings, trainer: RunTrainer, examples: data.Examples, counts: dict) -> dict:
+def _score(settings: Settings, trainer: RunTrainer, examples: Examples, counts: dict) -> dict:
     """The best checkpoint on dev, with its gates, and once on test."""
     trainer.gate_log.drain()
 
-    def scores(dataset) -> tuple[dict, dict]:
-        metrics = trainer.predict(dataset).metrics
+    def scores(dataset, keep: pathlib.Path | None = None) -> tuple[dict, dict]:
+        output = trainer.predict(dataset)
+        if keep is not None and trainer.generation is not None and trainer.world.main:
+            rows = zip(decode(trainer.processing_class, output.predictions), output.label_ids)
+            lines = [{"text": examples.prompts[i], "written": text, "references": examples.references[i]} for text, i in rows]
+            write_text(keep, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        metrics = output.metrics
         kept = {k.removeprefix("test_"): round(v, 6) for k, v in metrics.items() if not k.endswith(("runtime", "per_second"))}
         return {k: v for k, v in kept.items() if "model_preparation" not in k}, trainer.gate_log.drain()
 
     dev, gates = scores(examples.dev)
-    test = dev if examples.test_is_dev else scores(examples.test)[0] if examples.test is not None else None
+    test = dev if examples.test_is_dev else scores(examples.test, trainer.out / "predictions.jsonl")[0] if examples.test is not None else None
     state = trainer.state
     return {
         "task": settings.data.name or examples.task,

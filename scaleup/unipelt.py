@@ -8,6 +8,7 @@ This is the only file that extends PEFT's registries and overrides its private m
 """
 
 import dataclasses
+import math
 import re
 from contextlib import nullcontext
 from typing import Literal
@@ -21,18 +22,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
-from scaleup import lora
-from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
-from scaleup.attention import AttentionGates
-from scaleup.backbone import AttentionSite, BlockSite, find_sites, head_names, mask_arguments
+from scaleup.attach import BANK_CHILD, BLOCK_CHILD, TOKENS_CHILD, attach, use_prefix_attention, with_own_config
+from scaleup.backbone import head_names
 from scaleup.config import SUBMODULES, MethodSettings
-from scaleup.gate import GateFactory, TokenMask, gate_factory
 from scaleup.prefix import ATTENTION, CHILD, PrefixBank
+from scaleup.sites import find_sites
 from scaleup.tuner import SideLayer
-
-MASK_CHILD, BLOCK_CHILD = "unipelt_mask", "unipelt_block"
-BANK_CHILD = {False: "unipelt_bank_self", True: "unipelt_bank_cross"}
 
 # What LoraConfig offers and UniPELT cannot honour, with the only value it takes.
 FIXED = {
@@ -72,12 +69,12 @@ class UniPeltConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.UNIPELT
-        named = [self.submodules] if isinstance(self.submodules, str) else list(self.submodules)
-        unknown = sorted(set(named) - set(SUBMODULES))
-        if unknown or not named or len(set(named)) != len(named):
+        named = [self.submodules] if isinstance(self.submodules, str) else self.submodules
+        if not isinstance(named, list | tuple | set) or not named or any(named_part not in SUBMODULES for named_part in named) or len(set(named)) != len(named):
             raise ValueError(f"submodules must name adapter, prefix or lora, each at most once and at least one; got {named}")
         self.submodules = [name for name in SUBMODULES if name in named]
-        self.gates = self.gates or ("learned" if len(self.submodules) > 1 else "none")
+        if self.gates is None:
+            self.gates = "learned" if len(self.submodules) > 1 else "none"
         choices = {
             "gates": ("learned", "none"),
             "gate_pooling": ("auto", "paper", "masked", "causal"),
@@ -93,6 +90,11 @@ class UniPeltConfig(LoraConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be a positive whole number; got {value!r}")
+        ranges = {"lora_alpha": (0, math.inf), "lora_dropout": (-1e-9, 1)}
+        for field, (low, high) in ranges.items() if "lora" in self.submodules else ():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+                raise ValueError(f"{field} must be {'above 0' if low == 0 else 'at least 0 and below 1'}; got {value!r}")
         changed = [field for field, value in FIXED.items() if getattr(self, field) != value]
         changed += [field for field in ("rank_pattern", "alpha_pattern") if getattr(self, field)]
         if changed or not isinstance(self.init_lora_weights, bool):
@@ -100,11 +102,7 @@ class UniPeltConfig(LoraConfig):
 
 
 class UniPeltModel(LoraModel):
-    """Attaches UniPELT to a model. Use it through `get_peft_model`.
-
-    What is attached where: on every model that gets a padding mask, a `TokenMask` and its prefixes; on every attention,
-    `AttentionGates`; on query and value, PEFT's LoRA with a gate; at the end of every block, the adapter.
-    """
+    """Attaches UniPELT to a model, see scaleup.attach. Use it through `get_peft_model`."""
 
     # `inject_adapter_in_model` and `model.add_adapter` would skip the shared prefixes; PEFT refuses them for this flag.
     uses_shared_state = True
@@ -117,16 +115,20 @@ class UniPeltModel(LoraModel):
         """LoRA the way PEFT does it, then gates, prefixes and adapters, then the head."""
         config = self.peft_config[adapter_name]
         attentions, blocks = find_sites(model)
-        if "prefix" in config.submodules:
-            _use_prefix_attention(model)
+        if "prefix" in config.submodules and any(site.softmax_scale is None for site in attentions):
+            use_prefix_attention(model)
         heads = head_names(model)
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
         with_lora = "lora" in config.submodules
         config.target_modules = [n for s in attentions for n in (s.query, s.value)] if with_lora else DUMMY_TARGET_MODULES
+        # GPT-2 keeps its weights [in, out]. PEFT wants to be told and would leave it in the config.
+        first = model.get_submodule(attentions[0].query)
+        config.fan_in_fan_out = isinstance(first.get_base_layer() if isinstance(first, LoraLayer) else first, Conv1D)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        config.target_modules = None  # found again by structure when the config is loaded
+        # Both are found again by structure when the config is loaded.
+        config.target_modules, config.fan_in_fan_out = None, False
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            _attach(model, adapter_name, config, attentions, blocks)
+            attach(model, adapter_name, config, attentions, blocks)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -143,13 +145,14 @@ class UniPeltModel(LoraModel):
             )
         unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for module in list(unloaded.modules()):
-            for name in (MASK_CHILD, *BANK_CHILD.values(), CHILD, BLOCK_CHILD):
+            for name in (TOKENS_CHILD, *BANK_CHILD.values(), CHILD, BLOCK_CHILD):
                 child = module._modules.pop(name, None)
                 for handle in child.handles if child is not None else ():
                     handle.remove()
         plain = {ours: theirs for theirs, ours in ATTENTION.items()}
-        if unloaded.config._attn_implementation in plain:
-            unloaded.set_attn_implementation(plain[unloaded.config._attn_implementation])
+        for part in with_own_config(unloaded):
+            if part.config._attn_implementation in plain:
+                part.set_attn_implementation(plain[part.config._attn_implementation])
         return unloaded
 
     @classmethod
@@ -159,107 +162,18 @@ class UniPeltModel(LoraModel):
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-def _use_prefix_attention(model: PreTrainedModel) -> None:
-    """Switches the model to the attention functions that know prefixes. Raises ValueError if it cannot."""
-    current = model.config._attn_implementation
-    if current in ATTENTION.values():
-        return
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{type(model).__name__} has no exchangeable attention, so a prefix cannot reach it; use adapter and lora")
-    if current not in ATTENTION:
-        raise ValueError(f"the prefix works with sdpa or eager attention, not with {current}; load the model with attn_implementation='sdpa'")
-    model.set_attn_implementation(ATTENTION[current])
-    assert model.config._attn_implementation == ATTENTION[current]
-
-
-def _child(parent: nn.Module, name: str, make, hooks: dict[str, str]) -> nn.Module:
-    """`parent.name`, made and hooked up the first time. Hooks are bound methods, so copies of the model keep working."""
-    if name not in parent._modules:
-        child = make()
-        parent.add_module(name, child)
-        child.handles = []
-        for kind, method in hooks.items():
-            if kind == "before":
-                handle = parent.register_forward_pre_hook(getattr(child, method), with_kwargs=True)
-            else:
-                handle = parent.register_forward_hook(getattr(child, method), always_call=kind == "always")
-            child.handles.append(handle)
-    return parent._modules[name]
-
-
-def _attach(
-    model: nn.Module, name: str, config: UniPeltConfig, attentions: list[AttentionSite], blocks: list[BlockSite]
-) -> None:
-    lora_scaling = config.lora_alpha / config.r if "lora" in config.submodules else 1.0
-    gates = gate_factory(config.gates == "learned", config.gate_pooling, lora_scaling)
-    masks = {}
-    for host in dict.fromkeys(site.host for site in attentions):
-        module = model.get_submodule(host)
-        masks[host] = _child(module, MASK_CHILD, lambda: TokenMask(mask_arguments(module)), {"before": "capture"})
-    banks = _attach_prefixes(model, name, config, attentions) if "prefix" in config.submodules else {}
-    names = tuple(part for part in ("prefix", "lora") if part in config.submodules)
-    for site in attentions if names else ():
-        _attach_attention(model, name, site, names, masks[site.host], banks.get((site.host, site.cross)), gates)
-    for site in blocks if "adapter" in config.submodules else ():
-        _attach_adapter(model, name, config, site, masks[site.host], gates)
-
-
-def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], PrefixBank]:
-    """One bank per model and kind of attention: BART gets encoder self, decoder self and cross."""
-    banks = {}
-    for key in dict.fromkeys((site.host, site.cross) for site in attentions):
-        sites = [site for site in attentions if (site.host, site.cross) == key]
-        first = sites[0]
-        bank = _child(
-            model.get_submodule(first.host), BANK_CHILD[first.cross],
-            lambda: PrefixBank(model.get_submodule(first.value), len(sites), first.kv_heads, first.head_size),
-            {"before": "before_forward"},
-        )  # fmt: skip
-        bank.add(name, unipelt_prefix=bank.encoder(config.prefix_length, config.prefix_hidden_size, config.prefix_reparameterization))
-        banks[key] = bank
-    return banks
-
-
-def _attach_attention(
-    model: nn.Module, name: str, site: AttentionSite, names: tuple[str, ...], mask: TokenMask, bank: PrefixBank | None, gates: GateFactory
-) -> None:
-    child = _child(
-        model.get_submodule(site.name), CHILD,
-        lambda: AttentionGates(model.get_submodule(site.query), mask, bank, site.layer, site.cross, site.causal),
-        {"before": "before_attention", "always": "after_attention"},
-    )  # fmt: skip
-    child.use_bank(bank)
-    child.add(name, unipelt_gate=gates(site.hidden_size, names, site.causal_block))
-    if "lora" in names:
-        lora.attach(model.get_submodule(site.query), name, child, "query")
-        lora.attach(model.get_submodule(site.value), name, child, "value")
-
-
-def _attach_adapter(
-    model: nn.Module, name: str, config: UniPeltConfig, site: BlockSite, mask: TokenMask, gates: GateFactory
-) -> None:
-    block = model.get_submodule(site.name)
-    if site.norm is None:
-        linear = next(module for module in block.modules() if isinstance(module, nn.Linear))
-        layer = _child(block, BLOCK_CHILD, lambda: PreNormAdapter(linear, mask), {"after": "after_block"})
-    else:
-        layer = model.get_submodule(site.norm)
-        if not isinstance(layer, PostNormAdapter):
-            layer = PostNormAdapter(layer, mask)
-            parent, _, child = site.norm.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-    layer.add(
-        name,
-        unipelt_adapter=Bottleneck(site.hidden_size, config.adapter_size, config.adapter_activation),
-        unipelt_gate=gates(site.hidden_size, ("adapter",), site.causal),
-    )
+def _task_type(model: PreTrainedModel) -> str:
+    """PEFT's name for what the model's head does."""
+    if model.get_output_embeddings() is None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def apply_method(model: PreTrainedModel, method: MethodSettings) -> nn.Module:
     """The model with exactly the parameters of `method` trainable; what is added is float32. The head trains in every method."""
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"})
-        config = UniPeltConfig(task_type="SEQ_CLS", gates=method.resolved_gates, **values)
+        config = UniPeltConfig(task_type=_task_type(model), gates=method.resolved_gates, **values)
         return get_peft_model(model, config)
     heads = tuple(f"{name}." for name in head_names(model))
     for name, parameter in model.named_parameters():

@@ -1,29 +1,13 @@
-"""Finding sites by structure, and refusing backbones that would train on noise or fail in the middle of a run."""
+"""Loading, and refusing backbones that would train on noise or fail in the middle of a run."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from scaleup.backbone import check, find_sites, head_names, load_config, load_model, position_limit
+from scaleup.backbone import check, head_names, load_config, load_model, load_tokenizer, position_limit, set_labels
 from scaleup.config import ConfigError, DataSettings, MethodSettings, ModelSettings
-from tests.tiny import FAMILIES, adapt, backbone
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sites_are_the_same_before_and_after_adapting(family):
-    model = backbone(family)
-    before = find_sites(model)
-    adapt(model)
-    assert find_sites(model) == before
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_has_its_attentions_and_its_block(family):
-    attentions, blocks = find_sites(backbone(family))
-    layers = 3 if family not in ("bart", "mbart") else 4
-    assert len(blocks) == layers and len(attentions) == (3 if layers == 3 else 2 + 2 * 2)
-    assert sum(site.cross for site in attentions) == (0 if layers == 3 else 2)
-    assert all(site.kv_heads * site.head_size == site.hidden_size == 32 for site in attentions)
+from tests.tiny import backbone
 
 
 def test_heads_are_found_without_their_names():
@@ -48,13 +32,29 @@ def folder(tmp_path):
 
 def load(folder, labels=("a", "b")):
     settings = ModelSettings(name=str(folder))
-    return load_model(settings, load_config(settings), list(labels), torch.float32, torch.device("cpu"))
+    config = load_config(settings)
+    set_labels(config, list(labels))
+    return load_model(settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"))
 
 
 def test_a_head_of_another_size_is_replaced_and_named(folder):
     model = load(folder)
     assert model.classifier.out_features == 2 and model.config.id2label == {0: "a", 1: "b"}
     assert torch.equal(model.bert.pooler.dense.weight, backbone("bert").bert.pooler.dense.weight)
+
+
+def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(folder):
+    settings = ModelSettings(name=str(folder))
+    with pytest.raises(ConfigError, match="has no tokenizer files|cannot be loaded"):
+        load_tokenizer(settings, load_config(settings))
+    for count, ok in ((90, True), (200, False)):  # the model has 97
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(count - 5))]))
+        BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+        if ok:
+            assert len(load_tokenizer(settings, load_config(settings))) == count
+        else:
+            with pytest.raises(ConfigError, match="has 200 tokens, its model 97; they do not belong together"):
+                load_tokenizer(settings, load_config(settings))
 
 
 def test_weights_that_do_not_fit_are_refused(folder):
@@ -83,8 +83,5 @@ def test_a_folder_is_judged_before_weights_are_loaded(folder):
     assert "has 48 positions" in problems(folder, max_length=49)[0]
     (folder / "model.safetensors").unlink()
     assert "has no weights" in problems(folder)[0]
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "does not support the model type gpt2" in problems(folder)[0]
-    assert not any("does not support" in p for p in problems(folder, method="full"))
     (folder / "config.json").write_text("{nonsense")
     assert "not a usable model config" in problems(folder)[0]

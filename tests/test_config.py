@@ -360,3 +360,23 @@ def test_what_is_written_loads_to_the_same_run(tmp_path, overrides):
         assert differ - same - set(idle) == set()
     if run.data.k != "all":
         assert (again.data.seed, again.data.k) == (run.data.seed, run.data.k)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [("dataloader_num_workers", -1, "should be at least 0"), ("eval_accumulation_steps", 0, "should be at least 1"), ("adam_beta1", 2, "below 1"), ("max_steps", 0, "0 steps train nothing")],
+)
+def test_values_that_libraries_would_refuse_later_are_refused_now(key, value, words):
+    found = rules.impossible({"train": config.TrainSettings(**{key: value})})
+    assert any(problem.startswith(f"train.{key}: ") and words in problem for problem in found)
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    found = rules.impossible({"train": config.TrainSettings(output_dir=str(tmp_path / "file" / "run"))})
+    assert found == [f"train.output_dir: {tmp_path / 'file'} is a file"]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config.TrainSettings(output_dir="~/run").output_dir == "/home/me/run" and config.ModelSettings(name="~/bert").name == "/home/me/bert"

@@ -83,7 +83,7 @@ def made(task="sequence_classification", labels=("a", "b"), metric="accuracy") -
 
 
 def score(examples: data.Examples, outputs, truth) -> dict[str, float]:
-    return data.compute_metrics(examples)(EvalPrediction(predictions=outputs, label_ids=np.asarray(truth)))
+    return data.compute_metrics(examples, None)(EvalPrediction(predictions=outputs, label_ids=np.asarray(truth)))
 
 
 # --- the protocol, on real data ---------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_pandas_categories_and_gaps_in_integers_are_read(in_tmp):
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeypatch):
     fields = {"train_file": write_csv("t.csv"), "validation_file": write_csv("v.csv")}
     read = []
-    monkeypatch.setattr(data, "_parse", lambda key, file, parse=data._parse: read.append(file) or parse(key, file))
+    monkeypatch.setattr(data, "read_columns", lambda key, file, parse=data.read_columns: read.append(file) or parse(key, file))
     assert problems(**fields) == []
     data.load(settings(**fields))
     assert read == ["t.csv", "v.csv"], "check and load share one reading"

@@ -1,9 +1,9 @@
-"""Pooling against plain loops, the fused projection, statistics, the mask."""
+"""Pooling against plain loops, the fused projection, statistics."""
 
 import pytest
 import torch
 
-from scaleup.gate import ConstantGate, GateStatistics, LearnedGate, TokenMask, gate_factory, pool, resolve_pooling
+from scaleup.gate import ConstantGate, GateStatistics, LearnedGate, gate_factory, pool, resolve_pooling
 
 G = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
@@ -68,13 +68,3 @@ def test_statistics_are_those_of_the_examples():
     for (mean, std), column in zip(statistics.drain(), flat.T):
         assert mean == pytest.approx(column.mean().item()) and std == pytest.approx(column.std(correction=0).item(), abs=1e-6)
     assert statistics.drain() == []
-
-
-def test_the_mask_is_found_by_name_and_by_position():
-    mask = TokenMask({"attention_mask": 1})
-    mask.capture(mask, (torch.ones(3, 5), MASK), {})
-    assert mask.mask_BT is MASK and mask.encoder_mask_BS is None
-    mask.capture(mask, (), {"attention_mask": None, "encoder_attention_mask": MASK})
-    assert mask.mask_BT is None and mask.encoder_mask_BS is MASK
-    with pytest.raises(ValueError, match="4 dimensions"):
-        mask.capture(mask, (), {"attention_mask": torch.ones(1, 1, 2, 2)})

@@ -12,10 +12,12 @@ PACKAGE = ROOT / "scaleup"
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
     {"rules", "yamlfile", "int8", "quantised"},
-    {"watchdog"},
+    {"watchdog", "tokens"},
     {"config", "gate", "runtime", "tuner", "weights"},
-    {"arguments", "precision", "data", "backbone", "adapter", "lora", "prefix"},
-    {"attention"},
+    {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},
+    {"sites", "data", "sequences"},
+    {"attention", "lora", "tasks"},
+    {"attach", "checks"},
     {"unipelt"},
     {"checkpoint", "activations", "memory"},
     {"journal"},

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast
 
 from launch.cases import command
-from scaleup import backbone, config, data, memory, plan
+from scaleup import config, memory, plan
+from scaleup.checks import CHECKS
 from scaleup.activations import Kernels, _fake_step, step, trace
 from scaleup.unipelt import apply_method
 from tests import measured
@@ -56,7 +57,7 @@ def overrides(workspace: pathlib.Path, *more: str, family: str = "bert") -> list
 
 
 def settings(workspace: pathlib.Path, *more: str, family: str = "bert") -> config.Settings:
-    return config.load(None, overrides(workspace, *more, family=family), checks=(data.check, backbone.check))
+    return config.load(None, overrides(workspace, *more, family=family), checks=CHECKS)
 
 
 def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **env: str) -> subprocess.CompletedProcess:

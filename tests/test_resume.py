@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from scaleup import backbone, config, data, resume, train
+from scaleup import config, resume, train
 from scaleup.checkpoint import BundleError, verify
+from scaleup.checks import CHECKS
 from scaleup.config import ConfigError
 from scaleup.journal import rewind
 from scaleup.loop import Preempted, RunError
-from tests.workspace import make_workspace, overrides
+from tests.workspace import losses, make_workspace, overrides
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def signals():
 
 def run(workspace: pathlib.Path, out: pathlib.Path, *more: str, callbacks=()) -> dict:
     arguments = overrides(workspace, out, "train.disable_tqdm=true", *more)
-    return train.run(config.load(None, arguments, checks=(data.check, backbone.check)), callbacks)
+    return train.run(config.load(None, arguments, checks=CHECKS), callbacks)
 
 
 class At(TrainerCallback):
@@ -79,6 +80,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(workspace, finished, tm
         run(workspace, out, callbacks=[At(5, lambda: os.kill(os.getpid(), number))])
     assert verify(out / "checkpoint-6")["run"] == {"processes": 1, "zero_stage": 0}
     assert not (out / "final").exists() and not (out / "results.json").exists()
+    assert losses(out, "eval_loss") == losses(finished, "eval_loss")[:1]  # nothing is scored in the middle of an epoch
     run(workspace, out, "train.resume=auto")
     assert verify(out / "final")["tensors"] == verify(finished / "final")["tensors"]
     assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
@@ -134,6 +136,63 @@ def test_another_backbone_is_refused(workspace, copy, tmp_path):
     finally:
         shutil.rmtree(moved)
         shutil.copytree(saved, moved)
+
+
+@pytest.mark.parametrize("change, words", [("train.learning_rate=0.05", "train.learning_rate"), ("train.seed=7", "train.seed"), ("method.r=4", "method.r"),
+                                           ("train.per_device_train_batch_size=4", "train.per_device_train_batch_size")])  # fmt: skip
+def test_settings_with_which_it_would_be_another_run_are_refused(workspace, copy, change, words):
+    with pytest.raises(ConfigError, match=f"config.yaml has another .*{words}; resume with that config"):
+        run(workspace, copy, "train.resume=auto", change)
+
+
+def test_data_that_changed_since_is_refused(tmp_path):
+    own = make_workspace(tmp_path / "own")
+    run(own, tmp_path / "run", "train.max_steps=4")
+    (tmp_path / "run" / "results.json").unlink()
+    path = own / "train.csv"
+    path.write_text(path.read_text().replace("good", "tmp").replace("bad", "good").replace("tmp", "bad"))
+    with pytest.raises(BundleError, match="trained on other data; a file has changed since"):
+        run(own, tmp_path / "run", "train.max_steps=4", "train.resume=auto")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(workspace, tmp_path):
+    foreign = tmp_path / "foreign"
+    (foreign / ".config.old").mkdir(parents=True)
+    for name in (".bashrc.old", ".thesis.part", "notes.txt"):
+        (foreign / name).touch()
+    with pytest.raises(ConfigError, match=r"holds .* but no run \(no config.yaml\); choose another"):
+        run(workspace, foreign, "train.resume=auto")
+    assert {path.name for path in foreign.iterdir()} == {".config.old", ".bashrc.old", ".thesis.part", "notes.txt"}
+
+
+def test_only_names_that_a_run_makes_are_cleared(tmp_path):
+    ours = (".checkpoint-3.draft", ".best.gone", ".results.json.part", ".log.jsonl.part", ".probe-0123abcd")
+    theirs = (".bashrc.old", ".thesis.part", ".cfg.gone", ".probe-mine.txt")
+    for name in (*ours, *theirs):
+        (tmp_path / name).touch()
+    resume.clear_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(theirs)
+
+
+def test_without_its_best_checkpoint_a_run_cannot_go_on(workspace, copy):
+    best = copy / f"checkpoint-{resume.trainer_state(resume.checkpoints(copy)[-1])['best_global_step']}"
+    if best != resume.checkpoints(copy)[-1]:
+        shutil.rmtree(best)
+        with pytest.raises(BundleError, match="It was the best so far, and the run has to end with it"):
+            run(workspace, copy, "train.resume=auto")
+
+
+def test_a_damaged_log_loses_its_bad_lines(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"loss": 2}\n{"step": 2}')
+    rewind(tmp_path / "log.jsonl", 5)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_damaged_results_are_named(workspace, tmp_path):
+    run(workspace, tmp_path / "run", "train.max_steps=4")
+    (tmp_path / "run" / "results.json").write_text("")
+    with pytest.raises(BundleError, match="results.json is damaged; remove it"):
+        run(workspace, tmp_path / "run", "train.max_steps=4", "train.resume=auto")
 
 
 def test_another_number_of_processes_is_refused_and_weights_only_goes_on(workspace, copy):

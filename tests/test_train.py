@@ -108,7 +108,7 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
     whole, parts = (verify(tmp_path / name / "final")["tensors"] for name in ("whole", "parts"))
     assert whole == parts
     other = train(*overrides(workspace, tmp_path / "parts", *same, "train.resume=auto", "method.r=4"))
-    assert other.returncode == 2 and "other model, method or data settings" in other.stderr
+    assert other.returncode == 2 and "has another method." in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForSequenceClassification, BitsAndBytesConfig, GPT2Config, GPT2Model
+from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, MPNetConfig, MPNetModel
 
 from scaleup import UniPeltConfig, parameter_counts
-from scaleup.backbone import find_sites
+from scaleup.sites import find_sites
 from scaleup.config import MethodSettings
 from scaleup.unipelt import apply_method
 from tests.plain import PlainBart
-from tests.tiny import LABELS, SEQ2SEQ, adapt, backbone, batch
+from tests.tiny import LABELS, adapt, backbone, batch, inputs
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +237,21 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_unknown_architectures_are_refused():
-    with pytest.raises(ValueError, match="does not support the model type gpt2 yet; supported: bert"):
-        get_peft_model(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), UniPeltConfig())
+    with pytest.raises(ValueError, match="does not support the model type mpnet: its attention cannot be exchanged"):
+        get_peft_model(MPNetModel(MPNetConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9)), UniPeltConfig())
     with pytest.raises(ValueError, match="needs a transformers model, got Linear"):
         get_peft_model(torch.nn.Linear(2, 2), UniPeltConfig())
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [({"gates": False}, "gates must be one of"), ({"gates": ""}, "gates must be one of"), ({"lora_alpha": 0}, "lora_alpha must be above 0"),
+     ({"lora_alpha": float("nan")}, "lora_alpha"), ({"lora_alpha": "16"}, "lora_alpha"), ({"lora_dropout": 1.5}, "lora_dropout must be at least 0"),
+     ({"lora_dropout": -0.5}, "lora_dropout"), ({"submodules": 5}, "submodules must name"), ({"submodules": [["lora"]]}, "submodules must name")],
+)  # fmt: skip
+def test_values_outside_the_documented_ones_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        UniPeltConfig(**values)
 
 
 def test_a_mask_that_is_not_two_dimensional_is_refused():
@@ -248,30 +259,11 @@ def test_a_mask_that_is_not_two_dimensional_is_refused():
         adapt(backbone("bert"))(input_ids=batch()["input_ids"], attention_mask=torch.ones(3, 1, 11, 11))
 
 
-def _generator(gates: str):
-    torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(**SEQ2SEQ)).eval()
-    config = UniPeltConfig(gates=gates, adapter_size=6, prefix_length=3, prefix_hidden_size=8, r=4)
-    adapted = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.3)
-    return adapted
-
-
-def test_cached_generation_is_refused_with_learned_gates_and_exact_without():
-    with pytest.raises(ValueError, match="use_cache=False"):
-        _generator("learned").generate(**batch(), min_new_tokens=5, max_new_tokens=5, do_sample=False, num_beams=1)
-    fixed = _generator("none")
-    tokens = [fixed.generate(**batch(), min_new_tokens=5, max_new_tokens=5, do_sample=False, num_beams=1, use_cache=c) for c in (True, False)]
-    assert torch.equal(*tokens)
-
-
-@pytest.mark.parametrize("family", ["bert", "bart"])
+@pytest.mark.parametrize("family", ["bert", "bart", "llama", "t5"])
 def test_torch_compile_has_no_graph_break(family):
     model = adapt(backbone(family))
+    given = inputs(model)
     with torch.no_grad():
-        expected = model.get_base_model().base_model(**batch())[0]
+        expected = model.get_base_model().base_model(**given)[0]
         compiled = torch.compile(model.get_base_model().base_model, fullgraph=True, backend="eager")
-        assert (compiled(**batch())[0] - expected).abs().max() < 1e-5
+        assert (compiled(**given)[0] - expected).abs().max() < 1e-5

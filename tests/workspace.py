@@ -7,7 +7,7 @@ import pathlib
 import random
 
 import torch
-from transformers import BertTokenizerFast
+from transformers import BartForConditionalGeneration, BertTokenizerFast
 
 from tests.tiny import FAMILIES
 
@@ -41,6 +41,37 @@ def make_workspace(folder: pathlib.Path) -> pathlib.Path:
                 draw.shuffle(text)
                 writer.writerow([" ".join(text), label, float(label == "good") + draw.random() / 10])
     return folder
+
+
+def add_writer(folder: pathlib.Path, family: str, **changes) -> None:
+    """A tiny model of the family as it writes text, with a tokenizer, and pairs.jsonl and chats.jsonl to learn from: repeat the second word."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "user", "assistant", ":", *[w for kind in WORDS.values() for w in kind]]
+    special = dict(vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    torch.manual_seed(0)
+    cls, config_cls, values = FAMILIES[family]
+    cls = {"bart": BartForConditionalGeneration}.get(family, cls)
+    model = cls(config_cls(**(values | special | ({"decoder_start_token_id": 0} if "decoder_start_token_id" in values else {}) | changes)))
+    model.save_pretrained(folder / family)
+    (folder / "words.txt").write_text("\n".join(words))
+    names = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>", mask_token="<mask>", eos_token="</s>", bos_token="<s>")
+    tokenizer = BertTokenizerFast(vocab=str(folder / "words.txt"), **names)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+    tokenizer.save_pretrained(folder / family)
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words[8:], k=draw.randint(2, 6))) for _ in range(120)]
+    rows = [{"text": text, "target": text.split()[1]} for text in texts]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [[{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["target"]}] for row in rows]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+
+
+def writing(folder: pathlib.Path, out: pathlib.Path, family: str, task: str, *more: str, file: str = "pairs") -> list[str]:
+    """Overrides of a run that learns to write."""
+    return [
+        f"model.name={folder / family}", f"data.task={task}", f"data.train_file={folder / file}.jsonl", f"data.test_file={folder / file}.jsonl",
+        "data.k=64", "data.dev_size=24", f"train.output_dir={out}", "train.num_train_epochs=2", "train.logging_steps=1", "train.disable_tqdm=true",
+        "method.prefix_hidden_size=16", *more,
+    ]  # fmt: skip
 
 
 def overrides(workspace: pathlib.Path, out: pathlib.Path, *more: str, family: str = "bert") -> list[str]:

@@ -1,0 +1,197 @@
+"""What gates must know of the running forward pass: which tokens are real, which belong together, which came before.
+
+With causal pooling the gate at token t is the mean over the real tokens up to t. While a model generates, earlier tokens are
+not in the forward pass but in its KV cache, so the running totals travel with that cache, as additional layers of it: beam
+search, cropping and repeating then move them together with keys and values.
+
+    ḡ_t = Σ_{s ≤ t} m_s g_s / Σ_{s ≤ t} m_s          m: 1 at real tokens
+
+This file is the only one that knows how transformers' caches are made.
+
+Shapes: B examples, T tokens of this pass, S encoder tokens, N gates in one projection.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+
+def totals(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [B, T, N] and counts [B, T, 1] over the real tokens up to each."""
+    real_BT1 = torch.ones_like(g_BTN[..., :1]) if mask_BT is None else mask_BT.unsqueeze(2).to(g_BTN.dtype)
+    return (g_BTN * real_BT1).cumsum(dim=1), real_BT1.cumsum(dim=1)
+
+
+class GateTotals(DynamicLayer):
+    """Running totals [B, 1, T, N] and counts [B, 1, T, 1] of one site, one of each for every token in the cache."""
+
+    def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Total [B, 1, N] and count [B, 1, 1] at the newest token."""
+        if not self.is_initialized or not self.keys.numel():
+            return None
+        return self.keys[:, 0, -1:], self.values[:, 0, -1:]
+
+
+class StaticGateTotals(CacheLayerMixin):
+    """The same beside a static cache, which is never cropped: only the newest token's, at a fixed address."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = torch.zeros_like(key_states[:, :, -1:]), torch.zeros_like(value_states[:, :, -1:])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.copy_(key_states[:, :, -1:])
+        self.values.copy_(value_states[:, :, -1:])
+        self.length += key_states.shape[2]
+        return self.keys, self.values
+
+    def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.keys[:, 0], self.values[:, 0]) if self.is_initialized else None
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class Tokens(nn.Module):
+    """A child of the model that is called with padding masks; `generate` calls an encoder directly, so each has its own.
+
+    Masks stay until the next forward pass because gradient checkpointing recomputes layers in the backward pass: two forward
+    passes with different masks before the first backward pass need gradient checkpointing off.
+    """
+
+    def __init__(self, find_argument: dict[str, int]):
+        """`find_argument`: position of each argument that is read here, for callers that pass it by position."""
+        super().__init__()
+        self.find_argument = find_argument
+        self.slots = 0  # sites whose running totals go into the cache
+        self.kv_layers = 0  # attentions that keep keys and values
+        self._forget()
+
+    def _forget(self) -> None:
+        self.mask_BT: torch.Tensor | None = None
+        self.encoder_mask_BS: torch.Tensor | None = None  # of the encoder's tokens, in a decoder
+        self.starts_BT: torch.Tensor | None = None  # with several texts in one row: where each token's own begins
+        self.past: int | torch.Tensor = 0  # tokens in the running pass's cache
+        self.layers: list[GateTotals | StaticGateTotals] | None = None  # of that cache
+
+    def new_slot(self) -> int:
+        """A place in the cache for one site."""
+        self.slots += 1
+        return self.slots - 1
+
+    def capture(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model. Raises ValueError for a mask of which it cannot be told what tokens are real."""
+        self._forget()
+        self.mask_BT = self._real(self._argument("attention_mask", args, kwargs), "attention_mask")
+        self.encoder_mask_BS = self._real(self._argument("encoder_attention_mask", args, kwargs), "encoder_attention_mask")
+        positions_BT = self._argument("position_ids", args, kwargs)
+        if positions_BT is not None and self.mask_BT is None and positions_BT.shape[1] > 1:
+            self.starts_BT = _starts(positions_BT)
+
+    def _argument(self, name: str, args: tuple, kwargs: dict) -> object:
+        position = self.find_argument.get(name)
+        return kwargs.get(name, args[position] if position is not None and position < len(args) else None)
+
+    def _real(self, mask: torch.Tensor | dict | None, name: str) -> torch.Tensor | None:
+        """[B, T], of a decoder's mask per query and key [B, 1, T, K] the queries that see anything. Generation with a static
+        cache gives those, one for each kind of layer: padding on the left sees nothing."""
+        if isinstance(mask, dict):
+            mask = next((entry for entry in mask.values() if entry is not None), None)
+        if mask is None or mask.dim() == 2:
+            return mask
+        if mask.dim() != 4 or mask.shape[1] != 1 or not self.kv_layers:
+            raise ValueError(f"{name} has the shape {tuple(mask.shape)}; UniPELT's gates need the padding mask of shape [batch, tokens]")
+        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(dim=-1)
+
+    def real(self, tokens: int) -> torch.Tensor | None:
+        """The mask of this pass's tokens [B, T]; a generating model is called with the mask of earlier ones in front."""
+        return None if self.mask_BT is None else self.mask_BT[:, -tokens:]
+
+    def note_cache(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the first self-attention: models make their own cache, so it is known only here."""
+        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache | EncoderDecoderCache)), None)
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if cache is None:
+            return
+        self.past, self.starts_BT = cache.get_seq_length(), None
+        own = [layer for layer in cache.layers if isinstance(layer, GateTotals | StaticGateTotals)]
+        if not own and self.slots:
+            while len(cache.layers) < self.kv_layers:  # made one by one otherwise, each at its attention
+                cache.layers.append(cache.layer_class_to_replicate())
+            own = [(StaticGateTotals if cache.layers[0].is_compileable else GateTotals)() for _ in range(self.slots)]
+            cache.layers.extend(own)
+        self.layers = own
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layers": None}
+
+
+class RunningMean:
+    """The running mean of one site's gates, called with g [B, T, N] and a mask [B, T] → [B, T, N].
+
+    `slot`: the site's place among the totals in the cache; None where its model never generates.
+    """
+
+    def __init__(self, tokens: Tokens):
+        self.tokens = tokens
+        self.slot: int | None = None
+
+    def __call__(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """At each token the mean over the real tokens so far, those in the cache included.
+
+        Raises ValueError for a cache that was filled without this gate.
+        """
+        tokens = self.tokens
+        if tokens.starts_BT is not None and mask_BT is None:
+            return _mean_within(g_BTN, tokens.starts_BT)
+        total_BTN, count_BT1 = totals(g_BTN, mask_BT)
+        if tokens.layers and self.slot is not None:
+            layer = tokens.layers[self.slot]
+            if isinstance(tokens.past, int) and layer.get_seq_length() != tokens.past:
+                raise ValueError("the KV cache holds tokens whose gates are not known: it was filled without this adapter; start with an empty one")
+            before = layer.last()
+            if before is not None:
+                total_BTN, count_BT1 = total_BTN + before[0], count_BT1 + before[1]
+            layer.update(total_BTN.detach().unsqueeze(1), count_BT1.unsqueeze(1))
+        return total_BTN / count_BT1.clamp(min=1)
+
+    def refuse_cache(self) -> None:
+        """For a gate that needs the whole sequence. Raises ValueError while a model generates with a cache."""
+        if isinstance(self.tokens.past, torch.Tensor) or self.tokens.past > 0:
+            raise ValueError("gate_pooling 'paper' needs the whole sequence: train with 'auto' to generate, or call generate(use_cache=False)")
+
+
+def _starts(positions_BT: torch.Tensor) -> torch.Tensor:
+    """Index of the first token of the text that each token belongs to; positions count on by one within a text."""
+    index_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+    first_BT = nn.functional.pad(positions_BT.diff(dim=1) != 1, (1, 0), value=True)
+    return torch.where(first_BT, index_T, 0).cummax(dim=1).values.expand(positions_BT.shape)
+
+
+def _mean_within(g_BTN: torch.Tensor, starts_BT: torch.Tensor) -> torch.Tensor:
+    """The running mean that begins anew with each text. In float64: it is a difference of sums over the whole row."""
+    starts_BT = starts_BT.expand(g_BTN.shape[0], -1)
+    sums_BTN = nn.functional.pad(g_BTN.double().cumsum(dim=1), (0, 0, 1, 0))
+    before_BTN = sums_BTN.gather(1, starts_BT.unsqueeze(2).expand_as(g_BTN))
+    count_BT1 = (torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device) - starts_BT).unsqueeze(2)
+    return ((sums_BTN[:, 1:] - before_BTN) / count_BT1).to(g_BTN.dtype)
