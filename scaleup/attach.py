@@ -76,7 +76,7 @@ def attach(
 def _tokens(model: nn.Module, host: str, attentions: list[AttentionSite]) -> Tokens:
     module = model.get_submodule(host)
     fresh = TOKENS_CHILD not in module._modules
-    child = _child(module, TOKENS_CHILD, lambda: Tokens(mask_arguments(module)), {"before": "capture"})
+    child = _child(module, TOKENS_CHILD, lambda: Tokens(mask_arguments(module)), {"before": "capture", "after": "store"})
     causal = [site for site in attentions if site.host == host and site.causal]
     if fresh and causal:
         child.kv_layers = len(causal)
@@ -86,8 +86,8 @@ def _tokens(model: nn.Module, host: str, attentions: list[AttentionSite]) -> Tok
 
 def _use_slot(running: RunningMean, gate: nn.Module, tokens: Tokens) -> None:
     """A place in the KV cache for the totals of a decoder's gate."""
-    if running.slot is None and isinstance(gate, LearnedGate) and gate.pooling == "causal" and tokens.kv_layers:
-        running.slot = tokens.new_slot()
+    if isinstance(gate, LearnedGate) and gate.pooling == "causal" and tokens.kv_layers and len(gate.names) not in running.slots:
+        running.slots[len(gate.names)] = tokens.new_slot(len(gate.names))
 
 
 def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], PrefixBank]:

@@ -99,7 +99,7 @@ class LearnedGate(nn.Linear):
         kind = pooling or self.pooling
         if running is not None and kind != "causal":
             running.refuse_cache()
-        g_BTN = running(g_BTN, mask_BT) if kind == "causal" and running is not None else pool(g_BTN, kind, mask_BT)
+        g_BTN = running(g_BTN) if kind == "causal" and running is not None else pool(g_BTN, kind, mask_BT)
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
         g_BTN = g_BTN.to(h_BTD.dtype)

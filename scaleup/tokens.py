@@ -1,14 +1,15 @@
 """What gates must know of the running forward pass: which tokens are real, which belong together, which came before.
 
 With causal pooling the gate at token t is the mean over the real tokens up to t. While a model generates, earlier tokens are
-not in the forward pass but in its KV cache, so the running totals travel with that cache, as additional layers of it: beam
-search, cropping and repeating then move them together with keys and values.
+not in the forward pass but in its KV cache, so the running totals travel with that cache, as one more layer of it: beam search,
+cropping and repeating then move them together with keys and values. All sites share that layer and the counts, so that a token
+costs each site one addition and one division more than a gate without a past.
 
     ḡ_t = Σ_{s ≤ t} m_s g_s / Σ_{s ≤ t} m_s          m: 1 at real tokens
 
 This file is the only one that knows how transformers' caches are made.
 
-Shapes: B examples, T tokens of this pass, S encoder tokens, N gates in one projection.
+Shapes: B examples, T tokens of this pass, S encoder tokens, N gates in one projection, W gates of all sites.
 """
 
 import torch
@@ -18,15 +19,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 def totals(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums [B, T, N] and counts [B, T, 1] over the real tokens up to each."""
-    real_BT1 = torch.ones_like(g_BTN[..., :1]) if mask_BT is None else mask_BT.unsqueeze(2).to(g_BTN.dtype)
+    if mask_BT is None:
+        return g_BTN.cumsum(dim=1), _count(g_BTN)
+    real_BT1 = mask_BT.unsqueeze(2).to(g_BTN.dtype)
     return (g_BTN * real_BT1).cumsum(dim=1), real_BT1.cumsum(dim=1)
 
 
 class GateTotals(DynamicLayer):
-    """Running totals [B, 1, T, N] and counts [B, 1, T, 1] of one site, one of each for every token in the cache."""
+    """Running totals [B, 1, T, W] of all sites and counts [B, 1, T, 1], one of each for every token in the cache."""
 
     def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Total [B, 1, N] and count [B, 1, 1] at the newest token."""
+        """Totals [B, 1, W] and count [B, 1, 1] at the newest token."""
         if not self.is_initialized or not self.keys.numel():
             return None
         return self.keys[:, 0, -1:], self.values[:, 0, -1:]
@@ -83,7 +86,7 @@ class Tokens(nn.Module):
         """`find_argument`: position of each argument that is read here, for callers that pass it by position."""
         super().__init__()
         self.find_argument = find_argument
-        self.slots = 0  # sites whose running totals go into the cache
+        self.widths: list[int] = []  # gates of each site whose totals go into the cache
         self.kv_layers = 0  # attentions that keep keys and values
         self._forget()
 
@@ -92,12 +95,14 @@ class Tokens(nn.Module):
         self.encoder_mask_BS: torch.Tensor | None = None  # of the encoder's tokens, in a decoder
         self.starts_BT: torch.Tensor | None = None  # with several texts in one row: where each token's own begins
         self.past: int | torch.Tensor = 0  # tokens in the running pass's cache
-        self.layers: list[GateTotals | StaticGateTotals] | None = None  # of that cache
+        self.layer: GateTotals | StaticGateTotals | None = None  # of that cache
+        self.counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
+        self.pending: dict[int, torch.Tensor] = {}  # slot → totals of this pass
 
-    def new_slot(self) -> int:
-        """A place in the cache for one site."""
-        self.slots += 1
-        return self.slots - 1
+    def new_slot(self, width: int) -> int:
+        """A place among the totals for one site's gates."""
+        self.widths.append(width)
+        return len(self.widths) - 1
 
     def capture(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model. Raises ValueError for a mask of which it cannot be told what tokens are real."""
@@ -134,51 +139,82 @@ class Tokens(nn.Module):
         if cache is None:
             return
         self.past, self.starts_BT = cache.get_seq_length(), None
-        own = [layer for layer in cache.layers if isinstance(layer, GateTotals | StaticGateTotals)]
-        if not own and self.slots:
+        self.layer = next((layer for layer in cache.layers if isinstance(layer, GateTotals | StaticGateTotals)), None)
+        if self.layer is None and self.widths:
             while len(cache.layers) < self.kv_layers:  # made one by one otherwise, each at its attention
                 cache.layers.append(cache.layer_class_to_replicate())
-            own = [(StaticGateTotals if cache.layers[0].is_compileable else GateTotals)() for _ in range(self.slots)]
-            cache.layers.extend(own)
-        self.layers = own
+            self.layer = StaticGateTotals() if cache.layers[0].is_compileable else GateTotals()
+            cache.layers.append(self.layer)
+
+    def before(self, slot: int) -> torch.Tensor | None:
+        """The totals [B, 1, N] of one site up to this pass. Raises ValueError for a cache that was filled without its gates."""
+        if self.layer is None:
+            return None
+        if isinstance(self.past, int) and self.layer.get_seq_length() != self.past:
+            raise ValueError("the KV cache holds tokens whose gates are not known: it was filled without this adapter; start with an empty one")
+        last = self.layer.last()
+        start = sum(self.widths[:slot])
+        return None if last is None else last[0][..., start : start + self.widths[slot]]
+
+    def real_and_count(self, g_BTN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(1 at real tokens [B, T, 1] or None, how many there are up to each [B or 1, T, 1]); once per pass."""
+        if self.counts is None:
+            mask_BT = self.real(g_BTN.shape[1])
+            real_BT1 = None if mask_BT is None else mask_BT.unsqueeze(2).to(g_BTN.dtype)
+            count_BT1 = _count(g_BTN) if real_BT1 is None else real_BT1.cumsum(dim=1)
+            last = self.layer.last() if self.layer is not None else None
+            self.counts = real_BT1, count_BT1 if last is None else count_BT1 + last[1]
+        return self.counts
+
+    def store(self, host: nn.Module, args: tuple, output: object) -> None:
+        """Forward hook of the model: this pass's totals into the cache."""
+        if self.layer is None or not self.pending:
+            return
+        some, (_, count_BT1) = next(iter(self.pending.values())), self.counts
+        parts = [self.pending.get(slot, some[..., :1] * 0).expand(*some.shape[:2], width) for slot, width in enumerate(self.widths)]
+        self.layer.update(torch.cat(parts, dim=-1).detach().unsqueeze(1), count_BT1.expand(*some.shape[:2], 1).unsqueeze(1))
+        self.pending, self.layer = {}, None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layers": None}
+        fresh = {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layer": None, "counts": None, "pending": {}}
+        return self.__dict__ | fresh
 
 
 class RunningMean:
-    """The running mean of one site's gates, called with g [B, T, N] and a mask [B, T] → [B, T, N].
+    """The running mean of one site's gates, called with g [B, T, N] → [B, T, N].
 
-    `slot`: the site's place among the totals in the cache; None where its model never generates.
+    `slots`: the site's places among the totals in the cache, by the number of its gates; none where its model never generates.
     """
 
     def __init__(self, tokens: Tokens):
         self.tokens = tokens
-        self.slot: int | None = None
+        self.slots: dict[int, int] = {}
 
-    def __call__(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-        """At each token the mean over the real tokens so far, those in the cache included.
-
-        Raises ValueError for a cache that was filled without this gate.
-        """
+    def __call__(self, g_BTN: torch.Tensor) -> torch.Tensor:
+        """At each token the mean over the real tokens so far, those in the cache included."""
         tokens = self.tokens
-        if tokens.starts_BT is not None and mask_BT is None:
+        if tokens.starts_BT is not None:
             return _mean_within(g_BTN, tokens.starts_BT)
-        total_BTN, count_BT1 = totals(g_BTN, mask_BT)
-        if tokens.layers and self.slot is not None:
-            layer = tokens.layers[self.slot]
-            if isinstance(tokens.past, int) and layer.get_seq_length() != tokens.past:
-                raise ValueError("the KV cache holds tokens whose gates are not known: it was filled without this adapter; start with an empty one")
-            before = layer.last()
-            if before is not None:
-                total_BTN, count_BT1 = total_BTN + before[0], count_BT1 + before[1]
-            layer.update(total_BTN.detach().unsqueeze(1), count_BT1.unsqueeze(1))
-        return total_BTN / count_BT1.clamp(min=1)
+        slot = self.slots.get(g_BTN.shape[2])
+        before_B1N = None if slot is None else tokens.before(slot)
+        real_BT1, count_BT1 = tokens.real_and_count(g_BTN)
+        total_BTN = g_BTN if real_BT1 is None else g_BTN * real_BT1
+        if g_BTN.shape[1] > 1:
+            total_BTN = total_BTN.cumsum(dim=1)
+        if before_B1N is not None:
+            total_BTN = total_BTN + before_B1N
+        if tokens.layer is not None and slot is not None:
+            tokens.pending[slot] = total_BTN
+        return total_BTN / (count_BT1 if real_BT1 is None else count_BT1.clamp(min=1))
 
     def refuse_cache(self) -> None:
         """For a gate that needs the whole sequence. Raises ValueError while a model generates with a cache."""
         if isinstance(self.tokens.past, torch.Tensor) or self.tokens.past > 0:
             raise ValueError("gate_pooling 'paper' needs the whole sequence: train with 'auto' to generate, or call generate(use_cache=False)")
+
+
+def _count(g_BTN: torch.Tensor) -> torch.Tensor:
+    return torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype)[None, :, None]
 
 
 def _starts(positions_BT: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def test_gates_do_matter_while_generating(family):
     with_past = generate(model)
     for module in model.modules():
         if hasattr(module, "running"):
-            module.running.slot = None
+            module.running.slots = {}
     without = generate(model)
     assert max((a - b).abs().max().item() for a, b in zip(with_past.logits, without.logits, strict=True)) > 1e-4
 

@@ -45,17 +45,20 @@ def test_a_running_mean_in_pieces_is_that_of_the_whole(static):
     config = backbone("llama").config
     cache = StaticCache(config=config, max_cache_len=8) if static else DynamicCache(config=config)
     g, tokens = torch.rand(3, 5, 2), Tokens({})
-    tokens.kv_layers = config.num_hidden_layers
     running = RunningMean(tokens)
-    running.slot = tokens.new_slot()
-    whole = running(g, MASK)
+    tokens.capture(tokens, (), {"attention_mask": MASK})
+    whole = running(g)
+    tokens.kv_layers = config.num_hidden_layers
+    tokens.new_slot(1)  # of a site that is silent
+    running.slots[2] = tokens.new_slot(2)
     pieces = []
     for start, end in ((0, 2), (2, 3), (3, 5)):
         tokens.capture(tokens, (), {"attention_mask": MASK[:, :end]})
         tokens.note_cache(tokens, (), {"past_key_values": cache})
-        pieces.append(running(g[:, start:end], tokens.real(end - start)))
+        pieces.append(running(g[:, start:end]))
         for layer in cache.layers[: config.num_hidden_layers]:
             layer.update(torch.zeros(3, 2, end - start, 8), torch.zeros(3, 2, end - start, 8))
+        tokens.store(tokens, (), None)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     order = torch.tensor([2, 0, 1])
     before = cache.layers[-1].last()[0].clone()
