@@ -28,6 +28,8 @@ def totals(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Ten
 class GateTotals(DynamicLayer):
     """Running totals [B, 1, T, W] of all sites and counts [B, 1, T, 1], one of each for every token in the cache."""
 
+    supports_early_init = False
+
     def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Totals [B, 1, W] and count [B, 1, 1] at the newest token."""
         if not self.is_initialized or not self.keys.numel():
@@ -40,10 +42,7 @@ class StaticGateTotals(CacheLayerMixin):
 
     is_compileable = True
     is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
+    supports_early_init = False  # what transformers would guess is the shape of keys
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -55,18 +54,14 @@ class StaticGateTotals(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.keys.copy_(key_states[:, :, -1:])
         self.values.copy_(value_states[:, :, -1:])
-        self.length += key_states.shape[2]
         return self.keys, self.values
 
     def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.keys[:, 0], self.values[:, 0]) if self.is_initialized else None
 
-    def reset(self) -> None:
-        super().reset()
-        self.length = 0
-
     def get_seq_length(self) -> int:
-        return self.length
+        """Only whether anything is there: a number that grew would be compiled anew for each token."""
+        return int(self.is_initialized)
 
     def get_max_length(self) -> int:
         return -1
@@ -150,7 +145,7 @@ class Tokens(nn.Module):
         """The totals [B, 1, N] of one site up to this pass. Raises ValueError for a cache that was filled without its gates."""
         if self.layer is None:
             return None
-        if isinstance(self.past, int) and self.layer.get_seq_length() != self.past:
+        if isinstance(self.layer, GateTotals) and self.layer.get_seq_length() != self.past:
             raise ValueError("the KV cache holds tokens whose gates are not known: it was filled without this adapter; start with an empty one")
         last = self.layer.last()
         start = sum(self.widths[:slot])

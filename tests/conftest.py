@@ -18,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # With two workers a file is one piece of work, and a long one that comes last is waited for alone.
+    slow = [item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("distributed")]
+    items.sort(key=lambda item: -slow.count(item.path))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """Folder with glue/ and seq2seq/: $SCALEUP_DATA, else ../shared/data. Skips the test where there is none."""
