@@ -18,10 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # With two workers a file is one piece of work, and a long one that comes last is waited for alone.
-    slow = [item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("distributed")]
-    items.sort(key=lambda item: -slow.count(item.path))
+    # One of the two workers gets all tests that start several processes, and first; four at a time on two cores are much slower
+    # than two after two. Everything else goes file by file.
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("several processes" if item.get_closest_marker("distributed") else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
 
 
 @pytest.fixture(scope="session")
