@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "1", f"--junitxml={report}", *FILES]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *FILES]
         code = subprocess.run(command, cwd=ROOT, env=environment()).returncode
         options.output.write_text(table(report), encoding="utf-8")
     sys.exit(code)

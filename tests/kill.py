@@ -78,14 +78,14 @@ def same(one: pathlib.Path, other: pathlib.Path, tolerance: float) -> dict[str, 
     return {"weights": worst, "losses": loss, "results_equal": results, "passed": worst <= tolerance and loss <= tolerance and results}
 
 
-def kill_test(workspace: pathlib.Path, folder: pathlib.Path, mode: str, kills: int, seed: int) -> dict[str, object]:
+def kill_test(workspace: pathlib.Path, folder: pathlib.Path, mode: str, kills: int, seed: int, epochs: int = 24) -> dict[str, object]:
     """One mode: the uninterrupted run, the killed one, and how far apart they end."""
     draw = random.Random(seed)
     processes = 1 if mode == "one process" else 2
     name = mode.replace(" ", "_")
     # Checkpoints every 5 steps, 4 steps to an epoch: most resumes are in the middle of one.
     every = [f"train.{kind}_strategy=steps" for kind in ("eval", "save")] + ["train.eval_steps=5", "train.save_steps=5"]
-    settings = [*MODES[mode], *every, "train.num_train_epochs=24", "train.per_device_train_batch_size=" + str(16 // processes), "train.early_stopping_patience=0"]
+    settings = [*MODES[mode], *every, f"train.num_train_epochs={epochs}", "train.per_device_train_batch_size=" + str(16 // processes), "train.early_stopping_patience=0"]
     whole, killed = folder / f"{name}_whole", folder / f"{name}_killed"
     assert start(overrides(workspace, whole, *settings), processes, folder / f"{name}_whole.log").wait() == 0
     hits: list[str] = []

@@ -10,5 +10,5 @@ from tests.workspace import make_workspace
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["one process", "ZeRO-3 on two"])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, mode):
-    row = kill_test(make_workspace(tmp_path), tmp_path, mode, kills=1, seed=0)
+    row = kill_test(make_workspace(tmp_path), tmp_path, mode, kills=1, seed=0, epochs=6)
     assert row["killed"] == {"in a save": 1} and row["passed"], row
