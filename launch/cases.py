@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 launch/cases.py CASES.json
 
-CASES.json: {"name": ["section.key=value", …], …}, or ["file.yaml", "section.key=value", …]. Every process runs every case; the first one writes CASES.done.json:
-name → null, or the message of the error that ended the case. An error that is not ours stops everything.
+CASES.json: {"name": ["section.key=value", …], …}, or ["file.yaml", "section.key=value", …]. Every process runs every case; the
+first one writes CASES.done.json: name → null, or the message of the error that ended the case. An error that is not ours stops
+everything.
 """
 
 import gc

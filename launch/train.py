@@ -68,6 +68,7 @@ class _StoppedEarly(BaseException):
 def _stop_early(number: int, frame: object) -> None:
     raise _StoppedEarly
 
+
 def _stopped_code() -> int:
     return int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
 

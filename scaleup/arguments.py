@@ -12,8 +12,9 @@ PRESETS = pathlib.Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
 def training_arguments(settings: Settings, world: World, metric: str, token_mean: bool, shared: bool, half: torch.dtype | None) -> TrainingArguments:
-    """TrainingArguments of a run. metric: of the best checkpoint; token_mean: see scaleup.tasks; shared: all hosts see one output folder; half: mixed precision.
+    """TrainingArguments of a run.
 
+    metric: of the best checkpoint; token_mean: see scaleup.tasks; shared: all hosts see one output folder; half: mixed precision.
     Raises ConfigError with Trainer's own words for values it refuses.
     """
     train = settings.train

@@ -25,7 +25,6 @@ class AttentionGates(SideLayer):
     def __init__(self, neighbour: nn.Module, site: AttentionSite, tokens: Tokens, bank: PrefixBank | None):
         super().__init__(neighbour)
         self.site = site
-        self.causal = site.causal
         self.watches_query = False
         self._tokens, self._bank = (tokens,), (bank,)  # in tuples: owned by the model, not by each attention
         self.running = RunningMean(tokens)

@@ -14,6 +14,9 @@ from scaleup.int8 import replace_linears
 from scaleup.weights import Weights, checkpoint_folder, load_sharded
 
 
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)  # what a bad config.json raises
+
+
 def head_names(model: nn.Module) -> list[str]:
     """Children with weights that are neither the backbone nor its output embedding: the newly initialised head."""
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
@@ -28,6 +31,16 @@ def head_names(model: nn.Module) -> list[str]:
     return names
 
 
+def local_config(model: ModelSettings) -> PretrainedConfig | None:
+    """The config of a model folder; None for a hub id, and where it cannot be read, which `check` says."""
+    if not pathlib.Path(model.name, "config.json").is_file():
+        return None
+    try:
+        return AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
+    except UNREADABLE:
+        return None
+
+
 def check(sections: dict) -> list[str]:
     """What can be said of the model folder without loading weights. For `config.load`."""
     model, data = sections.get("model"), sections.get("data")
@@ -35,7 +48,7 @@ def check(sections: dict) -> list[str]:
         return []
     try:
         config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return [f"model.name: {model.name}/config.json is not a usable model config: {' '.join(str(error).split())[:200]}"]
     problems = []
     if not any(found for pattern in ("*.safetensors", "*.bin") for found in pathlib.Path(model.name).glob(pattern)):

@@ -3,13 +3,9 @@
     settings = config.load(path, overrides, checks=CHECKS)
 """
 
-import pathlib
-
-from transformers import AutoConfig
-
 from scaleup import backbone, tasks
 from scaleup.config import MethodSettings, ModelSettings, Section
-from scaleup.sites import TESTED, find_sites
+from scaleup.sites import EAGER_ONLY, TESTED, find_sites
 
 
 def structure(sections: dict[str, Section]) -> list[str]:
@@ -17,15 +13,12 @@ def structure(sections: dict[str, Section]) -> list[str]:
     model, method, data = (sections.get(name) for name in ("model", "method", "data"))
     if not isinstance(model, ModelSettings) or not isinstance(method, MethodSettings) or data is None or method.name != "unipelt":
         return []
-    if not pathlib.Path(model.name, "config.json").is_file():
+    config, auto = backbone.local_config(model), tasks.of(data).auto
+    if config is None or type(config) not in auto._model_mapping:
+        return []  # the other checks say so
+    if config.model_type in TESTED and (model.attention == "eager" or config.model_type not in EAGER_ONLY):
         return []
     try:
-        config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
-        if config.model_type in TESTED and model.attention != "sdpa":
-            return []
-        auto = tasks.of(data).auto
-        if type(config) not in auto._model_mapping:
-            return []  # scaleup.tasks.check says so
         find_sites(backbone.empty_model(config, model.attention, None, auto))
     except ValueError as error:
         said = " ".join(str(error).split())

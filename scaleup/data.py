@@ -1,7 +1,6 @@
 """Examples to classify or to give a number: GLUE by name or your own files, K-shot splits, tokens, batches and metrics."""
 
 import dataclasses
-import difflib
 import functools
 import os
 import re
@@ -9,13 +8,12 @@ from typing import Any, Callable
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from scipy import stats
 from sklearn import metrics
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.config import ConfigError, DataSettings, Section
-from scaleup.readers import Examples, cut, read_columns, same_state
+from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state
 
 # Task -> text column, column of the second text, class names in id order (None: regression), metric.
 GLUE = {
@@ -34,8 +32,7 @@ GLUE = {
 def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
     """Split -> the setting to name in messages, and the file; empty where the hub is meant."""
     if data.name is None:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
+        return own_files(data)
     if data.path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path) and not os.path.exists(data.path)):
         return {}
     ends = (".parquet", "-00000-of-00001.parquet", "_matched.parquet", "_matched-00000-of-00001.parquet")  # ours, and the hub's
@@ -91,20 +88,11 @@ def _clean(key: str, file: str, parsed: tuple, data: DataSettings, known: set[st
     declared = declared if own else GLUE[data.name][2]
     for role, column in zip(("text", "text_pair", "label"), names):
         if column is not None and column not in columns:
-            shown = ", ".join(name[:40] for name in list(columns)[:20]) or "none"
-            shown = "; did you mean ".join([shown, *difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)])
-            problems.append(f"{f'data.{role}_column' if own else key}: {file} has no column {column!r}; its columns are {shown}")
+            problems.append(no_column(f"data.{role}_column" if own else key, file, column, columns))
         elif column is not None:
-            part[role], bad = [], {}
-            cells = columns[column].to_pylist() if isinstance(columns[column], pa.ChunkedArray) else columns[column]
-            for row, cell in enumerate(cells):
-                value, reason = _cell(cell, role, known, declared)
-                if reason is not None:
-                    bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
-                part[role].append(value)
-            for reason, rows in list(bad.items())[:5]:
-                shown = ", ".join(rows[:3]) + f" and {len(rows) - 3} more" * (len(rows) > 3)
-                problems.append(f"{key}: {file}, {shown}, column {column}: {reason}")
+            judge = functools.partial(_cell, role=role, known=known, declared=declared)
+            part[role], found = judge_cells(columns, column, lines, f"{key}: {file}", judge)
+            problems += found
     if names[2] in names[:2]:
         problems.append(f"data.label_column: {names[2]} is a text column, too; the text would tell the label")
     if problems or not part["label"]:

@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-from scaleup.tokens import RunningMean, totals
+from scaleup.tokens import RunningMean, real_and_count, running_totals
 
 Pooling = str  # "paper" | "masked" | "causal"
 
@@ -38,8 +38,8 @@ def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None) ->
         share_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.einsum("btn,bt->bn", g_BTN, share_BT.to(g_BTN.dtype)).unsqueeze(1)
     assert pooling == "causal", pooling
-    total_BTN, count_BT1 = totals(g_BTN, mask_BT)
-    return total_BTN / count_BT1.clamp(min=1)
+    real_BT1, count_BT1 = real_and_count(g_BTN, mask_BT)
+    return running_totals(g_BTN, real_BT1) / count_BT1.clamp(min=1)
 
 
 def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

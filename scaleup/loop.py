@@ -104,7 +104,7 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
         kept = {name: value for name, value in inputs.items() if name not in FOR_WRITING}
-        if len(kept) < len(inputs) or "position_ids" in inputs:  # with a cache, texts packed into one row would see each other
+        if inputs["labels"].dim() > 1:  # a label per token: with a cache, texts packed into one row would see each other
             kept["use_cache"] = False
         return super().compute_loss(model, kept, *args, **kwargs)
 

@@ -160,7 +160,7 @@ def _attend(
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
-    causal = child.causal if causal is None else causal
+    causal = child.site.causal if causal is None else causal
     length = prefix[0].shape[1]
     mask = widen_mask(attention_mask, length, query, key, causal)
     kwargs["is_causal"] = False  # the mask says it all
@@ -224,7 +224,7 @@ def probe_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Ca
 class SoftmaxPrefix(TorchFunctionMode):
     """A prefix for an attention that computes softmax(scores [B, H, T, S]) by itself, while the mode is on.
 
-    The scores grow by L columns in front; their share of the softmax is kept for `take_share`, the rest goes back to the
+    The scores grow by L columns in front; their share of the softmax is kept for `context`, the rest goes back to the
     attention, which multiplies it with its values.
     """
 

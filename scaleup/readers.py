@@ -5,11 +5,12 @@ Texts are kept as they stand: control characters, mojibake and empty strings are
 
 import csv
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import datasets
@@ -106,6 +107,37 @@ def read_columns(key: str, file: str) -> tuple[dict[str, Any], list[int] | None,
         return *_delimited(text, place, "\t", csv.QUOTE_MINIMAL), {}, source
     except ConfigError:  # quotes are plain characters, as in GLUE's originals, or the mistake shows again
         return *_delimited(text, place, "\t", csv.QUOTE_NONE), {}, source
+
+
+def own_files(data: DataSettings) -> dict[str, tuple[str, str]]:
+    """Split → the setting to name in messages, and the user's file."""
+    named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
+
+
+def no_column(key: str, file: str, column: str, columns: Iterable[str]) -> str:
+    """One line: which columns there are, and which one may have been meant."""
+    shown = ", ".join(name[:40] for name in list(columns)[:20]) or "none"
+    shown = "; did you mean ".join([shown, *difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)])
+    return f"{key}: {file} has no column {column!r}; its columns are {shown}"
+
+
+def judge_cells(
+    columns: dict[str, Any], column: str, lines: list[int] | None, place: str, judge: Callable[[Any], tuple[Any, str | None]]
+) -> tuple[list, list[str]]:
+    """Values of a column as `judge` gives them (value, what is wrong or None), and a line on each kind of mistake, five at most."""
+    values, bad = [], {}
+    cells = columns[column]
+    for row, cell in enumerate(cells.to_pylist() if isinstance(cells, pa.ChunkedArray) else cells):
+        value, reason = judge(cell)
+        if reason is not None:
+            bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
+        values.append(value)
+    problems = []
+    for reason, rows in list(bad.items())[:5]:
+        shown = ", ".join(rows[:3]) + f" and {len(rows) - 3} more" * (len(rows) > 3)
+        problems.append(f"{place}, {shown}, column {column}: {reason}")
+    return values, problems
 
 
 def cut(data: DataSettings, rows: int, file: str) -> tuple[list[int], list[int]]:

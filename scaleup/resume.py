@@ -86,21 +86,32 @@ def check(folder: pathlib.Path, now: dict) -> dict:
     return manifest
 
 
-def changes(settings: Settings) -> list[str]:
-    """Problems with continuing the run in output_dir: settings with which it would not be that run any more."""
+def _different(settings: Settings) -> list[str]:
+    """Settings with which it would not be the run in output_dir any more. Raises ConfigError if that run's config is damaged."""
     path = pathlib.Path(settings.train.output_dir, "config.yaml")
-    if settings.train.resume == "never" or not path.is_file():
+    if not path.is_file():
         return []
     try:
         then = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found = [f"{name}.{key}" for name, values in settings.dump().items() for key in (values | then[name])
-                 if (name != "train" or key in FIXED_IN_TRAINING) and values.get(key) != then[name].get(key)]  # fmt: skip
+        return [f"{name}.{key}" for name, values in settings.dump().items() for key in (values | then[name])
+                if (name != "train" or key in FIXED_IN_TRAINING) and values.get(key) != then[name].get(key)]  # fmt: skip
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return [f"train.resume: {path} is damaged; put the run's config back, or choose another output_dir"]
+        raise ConfigError(f"train.resume: {path} is damaged; put the run's config back, or choose another output_dir") from None
+
+
+def changes(settings: Settings) -> list[str]:
+    """Problems with continuing the run in output_dir. Only its weights may go into another training."""
+    if settings.train.resume == "never":
+        return []
+    try:
+        found = _different(settings)
+    except ConfigError as error:
+        return error.problems
     if settings.train.resume == "weights_only":
         found = [key for key in found if not key.startswith("train.")]
     if not found:
         return []
+    path = pathlib.Path(settings.train.output_dir, "config.yaml")
     return [f"train.resume: {path} has another {', '.join(found)}; resume with that config, or choose another output_dir"]
 
 
@@ -124,7 +135,7 @@ def choose(settings: Settings, out: pathlib.Path, now: dict, on_hosts: list[list
             check(old, now)
         return None, old
     why = misfit(check(found[-1], now), now)
-    if weights_only and (why is not None or settings.learning_rate != recorded_rate(out)):
+    if weights_only and (why is not None or _different(settings)):
         return None, found[-1]
     if why is not None:
         raise ConfigError(f"train.resume: {found[-1]} cannot be continued here: {why}. Use as many processes and that ZeRO stage, or"
@@ -137,12 +148,6 @@ def choose(settings: Settings, out: pathlib.Path, now: dict, on_hosts: list[list
             words = str(error).partition(". To continue")[0]
             raise BundleError(f"{words}. It was the best so far, and the run has to end with it: put it back, or start anew in another output_dir") from None
     return found[-1], None
-
-
-def recorded_rate(out: pathlib.Path) -> float | None:
-    """The learning rate of the run in `out`."""
-    path = out / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["learning_rate"] if path.is_file() else None
 
 
 def trainer_state(folder: pathlib.Path) -> dict:

@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import sacrebleu
 import torch
 from jinja2 import TemplateError
@@ -22,24 +21,21 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.config import ConfigError, DataSettings, Section
-from scaleup.readers import Examples, cut, read_columns, same_state
+from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state
 
 IGNORED = -100  # a label that the loss leaves out
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def _files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Split → the setting to name in messages, and the file."""
-    named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    return {split: (f"data.{split}_file", file) for split, file in named.items() if file is not None}
-
-
-def _cell(value: Any, chat: bool) -> tuple[str | None, str | None]:
-    """A text, or a chat as JSON; or what is wrong with it."""
+def _cell(value: Any, role: str) -> tuple[str | None, str | None]:
+    """A text, or a chat (role messages) as JSON; or what is wrong with it."""
     if value is None or value != value:
         return None, "is missing"
-    if not chat:
-        return (str(value), None) if isinstance(value, str | int | float) else (None, f"holds a {type(value).__name__}, not text")
+    if role != "messages" and not isinstance(value, str | int | float):
+        return None, f"holds a {type(value).__name__}, not text"
+    if role != "messages":
+        nothing = role == "target" and not str(value).strip()
+        return str(value), "is empty; there would be nothing to learn" if nothing else None
     try:
         turns = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -56,24 +52,12 @@ def _clean(key: str, file: str, parsed: tuple, data: DataSettings) -> list[tuple
     """(source, target) of every row; of a chat the turns before the last as JSON, and the last. Raises ConfigError with all bad cells."""
     columns, lines, _, _ = parsed
     names = {"messages": data.messages_column} if data.messages_column else {"text": data.text_column, "target": data.target_column}
-    missing = {role: name for role, name in names.items() if name not in columns}
-    if missing:
-        shown = ", ".join(name[:40] for name in list(columns)[:20]) or "none"
-        raise ConfigError([f"data.{role}_column: {file} has no column {name!r}; its columns are {shown}" for role, name in missing.items()])
+    if missing := [no_column(f"data.{role}_column", file, name, columns) for role, name in names.items() if name not in columns]:
+        raise ConfigError(missing)
     found, problems = {}, []
     for role, name in names.items():
-        cells = columns[name].to_pylist() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
-        found[role], bad = [], {}
-        for row, cell in enumerate(cells):
-            value, reason = _cell(cell, role == "messages")
-            if role == "target" and value is not None and not value.strip():
-                reason = "is empty; there would be nothing to learn"
-            if reason is not None:
-                bad.setdefault(reason, []).append(f"row {row + 1}" + (f" (line {lines[row]})" if lines else ""))
-            found[role].append(value)
-        for reason, rows in bad.items():
-            shown = ", ".join(rows[:3]) + f" and {len(rows) - 3} more" * (len(rows) > 3)
-            problems.append(f"{key}: {file}, {shown}, column {name}: {reason}")
+        found[role], bad = judge_cells(columns, name, lines, f"{key}: {file}", functools.partial(_cell, role=role))
+        problems += bad
     if problems or not next(iter(found.values())):
         raise ConfigError(problems or f"{key}: {file} has no rows")
     if data.messages_column:
@@ -90,19 +74,16 @@ def _by_source(rows: list[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _dataset(rows: list[tuple[str, str]], first: int | None = None) -> datasets.Dataset:
-    """To train on, every row; to be scored (`first`: number of its first reference), one for each source."""
-    numbers = [-1] * len(rows)
-    if first is not None:
-        rows = [(source, targets[0]) for source, targets in _by_source(rows).items()]
-        numbers = list(range(first, first + len(rows)))
-    return datasets.Dataset.from_dict({"text": [s for s, _ in rows], "target": [t for _, t in rows], "reference": numbers})
+def _scored(groups: dict[str, list[str]], first: int) -> datasets.Dataset:
+    """One row for each source, with the number of its references; `first`: of the first row."""
+    rows = range(first, first + len(groups))
+    return datasets.Dataset.from_dict({"text": list(groups), "target": [targets[0] for targets in groups.values()], "reference": list(rows)})
 
 
 @functools.lru_cache(maxsize=1)  # load finds what check has read
 def _load(settings: str, _state: tuple) -> Examples:
     data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
-    for split, (key, file) in _files(data).items():
+    for split, (key, file) in own_files(data).items():
         try:
             parsed = read_columns(key, file)
             parts[split] = _clean(key, file, parsed, data)
@@ -114,13 +95,21 @@ def _load(settings: str, _state: tuple) -> Examples:
     if problems:
         raise ConfigError(problems)
     rows = parts["train"]
-    dev_rows = [rows[row] for row in dev] if dev else parts["validation"]
-    scored = [_by_source(dev_rows), _by_source(parts.get("test", []))]
+    chosen = [rows[row] for row in train]
+    dev_groups = _by_source([rows[row] for row in dev] if dev else parts["validation"])
+    test_groups = _by_source(parts.get("test", []))
     return Examples(
-        _dataset([rows[row] for row in train]), _dataset(dev_rows, 0), _dataset(parts["test"], len(scored[0])) if "test" in parts else None,
-        None, data.metric or ("bleu" if data.task == "seq2seq" else "loss"), data.task, False, sources,
-        references=[targets for part in scored for targets in part.values()], prompts=[source for part in scored for source in part],
-    )  # fmt: skip
+        train=datasets.Dataset.from_dict({"text": [source for source, _ in chosen], "target": [target for _, target in chosen]}),
+        dev=_scored(dev_groups, 0),
+        test=_scored(test_groups, len(dev_groups)) if test_groups else None,
+        labels=None,
+        metric=data.metric or ("bleu" if data.task == "seq2seq" else "loss"),
+        task=data.task,
+        test_is_dev=False,
+        sources=sources,
+        references=[*dev_groups.values(), *test_groups.values()],
+        prompts=[*dev_groups, *test_groups],
+    )
 
 
 def load(data: DataSettings) -> Examples:
@@ -128,7 +117,7 @@ def load(data: DataSettings) -> Examples:
 
     Raises ConfigError with all problems found.
     """
-    return _load(data.model_dump_json(), same_state(file for _, file in _files(data).values()))
+    return _load(data.model_dump_json(), same_state(file for _, file in own_files(data).values()))
 
 
 def check(sections: dict[str, Section]) -> list[str]:
@@ -167,12 +156,12 @@ def _encode_pairs(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, da
     found = cut_off([text[: 100 * data.max_length] for text in batch["text"]], max_length=data.max_length)
     labels = cut_off(text_target=[text[: 100 * data.max_target_length] for text in batch["target"]], max_length=data.max_target_length)["input_ids"]
     columns = {name: found[name] for name in ("input_ids", "attention_mask")}
-    return columns | {"labels": labels, "length": [len(ids) for ids in columns["input_ids"]], "reference": batch["reference"]}
+    return columns | {"labels": labels, "length": [len(ids) for ids in columns["input_ids"]]}
 
 
 def _encode_texts(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> dict[str, list]:
     """causal_lm: prompt and completion in one; labels only at the completion. A prompt that is too long loses its beginning."""
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "prompt": [], "length": []}
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []} | ({"prompt": []} if "reference" in batch else {})
     for source, target in zip(batch["text"], batch["target"]):
         prompt, completion = _texts(tokenizer, data, source, target)
         completion = completion[: data.max_length - 1]
@@ -180,9 +169,10 @@ def _encode_texts(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, da
         ids = [*prompt, *completion][: data.max_length]
         columns["input_ids"].append(ids)
         columns["labels"].append(([IGNORED] * len(prompt) + completion)[: data.max_length])
-        columns["prompt"].append(prompt)
+        if "prompt" in columns:  # only what is scored has to be answered
+            columns["prompt"].append(prompt)
         columns["length"].append(len(ids))
-    return columns | {"reference": batch["reference"]}
+    return columns
 
 
 def _pack(rows: datasets.Dataset, length: int) -> datasets.Dataset:
@@ -206,7 +196,7 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
         raise ConfigError(f"data.messages_column: the tokenizer of {tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
     encode = _encode_pairs if examples.task == "seq2seq" else _encode_texts
     function = functools.partial(encode, tokenizer=tokenizer, data=data)
-    encoded = functools.partial(datasets.Dataset.map, function=function, batched=True, remove_columns=examples.train.column_names, new_fingerprint="ids")
+    encoded = functools.partial(datasets.Dataset.map, function=function, batched=True, remove_columns=["text", "target"], new_fingerprint="ids")
     train = encoded(examples.train)
     return dataclasses.replace(
         examples, train=_pack(train, data.max_length) if data.packing else train, dev=encoded(examples.dev), test=examples.test and encoded(examples.test)
@@ -216,9 +206,10 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataS
 class _Collator:
     """Examples to a batch of tensors [B, T], padded to the longest of them. Prompts to be answered are padded on the left."""
 
-    def __init__(self, pad: int, multiple_of: int | None):
-        self.fill = {"input_ids": pad, "decoder_input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
-        self.length = multiple_of
+    def __init__(self, pad: int, length: int):
+        """`length`: tokens that every row has at least."""
+        self.fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
+        self.length = length
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
@@ -238,7 +229,7 @@ class _Collator:
         return batch
 
     def _longest(self, rows: list[list[int]]) -> int:
-        return max(max(map(len, rows)), self.length or 0)
+        return max(*map(len, rows), self.length)
 
     def _pad(self, rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
         longest = max(map(len, rows)) if left else self._longest(rows)
@@ -247,7 +238,7 @@ class _Collator:
 
 def collator(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Examples to a batch, padded to the longest of them or to max_length."""
-    return _Collator(tokenizer.pad_token_id, data.max_length if data.pad_to_max_length else None)
+    return _Collator(tokenizer.pad_token_id, data.max_length if data.pad_to_max_length else 0)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:

@@ -1,12 +1,12 @@
 """The kinds of tasks: which module reads their data, which model class they need, whether text is written."""
 
 import dataclasses
-import pathlib
 from types import ModuleType
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from scaleup import data, sequences
+from scaleup.backbone import local_config
 from scaleup.config import DataSettings, Section
 
 
@@ -52,11 +52,7 @@ def check(sections: dict[str, Section]) -> list[str]:
     if not isinstance(settings, DataSettings):
         return []
     problems = of(settings).module.check(sections)
-    if model is not None and pathlib.Path(model.name, "config.json").is_file() and not model.trust_remote_code:
-        try:
-            kind = type(AutoConfig.from_pretrained(model.name))
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
-            return problems  # scaleup.backbone.check says so
-        if kind not in of(settings).auto._model_mapping:
-            problems.append(f"model.name: transformers has no {kind.model_type} model for data.task {name_of(settings)}")
+    config = local_config(model) if model is not None and not model.trust_remote_code else None
+    if config is not None and type(config) not in of(settings).auto._model_mapping:
+        problems.append(f"model.name: transformers has no {config.model_type} model for data.task {name_of(settings)}")
     return problems

@@ -17,12 +17,18 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 
-def totals(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums [B, T, N] and counts [B, T, 1] over the real tokens up to each."""
+def real_and_count(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(1 at real tokens [B, T, 1], None where all are, how many there are up to each [B or 1, T, 1])."""
     if mask_BT is None:
-        return g_BTN.cumsum(dim=1), _count(g_BTN)
+        return None, torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype)[None, :, None]
     real_BT1 = mask_BT.unsqueeze(2).to(g_BTN.dtype)
-    return (g_BTN * real_BT1).cumsum(dim=1), real_BT1.cumsum(dim=1)
+    return real_BT1, real_BT1.cumsum(dim=1)
+
+
+def running_totals(g_BTN: torch.Tensor, real_BT1: torch.Tensor | None) -> torch.Tensor:
+    """Sums [B, T, N] over the real tokens up to each."""
+    kept_BTN = g_BTN if real_BT1 is None else g_BTN * real_BT1
+    return kept_BTN.cumsum(dim=1) if g_BTN.shape[1] > 1 else kept_BTN
 
 
 class GateTotals(DynamicLayer):
@@ -81,7 +87,7 @@ class Tokens(nn.Module):
         """`find_argument`: position of each argument that is read here, for callers that pass it by position."""
         super().__init__()
         self.find_argument = find_argument
-        self.widths: list[int] = []  # gates of each site whose totals go into the cache
+        self.slots: dict[int, int] = {}  # of each site whose totals go into the cache: where its gates begin → how many
         self.kv_layers = 0  # attentions that keep keys and values
         self._forget()
 
@@ -95,9 +101,10 @@ class Tokens(nn.Module):
         self.pending: dict[int, torch.Tensor] = {}  # slot → totals of this pass
 
     def new_slot(self, width: int) -> int:
-        """A place among the totals for one site's gates."""
-        self.widths.append(width)
-        return len(self.widths) - 1
+        """A place among the totals for one site's gates: where they begin."""
+        slot = sum(self.slots.values())
+        self.slots[slot] = width
+        return slot
 
     def capture(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model. Raises ValueError for a mask of which it cannot be told what tokens are real."""
@@ -135,7 +142,7 @@ class Tokens(nn.Module):
             return
         self.past, self.starts_BT = cache.get_seq_length(), None
         self.layer = next((layer for layer in cache.layers if isinstance(layer, GateTotals | StaticGateTotals)), None)
-        if self.layer is None and self.widths:
+        if self.layer is None and self.slots:
             while len(cache.layers) < self.kv_layers:  # made one by one otherwise, each at its attention
                 cache.layers.append(cache.layer_class_to_replicate())
             self.layer = StaticGateTotals() if cache.layers[0].is_compileable else GateTotals()
@@ -148,15 +155,12 @@ class Tokens(nn.Module):
         if isinstance(self.layer, GateTotals) and self.layer.get_seq_length() != self.past:
             raise ValueError("the KV cache holds tokens whose gates are not known: it was filled without this adapter; start with an empty one")
         last = self.layer.last()
-        start = sum(self.widths[:slot])
-        return None if last is None else last[0][..., start : start + self.widths[slot]]
+        return None if last is None else last[0][..., slot : slot + self.slots[slot]]
 
-    def real_and_count(self, g_BTN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(1 at real tokens [B, T, 1] or None, how many there are up to each [B or 1, T, 1]); once per pass."""
+    def counted(self, g_BTN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """`real_and_count` of this pass's tokens, those in the cache counted in; once per pass."""
         if self.counts is None:
-            mask_BT = self.real(g_BTN.shape[1])
-            real_BT1 = None if mask_BT is None else mask_BT.unsqueeze(2).to(g_BTN.dtype)
-            count_BT1 = _count(g_BTN) if real_BT1 is None else real_BT1.cumsum(dim=1)
+            real_BT1, count_BT1 = real_and_count(g_BTN, self.real(g_BTN.shape[1]))
             last = self.layer.last() if self.layer is not None else None
             self.counts = real_BT1, count_BT1 if last is None else count_BT1 + last[1]
         return self.counts
@@ -166,7 +170,7 @@ class Tokens(nn.Module):
         if self.layer is None or not self.pending:
             return
         some, (_, count_BT1) = next(iter(self.pending.values())), self.counts
-        parts = [self.pending.get(slot, some[..., :1] * 0).expand(*some.shape[:2], width) for slot, width in enumerate(self.widths)]
+        parts = [self.pending.get(slot, some[..., :1] * 0).expand(*some.shape[:2], width) for slot, width in self.slots.items()]
         self.layer.update(torch.cat(parts, dim=-1).detach().unsqueeze(1), count_BT1.expand(*some.shape[:2], 1).unsqueeze(1))
         self.pending, self.layer = {}, None
 
@@ -192,10 +196,8 @@ class RunningMean:
             return _mean_within(g_BTN, tokens.starts_BT)
         slot = self.slots.get(g_BTN.shape[2])
         before_B1N = None if slot is None else tokens.before(slot)
-        real_BT1, count_BT1 = tokens.real_and_count(g_BTN)
-        total_BTN = g_BTN if real_BT1 is None else g_BTN * real_BT1
-        if g_BTN.shape[1] > 1:
-            total_BTN = total_BTN.cumsum(dim=1)
+        real_BT1, count_BT1 = tokens.counted(g_BTN)
+        total_BTN = running_totals(g_BTN, real_BT1)
         if before_B1N is not None:
             total_BTN = total_BTN + before_B1N
         if tokens.layer is not None and slot is not None:
@@ -206,10 +208,6 @@ class RunningMean:
         """For a gate that needs the whole sequence. Raises ValueError while a model generates with a cache."""
         if isinstance(self.tokens.past, torch.Tensor) or self.tokens.past > 0:
             raise ValueError("gate_pooling 'paper' needs the whole sequence: train with 'auto' to generate, or call generate(use_cache=False)")
-
-
-def _count(g_BTN: torch.Tensor) -> torch.Tensor:
-    return torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype)[None, :, None]
 
 
 def _starts(positions_BT: torch.Tensor) -> torch.Tensor:

@@ -174,12 +174,23 @@ def test_only_names_that_a_run_makes_are_cleared(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(theirs)
 
 
-def test_without_its_best_checkpoint_a_run_cannot_go_on(workspace, copy):
-    best = copy / f"checkpoint-{resume.trainer_state(resume.checkpoints(copy)[-1])['best_global_step']}"
-    if best != resume.checkpoints(copy)[-1]:
-        shutil.rmtree(best)
-        with pytest.raises(BundleError, match="It was the best so far, and the run has to end with it"):
-            run(workspace, copy, "train.resume=auto")
+def test_without_its_best_checkpoint_a_run_cannot_go_on(workspace, copy, monkeypatch):
+    newest = resume.checkpoints(copy)[-1]
+    state = json.loads((newest / "trainer_state.json").read_text())
+    best = next(path for path in resume.checkpoints(copy) if path != newest)
+    state["best_global_step"] = int(best.name.partition("-")[2])  # whichever it was
+    monkeypatch.setattr(resume, "trainer_state", lambda folder: state)
+    shutil.rmtree(best)
+    with pytest.raises(BundleError, match="It was the best so far, and the run has to end with it"):
+        run(workspace, copy, "train.resume=auto")
+
+
+def test_weights_only_begins_anew_where_the_training_is_another(workspace, copy):
+    before = len(resume.checkpoints(copy))
+    assert before
+    run(workspace, copy, "train.resume=weights_only", "train.per_device_train_batch_size=4", "train.max_steps=4")
+    assert len(resume.checkpoints(copy / "before-1")) == before
+    assert json.loads((copy / "results.json").read_text())["steps"] == 4
 
 
 def test_a_damaged_log_loses_its_bad_lines(tmp_path):
