@@ -34,7 +34,7 @@ quickstart: venv
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
 
 test: venv
-	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadgroup
+	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile
 
 schema: venv
 	"$(VENV)/bin/python" launch/schema.py

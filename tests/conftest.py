@@ -1,7 +1,10 @@
 """What every test shares: a fixed environment, set before torch is imported, and the folder of real data."""
 
+import fcntl
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,13 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # One of the two workers gets all tests that start several processes, and first; four at a time on two cores are much slower
-    # than two after two. Everything else goes file by file.
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("several processes" if item.get_closest_marker("distributed") else item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    # A test of several processes waits for the other worker's: four processes at once on two cores are much slower than two after two.
+    if not item.get_closest_marker("distributed") or not hasattr(item.config, "workerinput"):
+        return (yield)
+    with open(pathlib.Path(tempfile.gettempdir(), f"scaleup-{item.config.workerinput['testrunuid']}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
