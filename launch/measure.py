@@ -135,7 +135,7 @@ def load_worker(kind: str, folder: str) -> None:
     model = config.ModelSettings(name=f"{folder}/bert-base", quantization=kind)
     memory = PeakMemory()
     memory.start()
-    loaded = backbone.load_model(model, backbone.load_config(model), AutoModelForSequenceClassification, torch.bfloat16, world.device, True)
+    loaded, _ = backbone.load_model(model, backbone.load_config(model), AutoModelForSequenceClassification, torch.bfloat16, world.device, True)
     peak = memory.stop()
     sizes = [(p.ds_tensor.numel() * p.ds_tensor.element_size(), p.ds_numel * p.ds_tensor.element_size()) for p in loaded.parameters()]
     row = {"peak": peak, "after": memory.now() - memory.begin, "share": sum(s for s, _ in sizes), "whole": sum(w for _, w in sizes)}

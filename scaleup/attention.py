@@ -64,6 +64,10 @@ class AttentionGates(SideLayer):
                 )
             self._prefix = (*kv, gates["prefix"])
 
+    def has_prefix(self) -> bool:
+        """Whether a prefix waits for the attention function."""
+        return self._prefix is not None
+
     def take_prefix(self) -> Prefix | None:
         """The prefix of this pass, once. Called by the attention function."""
         prefix, self._prefix = self._prefix, None

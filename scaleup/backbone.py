@@ -124,8 +124,9 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 def load_model(
     settings: ModelSettings, config: PretrainedConfig, auto: type, dtype: torch.dtype, device: torch.device, zero3: bool = False
-) -> PreTrainedModel:
-    """The backbone as the class that `auto` (transformers' AutoModelFor…) has for it, with a fresh head where its files have none.
+) -> tuple[PreTrainedModel, list[str]]:
+    """The backbone as the class that `auto` (transformers' AutoModelFor…) has for it, with a fresh head where its files have none; and
+    the poolers that its files lack, which are fresh too: frozen, they could not be had again from the backbone's files.
 
     Quantised weights are made while loading; heads and output embeddings stay in full precision. `zero3`: each process keeps its share of the
     weights, and 8-bit ones are `Int8Linear`, which can be shared out. Raises ConfigError if it cannot be loaded.
@@ -152,7 +153,8 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _unreadable(settings.name, error) from error
     _check_loaded(settings.name, heads, info)
-    return model
+    fresh = dict.fromkeys(key[: key.index(".pooler.") + len(".pooler")] for key in sorted(info["missing_keys"]) if ".pooler." in key and not key.startswith(heads))
+    return model, list(fresh)
 
 
 def set_labels(config: PretrainedConfig, labels: list[str] | None) -> None:
@@ -182,7 +184,7 @@ def empty_model(config: PretrainedConfig, attention: str, dtype: torch.dtype | N
 def _check_loaded(name: str, heads: tuple[str, ...], info: dict) -> None:
     """A head of another size is replaced; anything else that did not come from the checkpoint would train on noise.
 
-    A pooler may be missing (checkpoints of masked language models have none); it stays as initialised.
+    A pooler may be missing (checkpoints of masked language models have none).
     """
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     strange = [k for k in sorted({*info["missing_keys"], *mismatched}) if not k.startswith(heads) and ".pooler." not in k]

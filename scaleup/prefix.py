@@ -180,8 +180,11 @@ def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs)
 
 def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs):
     """The eager attention of the module's own modelling file, with the module's gated prefix."""
-    plain = sys.modules[type(module).__module__].eager_attention_forward
-    return _attend(plain, module, query, key, value, attention_mask, **kwargs)
+    return _attend(_plain_eager, module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain_eager(module: nn.Module, *args, **kwargs):
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
 class Call(NamedTuple):
@@ -258,13 +261,35 @@ def _per_head(gate: torch.Tensor | float) -> torch.Tensor | float:
     return gate.unsqueeze(1) if isinstance(gate, torch.Tensor) else gate
 
 
-def register() -> None:
+def register_attention() -> None:
     """Makes our functions known to transformers. Their masks too: without them a model's mask would silently be None."""
     for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
         AttentionInterface.register(ATTENTION[plain], function)
         AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
-    AttentionInterface.register(PROBE, unipelt_probe)
-    AttentionMaskInterface.register(PROBE, probe_mask)
 
 
-register()
+@contextlib.contextmanager
+def watching(note: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Within it `note` gets each attention that has a prefix, its output [B, T, H, E], and what that would be without the prefix."""
+
+    def watched(ours: Callable, plain: Callable) -> Callable:
+        def attend(module: nn.Module, query, key, value, attention_mask, **kwargs):
+            has_prefix = module._modules[CHILD].has_prefix()
+            out, weights = ours(module, query, key, value, attention_mask, **kwargs)
+            if has_prefix:
+                note(module, out, plain(module, query, key, value, attention_mask, **kwargs)[0])
+            return out, weights
+
+        return attend
+
+    AttentionInterface.register(ATTENTION["sdpa"], watched(unipelt_sdpa, ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    AttentionInterface.register(ATTENTION["eager"], watched(unipelt_eager, _plain_eager))
+    try:
+        yield
+    finally:
+        register_attention()
+
+
+register_attention()
+AttentionInterface.register(PROBE, unipelt_probe)
+AttentionMaskInterface.register(PROBE, probe_mask)

@@ -96,8 +96,8 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, wo
     auto = tasks.of(settings.data).auto
     if not tasks.of(settings.data).writes:
         backbone.set_labels(config, examples.labels)
-    model = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled())
-    model = apply_method(model, settings.method)
+    model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled())
+    model = apply_method(model, settings.method, fresh)
     if world.deepspeed and half is not None:
         precision.cast_trained(model, half)
     return model

@@ -10,6 +10,7 @@ This is the only file that extends PEFT's registries and overrides its private m
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -169,13 +170,14 @@ def _task_type(model: PreTrainedModel) -> str:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def apply_method(model: PreTrainedModel, method: MethodSettings) -> nn.Module:
-    """The model with exactly the parameters of `method` trainable; what is added is float32. The head trains in every method."""
+def apply_method(model: PreTrainedModel, method: MethodSettings, fresh: Sequence[str] = ()) -> nn.Module:
+    """The model with exactly the parameters of `method` trainable; what is added is float32. The head trains in every method, and so
+    do `fresh`, modules of the backbone without pretrained weights."""
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"})
-        config = UniPeltConfig(task_type=_task_type(model), gates=method.resolved_gates, **values)
+        config = UniPeltConfig(task_type=_task_type(model), gates=method.resolved_gates, modules_to_save=list(fresh) or None, **values)
         return get_peft_model(model, config)
-    heads = tuple(f"{name}." for name in head_names(model))
+    heads = tuple(f"{name}." for name in (*head_names(model), *fresh))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method.name == "full" or name.endswith(".bias") or name.startswith(heads))
     return model
@@ -207,7 +209,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int | float | dict[str, int]
         part = next((p for mark, p in PARTS if mark in f".{name}"), None)
         if name.startswith(tuple(wrapped)):
             continue
-        if name.startswith(heads):
+        if name.startswith(heads) or ".modules_to_save." in name:  # a pooler that the backbone's files lack
             head += count
             continue
         trained += count if parameter.requires_grad else 0

@@ -143,13 +143,13 @@ def load_sharded(model: PreTrainedModel, weights: Weights, device: torch.device)
         partition(module, new)
         read += sum(p.ds_numel for p in new)
         if read > TRIM_EVERY:
-            _return_freed_memory()
+            return_freed_memory()
             read = 0
-    _return_freed_memory()
+    return_freed_memory()
     return info
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """glibc keeps freed pieces of a few MiB: over a whole backbone more than the backbone itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
     if trim is not None:

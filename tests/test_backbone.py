@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from scaleup.backbone import check, head_names, load_config, load_model, load_tokenizer, position_limit, set_labels
 from scaleup.config import ConfigError, DataSettings, MethodSettings, ModelSettings
-from tests.tiny import backbone
+from scaleup.unipelt import apply_method, parameter_counts
+from tests.tiny import backbone, logits
 
 
 def test_heads_are_found_without_their_names():
@@ -34,13 +36,34 @@ def load(folder, labels=("a", "b")):
     settings = ModelSettings(name=str(folder))
     config = load_config(settings)
     set_labels(config, list(labels))
-    return load_model(settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"))
+    return load_model(settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"))[0]
 
 
 def test_a_head_of_another_size_is_replaced_and_named(folder):
     model = load(folder)
     assert model.classifier.out_features == 2 and model.config.id2label == {0: "a", 1: "b"}
     assert torch.equal(model.bert.pooler.dense.weight, backbone("bert").bert.pooler.dense.weight)
+
+
+def test_a_pooler_without_pretrained_weights_trains_and_is_saved(folder, tmp_path):
+    """Checkpoints of masked language models have none. Frozen, it would be another one in every process that loads the backbone."""
+    state = {name: tensor for name, tensor in backbone("bert").state_dict().items() if ".pooler." not in name}
+    backbone("bert").save_pretrained(folder, state_dict=state)
+    settings = ModelSettings(name=str(folder))
+    config = load_config(settings)
+    set_labels(config, ["a", "b"])
+    arguments = (settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"))
+    model, fresh = load_model(*arguments)
+    assert fresh == ["bert.pooler"]
+    model = apply_method(model, MethodSettings(), fresh)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and ".pooler." in name}
+    assert len(names) == 2
+    counts = parameter_counts(model)
+    assert counts["head"] == 32 * 2 + 2 + 32 * 32 + 32 and counts["stored"] == sum(counts["submodules"].values())
+    model.save_pretrained(str(tmp_path / "bundle"))
+    torch.manual_seed(7)
+    again = PeftModel.from_pretrained(load_model(*arguments)[0], str(tmp_path / "bundle")).eval()
+    assert torch.equal(logits(again), logits(model.eval()))
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(folder):

@@ -11,18 +11,18 @@ PACKAGE = ROOT / "scaleup"
 
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
-    {"rules", "yamlfile", "int8", "quantised"},
+    {"rules", "yamlfile", "int8", "quantised", "fresh"},
     {"watchdog", "tokens"},
     {"config", "gate", "runtime", "tuner", "weights"},
     {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},
     {"sites", "data", "sequences"},
     {"attention", "lora", "tasks"},
     {"attach", "checks"},
-    {"unipelt"},
-    {"checkpoint", "activations", "memory"},
-    {"journal"},
+    {"unipelt", "standalone"},
+    {"checkpoint", "activations", "memory", "fold"},
+    {"journal", "ship", "card"},
     {"resume"},
-    {"loop"},
+    {"loop", "calibrate"},
     {"train", "export", "plan", "bench", "report"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

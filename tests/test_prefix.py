@@ -1,6 +1,7 @@
 """The prefix attention against an explicit softmax, in every kind of mask and gate; and what it relies on in transformers."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ class Site(nn.Module):
         super().__init__()
         self.is_causal, self.num_key_value_groups = causal, groups
         child = nn.Module()
-        child.causal, child.take_prefix = causal, lambda: prefix
+        child.site, child.take_prefix = types.SimpleNamespace(causal=causal), lambda: prefix
         self.add_module(CHILD, child)
 
 
