@@ -47,13 +47,16 @@ class AdapterLayer(SideLayer):
         self._tokens = (tokens,)  # in a tuple: owned by the model, not by each block
         self.running = RunningMean(tokens)
 
-    def update(self, n_BTD: torch.Tensor) -> torch.Tensor | None:
-        """G_A · adapter(n), or None when nothing is active."""
+    def updated(self, z_BTD: torch.Tensor, n_BTD: torch.Tensor) -> torch.Tensor | None:
+        """z + G_A · adapter(n), or None when nothing is active."""
         adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
         if adapter is None:
             return None
         g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running)["adapter"]
-        return (g * adapter(n_BTD)).to(n_BTD.dtype)
+        out_BTD = adapter(n_BTD)
+        if isinstance(g, float):
+            return z_BTD.add(out_BTD.to(z_BTD.dtype), alpha=g)
+        return torch.addcmul(z_BTD, out_BTD.to(z_BTD.dtype), g.to(z_BTD.dtype))
 
 
 class PostNormAdapter(AdapterLayer):
@@ -65,8 +68,8 @@ class PostNormAdapter(AdapterLayer):
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
         n_BTD = self.base_layer(z_BTD)
-        update = self.update(n_BTD)
-        return n_BTD if update is None else self.base_layer(z_BTD + update)
+        updated_BTD = self.updated(z_BTD, n_BTD)
+        return n_BTD if updated_BTD is None else self.base_layer(updated_BTD)
 
 
 class PreNormAdapter(AdapterLayer):
@@ -75,7 +78,7 @@ class PreNormAdapter(AdapterLayer):
     def after_block(self, block: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         """Forward hook: the block's first output plus the gated adapter of its normalised value."""
         z_BTD = output[0] if isinstance(output, tuple) else output
-        update = self.update(nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
-        if update is None:
+        updated_BTD = self.updated(z_BTD, nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
+        if updated_BTD is None:
             return output
-        return (z_BTD + update, *output[1:]) if isinstance(output, tuple) else z_BTD + update
+        return (updated_BTD, *output[1:]) if isinstance(output, tuple) else updated_BTD

@@ -73,6 +73,10 @@ class AttentionGates(SideLayer):
         prefix, self._prefix = self._prefix, None
         return prefix
 
+    def widened(self, *mask_and_sizes) -> torch.Tensor | None:
+        """The attention mask with the prefix's columns, see `scaleup.prefix.widen_mask`; made once for the layers that share it."""
+        return self._bank[0].masks(*mask_and_sizes)
+
     def lora_gate(self, projection: str) -> torch.Tensor | float | None:
         """G_L of this pass for "query" or "value". None for what DeBERTa sends through them besides: positions have no example."""
         if self.site.softmax_scale is not None:

@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-from scaleup.tokens import RunningMean, real_and_count, running_totals
+from scaleup.tokens import RunningMean, real_and_count, running_totals, shares
 
 Pooling = str  # "paper" | "masked" | "causal"
 
@@ -29,14 +29,13 @@ def resolve_pooling(requested: str, causal: bool) -> Pooling:
     return requested
 
 
-def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None) -> torch.Tensor:
-    """Mean of per-token gates: [B, 1, N], or [B, T, N] for the running mean. `mask_BT` is 1 at real tokens, None: all real."""
+def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None, share_B1T: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of per-token gates: [B, 1, N], or [B, T, N] for the running mean. `mask_BT` is 1 at real tokens, None: all real.
+    `share_B1T`: `shares(mask_BT)`, by those who have it."""
     if pooling == "paper" or (mask_BT is None and pooling == "masked"):
         return g_BTN.mean(dim=1, keepdim=True)
     if pooling == "masked":
-        # An example without any real token keeps a gate of 0 instead of dividing by zero.
-        share_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.einsum("btn,bt->bn", g_BTN, share_BT.to(g_BTN.dtype)).unsqueeze(1)
+        return (shares(mask_BT) if share_B1T is None else share_B1T) @ g_BTN
     assert pooling == "causal", pooling
     real_BT1, count_BT1 = real_and_count(g_BTN, mask_BT)
     return running_totals(g_BTN, real_BT1) / count_BT1.clamp(min=1)
@@ -99,7 +98,10 @@ class LearnedGate(nn.Linear):
         kind = pooling or self.pooling
         if running is not None and kind != "causal":
             running.refuse_cache()
-        g_BTN = running(g_BTN) if kind == "causal" and running is not None else pool(g_BTN, kind, mask_BT)
+        if kind == "causal" and running is not None:
+            g_BTN = running(g_BTN)
+        else:
+            g_BTN = pool(g_BTN, kind, mask_BT, None if running is None or mask_BT is None else running.tokens.share(mask_BT))
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
         g_BTN = g_BTN.to(h_BTD.dtype)

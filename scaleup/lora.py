@@ -23,6 +23,19 @@ class GateSource(Protocol):
     def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
 
 
+def add_product(result: torch.Tensor, low_rank: torch.Tensor, lora_b: nn.Module, projection: nn.Module) -> torch.Tensor:
+    """result + lora_b(low_rank); `result` is the output of the frozen `projection`.
+
+    In place and without a product of its own where types allow: a linear layer does not need its output again, and memory traffic is what
+    this step costs. Quantised layers return views that must not be changed.
+    """
+    plain = type(projection) is nn.Linear and type(lora_b) is nn.Linear and result.dtype == low_rank.dtype == lora_b.weight.dtype
+    if not plain or torch.is_autocast_enabled(result.device.type) or not result.is_contiguous():
+        return result + lora_b(low_rank)
+    result.flatten(0, -2).addmm_(low_rank.flatten(0, -2), lora_b.weight.t())
+    return result
+
+
 class GatedLora(LoraVariant):
     """The gated update of one projection, "query" or "value"."""
 
@@ -36,8 +49,7 @@ class GatedLora(LoraVariant):
         if gate is None:
             return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        low_rank = lora_a(module.lora_dropout[active_adapter](x))
-        return result + lora_b(gate * low_rank)
+        return add_product(result, gate * lora_a(module.lora_dropout[active_adapter](x)), lora_b, module.get_base_layer())
 
     def supports_lora_conversion(self) -> bool:
         return False

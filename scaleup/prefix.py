@@ -41,6 +41,7 @@ class PrefixBank(SideLayer):
         super().__init__(neighbour)
         self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
         self.kv_NLE: torch.Tensor | None = None  # [N, 2, G, L, E] of the running forward pass
+        self.masks = WideMasks()
 
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> PrefixEncoder:
         """PEFT's prefix encoder for this model: through an MLP ("mlp") or the keys and values themselves ("none").
@@ -73,6 +74,7 @@ class PrefixBank(SideLayer):
 
     def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model: once per pass, however many layers and examples there are."""
+        self.masks = WideMasks()
         encoder = self.active(self.unipelt_prefix)
         self.kv_NLE = None if encoder is None else self.keys_values(encoder)
 
@@ -90,7 +92,7 @@ class PrefixBank(SideLayer):
 
     def __getstate__(self) -> dict:
         # The running prefix is part of a graph; copies and pickles of the model go without it.
-        return self.__dict__ | {"kv_NLE": None}
+        return self.__dict__ | {"kv_NLE": None, "masks": WideMasks()}
 
 
 def widen_mask(
@@ -111,14 +113,32 @@ def widen_mask(
     return seen.tril(diagonal=length)[None, None]
 
 
+class WideMasks:
+    """The widened masks of one forward pass: layers of a kind share one."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple] = []
+
+    def __call__(self, mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool) -> torch.Tensor | None:
+        """As `widen_mask`."""
+        sizes = (length, query_BHTE.shape[2], key_BGSE.shape[2], causal)
+        for other, same_sizes, wide in self.known:
+            if other is mask and sizes == same_sizes:
+                return wide
+        wide = widen_mask(mask, length, query_BHTE, key_BGSE, causal)
+        self.known.append((mask, sizes, wide))
+        return wide
+
+
 def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values with the prefix, scaled by one gate per example, in front."""
-    keys_GLE, values_GLE, gate = prefix
+    *kv_GLE, gate = prefix
     if isinstance(gate, torch.Tensor):
         gate = gate.unsqueeze(-1)  # [B, 1, 1, 1]
     shape = (key_BGSE.shape[0], -1, -1, -1)
-    joined_key = torch.cat([(gate * keys_GLE).to(key_BGSE.dtype).expand(shape), key_BGSE], dim=2)
-    return joined_key, torch.cat([(gate * values_GLE).to(value_BGSE.dtype).expand(shape), value_BGSE], dim=2)
+    own = [part if isinstance(gate, float) and gate == 1.0 else gate * part for part in kv_GLE]
+    keys, values = (part.to(key_BGSE.dtype).expand(shape) for part in own)
+    return torch.cat([keys, key_BGSE], dim=2), torch.cat([values, value_BGSE], dim=2)
 
 
 def _attend_per_token(
@@ -162,7 +182,7 @@ def _attend(
     causal = kwargs.get("is_causal")
     causal = child.site.causal if causal is None else causal
     length = prefix[0].shape[1]
-    mask = widen_mask(attention_mask, length, query, key, causal)
+    mask = child.widened(attention_mask, length, query, key, causal)
     kwargs["is_causal"] = False  # the mask says it all
     if kwargs.get("position_bias") is not None:  # T5's, by the distance between tokens: a prefix has none
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))

@@ -19,8 +19,8 @@ from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
 from scaleup.attach import BANK_CHILD, BLOCK_CHILD, _child, _hook, _tokens, _use_slot, use_prefix_attention
 from scaleup.attention import AttentionGates
 from scaleup.gate import ConstantGate, LearnedGate, cast_to_weight
-from scaleup.lora import FusedUpdate, GateSource
-from scaleup.prefix import CHILD
+from scaleup.lora import FusedUpdate, GateSource, add_product
+from scaleup.prefix import CHILD, WideMasks
 from scaleup.sites import AttentionSite, BlockSite, Rows
 from scaleup.tokens import Tokens
 
@@ -47,6 +47,11 @@ class Prefixes(nn.Module):
     def __init__(self, layers: int, kv_heads: int, length: int, head_size: int):
         super().__init__()
         self.unipelt_prefix = nn.Parameter(torch.empty(layers, 2, kv_heads, length, head_size))
+        self.masks = WideMasks()
+
+    def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model."""
+        self.masks = WideMasks()
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys_GLE, values_GLE = self.unipelt_prefix.detach()[index].unbind()
@@ -71,7 +76,7 @@ class LoraUpdate(nn.Module):
         if gate is None:
             return output
         low_rank = self.lora_A(cast_to_weight(args[0], self.lora_A.weight))
-        return (output + self.lora_B(gate * low_rank)).to(output.dtype)
+        return add_product(output, gate * low_rank, self.lora_B, projection).to(output.dtype)
 
 
 class AllReal:
@@ -111,7 +116,7 @@ def attach_exported(model: PreTrainedModel, spec: dict, tokens_of: Callable, gat
         use_prefix_attention(model)
     tokens = {host: tokens_of(model, host, sites) for host in dict.fromkeys(site.host for site in [*sites, *blocks])}
     for (host, cross), sizes in spec["prefixes"]:
-        _child(model.get_submodule(host), BANK_CHILD[cross], lambda: Prefixes(*sizes), {})
+        _child(model.get_submodule(host), BANK_CHILD[cross], lambda: Prefixes(*sizes), {"before": "before_forward"})
     for site, entry in zip(sites, spec["attentions"]):
         if entry["gates"]:
             _attach_to_attention(model, site, entry, tokens[site.host], gate_of)

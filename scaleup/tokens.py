@@ -25,6 +25,11 @@ def real_and_count(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[t
     return real_BT1, real_BT1.cumsum(dim=1)
 
 
+def shares(mask_BT: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T], float32: what each real token contributes to a mean. Without any real token the mean is 0."""
+    return (mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).float().unsqueeze(1)
+
+
 def running_totals(g_BTN: torch.Tensor, real_BT1: torch.Tensor | None) -> torch.Tensor:
     """Sums [B, T, N] over the real tokens up to each."""
     kept_BTN = g_BTN if real_BT1 is None else g_BTN * real_BT1
@@ -98,6 +103,7 @@ class Tokens(nn.Module):
         self.past: int | torch.Tensor = 0  # tokens in the running pass's cache
         self.layer: GateTotals | StaticGateTotals | None = None  # of that cache
         self.counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
+        self.share_B1T: torch.Tensor | None = None
         self.pending: dict[int, torch.Tensor] = {}  # slot → totals of this pass
 
     def new_slot(self, width: int) -> int:
@@ -165,6 +171,12 @@ class Tokens(nn.Module):
             self.counts = real_BT1, count_BT1 if last is None else count_BT1 + last[1]
         return self.counts
 
+    def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
+        """`shares` of this pass's tokens, `mask_BT` of them; once per pass."""
+        if self.share_B1T is None:
+            self.share_B1T = shares(mask_BT)
+        return self.share_B1T
+
     def store(self, host: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of the model: this pass's totals into the cache."""
         if self.layer is None or not self.pending:
@@ -175,7 +187,7 @@ class Tokens(nn.Module):
         self.pending, self.layer = {}, None
 
     def __getstate__(self) -> dict:
-        fresh = {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layer": None, "counts": None, "pending": {}}
+        fresh = {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layer": None, "counts": None, "share_B1T": None, "pending": {}}
         return self.__dict__ | fresh
 
 

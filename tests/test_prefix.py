@@ -22,6 +22,7 @@ class Site(nn.Module):
         self.is_causal, self.num_key_value_groups = causal, groups
         child = nn.Module()
         child.site, child.take_prefix = types.SimpleNamespace(causal=causal), lambda: prefix
+        child.widened = widen_mask
         self.add_module(CHILD, child)
 
 

@@ -1,0 +1,113 @@
+"""Times contenders side by side: one process, interleaved rounds, each round's time over the reference's of the same round.
+
+    python launch/bench.py inference --geometry bert-base --batch 16 --length 128 --output results/bench/inference.json
+    python launch/bench.py training  --geometry bert-base --batch 16 --length 32 --reference floor --output results/bench/training.json
+
+Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
+torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step by contender; the order turns round by round, so that nobody always follows the same one."""
+    import torch
+
+    names, found = list(contenders), {name: [] for name in contenders}
+    for number in range(rounds + 2):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            contenders[name].step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:  # two rounds to warm up
+                found[name].append(time.perf_counter() - began)
+    return found
+
+
+def counted(contender) -> dict[str, int]:
+    """Floating point operations and calls of torch operations (views left out) of one step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Calls(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    with FlopCounterMode(display=False) as flops:
+        contender.step()
+    with Calls() as calls:
+        contender.step()
+    return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": calls.calls}
+
+
+def main() -> int:
+    """Command line; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", choices=("inference", "training"))
+    parser.add_argument("--geometry", choices=("bert-base", "bart-large"), default="bert-base")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--ragged", action="store_true", help="half of all tokens are padding")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="*", default=[], help="training: these contenders")
+    parser.add_argument("--reference", help="contender to divide by (default: bare, full fine-tuning)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=pathlib.Path)
+    options = parser.parse_args()
+
+    import torch
+    from transformers.utils import logging
+
+    from scaleup import bench
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    given = bench.batch(options.batch, options.length, options.ragged, bench.GEOMETRIES[options.geometry]().vocab_size)
+    contenders = bench.inference(options.geometry, given, options.device) if options.what == "inference" else bench.training(options.geometry, given, options.device, options.only)
+    reference = options.reference or next(iter(contenders))
+    if reference not in contenders:
+        print(f"error: --reference: {reference} is none of {', '.join(contenders)}", file=sys.stderr)
+        return 2
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever is running
+    seconds = measure(contenders, options.rounds, options.device)
+    rows = {}
+    for name, times in seconds.items():
+        ratios = [own / other for own, other in zip(times, seconds[reference])]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "milliseconds": round(1000 * statistics.median(times), 2),
+                      "trained": contenders[name].trained, **counted(contenders[name])}  # fmt: skip
+    asked = {key: value for key, value in vars(options).items() if key not in ("output", "only")} | {"reference": reference}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+               "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
+    width = max(map(len, rows))
+    print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' ragged' if options.ragged else ''}, {options.rounds} rounds, {machine['threads']} threads; times over {reference}")
+    for name, row in rows.items():
+        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  {row['milliseconds']:9.1f} ms  {row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls  {row['trained']:>12,} trained")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
