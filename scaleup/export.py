@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -224,8 +225,8 @@ def _write_folder(job: _Job, empty: PreTrainedModel, folded: fold.Folded, frozen
     job.say(f"writing {written.parent / job.options.output.name}, {files} shard by shard")
     try:
         return ship.write_weights(empty, files, folded, dtype, dtype if frozen else torch.float32, written, job.options.max_shard_bytes)
-    except ValueError as error:
-        raise ExportError(str(error)) from None
+    except (ValueError, SafetensorError) as error:  # safetensors' own word for a full disk
+        raise ExportError(f"{job.options.output} could not be written: {error}") from None
 
 
 def _report(job: _Job, frozen: bool, dtype: torch.dtype, size: int, calibrated: dict | None, dropped: set, folded: fold.Folded | None) -> dict:
@@ -313,8 +314,9 @@ def _prove(job: _Job, written: pathlib.Path, before: dict, gates: fold.Gates | N
         "peak_memory_mib": {key: round(found["peak_mib"], 1) for key, found in (("before", before), ("after", after))},
     }  # fmt: skip
     if drop > job.options.max_metric_drop:
+        kept = {"merged": "--kind standalone keeps the gates", "standalone": "it was the type or the quantisation of the weights: try --dtype float32"}
         raise ExportError(
-            f"{name} on {job.options.calibrate} fell from {scores[0]:.2f} to {scores[1]:.2f}, more than --max-metric-drop {job.options.max_metric_drop:g} allows; "
-            "nothing was kept. --kind standalone keeps the gates and loses nothing"
+            f"{name} on {job.options.calibrate} went from {scores[0]:.2f} to {scores[1]:.2f}, more than --max-metric-drop {job.options.max_metric_drop:g} allows; "
+            f"nothing was kept. {kept.get(job.options.kind, '')}".rstrip()
         )
     return proof

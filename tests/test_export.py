@@ -195,7 +195,7 @@ def test_an_export_that_loses_too_much_keeps_nothing(workspace, monkeypatch, dro
     monkeypatch.setattr(export, "_score", lambda job, found: next(scores))
     chosen = options(workspace, "exact", output=workspace / f"lost-{allowed:g}", max_metric_drop=allowed)
     if drop > allowed:
-        with pytest.raises(export.ExportError, match="fell from 90.00 to 86.80"):
+        with pytest.raises(export.ExportError, match="went from 90.00 to 86.80"):
             export.run(chosen, print)
     else:
         export.run(chosen, print)
