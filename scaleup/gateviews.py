@@ -155,7 +155,7 @@ def _pass(
     backbone.set_labels(config, labels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = precision.half_dtype(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    model = backbone.load_model(settings.model, config, tasks.of(settings.data).auto, precision.frozen_dtype(settings, half), device)
+    model, _ = backbone.load_model(settings.model, config, tasks.of(settings.data).auto, precision.frozen_dtype(settings, half), device)
     model = PeftModel.from_pretrained(model, str(bundle)).to(device).eval()
     gates: dict[str, LearnedGate] = GateLog(model).gates
     for gate in gates.values():

@@ -271,8 +271,8 @@ def gated(tmp_path_factory) -> pathlib.Path:
         examples = data.load(settings.data)
         tokenizer = backbone.load_tokenizer(settings.model, found)
         backbone.set_labels(found, examples.labels)
-        model = backbone.load_model(settings.model, found, tasks.of(settings.data).auto, torch.float32, torch.device("cpu"))
-        model = apply_method(model, settings.method).eval()
+        model, fresh = backbone.load_model(settings.model, found, tasks.of(settings.data).auto, torch.float32, torch.device("cpu"))
+        model = apply_method(model, settings.method, fresh).eval()
         torch.manual_seed(len(name))
         with torch.no_grad():
             for key, parameter in model.named_parameters():

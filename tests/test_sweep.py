@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -243,7 +244,7 @@ def test_all_cells_run_and_leave_only_results(fakes):
 
 
 def test_runs_are_pinned_to_cores_of_their_own(fakes):
-    made = fakes(4, **{f"t-1-m-{i}": {"seconds": 0.4} for i in range(4)})
+    made = fakes(4, **{f"t-1-m-{i}": {"seconds": 0.8} for i in range(4)})
     assert sweeper(made, jobs=None).run()
     used = [(tuple(cores), threads) for what, _, _, cores, threads in journal(made) if what == "start"]
     assert all(len(cores) == 1 and threads == "1" for cores, threads in used)
@@ -285,7 +286,7 @@ def test_the_line_of_progress_tells_the_time_left(fakes):
 
     first = lines()
     assert first[0] == "0/3 done; 1 running (t-1-m-0 0 s); time left not known yet" and first[-1].startswith("3/3 done; 0 running")
-    assert any(line.startswith("2/3 done") and line.endswith((" about 0 s left", " about 1 s left")) for line in first)
+    assert any(re.fullmatch(r"2/3 done; 1 running \(t-1-m-2 \d s\); about \d+ s left", line) for line in first)
     for cell in made.cells[1:]:
         (cell.folder / "results.json").unlink()
     assert lines()[0] == "1/3 done; 1 running (t-1-m-1 0 s); about 14 s left"  # an earlier run says that it took 7 s
@@ -314,7 +315,7 @@ def forked(made: Sweep, jobs: int = 2, **options) -> multiprocessing.Process:
     return process
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -351,6 +352,7 @@ def run_alone(made: Sweep, folder: pathlib.Path) -> None:
         train.run(config.load(None, overrides))
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(workspace, tmp_path):
     """SIGKILL for the sweep, then for the run it left behind, right after its first checkpoint."""
