@@ -1,6 +1,7 @@
 # make quickstart   model, data and a first training run in a few minutes of CPU
 # make test         every test but those that need a GPU
 # make venv         .venv with exactly requirements.txt; made anew only when that file changes
+# make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
 # make schema       configs/schema.json, from which editors complete and check the YAML files
 # make clean        removes .venv, quickstart/ and caches; runs/ stays
 #
@@ -14,7 +15,9 @@ OUTPUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: venv quickstart test schema clean
+SWEEP ?= configs/sweeps/minilm.yaml
+
+.PHONY: venv quickstart test sweep schema clean
 
 # Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
 # written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
@@ -35,6 +38,10 @@ quickstart: venv
 
 test: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile
+
+sweep: venv
+	@"$(VENV)/bin/python" launch/quickstart_assets.py
+	@"$(VENV)/bin/python" launch/sweep.py "$(SWEEP)"
 
 schema: venv
 	"$(VENV)/bin/python" launch/schema.py

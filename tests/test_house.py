@@ -23,7 +23,10 @@ RANKS = [
     {"journal", "ship", "card"},
     {"resume"},
     {"loop", "calibrate"},
-    {"train", "export", "plan", "bench", "report"},
+    {"train", "export", "plan", "bench", "runs", "claims", "grid", "machine"},
+    {"sweep", "tables", "gateviews"},
+    {"figures"},
+    {"report", "gatereport"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -1,0 +1,102 @@
+"""Who runs what: a claim for each cell of a sweep, so that no two sweeps on the same folder run the same one.
+
+    claims = Claims(output)
+    if claims.take(name): …                  the claim names this process
+    claims.hand_over(name, pid)              and the process of the run, which may outlive it
+    claims.release(name)
+
+A claim is a file, OUTPUT/.claims/<name>.json, with a host and the processes that stand behind it. It is live as long as one of
+them is. What a killed sweep left is taken over once its processes are gone; those of another host cannot be looked at from
+here, so a claim of theirs counts as live until somebody removes the file.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+import psutil
+
+from scaleup.journal import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """processes: (pid, when it started, seconds since 1970) of the sweep and, once there is one, of the run."""
+
+    host: str
+    processes: tuple[tuple[int, float], ...]
+
+    @property
+    def here(self) -> bool:
+        """Whether its processes can be looked at."""
+        return self.host == socket.gethostname()
+
+    @property
+    def live(self) -> bool:
+        return not self.here or any(map(_lives, self.processes))
+
+    @property
+    def orphan(self) -> bool:
+        """A run on this host whose sweep is gone."""
+        return self.here and not _lives(self.processes[0]) and any(map(_lives, self.processes[1:]))
+
+
+class Claims:
+    """The claims below one folder."""
+
+    def __init__(self, output: pathlib.Path):
+        """Raises OSError where the folder cannot be made."""
+        self.folder = output / ".claims"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, name: str) -> bool:
+        """Whether the cell is this process's now. False: somebody else has it."""
+        with self._alone():
+            before = self.of(name)
+            if before is not None and before.live:
+                return False
+            self._write(name, [os.getpid()])
+        return True
+
+    def hand_over(self, name: str, pid: int) -> None:
+        """The claim lives on with the process `pid`."""
+        with self._alone():
+            self._write(name, [os.getpid(), pid])
+
+    def release(self, name: str) -> None:
+        with self._alone():
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+
+    def of(self, name: str) -> Claim | None:
+        """The claim of a cell, live or not."""
+        try:
+            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return Claim(found["host"], tuple((pid, started) for pid, started in found["processes"]))
+
+    def _write(self, name: str, pids: list[int]) -> None:
+        processes = [[pid, psutil.Process(pid).create_time()] for pid in pids]
+        write_json(self.folder / f"{name}.json", {"host": socket.gethostname(), "processes": processes})
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time, also over NFS; the kernel lets go of the lock when its holder dies."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _lives(process: tuple[int, float]) -> bool:
+    """A process number is used again after a while; the time of its start tells the two apart (a clock that is set moves it a little)."""
+    pid, started = process
+    try:
+        found = psutil.Process(pid)
+        return abs(found.create_time() - started) < 60 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,146 @@
+"""Finished runs as a report sees them: what was trained, on what, from which seed, with which score. Read from what runs left.
+
+    runs = load([folder])        every results.json below, with the config.yaml and timing.json beside it
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+
+from scaleup.config import GLUE_TASKS
+from scaleup.rules import SUBMODULES
+from scaleup.yamlfile import ConfigError
+
+NAMES = {
+    "full": "Fine-tuning", "bitfit": "BitFit", "adapter": "Adapter", "prefix": "Prefix-tuning", "lora": "LoRA",
+    "ap": "UniPELT (AP)", "ap_nogate": "UniPELT (AP), NoGate", "apl": "UniPELT (APL)", "apl_nogate": "UniPELT (APL), NoGate",
+}  # fmt: skip
+UNKNOWN = "unknown (no config.yaml)"
+AXES = ("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "train.resume")  # what runs of one table differ in
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run. method: one of NAMES, or put together the same way. k: training examples, or "all". backbone: UNKNOWN where
+    the run's config is not there. settings: `section.key` → value, empty without that config."""
+
+    folder: pathlib.Path
+    results: dict[str, Any]
+    settings: dict[str, Any]
+    seconds: float | None
+
+    @property
+    def method(self) -> str:
+        """What was trained, from what the run says it trained, whatever its folder is called."""
+        said = self.results["method"]
+        if said["name"] != "unipelt":
+            return said["name"]
+        parts, learned = said["submodules"], said["gates"] == "learned"
+        if len(parts) == 1:
+            return parts[0] + "_gated" * learned
+        return "".join(part[0] for part in SUBMODULES if part in parts) + "_nogate" * (not learned)
+
+    @property
+    def task(self) -> str:
+        """A GLUE task; of other data, the folder's first word."""
+        return self.results["task"] if self.results["task"] in GLUE_TASKS else self.folder.name.partition("-")[0]
+
+    @property
+    def k(self) -> int | str:
+        return self.settings.get("data.k", "all" if self.results["test_is_dev"] else self.results["examples"]["train"])
+
+    @property
+    def seed(self) -> int:
+        """That of the choice of examples; with all of them, that of training."""
+        return self.results["seeds"]["train" if self.k == "all" else "data"]
+
+    @property
+    def backbone(self) -> str:
+        return self.settings.get("model.name", UNKNOWN)
+
+    def points(self, split: str) -> float:
+        """The task's metric on "test" or "dev", times 100."""
+        return 100 * self.results[split][self.results["metric"]]
+
+
+def name_of(method: str) -> str:
+    """As a table shows it."""
+    letters, _, rest = method.partition("_")
+    if method in NAMES or letters in ("full", "bitfit"):
+        return NAMES[method]
+    return (NAMES.get(letters) or f"UniPELT ({letters.upper()})") + {"": "", "nogate": ", NoGate", "gated": ", gated"}[rest]
+
+
+def load(folders: Iterable[str]) -> list[Run]:
+    """The finished runs below the folders, in the order of their names; a folder without any may hold results files of any name.
+
+    Raises ConfigError with all problems: no such folder, no results in it, damaged files.
+    """
+    runs, problems = [], []
+    for folder in map(pathlib.Path, folders):
+        files = sorted(folder.rglob("results.json")) or sorted(folder.glob("*.json"))
+        if not files:
+            problems.append(f"--runs: {folder} has no results.json; it takes the output folder of a sweep or a run")
+        for path in files:
+            try:
+                runs.append(read(path))
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return runs
+
+
+def read(path: pathlib.Path) -> Run:
+    """The run that left this results file. Raises ConfigError if it is damaged or something else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("task", "metric", "dev", "test", "seeds", "method", "parameters", "gates", "examples") if key not in results]
+        if missing:
+            raise ConfigError(f"{path} is no results file of a run: it has no {missing[0]}")
+        own = path.name == "results.json"  # else what lies beside it belongs to nobody in particular
+        config, timing = path.with_name("config.yaml"), path.with_name("timing.json")
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if own and config.is_file() else {}
+        flat = {f"{name}.{key}": value for name, values in settings.items() for key, value in values.items()}
+        seconds = json.loads(timing.read_text(encoding="utf-8"))["seconds"] if own and timing.is_file() else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: it, config.yaml or timing.json beside it is damaged ({' '.join(str(error).split())[:100]})") from None
+    return Run(path.parent if own else path.with_suffix(""), results, flat, seconds)
+
+
+def one_backbone(runs: Sequence[Run]) -> str:
+    """The backbone of all runs. Raises ConfigError if there are several: their scores belong in different tables."""
+    names = sorted({run.backbone for run in runs})
+    if len(names) > 1:
+        raise ConfigError(f"--runs: runs of {len(names)} backbones ({', '.join(names)}); give the folders of one")
+    return names[0] if names else UNKNOWN
+
+
+def unique(runs: Sequence[Run], key: Any) -> dict[Any, Run]:
+    """key(run) → run. Raises ConfigError if two runs are the same by it."""
+    found: dict[Any, Run] = {}
+    problems = []
+    for run in runs:
+        other = found.setdefault(key(run), run)
+        if other is not run:
+            problems.append(f"--runs: {run.folder} and {other.folder} are the same cell ({', '.join(map(str, key(run)))}); leave one out")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Settings that are not the same in all runs of one method, and so are no part of the method: `data.max_length (64, 96)`."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            if key not in AXES:
+                values.setdefault(key, {}).setdefault(run.method, set()).add(str(value))
+    found = {key: sorted(set().union(*by_method.values())) for key, by_method in values.items() if any(len(v) > 1 for v in by_method.values())}
+    return [f"{key} ({', '.join(shown)})" for key, shown in sorted(found.items())]

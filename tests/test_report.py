@@ -1,0 +1,403 @@
+"""Tables, figures and gates from finished runs: every number against one worked out here, what is missing, what is refused."""
+
+import csv
+import json
+import pathlib
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import launch.report
+from scaleup import backbone, checkpoint, config, data, gatereport, gateviews, report, runs, tables, tasks
+from scaleup.config import ConfigError
+from scaleup.gate import GateStatistics, LearnedGate
+from scaleup.unipelt import apply_method
+from tests.workspace import make_workspace
+
+PAPER = yaml.safe_load(report.PAPER.read_text(encoding="utf-8"))
+METHODS = {
+    "full": {"name": "full"},
+    "adapter": {"name": "unipelt", "submodules": ["adapter"], "gates": "none", "adapter_size": 48},
+    "prefix": {"name": "unipelt", "submodules": ["prefix"], "gates": "none"},
+    "lora": {"name": "unipelt", "submodules": ["lora"], "gates": "none", "lora_alpha": 16, "r": 8},
+    "ap": {"name": "unipelt", "submodules": ["adapter", "prefix"], "gates": "learned"},
+    "apl": {"name": "unipelt", "submodules": ["adapter", "prefix", "lora"], "gates": "learned"},
+    "ap_nogate": {"name": "unipelt", "submodules": ["adapter", "prefix"], "gates": "none"},
+}
+METRICS = {"cola": "matthews", "mrpc": "f1"}
+
+
+def leave(folder: pathlib.Path, task: str, k, method: str, seed: int, test: float, dev: float = 0.5, model: str = "tiny", **changes) -> pathlib.Path:
+    """What a finished run would have left, as far as a report reads it."""
+    said, metric = METHODS[method] | changes, METRICS.get(task, "accuracy")
+    out = folder / f"{task}-{k}-{'-'.join([method, *map(str, changes.values())])}-{seed}"
+    out.mkdir(parents=True)
+    stored = 2000 if method == "full" else 150
+    results = {
+        "task": task, "metric": metric, "test": {metric: test}, "dev": {metric: dev}, "test_is_dev": k == "all", "method": said, "gates": {},
+        "seeds": {"data": seed, "train": seed}, "examples": {"train": k if k != "all" else 3000},
+        "parameters": {"stored": stored, "stored_percent": stored / 20},
+    }  # fmt: skip
+    (out / "results.json").write_text(json.dumps(results))
+    settings = {"model": {"name": model}, "data": {"name": task, "k": k, "seed": seed, "max_length": 64}, "train": {"seed": seed}}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    (out / "timing.json").write_text('{"seconds": 3.0, "peak_memory_mib": 10}')
+    return out
+
+
+def cells(path: pathlib.Path) -> dict[tuple[str, str, str, str], dict[str, str]]:
+    """(block, row, source, column) → the line of a table's CSV."""
+    return {(line["block"], line["row"], line["source"], line["column"]): line for line in csv.DictReader(path.open())}
+
+
+@pytest.fixture
+def small(tmp_path) -> pathlib.Path:
+    """Two tasks, K = 100, two seeds of three methods; UniPELT lacks a seed on MRPC."""
+    scores = {"full": (0.10, 0.14, 0.80, 0.84), "adapter": (0.20, 0.30, 0.70, 0.72), "apl": (0.30, 0.32, 0.84, None)}
+    for method, (cola0, cola1, mrpc0, mrpc1) in scores.items():
+        leave(tmp_path / "runs", "cola", 100, method, 0, cola0, 0.4)
+        leave(tmp_path / "runs", "cola", 100, method, 1, cola1, 0.6)
+        leave(tmp_path / "runs", "mrpc", 100, method, 0, mrpc0)
+        if mrpc1 is not None:
+            leave(tmp_path / "runs", "mrpc", 100, method, 1, mrpc1)
+    return tmp_path / "runs"
+
+
+# The paper's numbers
+
+
+@pytest.mark.parametrize("k", [100, 500, 1000])
+def test_the_papers_averages_follow_from_its_cells(k):
+    rows = PAPER["table1"][k]
+    assert list(rows) == ["full", "bitfit", "adapter", "prefix", "lora", "ap", "apl"]
+    for row in rows.values():
+        assert statistics.fmean(row[task][0] for task in tables.TASKS) == pytest.approx(row["average"][0], abs=0.01)
+    for best, parts in (("max_ap", ["adapter", "prefix"]), ("max_apl", ["adapter", "prefix", "lora"])):
+        worked_out = statistics.fmean(max(rows[part][task][0] for part in parts) for task in tables.TASKS)
+        assert worked_out == pytest.approx(PAPER["table2"][k][best], abs=0.01)
+    assert all(PAPER["table2"][k][method] == rows[method]["average"][0] for method in ("ap", "apl"))
+
+
+def test_the_papers_table_3_follows_from_its_cells():
+    for row in PAPER["table3"].values():
+        assert statistics.fmean(row[task] for task in tables.TASKS) == pytest.approx(row["average"], abs=0.01)
+    assert PAPER["table3"]["ap"]["average"] - PAPER["table3"]["ap_nogate"]["average"] == pytest.approx(0.89)  # as its text says
+
+
+# Tables
+
+
+def test_table_1_has_means_and_spreads_over_seeds_marks_and_the_papers_numbers(small, tmp_path):
+    screen = report.report("table1", [str(small)], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table1.csv")
+    block = "[K = 100] Test Performance"
+    cola = found[block, "adapter", "ours", "cola"]
+    assert float(cola["mean"]) == 25.0 and float(cola["std"]) == pytest.approx(7.0711) and cola["seeds"] == "2"
+    ranks = {method: found[block, method, "ours", "cola"]["rank"] for method in ("full", "adapter", "apl")}
+    assert ranks == {"full": "", "adapter": "2", "apl": "1"}
+    average = found[block, "full", "ours", "average"]  # seeds 0: (10 + 80) / 2, 1: (14 + 84) / 2
+    assert float(average["mean"]) == 47.0 and float(average["std"]) == pytest.approx(statistics.stdev([45, 49]), abs=1e-4)
+    assert found[block, "apl", "ours", "mrpc"]["std"] == ""  # one seed has no spread
+    assert found[block, "apl", "paper", "cola"]["mean"] == "23.62" and found[block, "apl", "paper", "cola"]["rank"] == "1"
+    assert float(found[block, "apl", "paper", "average"]["mean"]) == pytest.approx((23.62 + 81.71) / 2)  # of the tasks shown
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "| Method | MRPC | CoLA | Avg. |" in text
+    assert "| Adapter | 71.00<sub>1.41</sub> | <u>25.00</u><sub>7.07</sub> | <u>48.00</u><sub>4.24</sub> |" in text
+    assert "| *paper* | *81.40<sub>0.19</sub>* | *2.02<sub>4.04</sub>* |" in text
+    assert any("Adapter" in line and "25.00' ±7.07" in line for line in screen)
+    assert (tmp_path / "out" / "table1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_named(small, tmp_path):
+    missing = report.report("table1", [str(small)], tmp_path / "out")[-2]
+    assert missing.startswith("Missing: task SST-2; task RTE; ") and "K = 500; K = 1000" in missing
+    assert "LoRA at K = 100; " in missing and "UniPELT (AP), NoGate at K = 100" in missing
+    assert "UniPELT (APL) on MRPC at K = 100, seed 1" in missing and "Adapter on" not in missing
+    assert cells(tmp_path / "out" / "table1.csv")["[K = 100] Test Performance", "lora", "paper", "cola"]["mean"] == "13.31"
+    assert "Missing: task SST-2" in (tmp_path / "out" / "table1.md").read_text()
+
+
+def test_the_papers_own_average_is_shown_where_all_its_tasks_are(tmp_path):
+    for task in tables.TASKS:
+        leave(tmp_path / "runs", task, 500, "lora", 0, 0.5)
+    report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table1.csv")["[K = 500] Test Performance", "lora", "paper", "average"]
+    assert (found["mean"], found["std"]) == ("65.86", "4.1")
+
+
+def test_equal_scores_share_their_rank_and_one_alone_has_none():
+    rows = [tables.Row(str(i), "", [tables.Entry(mean), tables.Entry(1.0) if i == 0 else None]) for i, mean in enumerate((5.001, 5.0, 4.0, 3.0))]
+    tables.rank(rows)
+    assert [row.entries[0].rank for row in rows] == [1, 1, 2, 0] and rows[0].entries[1].rank == 0
+
+
+def test_table_2_takes_the_best_submodule_on_each_task(tmp_path):
+    points = {"adapter": (0.2, 0.7), "prefix": (0.1, 0.8), "lora": (0.3, 0.6), "ap": (0.26, 0.78), "apl": (0.25, 0.75)}
+    for method, (cola, mrpc) in points.items():
+        leave(tmp_path / "runs", "cola", 100, method, 0, cola)
+        leave(tmp_path / "runs", "mrpc", 100, method, 0, mrpc)
+        leave(tmp_path / "runs", "cola", 500, method, 0, cola)
+    screen = report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
+    found = {(row, column): line["mean"] for (_, row, source, column), line in cells(tmp_path / "out" / "table2.csv").items() if source == "ours"}
+    assert [float(found["100", column]) for column in ("max_ap", "ap", "max_apl", "apl")] == pytest.approx([50.0, 52.0, 55.0, 50.0])
+    assert found["500", "max_ap"] == "" and "max({A, P}) at K = 500; UniPELT (AP) at K = 500" in screen[-2]  # mrpc is not there
+
+
+def test_table_3_is_of_runs_on_all_examples_only(small, tmp_path):
+    leave(small, "cola", "all", "ap", 0, 0.61, dev=0.61)
+    report.report("table3", [str(small)], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table3.csv")
+    ours = {row: line["mean"] for (_, row, source, column), line in found.items() if source == "ours" and column == "cola"}
+    assert ours["ap"] == "61.0" and ours["full"] == ""
+    assert found["[K = all] Best Performance on GLUE Dev", "ap_nogate", "paper", "cola"]["mean"] == "58.63"
+
+
+def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no results/bench
+    screen = report.report("table4", [str(small)], tmp_path / "out")
+    assert "training time of Fine-tuning" in screen[-2] and "parameters of LoRA" in screen[-2]
+    (tmp_path / "bench").mkdir()
+
+    def bench(name: str, what: str, geometry: str = "bert-base", **ratios: float) -> None:
+        asked = {"what": what, "geometry": geometry, "batch": 16, "length": 128, "device": "cpu", "reference": "floor"}
+        (tmp_path / "bench" / name).write_text(json.dumps({"settings": asked, "rows": {n: {"ratio": ratio} for n, ratio in ratios.items()}}))
+
+    bench("training.json", "training", **{"full fine-tuning": 2.0, "floor": 1.0, "APL": 1.0})
+    bench("large.json", "training", "bart-large", **{"full fine-tuning": 2.0, "APL": 1.9})
+    screen = report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
+    found = cells(tmp_path / "out" / "table4.csv")
+    assert found["", "apl", "ours", "training"]["mean"] == "50.0" and found["", "apl", "ours", "inference"]["mean"] == ""
+    assert found["", "apl", "ours", "parameters"]["mean"] == "0.15" and found["", "apl", "paper", "training"]["mean"] == "67"
+    assert "inference time of UniPELT (APL)" in screen[-2] and "training time of UniPELT (APL)" not in screen[-2]
+    assert "Training times from training.json (bert-base, 16 x 128 tokens, cpu)." in screen
+    bench("more.json", "training", **{"full fine-tuning": 2.0, "APL": 1.5})
+    with pytest.raises(ConfigError, match="training.json both have training times; give the one to take with --bench FILE"):
+        report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
+    report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
+    assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
+
+
+def test_table_6_has_development_and_test(small, tmp_path):
+    report.report("table6", [str(small)], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table6.csv")
+    assert float(found["[K = 100] Development Performance", "adapter", "ours", "cola"]["mean"]) == 50.0
+    assert float(found["[K = 100] Test Performance", "adapter", "ours", "cola"]["mean"]) == 25.0
+    assert ("[K = 100] Development Performance", "adapter", "paper", "cola") not in found
+
+
+def test_runs_that_differ_beyond_the_table_are_noted(small, tmp_path):
+    path = small / "cola-100-full-1" / "config.yaml"
+    path.write_text(path.read_text().replace("max_length: 64", "max_length: 96"))
+    assert "Runs of one method differ in data.max_length (64, 96)." in report.report("table1", [str(small)], tmp_path / "out")
+
+
+def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
+    leave(tmp_path / "more", "cola", 100, "full", 0, 0.5)
+    with pytest.raises(ConfigError, match=r"are the same cell \(100, full, cola, 0\)"):
+        report.report("table1", [str(small), str(tmp_path / "more")], tmp_path / "out")
+    leave(tmp_path / "large", "cola", 500, "full", 0, 0.5, model="larger")
+    with pytest.raises(ConfigError, match=r"runs of 2 backbones \(larger, tiny\)"):
+        report.report("table1", [str(small), str(tmp_path / "large")], tmp_path / "out")
+    (small / "cola-100-full-0" / "results.json").write_text("{")
+    (small / "cola-100-full-1" / "results.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        report.report("table1", [str(small), str(tmp_path / "none")], tmp_path / "out")
+    said = "\n".join(caught.value.problems)
+    assert "damaged" in said and "is no results file of a run: it has no task" in said and "none has no results.json" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_without_a_config_are_read_too(tmp_path):
+    made = leave(tmp_path / "runs", "cola", 500, "lora", 0, 0.25)
+    (tmp_path / "flat").mkdir()
+    (made / "results.json").rename(tmp_path / "flat" / "cola-lora-0.json")
+    run = runs.load([str(tmp_path / "flat")])[0]
+    assert (run.method, run.task, run.k, run.seed, run.backbone) == ("lora", "cola", 500, 0, runs.UNKNOWN)
+    assert "25.00" in "".join(report.report("table1", [str(tmp_path / "flat")], tmp_path / "out"))
+
+
+def test_every_subset_of_submodules_has_a_name():
+    named = {"al": "UniPELT (AL)", "pl_nogate": "UniPELT (PL), NoGate", "lora_gated": "LoRA, gated", "apl": "UniPELT (APL)"}
+    assert {method: runs.name_of(method) for method in named} == named
+
+
+# Figures
+
+
+def test_figure_2_is_the_score_over_the_bottleneck(tmp_path):
+    for size, scores in {48: (0.02, 0.06), 256: (0.3,)}.items():
+        for seed, score in enumerate(scores):
+            leave(tmp_path / "runs", "cola", 100, "adapter", seed, score, adapter_size=size)
+    leave(tmp_path / "runs", "cola", 100, "apl", 0, 0.2)
+    screen = report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
+    found = {(row, column): (line["mean"], line["std"]) for (_, row, _, column), line in cells(tmp_path / "out" / "figure2.csv").items()}
+    assert found["ours", "48"] == ("4.0", "2.8284") and found["ours", "256"] == ("30.0", "")
+    assert found["paper", "48"] == ("2.02", "4.04") and found["paper", "256"] == ("", "")
+    assert "bottleneck size 256 on cola at K = 100" in screen[-2] and "UniPELT (AP) on cola" in screen[-2]
+    assert "UniPELT (APL) 20.00" in (tmp_path / "out" / "figure2.md").read_text() and (tmp_path / "out" / "figure2.png").stat().st_size > 10_000
+
+
+def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
+    for alpha, k in ((8, 100), (16, 100), (8, 500)):
+        leave(tmp_path / "runs", "rte", k, "lora", 0, alpha / 100, lora_alpha=alpha)
+    report.report("figure3", [str(tmp_path / "runs")], tmp_path / "out")
+    found = cells(tmp_path / "out" / "figure3.csv")
+    assert found["RTE, K = 100", "ours", "ours", "2.0"]["mean"] == "16.0" and found["RTE, K = 500", "ours", "ours", "2.0"]["mean"] == ""
+    assert found["RTE, K = 100", "paper", "paper", "2.0"]["mean"] == "55.02"
+    with pytest.raises(ConfigError, match="no run there belongs in figure2"):
+        report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
+
+
+# Gates
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory) -> pathlib.Path:
+    """Two folders as gated runs leave them, without the training: random gates, and statistics by GateStatistics over the dev set."""
+    folder = tmp_path_factory.mktemp("gated")
+    workspace = make_workspace(folder)
+    for name in ("one", "other"):
+        out = folder / name
+        said = [f"model.name={workspace / 'bert'}", f"data.train_file={workspace / 'train.csv'}", f"data.test_file={workspace / 'test.csv'}"]
+        said += ["data.k=64", "data.dev_size=32", "method.prefix_hidden_size=16", f"train.output_dir={out}"]
+        settings = config.load(None, said)
+        found = backbone.load_config(settings.model)
+        settings = backbone.fit_length(settings, found)
+        examples = data.load(settings.data)
+        tokenizer = backbone.load_tokenizer(settings.model, found)
+        backbone.set_labels(found, examples.labels)
+        model, fresh = backbone.load_model(settings.model, found, tasks.of(settings.data).auto, torch.float32, torch.device("cpu"))
+        model = apply_method(model, settings.method, fresh).eval()
+        torch.manual_seed(len(name))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.3)
+        gates = {key.removeprefix("base_model.model.").split(".unipelt_")[0]: m for key, m in model.named_modules() if isinstance(m, LearnedGate)}
+        for gate in gates.values():
+            gate.statistics = GateStatistics()
+        encoded = data.tokenize(examples, tokenizer, settings.data).dev
+        with torch.no_grad():
+            for row in encoded:  # one by one
+                model(input_ids=torch.tensor([row["input_ids"]]), attention_mask=torch.tensor([row["attention_mask"]]))
+        drained = {site: {part: {"mean": m, "std": s} for part, (m, s) in zip(gate.names, gate.statistics.drain())} for site, gate in gates.items()}
+        draft = checkpoint.draft(out / "best")
+        model.save_pretrained(draft)
+        checkpoint.seal(draft, out / "best", checkpoint.expected_tensors(model), {"labels": examples.labels})
+        (out / "config.yaml").write_text(config.to_yaml(settings))
+        results = {
+            "task": "sequence_classification", "metric": "accuracy", "test": {"accuracy": 0.5}, "dev": {"accuracy": 0.5}, "test_is_dev": False,
+            "method": settings.dump()["method"], "gates": drained, "seeds": {"data": 0, "train": 42}, "examples": {"train": 64}, "parameters": {},
+        }  # fmt: skip
+        (out / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
+    run = runs.read(gated / "one" / "results.json")
+    own, passed = gateviews.from_results(run), gateviews.from_pass(run, "dev")
+    assert own.rows == passed.rows == ["layer 0", "layer 1", "layer 2"] and own.columns == passed.columns == ["adapter", "prefix", "lora"]
+    assert np.allclose(own.mean, passed.mean, atol=1e-5) and np.allclose(own.spread, passed.spread, atol=1e-4)
+    assert passed.each.shape == (32, 3, 3) and passed.spread.min() > 1e-4
+    gates = run.results["gates"]
+    assert own.mean[1, 2] == gates["bert.encoder.layer.1.attention.self"]["lora"]["mean"]
+    assert own.spread[2, 0] == gates["bert.encoder.layer.2.output.LayerNorm"]["adapter"]["std"]
+
+
+def test_gates_by_class_and_example_are_those_of_the_right_examples(gated):
+    view = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "dev")
+    good = [any(word in text.split() for word in ("fine", "great", "warm", "bright")) for text in view.texts]
+    assert [label == "good" for label in view.labels] == good and view.classes == ["bad", "good"]
+    counts = np.array([view.labels.count(label) for label in view.classes])
+    means = np.stack([view.of_class(label) for label in view.classes])
+    assert np.allclose((counts[:, None, None] * means).sum(axis=0) / counts.sum(), view.mean)
+    same = [(i, j) for i, a in enumerate(view.texts) for j, b in enumerate(view.texts) if i < j and a == b]
+    assert all(np.allclose(view.each[i], view.each[j], atol=1e-5) for i, j in same)
+    longest, shortest = (choose(range(32), key=lambda i: len(view.texts[i].split())) for choose in (max, min))
+    alone = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "train")
+    assert alone.each.shape[0] == 64 and not np.allclose(view.each[longest], view.each[shortest], atol=1e-4)
+
+
+def test_a_file_of_the_users_can_be_looked_at(gated, tmp_path):
+    run = runs.read(gated / "one" / "results.json")
+    view = gateviews.from_pass(run, "dev")
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], [view.texts[3], "good"], [view.texts[9], "bad"]])
+    mine = gateviews.from_pass(run, str(tmp_path / "mine.csv"))
+    assert np.allclose(mine.each, view.each[[3, 9]], atol=1e-5) and mine.labels == ["good", "bad"]
+    with pytest.raises(ConfigError, match="none.csv cannot be read"):
+        gateviews.from_pass(run, "none.csv")
+
+
+def test_the_gate_report_has_every_view_and_compares_two_runs(gated, tmp_path):
+    screen = gatereport.report([str(gated / "one"), str(gated / "other")], None, tmp_path)
+    names = {"gates.md", "gates.csv", "gates.png", "gates_classes.png", "gates_examples.csv", "gates_examples.png", "gates_difference.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names and all(name in screen[-1] for name in names)
+    one, other = (gateviews.from_results(runs.read(gated / name / "results.json")) for name in ("one", "other"))
+    text = (tmp_path / "gates.md").read_text()
+    last = text[text.index(" minus ") :]
+    assert f"| layer 0 | {other.mean[0, 0] - one.mean[0, 0]:+.3f} |" in last
+    assert "### Class good" in text and "prefix, mean over layers: the 5 lowest and highest" in text
+    lines = list(csv.DictReader((tmp_path / "gates_examples.csv").open()))
+    assert len(lines) == 2 * 32 and len(lines[0]) == 4 + 9 and {line["label"] for line in lines} == {"good", "bad"}
+    for name in ("one", "other"):
+        mine = [float(line["layer 1 lora"]) for line in lines if line["run"].startswith(name)]
+        assert statistics.fmean(mine) == pytest.approx(gateviews.from_results(runs.read(gated / name / "results.json")).mean[1, 2], abs=1e-4)
+    kinds = {line["examples"] for line in csv.DictReader((tmp_path / "gates.csv").open())}
+    assert kinds == {"all", "good", "bad"}
+
+
+def test_without_the_bundle_there_are_the_runs_own_statistics_and_a_word_about_it(gated, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("results.json", "config.yaml"):
+        (tmp_path / "run" / name).write_text((gated / "one" / name).read_text())
+    screen = gatereport.report([str(tmp_path / "run")], None, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gates.md", "gates.csv", "gates.png"} and "has no best/" in screen[-2]
+    with pytest.raises(ConfigError, match="a sweep keeps it with keep: best"):
+        gatereport.report([str(tmp_path / "run")], "dev", tmp_path / "out")
+
+
+def test_a_changed_bundle_and_a_run_without_gates_are_refused(gated, tmp_path):
+    leave(tmp_path, "cola", 100, "ap_nogate", 0, 0.1)
+    with pytest.raises(ConfigError, match=r"has no learned gates \(ap_nogate\)"):
+        gatereport.report([str(tmp_path / "cola-100-ap_nogate-0")], None, tmp_path / "out")
+    weights = gated / "other" / "best" / "adapter_model.safetensors"
+    assert load_file(weights)
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-4] + b"\0\0\0\0")
+        with pytest.raises(ConfigError, match="the bundle was altered"):
+            gateviews.from_pass(runs.read(gated / "other" / "results.json"), "dev")
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_gates_of_two_stacks_stand_apart():
+    sites = [("model.encoder.layers.0.self_attn", "prefix"), ("model.encoder.layers.0.final_layer_norm", "adapter"),
+             ("model.decoder.layers.0.self_attn", "prefix"), ("model.decoder.layers.0.encoder_attn", "prefix"),
+             ("model.decoder.layers.0.final_layer_norm", "adapter")]  # fmt: skip
+    rows, columns, where = gateviews.places(sites)
+    assert rows == ["encoder 0", "decoder 0"] and columns == ["adapter", "prefix self_attn", "prefix encoder_attn"]
+    assert [where[site] for site in sites] == [(0, 1), (0, 0), (1, 1), (1, 2), (1, 0)]
+
+
+# The script
+
+
+def test_the_script_reports_and_refuses(small, tmp_path, monkeypatch, capsys):
+    def script(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        return launch.report.main()
+
+    assert script("table1", "--runs", str(small)) == 0 and "Table 1" in capsys.readouterr().out
+    assert (small / "report" / "table1.png").is_file()
+    assert script("table1", "--runs", str(small), "--data", "dev") == 2 and "--data: has no effect on table1" in capsys.readouterr().err
+    assert script("table4", "--runs", str(small), "--bench", "none.json") == 2 and "--bench: there is no none.json" in capsys.readouterr().err
+    assert script("gates") == 2 and "--run: which run?" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert script("figure2") == 2 and "--runs: runs/figure2 has no results.json" in capsys.readouterr().err
