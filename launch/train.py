@@ -39,18 +39,20 @@ def main() -> int:
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_intermixed_args()  # overrides before and after --config
+    parent = os.getppid()
     signal.signal(signal.SIGTERM, _stop_early)
     try:
-        return _run(options)
+        return _run(options, parent)
     except _StoppedEarly:
         print("stopped by SIGTERM before the first step; nothing was lost", file=sys.stderr)
         return _stopped_code()
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, parent: int) -> int:
     """The run, its watchdog and its processes, in good order; the exit code."""
     from scaleup import runtime, watchdog
 
+    runtime.die_with_launcher(parent)
     code = 1
     try:
         code = _train(options)

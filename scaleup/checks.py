@@ -3,31 +3,47 @@
     settings = config.load(path, overrides, checks=CHECKS)
 """
 
+from transformers import PretrainedConfig
+
 from scaleup import backbone, tasks
 from scaleup.config import MethodSettings, ModelSettings, Section
-from scaleup.sites import EAGER_ONLY, TESTED, find_sites
+from scaleup.sites import EAGER_ONLY, TESTED, AttentionSite, find_sites
+
+
+def reads_ahead(name: str, model_type: str) -> str:
+    """The problem with a model that would be shown the very tokens it is to predict."""
+    return f"model.name: {name} ({model_type}) reads in both directions and would see the tokens that it is to predict; data.task causal_lm needs a decoder like GPT-2, Llama or Qwen"
 
 
 def structure(sections: dict[str, Section]) -> list[str]:
     """Whether UniPELT finds its places in a model of a family that is not under test here: tried on a model without weights."""
     model, method, data = (sections.get(name) for name in ("model", "method", "data"))
-    if not isinstance(model, ModelSettings) or not isinstance(method, MethodSettings) or data is None or method.name != "unipelt":
+    if not isinstance(model, ModelSettings) or not isinstance(method, MethodSettings) or data is None:
+        return []
+    completes = tasks.name_of(data) == "causal_lm"
+    if method.name != "unipelt" and not completes:
         return []
     config, auto = backbone.local_config(model), tasks.of(data).auto
     if config is None or type(config) not in auto._model_mapping:
         return []  # the other checks say so
-    if config.model_type in TESTED and (model.attention == "eager" or config.model_type not in EAGER_ONLY):
+    if not completes and config.model_type in TESTED and (model.attention == "eager" or config.model_type not in EAGER_ONLY):
         return []
+    attentions, problem = _look(config, model.attention, auto)
+    if problem is not None and model.attention != "eager":
+        in_the_way = _look(config, "eager", auto)[1]
+        advice = f"its {model.attention} attention cannot be used ({problem.partition('.')[0].partition(';')[0]}); set model.attention=eager"
+        problem = advice if in_the_way is None else in_the_way
+    if completes and problem is None and not any(site.causal for site in attentions):
+        return [reads_ahead(model.name, config.model_type)]
+    return [f"model.name: {model.name}: {problem[:300]}"] if problem is not None and method.name == "unipelt" else []
+
+
+def _look(config: PretrainedConfig, attention: str, auto: type) -> tuple[list[AttentionSite], str | None]:
+    """The attentions of a model of this config, and what stands in the way of finding them."""
     try:
-        find_sites(backbone.empty_model(config, model.attention, None, auto))
-    except ValueError as error:
-        said = " ".join(str(error).split())
-        if "attn_implementation" in said and model.attention != "eager":  # transformers' words, and scaleup.sites'
-            said = f"its {model.attention} attention cannot be used ({said.partition('.')[0].partition(';')[0]}); set model.attention=eager"
-        return [f"model.name: {model.name}: {said[:300]}"]
-    except (OSError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        return [f"model.name: {model.name}: {' '.join(str(error).split())[:300]}"]
-    return []
+        return find_sites(backbone.empty_model(config, attention, None, auto))[0], None
+    except (OSError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        return [], " ".join(str(error).split())
 
 
 CHECKS = (tasks.check, backbone.check, structure)

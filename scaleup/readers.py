@@ -51,6 +51,8 @@ def _delimited(text: str, place: str, delimiter: str, quoting: int) -> tuple[dic
                 lines.append(line)
                 # A tab inside quotes in a .tsv is a sign that two stray quotes swallowed what stands between them.
                 if len(row) != len(header) or (delimiter == "\t" and any("\t" in cell for cell in row)):
+                    if delimiter == "," and len(header) == 1 and ";" in header[0]:
+                        raise ConfigError(f"{place}: its columns are separated by semicolons; save it with commas, or with tabs as .tsv")
                     advice = "a text with a comma or line break needs quotes" if delimiter == "," else "no text may hold a tab"
                     raise ConfigError(f"{place}, line {line}: {len(row)} fields under a header of {len(header)}; {advice}")
             line = reader.line_num + 1
@@ -99,6 +101,8 @@ def read_columns(key: str, file: str) -> tuple[dict[str, Any], list[int] | None,
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:100]
         raise ConfigError(f"{place} cannot be read: {reason}") from None
+    if not text.strip():
+        raise ConfigError(f"{place} is empty")
     if suffix == ".csv":
         return *_delimited(text, place, ",", csv.QUOTE_MINIMAL), {}, source
     if suffix != ".tsv":

@@ -110,7 +110,9 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
     # os.path answers no where pathlib raises: names too long, folders we may not enter.
     if model is not None and os.path.exists(model.name) and not os.path.isfile(os.path.join(model.name, "config.json")):
         problems.append(f"model.name: {model.name} has no config.json; give the folder of a transformers model")
-    elif model is not None and not os.path.exists(model.name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name):
+    elif model is not None and not os.path.exists(model.name) and (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name) or os.path.isdir(os.path.dirname(model.name) or "/nowhere")  # a slip in a path beside real folders
+    ):
         problems.append(f"model.name: no folder {model.name}; give an existing folder or a hub id like facebook/bart-large")
     if data is not None and data.name is None and data.train_file is None:
         problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")

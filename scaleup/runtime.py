@@ -6,13 +6,16 @@ Accelerate and DeepSpeed each guess this from the environment, and on CPU they g
 --num_processes 2` starts one process, `cpu=True` drops DeepSpeed, and without a backend every rank believes it is alone.
 """
 
+import ctypes
 import dataclasses
 import datetime
+import fcntl
 import os
 import pathlib
 import platform
 import resource
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +32,7 @@ from accelerate.commands.launch import launch_command_parser
 from scaleup import watchdog
 from scaleup.yamlfile import ConfigError
 
+PR_SET_PDEATHSIG = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "safetensors", "numpy")
 
 
@@ -85,6 +89,44 @@ def launcher() -> Launcher | None:
     known, _ = launch_command_parser().parse_known_args(words[1:] if words[:1] == ["launch"] else words)
     threads_chosen = known.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in variables
     return Launcher(known.num_processes or 1, known.num_machines or 1, threads_chosen)
+
+
+def die_with_launcher(parent: int) -> None:
+    """From here on the end of the `accelerate launch` or torchrun that started this process is a SIGTERM to it: Accelerate passes none
+    on to what it started, which would train on, unseen. A shell's end is none of ours. `parent`: the process we were started by.
+    """
+    try:
+        command = psutil.Process(parent).cmdline()
+    except psutil.Error:
+        return
+    if any(pathlib.Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "launch.py", "torch.distributed.run") for word in command[:4]):
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only; elsewhere a launcher's end goes unnoticed
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it ended before we asked
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+_held: dict[tuple[int, int], int] = {}  # folder (device, inode) → descriptor that locks it
+
+
+def hold(folder: pathlib.Path) -> bool:
+    """Locks an existing output folder for this process until it ends. False where the file system has no locks. Raises ConfigError if
+    another process holds it."""
+    found = os.stat(folder)
+    if (found.st_dev, found.st_ino) in _held:
+        return True
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"train.output_dir: another run is writing into {folder}; stop it first, or choose another folder") from None
+    except OSError:
+        os.close(descriptor)
+        return False
+    _held[found.st_dev, found.st_ino] = descriptor
+    return True
 
 
 def respawn(script: str, arguments: list[str]) -> None:

@@ -24,12 +24,14 @@ from transformers.utils import logging as hf_logging
 from scaleup import backbone, precision, resume, runtime, tasks, weights
 from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
+from scaleup.checks import reads_ahead
 from scaleup.config import ConfigError, Settings, to_yaml
 from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json, write_text
 from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
 from scaleup.memory import estimate
 from scaleup.readers import Examples
 from scaleup.sequences import decode
+from scaleup.sites import find_sites
 from scaleup.unipelt import apply_method, parameter_counts
 
 
@@ -97,6 +99,8 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, wo
     if not tasks.of(settings.data).writes:
         backbone.set_labels(config, examples.labels)
     model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled())
+    if tasks.name_of(settings.data) == "causal_lm" and not pathlib.Path(settings.model.name).is_dir() and not any(site.causal for site in find_sites(model)[0]):
+        raise ConfigError([reads_ahead(settings.model.name, config.model_type)])  # of a hub id: a folder was judged before
     model = apply_method(model, settings.method, fresh)
     if world.deepspeed and half is not None:
         precision.cast_trained(model, half)
@@ -148,6 +152,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     facts = about(settings, examples, config, args)
     on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
+        if writes and out.is_dir():
+            runtime.hold(out)
         if writes and settings.train.resume != "never":
             resume.clear_unfinished(out)
         checkpoint, old_weights = resume.choose(settings, out, facts, on_hosts)
@@ -161,6 +167,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
         if old_weights is not None and old_weights.parent == out:
             resume.set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
+        if not runtime.hold(out):
+            print(f"note: {out} is on a file system without locks; see that no other run writes there", flush=True)
         write_text(out / "config.yaml", to_yaml(settings))
         write_json(out / "environment.json", runtime.environment(world))
     _announce(settings, config, examples, counts, world, args, shared, half)

@@ -17,9 +17,18 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+# What other libraries call it.
+KNOWN_AS = {
+    "lr": "learning_rate", "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
+    "steps": "max_steps", "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size", "bottleneck": "adapter_size",
+    "bottleneck_size": "adapter_size", "num_virtual_tokens": "prefix_length", "pooling": "gate_pooling", "model_name_or_path": "name", "dataset": "name",
+}  # fmt: skip
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A question that names the closest valid name; empty if none is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    valid = list(valid)
+    close = [KNOWN_AS[name]] if KNOWN_AS.get(name) in valid else difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -4,7 +4,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -60,3 +62,40 @@ def test_the_environment_names_versions_device_and_commit():
     found = runtime.environment(world)
     assert found["packages"]["torch"] == torch.__version__ and found["device"].startswith("cpu: ") and found["processes"] == 1
     assert runtime.peak_memory_mib(world) > 50
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    code = f"import pathlib; from scaleup import runtime; runtime.hold(pathlib.Path({str(tmp_path)!r}))"
+
+    def other() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+    assert other().returncode == 0
+    holder = subprocess.Popen([sys.executable, "-c", f"{code}; print('held', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "held\n"
+    refused = other()
+    assert refused.returncode != 0 and "another run is writing into" in refused.stderr
+    holder.kill()
+    holder.wait()
+    assert other().returncode == 0
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_launcher_that_started_it(tmp_path):
+    """`accelerate launch` passes SIGTERM to nobody."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); parent = os.getppid()\n"
+        "from scaleup import runtime\n"
+        "runtime.die_with_launcher(parent); print(os.getpid(), flush=True); time.sleep(60)\n"
+    )
+    launcher = subprocess.Popen([str(pathlib.Path(sys.executable).with_name("accelerate")), "launch", "-q", "--num_processes", "1", str(script)],
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    child = int(launcher.stdout.readline())
+    launcher.terminate()
+    launcher.wait()
+    for _ in range(100):
+        if not psutil.pid_exists(child):
+            break
+        time.sleep(0.1)
+    assert not psutil.pid_exists(child)
