@@ -2,6 +2,8 @@
 # make test         every test but those that need a GPU
 # make venv         .venv with exactly requirements.txt; made anew only when that file changes
 # make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
+# make bench        the tables of results/bench: inference and training, ours side by side; an idle machine, half an hour
+# make bench-peer   the same with the library adapters 1.3.0, in an environment of its own (.venv-peer)
 # make schema       configs/schema.json, from which editors complete and check the YAML files
 # make clean        removes .venv, quickstart/ and caches; runs/ stays
 #
@@ -17,7 +19,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 
 SWEEP ?= configs/sweeps/minilm.yaml
 
-.PHONY: venv quickstart test sweep schema clean
+.PHONY: venv quickstart test sweep bench bench-peer schema clean
 
 # Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
 # written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
@@ -43,9 +45,24 @@ sweep: venv
 	@"$(VENV)/bin/python" launch/quickstart_assets.py
 	@"$(VENV)/bin/python" launch/sweep.py "$(SWEEP)"
 
+BENCH_INFERENCE = launch/bench.py inference --batch 16 --length 128 --output results/bench/inference-bert-base.json
+BENCH_TRAINING = launch/bench.py training --batch 16 --length 32 --reference floor --output results/bench/training-bert-base
+
+bench: venv
+	"$(VENV)/bin/python" $(BENCH_INFERENCE)
+	"$(VENV)/bin/python" $(BENCH_TRAINING).json
+
+bench-peer: venv
+	@if ! cmp -s launch/bench_peer.txt .venv-peer/requirements.txt; then \
+	  set -e; rm -rf .venv-peer; "$(PYTHON)" -m venv .venv-peer; \
+	  .venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r launch/bench_peer.txt; \
+	  cp launch/bench_peer.txt .venv-peer/requirements.txt; \
+	fi
+	"$(VENV)/bin/python" $(BENCH_TRAINING)-peer.json --only floor APL "APL, prefix MLP" --peer .venv-peer/bin/python
+
 schema: venv
 	"$(VENV)/bin/python" launch/schema.py
 
 clean:
-	rm -rf .venv quickstart build .pytest_cache scaleup.egg-info
+	rm -rf .venv .venv-peer quickstart build .pytest_cache scaleup.egg-info
 	find scaleup launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

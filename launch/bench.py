@@ -8,13 +8,16 @@ torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. 
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -38,6 +41,24 @@ def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]
             if number >= 2:  # two rounds to warm up
                 found[name].append(time.perf_counter() - began)
     return found
+
+
+class Peer:
+    """launch/bench_peer.py in another environment, one step at a time when asked."""
+
+    def __init__(self, python: str, what: str, geometry: str, file: str):
+        command = [python, str(pathlib.Path(__file__).with_name("bench_peer.py")), what, geometry, file]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        first = self.process.stdout.readline()
+        if not first:
+            raise OSError(f"{python} could not run bench_peer.py; make bench-peer makes an environment for it")
+        self.trained = json.loads(first)
+
+    def step(self, name: str) -> None:
+        """One step of one of its contenders."""
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
 
 
 def counted(contender) -> dict[str, int]:
@@ -70,6 +91,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="training: these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: bare, full fine-tuning)")
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
@@ -83,6 +105,12 @@ def main() -> int:
     logging.disable_progress_bar()
     given = bench.batch(options.batch, options.length, options.ragged, bench.GEOMETRIES[options.geometry]().vocab_size)
     contenders = bench.inference(options.geometry, given, options.device) if options.what == "inference" else bench.training(options.geometry, given, options.device, options.only)
+    if options.peer is not None:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            file = f"{folder}/batch.pt"
+            torch.save(given, file)
+            peer = Peer(options.peer, options.what, options.geometry, file)
+        contenders |= {name: bench.Contender(functools.partial(peer.step, name), trained, None) for name, trained in peer.trained.items()}
     reference = options.reference or next(iter(contenders))
     if reference not in contenders:
         print(f"error: --reference: {reference} is none of {', '.join(contenders)}", file=sys.stderr)
@@ -95,14 +123,15 @@ def main() -> int:
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "milliseconds": round(1000 * statistics.median(times), 2),
-                      "trained": contenders[name].trained, **counted(contenders[name])}  # fmt: skip
+                      "trained": contenders[name].trained} | (counted(contenders[name]) if contenders[name].model is not None else {})  # fmt: skip
     asked = {key: value for key, value in vars(options).items() if key not in ("output", "only")} | {"reference": reference}
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
     width = max(map(len, rows))
     print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' ragged' if options.ragged else ''}, {options.rounds} rounds, {machine['threads']} threads; times over {reference}")
     for name, row in rows.items():
-        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  {row['milliseconds']:9.1f} ms  {row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls  {row['trained']:>12,} trained")
+        inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
+        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -96,7 +96,8 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
         f"method     {settings.method.name}{' (' + parts + ')' if parts else ''}",
         f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored {counts['stored']:,}"
         f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
-        f"data       train {len(examples.train)}, dev {len(examples.dev)}, test {test}; metric {examples.metric}",
+        f"data       train {len(examples.train)}{' packed rows' if settings.data.packing else ''}, dev {len(examples.dev)}, test {test}"
+        f"{' (a source with several targets counts once)' if examples.references else ''}; metric {examples.metric}",
         f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size} processes x"
         f" {train.gradient_accumulation_steps} accumulation; learning rate {settings.learning_rate:g}",
         f"device     {world.device.type}, {launched_as}; bf16 {'on' if bf16 else 'off'}",

@@ -45,14 +45,17 @@ def e2e_data(data: pathlib.Path) -> list[str]:
 
 def runs(options: argparse.Namespace, work: pathlib.Path) -> dict[str, tuple[int, list[str]]]:
     """name → processes, overrides."""
+    often = ["train.eval_strategy=steps", "train.eval_steps=16"]
+
     def glue(task: str, *more: str) -> list[str]:
-        return [f"model.name={options.model}", f"data.name={task}", f"data.path={options.data}/glue", "data.k=500", "data.dev_size=200", "data.max_length=96", *more]
+        return [f"model.name={options.model}", f"data.name={task}", f"data.path={options.data}/glue", "data.k=500", "data.dev_size=200", "data.max_length=96", *often, *more]
 
     def e2e(family: str, task: str) -> list[str]:
-        return [f"model.name={work / family}", f"data.task={task}", *e2e_data(options.data), "data.k=500", "data.dev_size=32", "data.max_length=96", "data.max_target_length=24", "data.metric=bleu"]
+        return [f"model.name={work / family}", f"data.task={task}", *e2e_data(options.data), "data.k=500", "data.dev_size=32", "data.max_length=96", "data.max_target_length=24", "data.metric=bleu", *often]
 
     long, short = ["train.num_train_epochs=6"], ["train.max_steps=24"]
     return {
+        "minilm film reviews": (1, ["--config", "configs/quickstart.yaml", f"model.name={options.model}"]),
         "minilm cola": (1, glue("cola", *long)),
         "minilm rte": (1, glue("rte", *long)),
         "minilm cola, ZeRO-3 on 2": (2, glue("cola", "train.deepspeed=zero3", *short)),
@@ -69,7 +72,7 @@ def train(name: str, processes: int, words: list[str], work: pathlib.Path) -> pa
     """The run's folder."""
     out = work / name.replace(" ", "-").replace(",", "")
     command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    done = [f"train.output_dir={out}", "train.resume=auto", "train.eval_strategy=steps", "train.eval_steps=16", "train.disable_tqdm=true"]
+    done = [f"train.output_dir={out}", "train.resume=auto", "train.disable_tqdm=true"]
     subprocess.run([sys.executable, *command, str(ROOT / "launch" / "train.py"), *words, *done], check=True, cwd=ROOT, env=environment())
     return out
 
