@@ -61,7 +61,7 @@ def main() -> None:
             "weights": weights,
             "dev": [{key.removeprefix("eval_"): line[key] for key in ("step", "epoch", "eval_loss", "eval_bleu", "eval_rouge_l")} for line in log if "eval_bleu" in line],
             "test": json.loads((run / "results.json").read_text(encoding="utf-8"))["test"],
-            "samples": [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[::70]],
+            "samples": [json.loads(line)["written"] for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[::70]],  # the data itself is not ours to pass on
         }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
