@@ -89,7 +89,7 @@ def large(work: pathlib.Path, data: pathlib.Path, tokenizer: PreTrainedTokenizer
         written = checkpoint.draft(bundle)
         adapted.save_pretrained(written)
         tokenizer.save_pretrained(written)
-        settings = config.load(None, [f"model.name={base}", "data.task=seq2seq", *e2e_data(data), f"train.output_dir={work}/large-run"])
+        settings = config.load(None, [f"model.name={base}", "data.task=seq2seq", *e2e_data(data), f"train.output_dir={work}/large-run", "train.resume=auto"])
         (bundle.parent / "config.yaml").write_text(config.to_yaml(settings))
         about = {"method": settings.dump()["method"], "backbone": {"name": str(base), "revision": None, "quantization": "none", "fingerprint": weights.fingerprint(str(base), None)},
                  "task": "seq2seq", "labels": None, "data": [], "run": {"processes": 1, "zero_stage": 0}}  # fmt: skip
