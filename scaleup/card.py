@@ -15,9 +15,10 @@ model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"{labels}), 
     "plain": """from transformers import {auto}
 
 model = {auto}.from_pretrained("THIS FOLDER")""",
-    "code": """from transformers import {auto}
+    "code": """from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained("THIS FOLDER", trust_remote_code=True)""",
+model = {auto}.from_pretrained("THIS FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)""",
 }
 
 

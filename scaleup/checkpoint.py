@@ -94,7 +94,11 @@ def seal(written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[i
         raise BundleError(f"{written}: {len(wrong)} trained tensors were not written whole, first {wrong[0]}; nothing was kept")
     manifest = {"format_version": FORMAT_VERSION, **about, "tensors": tensors, "files": _other_files(written)}
     (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    mask = os.umask(0)
+    os.umask(mask)
     for path in [*written.rglob("*"), written]:
+        if path.suffix == ".safetensors":  # safetensors writes for the owner alone
+            path.chmod(0o666 & ~mask)
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():

@@ -110,7 +110,7 @@ def die_with_launcher(parent: int) -> None:
 _held: dict[tuple[int, int], int] = {}  # folder (device, inode) → descriptor that locks it
 
 
-def hold(folder: pathlib.Path) -> bool:
+def hold(folder: pathlib.Path, who: str = "train.output_dir: another run") -> bool:
     """Locks an existing output folder for this process until it ends. False where the file system has no locks. Raises ConfigError if
     another process holds it."""
     found = os.stat(folder)
@@ -121,7 +121,7 @@ def hold(folder: pathlib.Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"train.output_dir: another run is writing into {folder}; stop it first, or choose another folder") from None
+        raise ConfigError(f"{who} is writing into {folder}; stop it first, or choose another folder") from None
     except OSError:
         os.close(descriptor)
         return False

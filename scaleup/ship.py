@@ -128,7 +128,7 @@ def write_config(model: PreTrainedModel, auto: str, folded: Folded, learned: boo
     for private in [key for key in values if key.startswith("_") or key == "quantization_config"]:
         del values[private]
     if folded.spec is not None:
-        classes = {"AutoConfig": type(model.config).__name__, auto: type(model).__name__}
+        classes = {"AutoConfig": type(model.config).__name__, "AutoModel": type(model).__name__, auto: type(model).__name__}
         values |= {"model_type": exported_type(model.config.model_type), "auto_map": {key: f"{CODE}.{name}" for key, name in classes.items()}, "unipelt": folded.spec}
         (folder / f"{CODE}.py").write_text(modelling_code(model, learned, version), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")

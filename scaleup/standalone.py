@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
-from scaleup.attach import BANK_CHILD, BLOCK_CHILD, _child, _hook, _tokens, _use_slot, use_prefix_attention
+from scaleup.attach import BANK_CHILD, BLOCK_CHILD, _child, _hook, _use_slot, use_prefix_attention
 from scaleup.attention import AttentionGates
 from scaleup.gate import ConstantGate, LearnedGate, cast_to_weight
 from scaleup.lora import FusedUpdate, GateSource, add_product

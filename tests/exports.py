@@ -33,9 +33,9 @@ def small_models(folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> No
         "t5": (T5ForConditionalGeneration, T5Config(vocab_size=30522, pad_token_id=0, eos_token_id=102, decoder_start_token_id=0, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)),
         "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)),
     }  # fmt: skip
-    for name, (cls, config) in shapes.items():
+    for name, (cls, shape) in shapes.items():
         torch.manual_seed(0)
-        cls(config).save_pretrained(folder / name)
+        cls(shape).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
@@ -86,10 +86,10 @@ def large(work: pathlib.Path, data: pathlib.Path, tokenizer: PreTrainedTokenizer
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
         adapted = get_peft_model(model, UniPeltConfig(task_type="SEQ_2_SEQ_LM", gates="learned"))
+        settings = config.load(None, [f"model.name={base}", "data.task=seq2seq", *e2e_data(data), f"train.output_dir={work}/large-run", "train.resume=auto"])
         written = checkpoint.draft(bundle)
         adapted.save_pretrained(written)
         tokenizer.save_pretrained(written)
-        settings = config.load(None, [f"model.name={base}", "data.task=seq2seq", *e2e_data(data), f"train.output_dir={work}/large-run", "train.resume=auto"])
         (bundle.parent / "config.yaml").write_text(config.to_yaml(settings))
         about = {"method": settings.dump()["method"], "backbone": {"name": str(base), "revision": None, "quantization": "none", "fingerprint": weights.fingerprint(str(base), None)},
                  "task": "seq2seq", "labels": None, "data": [], "run": {"processes": 1, "zero_stage": 0}}  # fmt: skip

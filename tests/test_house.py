@@ -22,7 +22,7 @@ RANKS = [
     {"checkpoint", "activations", "memory", "fold"},
     {"journal", "ship", "card"},
     {"resume"},
-    {"loop", "calibrate"},
+    {"loop", "calibrate", "proof"},
     {"train", "export", "plan", "bench", "runs", "claims", "grid", "machine"},
     {"sweep", "tables", "gateviews"},
     {"figures"},
