@@ -12,7 +12,6 @@ backbone at a time.
 import importlib.metadata
 import pathlib
 import re
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from scaleup import backbone, config, fold, runtime, ship, tasks, weights
 from scaleup.card import card
 from scaleup.checkpoint import draft, draft_name, seal, verify
 from scaleup.config import ConfigError, Settings
+from scaleup.fresh import peak_mib
 from scaleup.journal import write_json
 from scaleup.proof import BATCH, ExportError, Job, Options, prepare, prove
 from scaleup.sites import find_sites
@@ -171,7 +171,7 @@ def _report(job: Job, frozen: bool, dtype: torch.dtype, size: int, calibrated: d
         "dtype": str(dtype).removeprefix("torch.") if folded is not None else None,
         "calibration": None if calibrated is None else {"data": options.calibrate, "examples": calibrated["examples"], "prune": options.prune, "gates": gates},
         "bytes": {"weights": size, "checkpoint": sum(path.stat().st_size for path in options.checkpoint.glob("*.safetensors"))},
-        "peak_memory_mib": {"writing": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)},
+        "peak_memory_mib": {"writing": round(peak_mib(), 1)},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")} | {"scaleup": VERSION},
     }
 
