@@ -153,7 +153,6 @@ def write_weights(
     tensors = dict(model.named_parameters(remove_duplicate=False)) | buffers
     for name, tensor in tensors.items():
         names_of.setdefault(id(tensor), []).append(name)
-    source = Weights(model, files)
     jobs: list[tuple[str, int]] = [(names[0], tensors[names[0]].numel() * dtype.itemsize) for names in names_of.values()]
     extra = [name for name in folded.tensors if name not in tensors]
     jobs += [(name, folded.tensors[name].numel() * additions.itemsize) for name in extra]
@@ -169,7 +168,7 @@ def write_weights(
     index, total = {}, 0
     for number, shard in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        content = {}
+        content, source = {}, Weights(model, files)  # opened anew: pages of a mapped file stay in memory until it is closed
         for name in shard:
             aliases = names_of[id(tensors[name])] if name in tensors else [name]
             tensor = _tensor(name, aliases, source, folded, conv, name in extra)
@@ -182,7 +181,7 @@ def write_weights(
         save_file(content, str(folder / file), metadata={"format": "pt"})
         index |= dict.fromkeys(content, file)
         total += sum(t.numel() * t.itemsize for t in content.values())
-        del content
+        del content, source, tensor
         return_freed_memory()
     if len(shards) > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1) + "\n", encoding="utf-8")
