@@ -69,7 +69,7 @@ def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, changes",
-    [("zero2", ("train.bf16=true",)), ("zero3", ()), ("zero3", ("model.quantization=8bit",))],
+    [("zero1", ()), ("zero2", ("train.bf16=true",)), ("zero3", ()), ("zero3", ("model.quantization=8bit",))],
     ids=lambda value: value if isinstance(value, str) else "".join(value),
 )  # fmt: skip
 def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage, changes):
