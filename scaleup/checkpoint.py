@@ -88,6 +88,7 @@ def seal(written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[i
     `about` goes into the manifest (method, backbone, labels, …). Raises BundleError if a tensor is missing, has another
     shape or is not finite; then nothing gets the final name.
     """
+    (written / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle; the run's config.yaml says the same
     tensors = _tensors(written)
     wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name]["shape"] != shape]
     if wrong:

@@ -207,7 +207,6 @@ class RunTrainer(Trainer):
     def _seal(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.writes:
-            (draft_name(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; the run's config.yaml says the same
             (draft_name(folder) / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing filled in
             expected = expected_tensors(self.accelerator.unwrap_model(self.model))
             self._write(folder, lambda: seal(draft_name(folder), folder, expected, self.about))
