@@ -122,7 +122,7 @@ def main() -> int:
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "milliseconds": round(1000 * statistics.median(times), 2),
+        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(min(times) / min(seconds[reference]), 4), "milliseconds": round(1000 * statistics.median(times), 2),
                       "trained": contenders[name].trained} | (counted(contenders[name]) if contenders[name].model is not None else {})  # fmt: skip
     asked = {key: value for key, value in vars(options).items() if key not in ("output", "only")} | {"reference": reference}
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -131,7 +131,7 @@ def main() -> int:
     print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' ragged' if options.ragged else ''}, {options.rounds} rounds, {machine['threads']} threads; times over {reference}")
     for name, row in rows.items():
         inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
-        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained")
+        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from scaleup import prefix
+
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
 LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers", "n_layer")  # where a config says how deep the model is
@@ -90,6 +92,7 @@ class _Rules:
             found.append((functional, "linear", self._linear))
         if self.kernels.device == "cuda":
             found += [(functional, "scaled_dot_product_attention", self._attention), (functional, "dropout", self._dropout)]
+            found.append((prefix, "spare_columns", lambda *_: 0))  # for CPU kernels alone
             if self.kernels.autocast is not None:
                 found += [(functional, name, self._in_float32(getattr(functional, name))) for name in FLOAT32]
         return found

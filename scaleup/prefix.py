@@ -95,22 +95,37 @@ class PrefixBank(SideLayer):
         return self.__dict__ | {"kv_NLE": None, "masks": WideMasks()}
 
 
+def spare_columns(query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, length: int, dropout: float) -> int:
+    """How many keys that nobody sees bring their number to a multiple of 16, where that is worth a mask.
+
+    torch's fused attention for CPUs takes a fifth longer over 138 keys than over 144 (docs/performance.md). With dropout it is not used,
+    and one query, a token being generated, is over before it matters.
+    """
+    worth = query_BHTE.device.type == "cpu" and query_BHTE.shape[2] > 1 and not dropout
+    return -(key_BGSE.shape[2] + length) % 16 if worth else 0
+
+
 def widen_mask(
-    mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool
+    mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool, spare: int = 0
 ) -> torch.Tensor | None:
-    """The attention mask with `length` columns in front that every query sees: boolean stays boolean, additive additive.
+    """The attention mask with columns in front: `spare` ones that nobody sees, `length` ones that every query sees. Boolean stays boolean,
+    additive additive.
 
     No mask with causal attention means "rely on is_causal", which a longer key would misalign: it is spelled out.
     """
-    if mask is not None:
-        shape = (*mask.shape[:-1], length)
-        front = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
-        return torch.cat([front, mask], dim=-1)
     queries, keys = query_BHTE.shape[2], key_BGSE.shape[2]
-    if not causal or queries == 1:
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        front = mask.new_full((*mask.shape[:-1], spare + length), True if boolean else 0.0)
+        front[..., :spare] = False if boolean else torch.finfo(mask.dtype).min
+        return torch.cat([front, mask], dim=-1)
+    if (not causal or queries == 1) and not spare:
         return None
-    seen = torch.ones(queries, keys + length, dtype=torch.bool, device=query_BHTE.device)
-    return seen.tril(diagonal=length)[None, None]
+    rows = queries if causal else 1
+    seen = torch.ones(rows, spare + length + keys, dtype=torch.bool, device=query_BHTE.device)
+    seen = seen.tril(diagonal=spare + length) if causal else seen
+    seen[:, :spare] = False
+    return seen[None, None]
 
 
 class WideMasks:
@@ -119,24 +134,27 @@ class WideMasks:
     def __init__(self) -> None:
         self.known: list[tuple] = []
 
-    def __call__(self, mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool) -> torch.Tensor | None:
+    def __call__(
+        self, mask: torch.Tensor | None, length: int, query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, causal: bool, spare: int = 0
+    ) -> torch.Tensor | None:
         """As `widen_mask`."""
-        sizes = (length, query_BHTE.shape[2], key_BGSE.shape[2], causal)
+        sizes = (length, query_BHTE.shape[2], key_BGSE.shape[2], causal, spare)
         for other, same_sizes, wide in self.known:
             if other is mask and sizes == same_sizes:
                 return wide
-        wide = widen_mask(mask, length, query_BHTE, key_BGSE, causal)
+        wide = widen_mask(mask, length, query_BHTE, key_BGSE, causal, spare)
         self.known.append((mask, sizes, wide))
         return wide
 
 
-def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values with the prefix, scaled by one gate per example, in front."""
+def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with the prefix, scaled by one gate per example, in front, and `spare` zeros before it."""
     *kv_GLE, gate = prefix
     if isinstance(gate, torch.Tensor):
         gate = gate.unsqueeze(-1)  # [B, 1, 1, 1]
     shape = (key_BGSE.shape[0], -1, -1, -1)
-    own = [part if isinstance(gate, float) and gate == 1.0 else gate * part for part in kv_GLE]
+    own = [nn.functional.pad(part, (0, 0, spare, 0)) if spare else part for part in kv_GLE]
+    own = [part if isinstance(gate, float) and gate == 1.0 else gate * part for part in own]
     keys, values = (part.to(key_BGSE.dtype).expand(shape) for part in own)
     return torch.cat([keys, key_BGSE], dim=2), torch.cat([values, value_BGSE], dim=2)
 
@@ -181,15 +199,16 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
     causal = child.site.causal if causal is None else causal
-    length = prefix[0].shape[1]
-    mask = child.widened(attention_mask, length, query, key, causal)
+    length, gate = prefix[0].shape[1], prefix[2]
+    per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
+    spare = 0 if per_token or plain is _plain_eager else spare_columns(query, key, length, kwargs.get("dropout", 0.0))
+    mask = child.widened(attention_mask, length, query, key, causal, spare)
     kwargs["is_causal"] = False  # the mask says it all
     if kwargs.get("position_bias") is not None:  # T5's, by the distance between tokens: a prefix has none
-        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))
-    gate = prefix[2]
-    if isinstance(gate, torch.Tensor) and gate.shape[1] > 1:
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (spare + length, 0))
+    if per_token:
         return _attend_per_token(plain, module, query, key, value, mask, prefix, scaling, **kwargs)
-    key, value = _join_scaled(prefix, key, value)
+    key, value = _join_scaled(prefix, key, value, spare)
     return plain(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from scaleup.prefix import ATTENTION, CHILD, PrefixBank, unipelt_sdpa, widen_mask
+from scaleup.prefix import ATTENTION, CHILD, PrefixBank, spare_columns, unipelt_sdpa, widen_mask
 
 B, T, S, H, E, L = 2, 4, 6, 4, 8, 3
 
@@ -72,6 +72,22 @@ def test_a_mask_is_widened_in_its_own_kind():
     assert (additive[..., :L] == 0).all() and (additive[..., L:] == -9).all()
     assert widen_mask(None, L, query, key, False) is None
     assert widen_mask(None, L, query[:, :, :1], key, True) is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_spare_columns_are_seen_by_nobody(causal):
+    query, key = torch.zeros(B, H, T, E), torch.zeros(B, H, T, E)
+    plain = torch.ones(T, T, dtype=torch.bool)
+    seen = plain.tril() if causal else plain
+    for mask, allowed in ((None, lambda wide: wide), (seen[None, None], lambda wide: wide), (torch.zeros(1, 1, T, T).masked_fill(~seen, -torch.inf), lambda wide: wide == 0)):
+        wide = allowed(widen_mask(mask, L, query, key, causal, spare=5)).expand(1, 1, T, -1)[0, 0]
+        assert not wide[:, :5].any() and wide[:, 5 : 5 + L].all() and torch.equal(wide[:, 5 + L :], seen)
+
+
+def test_keys_are_brought_to_a_multiple_of_16_where_torch_is_faster_so():
+    query, key = torch.zeros(B, H, T, E), torch.zeros(B, H, 128, E)
+    assert spare_columns(query, key, 10, 0.0) == 6 and spare_columns(query, key[:, :, :118], 10, 0.0) == 0
+    assert spare_columns(query, key, 10, 0.1) == spare_columns(query[:, :, :1], key, 10, 0.0) == spare_columns(query.to("meta"), key, 10, 0.0) == 0
 
 
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
