@@ -17,12 +17,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from scaleup.gate import cast_to_weight
+from scaleup.product import add_gated
 from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
 
 
 class Bottleneck(nn.Module):
-    """[..., D] → [..., D] through `size` units. Weights ~ N(0, 0.02), biases 0, as BERT initialises its own."""
+    """Down to `size` units, and up again by whoever adds the result to something. Weights ~ N(0, 0.02), biases 0, as BERT initialises its own."""
 
     def __init__(self, hidden_size: int, size: int, activation: str):
         super().__init__()
@@ -33,8 +34,9 @@ class Bottleneck(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, n: torch.Tensor) -> torch.Tensor:
-        return self.up(self.activation(self.down(cast_to_weight(n, self.down.weight))))
+    def forward(self, n_BTD: torch.Tensor) -> torch.Tensor:
+        """The units, φ(W_down n + b_down)."""
+        return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)))
 
 
 class AdapterLayer(SideLayer):
@@ -47,16 +49,13 @@ class AdapterLayer(SideLayer):
         self._tokens = (tokens,)  # in a tuple: owned by the model, not by each block
         self.running = RunningMean(tokens)
 
-    def updated(self, z_BTD: torch.Tensor, n_BTD: torch.Tensor) -> torch.Tensor | None:
-        """z + G_A · adapter(n), or None when nothing is active."""
+    def updated(self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, own: bool = False) -> torch.Tensor | None:
+        """z + G_A · adapter(n), or None when nothing is active. `own`: z is read by nobody else."""
         adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
         if adapter is None:
             return None
         g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running)["adapter"]
-        out_BTD = adapter(n_BTD)
-        if isinstance(g, float):
-            return z_BTD.add(out_BTD.to(z_BTD.dtype), alpha=g)
-        return torch.addcmul(z_BTD, out_BTD.to(z_BTD.dtype), g.to(z_BTD.dtype))
+        return add_gated(z_BTD, adapter(n_BTD), adapter.up, g, own)
 
 
 class PostNormAdapter(AdapterLayer):
@@ -68,7 +67,7 @@ class PostNormAdapter(AdapterLayer):
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
         n_BTD = self.base_layer(z_BTD)
-        updated_BTD = self.updated(z_BTD, n_BTD)
+        updated_BTD = self.updated(z_BTD, n_BTD, own=True)  # a sum that the block made for its norm
         return n_BTD if updated_BTD is None else self.base_layer(updated_BTD)
 
 

@@ -90,7 +90,10 @@ class _Watch:
             state["gate"] = out["adapter"]
 
         def note_update(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            state["update"] = state["gate"] * out
+            state["update"] = state["gate"] * module.up(out)
+
+        def keep_sum(module: nn.Module, args: tuple) -> None:
+            state["sum"] = args[0].clone()  # the update is added in place
 
         def note_sum(z_BTD: torch.Tensor) -> None:
             mask_BT = layer._tokens[0].real(z_BTD.shape[1])
@@ -98,7 +101,7 @@ class _Watch:
 
         self.handles += [gate.register_forward_hook(note_gate), bottleneck.register_forward_hook(note_update)]
         if isinstance(layer, PostNormAdapter):
-            self.handles.append(layer.register_forward_hook(lambda m, args, out: note_sum(args[0])))
+            self.handles += [layer.register_forward_pre_hook(keep_sum), layer.register_forward_hook(lambda m, args, out: note_sum(state["sum"]))]
         else:  # after our own hook on the block
             block = model.get_submodule(name.rpartition(".")[0])
             self.handles.append(block.register_forward_hook(lambda m, args, out: note_sum(out[0] if isinstance(out, tuple) else out)))

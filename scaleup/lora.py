@@ -8,13 +8,13 @@ projection computes it before it calls them.
 """
 
 import math
-import types
 from typing import Protocol
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
+from scaleup.product import add_product
 from scaleup.sites import Rows
 
 
@@ -22,20 +22,6 @@ class GateSource(Protocol):
     """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update."""
 
     def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
-
-
-def add_product(result: torch.Tensor, low_rank: torch.Tensor, lora_b: nn.Module, projection: nn.Module) -> torch.Tensor:
-    """result + lora_b(low_rank); `result` is the output of the frozen `projection`.
-
-    In place and without a product of its own where types allow: a linear layer does not need its output again, and memory traffic is what
-    this step costs. Quantised layers return views that must not be changed, and so do all linear layers under ZeRO-3: it replaces torch's.
-    """
-    plain = type(projection) is nn.Linear and type(lora_b) is nn.Linear and isinstance(nn.functional.linear, types.BuiltinFunctionType)
-    plain = plain and result.dtype == low_rank.dtype == lora_b.weight.dtype
-    if not plain or torch.is_autocast_enabled(result.device.type) or not result.is_contiguous():
-        return result + lora_b(low_rank)
-    result.flatten(0, -2).addmm_(low_rank.flatten(0, -2), lora_b.weight.t())
-    return result
 
 
 class GatedLora(LoraVariant):

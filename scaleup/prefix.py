@@ -149,14 +149,15 @@ class WideMasks:
 
 def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values with the prefix, scaled by one gate per example, in front, and `spare` zeros before it."""
-    *kv_GLE, gate = prefix
+    keys_GLE, values_GLE, gate = prefix
+    own = torch.stack([keys_GLE, values_GLE])
     if isinstance(gate, torch.Tensor):
-        gate = gate.unsqueeze(-1)  # [B, 1, 1, 1]
-    shape = (key_BGSE.shape[0], -1, -1, -1)
-    own = [nn.functional.pad(part, (0, 0, spare, 0)) if spare else part for part in kv_GLE]
-    own = [part if isinstance(gate, float) and gate == 1.0 else gate * part for part in own]
-    keys, values = (part.to(key_BGSE.dtype).expand(shape) for part in own)
-    return torch.cat([keys, key_BGSE], dim=2), torch.cat([values, value_BGSE], dim=2)
+        own = gate[:, None, None] * own  # [B, 2, G, L, E]
+    elif gate != 1.0:
+        own = gate * own
+    keys, values = (part.to(key_BGSE.dtype).expand(key_BGSE.shape[0], -1, -1, -1) for part in own.unbind(dim=-4))
+    front = [key_BGSE.new_zeros(()).expand(*key_BGSE.shape[:2], spare, key_BGSE.shape[3])] if spare else []
+    return torch.cat([*front, keys, key_BGSE], dim=2), torch.cat([*front, values, value_BGSE], dim=2)
 
 
 def _attend_per_token(

@@ -19,8 +19,9 @@ from scaleup.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
 from scaleup.attach import BANK_CHILD, BLOCK_CHILD, _child, _hook, _use_slot, use_prefix_attention
 from scaleup.attention import AttentionGates
 from scaleup.gate import ConstantGate, LearnedGate, cast_to_weight
-from scaleup.lora import FusedUpdate, GateSource, add_product
+from scaleup.lora import FusedUpdate, GateSource
 from scaleup.prefix import CHILD, WideMasks
+from scaleup.product import add_product
 from scaleup.sites import AttentionSite, BlockSite, Rows
 from scaleup.tokens import Tokens
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "scaleup"
 RANKS = [
     {"rules", "yamlfile", "int8", "quantised", "fresh"},
     {"watchdog", "tokens"},
-    {"config", "gate", "runtime", "tuner", "weights"},
+    {"config", "gate", "product", "runtime", "tuner", "weights"},
     {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},
     {"sites", "data", "sequences"},
     {"attention", "lora", "tasks"},

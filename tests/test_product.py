@@ -1,0 +1,64 @@
+"""Sums of small products: equal to the plain formula, in every way they are computed, with gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from scaleup.product import add_gated, add_product
+
+B, T, D, R = 2, 5, 16, 3
+
+
+def given(**to) -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(R, D)
+    nn.init.normal_(linear.bias)
+    return torch.randn(B, T, D).to(**to), torch.randn(B, T, R).to(**to), linear.to(**to)
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.3, "example", "token"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gated_product_equals_its_formula(gate, dtype):
+    z, narrow, linear = given(dtype=dtype)
+    gate = torch.rand(B, {"example": 1, "token": T}[gate], 1) if isinstance(gate, str) else gate
+    wanted = z.double() + (gate.double() if isinstance(gate, torch.Tensor) else gate) * linear.double()(narrow.double())
+    linear = linear.to(dtype)
+    found = add_gated(z, narrow, linear, gate, own=False)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-7 if dtype == torch.float64 else 0.06)
+    other = linear.to(torch.float32)  # another type than the wide side's: the plain way
+    found = add_gated(z, narrow.float(), other, gate, own=False)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float64 else 0.06)
+
+
+@pytest.mark.parametrize("size", [1, T], ids=["example", "token"])
+def test_gradients_are_those_of_the_formula(size):
+    z, narrow, linear = given(dtype=torch.float64)
+    leaves = [z, narrow, torch.rand(B, size, 1, dtype=torch.float64), *linear.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    wanted = torch.autograd.grad((z + leaves[2] * linear(narrow)).square().sum(), leaves)
+    found = torch.autograd.grad(add_gated(z, narrow, linear, leaves[2], own=True).square().sum(), leaves)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+
+
+def test_in_place_only_outside_of_training_and_of_what_is_ones_own():
+    z, narrow, linear = given()
+    before = z.clone()
+    add_gated(z, narrow, linear, 0.5, own=True)
+    with torch.no_grad():
+        add_gated(z, narrow, linear, 0.5, own=False)
+        assert torch.equal(z, before)
+        assert add_gated(z, narrow, linear, 0.5, own=True) is z and not torch.equal(z, before)
+
+
+def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
+    """As DeepSpeed's under ZeRO-3, which also gathers the weights: nothing may reach around it."""
+    calls, plain = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or plain(*args))
+    z, narrow, linear = given()
+    add_gated(z, narrow, linear, 0.5, own=False)
+    add_product(z, narrow, nn.Linear(R, D, bias=False), nn.Linear(D, D))
+    assert len(calls) == 2
