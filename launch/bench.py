@@ -3,6 +3,7 @@
     python launch/bench.py inference --geometry bert-base --batch 16 --length 128 --output results/bench/inference.json
     python launch/bench.py training  --geometry bert-base --batch 16 --length 32 --reference floor --output results/bench/training.json
 
+Forward passes on a CPU change hands after each layer, so that all contenders share what else happens on the machine.
 Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
 torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
 """
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -40,6 +42,56 @@ def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]
                 torch.cuda.synchronize()
             if number >= 2:  # two rounds to warm up
                 found[name].append(time.perf_counter() - began)
+    return found
+
+
+def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
+    """As `measure`, but all do their step at once and hand over after each layer: what slows the machine for a second slows everybody.
+
+    One works at a time, the others wait; only what is worked is counted. For forward passes of models with equally many layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    names, found = list(contenders), {name: [] for name in contenders}
+    turns = {name: threading.Semaphore(0) for name in names}
+    worked, began, after = dict.fromkeys(names, 0.0), {}, {}
+
+    def hand_over(name: str) -> None:
+        worked[name] += time.perf_counter() - began[name]
+        turns[after[name]].release()
+
+    def work(name: str) -> None:
+        turns[name].acquire()
+        began[name] = time.perf_counter()
+
+    def between_layers(name: str) -> None:
+        hand_over(name)
+        work(name)
+
+    def step(name: str) -> None:
+        work(name)
+        contenders[name].step()
+        hand_over(name)
+
+    layers = [(name, layer) for name in names for layer in contenders[name].model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_pre_hook(lambda module, args, name=name: between_layers(name)) for name, layer in layers]
+    for number in range(rounds + 2):
+        turn = number % len(names)
+        order = names[turn:] + names[:turn]
+        after |= dict(zip(order, order[1:] + order[:1]))
+        worked |= dict.fromkeys(names, 0.0)
+        threads = [threading.Thread(target=step, args=(name,)) for name in order]
+        for thread in threads:
+            thread.start()
+        turns[order[0]].release()
+        for thread in threads:
+            thread.join()
+        turns[order[0]].acquire()  # the last one's handing over
+        if number >= 2:
+            for name in names:
+                found[name].append(worked[name])
+    for hook in hooks:
+        hook.remove()
     return found
 
 
@@ -117,7 +169,8 @@ def main() -> int:
         return 2
     gc.collect()
     gc.disable()  # a collection would fall on whoever is running
-    seconds = measure(contenders, options.rounds, options.device)
+    in_turns = options.what == "inference" and options.device == "cpu" and options.peer is None
+    seconds = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     rows = {}
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]

@@ -17,7 +17,7 @@ from scaleup.fold import Folded
 from scaleup.weights import Weights, return_freed_memory
 
 # In the order in which they import each other; where two define the same name, the last one counts.
-SOURCES = ("tokens", "gate", "tuner", "sites", "prefix", "adapter", "attention", "lora", "attach", "standalone")
+SOURCES = ("tokens", "gate", "product", "tuner", "sites", "prefix", "adapter", "attention", "lora", "attach", "standalone")
 CODE = "modeling_unipelt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
