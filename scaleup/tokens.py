@@ -146,7 +146,8 @@ class Tokens(nn.Module):
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if cache is None:
             return
-        self.past, self.starts_BT = cache.get_seq_length(), None
+        # A number of its own: after a crop, sliding layers count in a tensor that they change in place.
+        self.past, self.starts_BT = cache.get_seq_length() + 0, None
         self.layer = next((layer for layer in cache.layers if isinstance(layer, GateTotals | StaticGateTotals)), None)
         if self.layer is None and self.slots:
             while len(cache.layers) < self.kv_layers:  # made one by one otherwise, each at its attention

@@ -135,6 +135,27 @@ def test_the_state_of_the_gates_is_cropped_with_the_cache():
     assert (whole[:, 7:] - rest).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_guessed_tokens_that_are_taken_back_leave_no_trace(family, how):
+    """Assisted decoding crops the cache; a sliding window's layers then count in a tensor that they change in place."""
+    model, given = decoder(family), {"input_ids": batch((9, 9, 9))["input_ids"][:1]}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given = {name: tensor[:, :-1] for name, tensor in given.items()}  # a prompt that ends in EOS would be over for prompt lookup
+    guess = {"assistant_model": backbone(family)} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
+    wanted = generate(model, given, use_cache=False).sequences
+    assert torch.equal(generate(model, given, **guess).sequences, wanted)
+
+
+def test_a_conversation_goes_on_with_the_cache_of_its_last_turn():
+    model, given = decoder("llama"), prompt(decoder("llama"))
+    wanted = generate(model, given, use_cache=False).sequences
+    first = generate(model, given, max_new_tokens=3, min_new_tokens=3)
+    mask = torch.cat([given["attention_mask"], torch.ones(len(wanted), 3, dtype=torch.long)], dim=1)
+    then = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values}
+    assert torch.equal(generate(model, then, max_new_tokens=NEW - 3, min_new_tokens=NEW - 3).sequences, wanted)
+
+
 def test_a_cache_without_the_gates_past_is_refused():
     model = decoder("llama")
     ids = batch((9, 9, 9))["input_ids"]
