@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--ragged", action="store_true", help="half of all tokens are padding")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="*", default=[], help="training: these contenders")
+    parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: bare, full fine-tuning)")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -156,7 +156,7 @@ def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given = bench.batch(options.batch, options.length, options.ragged, bench.GEOMETRIES[options.geometry]().vocab_size)
-    contenders = bench.inference(options.geometry, given, options.device) if options.what == "inference" else bench.training(options.geometry, given, options.device, options.only)
+    contenders = {"inference": bench.inference, "training": bench.training}[options.what](options.geometry, given, options.device, options.only)
     if options.peer is not None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             file = f"{folder}/batch.pt"

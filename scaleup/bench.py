@@ -92,6 +92,15 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
     return model
 
 
+def _biases(base: PreTrainedModel) -> nn.Module:
+    model = _with_head(_copy(base))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data = parameter.data.clone()  # the others share it
+            parameter.requires_grad = True
+    return model
+
+
 def _floor(base: PreTrainedModel) -> nn.Module:
     model = _with_head(_copy(base))
 
@@ -120,12 +129,16 @@ def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> Pre
     return AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
 
 
-def inference(geometry: str, given: dict[str, torch.Tensor], device: str) -> dict[str, Contender]:
-    """One forward pass: the bare backbone, APL with its gates (prefix collapsed), NoGate, and APL merged."""
+def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str]) -> dict[str, Contender]:
+    """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
     base, inputs = backbone(geometry).eval(), {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
-    models = {"bare": base, "APL dynamic": _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **FLAT)), "NoGate": _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **UNIPELT["NoGate"]))}
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        models["APL merged"] = merged(base, models["APL dynamic"], pathlib.Path(folder))
+    models = {"bare": base}
+    for name, config in UNIPELT.items():
+        if "MLP" not in name and (not only or name in only or name == "APL"):
+            models[name] = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config))
+    if not only or "APL merged" in only:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            models["APL merged"] = merged(base, models["APL"], pathlib.Path(folder))
 
     def step(model: nn.Module) -> Callable[[], object]:
         model.to(device).eval()
@@ -140,12 +153,13 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str) -> dic
 
 
 def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str]) -> dict[str, Contender]:
-    """One step of AdamW: full fine-tuning, the floor, PEFT's LoRA, BitFit-like biases left out, and each of our methods."""
+    """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
     base, inputs = backbone(geometry), {name: tensor.to(device) for name, tensor in given.items()}
     targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
     makers: dict[str, Callable[[], nn.Module]] = {
         "full fine-tuning": lambda: copy.deepcopy(base),
         "floor": lambda: _floor(base),
+        "BitFit": lambda: _biases(base),
         "PEFT LoRA": lambda: _adapted(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)),
     } | {name: lambda config=config: _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config)) for name, config in UNIPELT.items()}
 

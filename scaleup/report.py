@@ -25,8 +25,8 @@ BENCH = "results/bench"  # need not be there
 GEOMETRY = "bert-base"  # of the benchmark whose times stand in table 4
 # launch/bench.py's contenders → methods. A model that was fine-tuned as a whole runs as the bare backbone does.
 BENCHED = {
-    "full fine-tuning": "full", "bare": "full", "bitfit": "bitfit", "adapter": "adapter", "prefix": "prefix", "lora": "lora", "AP": "ap",
-    "APL": "apl", "APL dynamic": "apl", "NoGate": "apl_nogate",
+    "full fine-tuning": "full", "bare": "full", "BitFit": "bitfit", "adapter": "adapter", "prefix": "prefix", "lora": "lora", "AP": "ap",
+    "APL": "apl", "NoGate": "apl_nogate",
 }  # fmt: skip
 
 
