@@ -39,7 +39,7 @@ quickstart: venv
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
 
 test: venv
-	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile
+	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=30
 
 sweep: venv
 	@"$(VENV)/bin/python" launch/quickstart_assets.py
