@@ -26,6 +26,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# One arena that keeps what it has: glibc otherwise gives large tensors back to the system and fetches them again, page by page, whenever its
+# heuristics of the moment say so, which falls on contenders at random (up to a tenth of a forward pass).
+STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_TOP_PAD_": "268435456"}
+
+
 def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step by contender; the order turns round by round, so that nobody always follows the same one."""
     import torch
@@ -192,4 +197,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if not STEADY.keys() <= os.environ.keys():  # read by the C library when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], STEADY | os.environ)
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Contenders of the speed benchmark: one geometry, random weights, every method as its users run it.
 
-All share the frozen weights of one backbone; full fine-tuning has its own. A contender is a function that does one step. `floor` is what any
+In training all share the frozen weights of one backbone, and full fine-tuning has its own; at inference each has its own. A contender is a function that does one step. `floor` is what any
 method pays that trains inside a frozen backbone: gradients go through all activations and to no weight of it.
 
 Shapes: B examples, T tokens.
@@ -141,6 +141,8 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
             models["APL merged"] = merged(base, models["APL"], pathlib.Path(folder))
 
     def step(model: nn.Module) -> Callable[[], object]:
+        for parameter in model.parameters():  # each its own weights: who shares them would find them in the cache after another's turn
+            parameter.data = parameter.data.to(device, copy=True)
         model.to(device).eval()
 
         def run() -> torch.Tensor:
