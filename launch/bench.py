@@ -2,6 +2,8 @@
 
     python launch/bench.py inference --geometry bert-base --batch 16 --length 128 --output results/bench/inference.json
     python launch/bench.py training  --geometry bert-base --batch 16 --length 32 --reference floor --output results/bench/training.json
+    python launch/bench.py ragged    --texts cola ../shared/data/glue quickstart/model     examples of many lengths: padding and length groups
+    python launch/bench.py memory    --geometry bart-large                                 peak of a training step, in fresh processes
 
 Forward passes on a CPU change hands after each layer, so that all contenders share what else happens on the machine.
 Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
@@ -12,9 +14,11 @@ import argparse
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -137,59 +141,131 @@ def counted(contender) -> dict[str, int]:
     return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": calls.calls}
 
 
-def main() -> int:
-    """Command line; the exit code."""
+def arguments() -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=("inference", "training"))
+    parser.add_argument("what", choices=("inference", "training", "ragged", "memory"))
     parser.add_argument("--geometry", choices=("bert-base", "bart-large"), default="bert-base")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--ragged", action="store_true", help="half of all tokens are padding")
+    parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")
+    parser.add_argument("--texts", nargs=3, metavar=("TASK", "DATA", "TOKENIZER"), help="ragged: lengths of a GLUE task's texts (default: half padding)")
+    parser.add_argument("--examples", type=int, default=128, help="ragged: how many (default 128)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
-    parser.add_argument("--reference", help="contender to divide by (default: bare, full fine-tuning)")
+    parser.add_argument("--reference", help="contender to divide by (default: the first)")
+    parser.add_argument("--compile", action="store_true", help="inference, training: each model through torch.compile")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
+    used = {"only": ("inference", "training", "memory"), "ragged": ("inference", "training"), "texts": ("ragged",), "compile": ("inference", "training"), "peer": ("inference", "training")}
+    idle = [f"--{name}" for name, by in used.items() if getattr(options, name) and options.what not in by]
+    if idle:
+        parser.error(f"{', '.join(idle)} would have no effect on {options.what}; leave it out")
+    return options
 
-    import torch
-    from transformers.utils import logging
 
+def text_lengths(task: str, data: str, tokenizer: str, count: int, most: int) -> list[int]:
+    """Tokens of the first `count` training texts, as a run with data.max_length=`most` would cut them."""
+    from transformers import AutoTokenizer
+
+    from scaleup import config
+    from scaleup import data as texts
+
+    settings = config.DataSettings(path=data, name=task, max_length=most, k=2 * count)
+    return texts.tokenize(texts.load(settings), AutoTokenizer.from_pretrained(tokenizer), settings).train["length"][:count]
+
+
+def timed(options: argparse.Namespace) -> dict[str, dict]:
+    """A row for each contender. Raises ValueError for a reference that does not take part."""
     from scaleup import bench
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    given = bench.batch(options.batch, options.length, options.ragged, bench.GEOMETRIES[options.geometry]().vocab_size)
-    contenders = {"inference": bench.inference, "training": bench.training}[options.what](options.geometry, given, options.device, options.only)
+    size, length, vocabulary = options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size
+    if options.what == "ragged":
+        lengths = text_lengths(*options.texts, options.examples, length) if options.texts else bench.half_padding(size, length) * (options.examples // size)
+        contenders = bench.ragged(options.geometry, random.Random(0).sample(lengths, len(lengths)), size, length, options.device)
+    else:
+        given = bench.batch(bench.half_padding(size, length) if options.ragged else [length] * size, length, vocabulary)
+        make = {"inference": bench.inference, "training": bench.training}[options.what]
+        contenders = make(options.geometry, given, options.device, options.only, options.compile)
     if options.peer is not None:
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            file = f"{folder}/batch.pt"
-            torch.save(given, file)
-            peer = Peer(options.peer, options.what, options.geometry, file)
-        contenders |= {name: bench.Contender(functools.partial(peer.step, name), trained, None) for name, trained in peer.trained.items()}
+        contenders |= peers(options, given)
     reference = options.reference or next(iter(contenders))
     if reference not in contenders:
-        print(f"error: --reference: {reference} is none of {', '.join(contenders)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--reference: {reference} is none of {', '.join(contenders)}")
     gc.collect()
     gc.disable()  # a collection would fall on whoever is running
-    in_turns = options.what == "inference" and options.device == "cpu" and options.peer is None
+    in_turns = options.what == "inference" and options.device == "cpu" and options.peer is None and not options.compile
     seconds = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     rows = {}
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(min(times) / min(seconds[reference]), 4), "milliseconds": round(1000 * statistics.median(times), 2),
-                      "trained": contenders[name].trained} | (counted(contenders[name]) if contenders[name].model is not None else {})  # fmt: skip
+        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(min(times) / min(seconds[reference]), 4)}
+        rows[name] |= {"milliseconds": round(1000 * statistics.median(times), 2), "trained": contenders[name].trained}
+        if contenders[name].model is not None and not options.compile:
+            rows[name] |= counted(contenders[name])
+    return rows
+
+
+def peers(options: argparse.Namespace, given: dict) -> dict:
+    """The contenders of launch/bench_peer.py."""
+    import torch
+
+    from scaleup import bench
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        file = f"{folder}/batch.pt"
+        torch.save(given, file)
+        peer = Peer(options.peer, options.what, options.geometry, file)
+    return {name: bench.Contender(functools.partial(peer.step, name), trained, None) for name, trained in peer.trained.items()}
+
+
+def remembered(options: argparse.Namespace) -> dict[str, dict]:
+    """Memory of each contender, in a fresh process each, over the first one's."""
+    from scaleup import bench
+
+    given = bench.batch([options.length] * options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size)
+    rows = {}
+    for name in options.only or bench.MEMORY:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows[name] = pool.apply(bench.memory, (name, options.geometry, given, options.device))
+        rows[name] = {"ratio": round(rows[name]["peak"] / next(iter(rows.values()))["peak"], 4)} | rows[name]
+    return rows
+
+
+def shown(name: str, row: dict, width: int) -> str:
+    """A line of the screen."""
+    if "peak" in row:
+        return f"{name:<{width}}  {row['ratio']:.3f}  peak {row['peak'] / 2**20:8.0f} MiB  between steps {row['rest'] / 2**20:8.0f} MiB  {row['trained']:>12,} trained"
+    inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
+    low, high = row["quartiles"]
+    return f"{name:<{width}}  {row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained"
+
+
+def main() -> int:
+    """Command line; the exit code."""
+    options = arguments()
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        rows = remembered(options) if options.what == "memory" else timed(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    reference = options.reference or next(iter(rows))
     asked = {key: value for key, value in vars(options).items() if key not in ("output", "only")} | {"reference": reference}
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
+    print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' half padding' if options.ragged else ''}, "
+          f"{options.rounds} rounds, {machine['threads']} threads; over {reference}")  # fmt: skip
     width = max(map(len, rows))
-    print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' ragged' if options.ragged else ''}, {options.rounds} rounds, {machine['threads']} threads; times over {reference}")
     for name, row in rows.items():
-        inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
-        print(f"{name:<{width}}  {row['ratio']:.3f}  [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained")
+        print(shown(name, row, width))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")

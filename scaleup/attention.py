@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scaleup.prefix import Prefix, PrefixBank, SoftmaxPrefix
+from scaleup.product import narrow_products
 from scaleup.sites import ENCODER_ARGUMENTS, AttentionSite
 from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
@@ -28,11 +29,14 @@ class AttentionGates(SideLayer):
         self.watches_query = False
         self._tokens, self._bank = (tokens,), (bank,)  # in tuples: owned by the model, not by each attention
         self.running = RunningMean(tokens)
+        self._down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
         self._clear()
 
     def _clear(self) -> None:
         self._prefix: Prefix | None = None
         self._lora: dict[str, torch.Tensor | float] = {}
+        self._h_BTD: torch.Tensor | None = None
+        self._narrow: dict[str, torch.Tensor] = {}  # A h of LoRA, by projection
         self._states: torch.Tensor | None = None  # of the encoder
         self._dropout = 0.0
         self._softmax: SoftmaxPrefix | None = None
@@ -41,13 +45,30 @@ class AttentionGates(SideLayer):
         """A second adapter may be the first one with a prefix."""
         self._bank = (bank or self._bank[0],)
 
+    def lend(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None:
+        """A of the projection's LoRA, and the dropout before it: where it reads what the gates read, one product makes both."""
+        if not self.site.cross or projection == "query":
+            self._down[projection] = (lora_a, dropout)
+
+    def _products(self, gate: nn.Module, h_BTD: torch.Tensor) -> torch.Tensor | None:
+        """W h of the gates [B, T, N], if one product made it and those of LoRA."""
+        found = {name: (self.active(lora_a), self.active(dropout)) for name, (lora_a, dropout) in self._down.items()}
+        ready = all(lora_a is not None and (dropout is None or isinstance(dropout, nn.Identity) or not dropout.training) for lora_a, dropout in found.values())
+        if not found or not ready or not isinstance(gate, nn.Linear):
+            return None
+        products = narrow_products(h_BTD, [*(lora_a for lora_a, _ in found.values()), gate])
+        if products is None:
+            return None
+        self._h_BTD, self._narrow = h_BTD, dict(zip(found, products))
+        return products[-1]
+
     def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the attention. Raises ValueError where gradients would be lost."""
         gate = self.active(self.unipelt_gate)
         if gate is None:
             return
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running)
+        gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running, wh_BTN=self._products(gate, h_BTD))
         if self.site.softmax_scale is not None and attention.training:
             self._dropout = attention.dropout.p
         if "lora" in gates:
@@ -86,6 +107,10 @@ class AttentionGates(SideLayer):
             pooling = "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
             self._lora[projection] = gate(self._states, self._tokens[0].encoder_mask_BS, pooling)["lora"]
         return self._lora[projection]
+
+    def lora_product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
+        """A x [B, T, r] if x is what the attention was called with and the product is there."""
+        return self._narrow.get(projection) if x_BTD is self._h_BTD else None
 
     def after_query(self, projection: nn.Module, args: tuple, query_BTD: torch.Tensor) -> None:
         """Forward hook of the query projection where a prefix enters through the softmax: from here on softmax is ours.

@@ -8,17 +8,21 @@ Shapes: B examples, T tokens.
 
 import copy
 import dataclasses
+import gc
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForSequenceClassification, BartConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from scaleup import fold, ship
-from scaleup.backbone import empty_model, head_names
+from scaleup.backbone import empty_model, head_names, load_model
+from scaleup.config import ModelSettings
+from scaleup.loop import EpochOrder
 from scaleup.sites import find_sites
 from scaleup.unipelt import UniPeltConfig
 
@@ -57,17 +61,20 @@ def backbone(geometry: str) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
 
 
-def batch(size: int, length: int, ragged: bool, vocabulary: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens [B, T], each example closed by EOS; `ragged`: lengths from an eighth to the whole, half of all tokens padding."""
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.linspace(length / 8, 7 * length / 8, size).round().long() if ragged else torch.full((size,), length)
-    if ragged:
-        lengths[-1] = length
-    input_ids = torch.randint(5, vocabulary, (size, length), generator=draw)
-    mask = (torch.arange(length) < lengths[:, None]).long()
+def batch(lengths: list[int], width: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Random tokens [B, T], T = `width`; each example closed by EOS, padding behind it."""
+    draw = torch.Generator().manual_seed(0)
+    ends_B = torch.tensor(lengths)
+    input_ids = torch.randint(5, vocabulary, (len(lengths), width), generator=draw)
+    mask = (torch.arange(width) < ends_B[:, None]).long()
     input_ids = input_ids * mask + (1 - mask)
-    input_ids[torch.arange(size), lengths - 1] = EOS
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": torch.randint(0, 2, (size,), generator=draw)}
+    input_ids[torch.arange(len(lengths)), ends_B - 1] = EOS
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": torch.randint(0, 2, (len(lengths),), generator=draw)}
+
+
+def half_padding(count: int, length: int) -> list[int]:
+    """Lengths from an eighth of `length` to all of it: half of all tokens are padding."""
+    return [round(length / 8 + 3 * length / 4 * i / max(1, count - 2)) for i in range(count - 1)] + [length]
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -129,7 +136,7 @@ def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> Pre
     return AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
 
 
-def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str]) -> dict[str, Contender]:
+def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False) -> dict[str, Contender]:
     """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
     base, inputs = backbone(geometry).eval(), {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
     models = {"bare": base}
@@ -144,19 +151,40 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
         for parameter in model.parameters():  # each its own weights: who shares them would find them in the cache after another's turn
             parameter.data = parameter.data.to(device, copy=True)
         model.to(device).eval()
+        called = torch.compile(model) if compiled else model
 
         def run() -> torch.Tensor:
             with torch.inference_mode():
-                return model(**inputs).logits
+                return called(**inputs).logits
 
         return run
 
     return {name: Contender(step(model), 0, model) for name, model in models.items()}
 
 
-def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str]) -> dict[str, Contender]:
+def _training_step(model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: bool = False) -> Callable[[], object]:
+    """A step of AdamW on each batch."""
+    model.to(device).train()
+    called = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    given = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in batches]
+
+    def run() -> None:
+        for inputs in given:
+            called(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _contender(model: nn.Module, step: Callable[[], object]) -> Contender:
+    return Contender(step, sum(p.numel() for p in model.parameters() if p.requires_grad), model)
+
+
+def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False) -> dict[str, Contender]:
     """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
-    base, inputs = backbone(geometry), {name: tensor.to(device) for name, tensor in given.items()}
+    base = backbone(geometry)
     targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
     makers: dict[str, Callable[[], nn.Module]] = {
         "full fine-tuning": lambda: copy.deepcopy(base),
@@ -165,22 +193,78 @@ def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: l
         "PEFT LoRA": lambda: _adapted(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)),
     } | {name: lambda config=config: _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config)) for name, config in UNIPELT.items()}
 
-    def step(model: nn.Module) -> Callable[[], object]:
-        model.to(device).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    models = {name: make() for name, make in makers.items() if not only or name in only}
+    return {name: _contender(model, _training_step(model, [given], device, compiled)) for name, model in models.items()}
 
-        def run() -> float:
-            loss = model(**inputs).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
 
-        return run
+def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str) -> dict[str, Contender]:
+    """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
+    (`train.group_by_length`)."""
+    base, count = backbone(geometry), len(lengths)
+    grouped = list(EpochOrder(count, 0, lambda: 0, lengths, size))
+    orders = {f"padded to {width}": (range(count), width), "padded to the longest": (range(count), None), "length groups": (grouped, None)}
 
-    found = {}
-    for name, make in makers.items():
-        if not only or name in only:
-            model = make()
-            found[name] = Contender(step(model), sum(p.numel() for p in model.parameters() if p.requires_grad), model)
-    return found
+    def batches(order: Sequence[int], fixed: int | None) -> list[dict[str, torch.Tensor]]:
+        parts = [[lengths[i] for i in order[first : first + size]] for first in range(0, count, size)]
+        return [batch(part, fixed or max(part), base.config.vocab_size) for part in parts]
+
+    def contender(order: Sequence[int], fixed: int | None) -> Contender:
+        model = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **FLAT))
+        return _contender(model, _training_step(model, batches(order, fixed), device))
+
+    return {name: contender(*how) for name, how in orders.items()}
+
+
+# name → (trained as a whole, frozen weights, gradient checkpointing)
+MEMORY = {
+    "full fine-tuning": (True, "none", False), "full fine-tuning, checkpointing": (True, "none", True),
+    "APL": (False, "none", False), "APL, checkpointing": (False, "none", True),
+    "APL, 8 bit": (False, "8bit", False), "APL, 8 bit, checkpointing": (False, "8bit", True),
+}  # fmt: skip
+
+
+def live_bytes() -> int:
+    """Of all tensors on the CPU."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Most bytes that the CPU allocator handed out while `run` ran, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    level = peak = 0
+    for _, size in events:
+        level += size
+        peak = max(peak, level)
+    return peak
+
+
+def memory(name: str, geometry: str, given: dict[str, torch.Tensor], device: str) -> dict[str, int]:
+    """Bytes of one of MEMORY: `rest` between steps (weights, optimizer), `peak` during the second step. In a process of its own."""
+    whole, quantization, checkpointing = MEMORY[name]
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        base = backbone(geometry)
+        if quantization != "none":  # quantised while they are loaded
+            base.save_pretrained(folder)
+            settings = ModelSettings(name=folder, quantization=quantization)
+            base, _ = load_model(settings, base.config, AutoModelForSequenceClassification, torch.float32, torch.device(device))
+    model = base if whole else get_peft_model(base, UniPeltConfig(task_type="SEQ_CLS"))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    contender = _contender(model, _training_step(model, [given], device))
+    contender.step()
+    if device == "cuda":
+        rest = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contender.step()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        rest = live_bytes()
+        peak = rest + allocated_peak(contender.step)
+    return {"rest": rest, "peak": peak, "trained": contender.trained}

@@ -152,7 +152,9 @@ class _Frozen(ConstantGate):
         super().__init__(values)
         self.of_values = of_values
 
-    def forward(self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: str | None = None, running: object = None) -> dict[str, float]:
+    def forward(
+        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: str | None = None, running: object = None, wh_BTN: torch.Tensor | None = None
+    ) -> dict[str, float]:
         return self.values if pooling is None else {"lora": self.of_values}
 
 

@@ -13,6 +13,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from scaleup.product import narrow_products
 from scaleup.tokens import RunningMean, real_and_count, running_totals, shares
 
 Pooling = str  # "paper" | "masked" | "causal"
@@ -90,11 +91,17 @@ class LearnedGate(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None
-    ) -> dict[str, torch.Tensor]:
-        """`pooling`: another than the gate's own, for tokens of another kind. `running`: a running mean that knows earlier tokens."""
+        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None,
+        wh_BTN: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """`pooling`: another than the gate's own, for tokens of another kind. `running`: a running mean that knows earlier tokens.
+        `wh_BTN`: W h, by those who made it together with other products of h."""
+        if wh_BTN is None:
+            alone = narrow_products(h_BTD, [self])
+            wh_BTN = None if alone is None else alone[0]
+        logits_BTN = super().forward(cast_to_weight(h_BTD, self.weight)) if wh_BTN is None else wh_BTN + self.bias
         # float32 from here on: a mean over many tokens in bfloat16 would lose the gate's third digit.
-        g_BTN = torch.sigmoid(super().forward(cast_to_weight(h_BTD, self.weight)).float())
+        g_BTN = torch.sigmoid(logits_BTN.float())
         kind = pooling or self.pooling
         if running is not None and kind != "causal":
             running.refuse_cache()
@@ -116,8 +123,9 @@ class ConstantGate(nn.Module):
         self.values = dict(values)
 
     def forward(
-        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None
-    ) -> dict[str, float]:
+        self, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None, pooling: Pooling | None = None, running: RunningMean | None = None,
+        wh_BTN: torch.Tensor | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         return self.values
 
 

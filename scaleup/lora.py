@@ -19,9 +19,14 @@ from scaleup.sites import Rows
 
 
 class GateSource(Protocol):
-    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update."""
+    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update; and A x, if it made it with the
+    gates, from what it was lent."""
 
     def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
+
+    def lora_product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None: ...
+
+    def lend(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None: ...
 
 
 class GatedLora(LoraVariant):
@@ -37,7 +42,9 @@ class GatedLora(LoraVariant):
         if gate is None:
             return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        return add_product(result, gate * lora_a(module.lora_dropout[active_adapter](x)), lora_b, module.get_base_layer())
+        narrow = self.source.lora_product(self.projection, x)
+        narrow = lora_a(module.lora_dropout[active_adapter](x)) if narrow is None else narrow
+        return add_product(result, gate * narrow, lora_b, module.get_base_layer())
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -85,10 +92,11 @@ def attach_fused(projection: nn.Module, adapter_name: str, source: GateSource, r
     nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))  # as PEFT's
     projection.lora_A[adapter_name], projection.lora_B[adapter_name] = lora_a, FusedUpdate(rank, rows)
     projection._move_adapter_to_device_of_base_layer(adapter_name)
-    projection.lora_variant[adapter_name] = GatedLora(source, "query")
+    attach(projection, adapter_name, source, "query")
 
 
 def attach(projection: nn.Module, adapter_name: str, source: GateSource, role: str) -> None:
     """Puts the gate on a projection that PEFT has turned into a LoRA layer."""
     assert isinstance(projection, LoraLayer), type(projection)
     projection.lora_variant[adapter_name] = GatedLora(source, role)
+    source.lend(role, projection.lora_A, projection.lora_dropout)

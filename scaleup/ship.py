@@ -16,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from scaleup.fold import Folded
 from scaleup.weights import Weights, return_freed_memory
 
-# In the order in which they import each other; where two define the same name, the last one counts.
-SOURCES = ("tokens", "gate", "product", "tuner", "sites", "prefix", "adapter", "attention", "lora", "attach", "standalone")
 CODE = "modeling_unipelt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -71,6 +69,18 @@ class _WithoutTypes(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
+    """Text of the module and of those of scaleup that it imports, in the order in which they import each other."""
+    text = pathlib.Path(importlib.util.find_spec(f"scaleup.{name}").origin).read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "scaleup":
+            for other in [alias.name for alias in node.names] if node.module == "scaleup" else [node.module.split(".")[1]]:
+                if other not in found:
+                    _sources(other, found)
+    found[name] = text
+    return found
+
+
 def _names(node: ast.stmt) -> set[str]:
     plain = _WithoutTypes().visit(ast.parse(ast.unparse(node)))
     return {name.id for name in ast.walk(plain) if isinstance(name, ast.Name)}
@@ -89,8 +99,7 @@ def modelling_code(model: PreTrainedModel, learned: bool, version: str) -> str:
     names = {"tokens_of": "_tokens" if learned else "all_real", "gate_of": "learned_gate" if learned else "constant_gate"}
     defined: dict[str, tuple[int, int, ast.stmt, list[str]]] = {}
     imports: dict[str, str] = {}
-    for rank, name in enumerate(SOURCES):
-        text = pathlib.Path(importlib.util.find_spec(f"scaleup.{name}").origin).read_text(encoding="utf-8")
+    for rank, text in enumerate(_sources("standalone", {}).values()):
         for node in ast.parse(text).body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not (getattr(node, "module", None) or "").startswith("scaleup"):
                 for alias in node.names:

@@ -70,14 +70,16 @@ class LoraUpdate(nn.Module):
         else:
             self.lora_A, self.lora_B = nn.Linear(source.site.hidden_size, 2 * rank, bias=False), FusedUpdate(rank, rows)
         self._source, self.role = (source,), role
+        source.lend(role, self.lora_A, None)
 
     def after_projection(self, projection: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the projection."""
         gate = self._source[0].lora_gate(self.role)
         if gate is None:
             return output
-        low_rank = self.lora_A(cast_to_weight(args[0], self.lora_A.weight))
-        return add_product(output, gate * low_rank, self.lora_B, projection).to(output.dtype)
+        narrow = self._source[0].lora_product(self.role, args[0])
+        narrow = self.lora_A(cast_to_weight(args[0], self.lora_A.weight)) if narrow is None else narrow
+        return add_product(output, gate * narrow, self.lora_B, projection).to(output.dtype)
 
 
 class AllReal:

@@ -6,42 +6,18 @@ Writes OUT.<rank>.json: `rest`, bytes of all live tensors before the third step;
 CPU allocator's own record.
 """
 
-import gc
 import json
 import os
 import pathlib
 import sys
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from scaleup import config, runtime, train  # noqa: E402 (the checkout need not be installed)
+from scaleup.bench import allocated_peak, live_bytes  # noqa: E402
 
 
 class Enough(Exception):
     pass
-
-
-def live_bytes() -> int:
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def allocated_peak(run) -> int:
-    """Most bytes that the CPU allocator handed out while `run` ran, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
-    level = peak = 0
-    for _, size in events:
-        level += size
-        peak = max(peak, level)
-    return peak
 
 
 def main() -> None:

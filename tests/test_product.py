@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaleup.product import add_gated, add_product
+from scaleup.product import add_gated, add_product, narrow_products
 
 B, T, D, R = 2, 5, 16, 3
 
@@ -51,7 +51,44 @@ def test_in_place_only_outside_of_training_and_of_what_is_ones_own():
     with torch.no_grad():
         add_gated(z, narrow, linear, 0.5, own=False)
         assert torch.equal(z, before)
-        assert add_gated(z, narrow, linear, 0.5, own=True) is z and not torch.equal(z, before)
+        assert add_gated(z, narrow, linear, 0.5, own=True).data_ptr() == z.data_ptr() and not torch.equal(z, before)
+
+
+def test_a_product_is_added_to_a_frozen_layers_output_with_the_gradients_of_the_formula():
+    z, narrow, linear = given(dtype=torch.float64)
+    frozen = nn.Linear(D, D).double().requires_grad_(False)
+    leaves = [z, narrow, linear.weight]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    wanted = torch.autograd.grad((frozen(z) + narrow @ linear.weight.t()).square().sum(), leaves)
+    output = frozen(z)
+    found = add_product(output, narrow, linear, frozen)
+    assert found.data_ptr() == output.data_ptr()
+    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), wanted):
+        torch.testing.assert_close(one, other)
+
+
+def test_whoever_needs_what_was_written_over_is_told():
+    z, narrow, linear = given()
+    output = nn.Linear(D, D)(z)
+    kept = output.square()
+    add_product(output, narrow, linear, nn.Linear(D, D))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_products_of_one_input_are_made_together_with_the_gradients_of_each():
+    x, _, _ = given(dtype=torch.float64)
+    linears = [nn.Linear(D, rows).double() for rows in (3, 2, 1)]
+    leaves = [x.requires_grad_(), *(linear.weight for linear in linears)]
+    wanted = [x @ linear.weight.t() for linear in linears]
+    found = narrow_products(x, linears)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+    wanted, found = (torch.autograd.grad(sum((1 + i) * part.square().sum() for i, part in enumerate(parts)), leaves) for parts in (wanted, found))
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+    assert narrow_products(x.float(), linears) is None  # types must be one
 
 
 def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
@@ -62,3 +99,4 @@ def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
     add_gated(z, narrow, linear, 0.5, own=False)
     add_product(z, narrow, nn.Linear(R, D, bias=False), nn.Linear(D, D))
     assert len(calls) == 2
+    assert narrow_products(z, [nn.Linear(D, R)]) is None

@@ -1,0 +1,131 @@
+"""The benchmark's own workings: whose turn it is, what a batch holds, what peaks are, and the script as a user starts it."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from scaleup import bench
+
+SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "launch" / "bench.py"
+TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, hidden_dropout_prob=0.0,
+                  attention_probs_dropout_prob=0.0, num_labels=2)  # fmt: skip
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("launch_bench", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench.GEOMETRIES, "bert-base", lambda: TINY)
+    return "bert-base"
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, seconds: float, say):
+        super().__init__()
+        self.seconds, self.say = seconds, say
+
+    def forward(self, x):
+        self.say()
+        time.sleep(self.seconds)
+        return x
+
+
+def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts(script):
+    said, contenders = [], {}
+    for name, seconds in {"quick": 0.01, "slow": 0.03}.items():
+        model = nn.Sequential(*[Layer(seconds, lambda name=name: said.append(name)) for _ in range(2)])
+        contenders[name] = bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model)
+    found = script.measure_in_turns(contenders, 2)
+    assert said == ["quick", "slow"] * 2 + ["slow", "quick"] * 2 + ["quick", "slow"] * 2 + ["slow", "quick"] * 2
+    assert [len(times) for times in found.values()] == [2, 2]
+    assert all(0.02 <= seconds < 0.04 for seconds in found["quick"]) and all(0.06 <= seconds < 0.1 for seconds in found["slow"])
+    assert not contenders["quick"].model[0]._forward_pre_hooks
+
+
+def test_the_order_of_whole_steps_turns_round_by_round(script):
+    said = []
+    contenders = {name: bench.Contender(lambda name=name: said.append(name), 0, None) for name in "abc"}
+    assert {name: len(times) for name, times in script.measure(contenders, 1, "cpu").items()} == {"a": 1, "b": 1, "c": 1}
+    assert "".join(said) == "abcbcacab"
+
+
+def test_half_padding_is_half():
+    lengths = bench.half_padding(16, 128)
+    assert len(lengths) == 16 and lengths[-1] == 128 and 0.45 < sum(lengths) / (16 * 128) < 0.55
+    given = bench.batch(lengths, 128, 50)
+    assert given["attention_mask"].sum(1).tolist() == lengths
+    assert (given["input_ids"][range(16), [n - 1 for n in lengths]] == bench.EOS).all() and (given["input_ids"][given["attention_mask"] == 0] == 1).all()
+
+
+def test_every_contender_of_training_does_a_step_and_trains_what_it_should(tiny):
+    found = bench.training(tiny, bench.batch([6] * 4, 6, 50), "cpu", [])
+    assert {"full fine-tuning", "floor", "BitFit", "PEFT LoRA", *bench.UNIPELT} == set(found)
+    for contender in found.values():
+        before = [p.detach().clone() for p in contender.model.parameters() if p.requires_grad]
+        contender.step()
+        assert sum(not torch.equal(a, b) for a, b in zip(before, (p for p in contender.model.parameters() if p.requires_grad))) > 0.7 * len(before)
+    frozen = {p.data_ptr() for p in found["floor"].model.parameters() if not p.requires_grad}
+    assert frozen & {p.data_ptr() for p in found["APL"].model.parameters()} and not frozen & {p.data_ptr() for p in found["full fine-tuning"].model.parameters()}
+
+
+def test_contenders_of_inference_have_their_own_weights_and_merged_is_what_an_export_writes(tiny):
+    found = bench.inference(tiny, bench.batch([6] * 4, 6, 50), "cpu", ["bare", "APL merged"])
+    assert list(found) == ["bare", "APL", "APL merged"]
+    addresses = [{p.data_ptr() for p in contender.model.parameters()} for contender in found.values()]
+    assert not addresses[0] & addresses[1] and not addresses[0] & addresses[2]
+    assert all(contender.step().shape == (4, 2) for contender in found.values())
+    assert (found["APL merged"].step() - found["bare"].step()).abs().max() > 1e-6
+
+
+def test_length_groups_see_the_same_tokens_in_narrower_batches(tiny):
+    lengths = [3, 12] * 8
+    found = bench.ragged(tiny, lengths, 4, 12, "cpu")
+    seen = {}
+    for name, contender in found.items():
+        shapes = seen[name] = []
+        contender.model.register_forward_pre_hook(lambda module, args, kwargs, shapes=shapes: shapes.append(kwargs["attention_mask"]), with_kwargs=True)
+        contender.step()
+    assert {int(sum(mask.sum() for mask in masks)) for masks in seen.values()} == {sum(lengths)}
+    width = {name: sum(mask.numel() for mask in masks) for name, masks in seen.items()}
+    assert width["padded to 12"] == width["padded to the longest"] == 16 * 12 > width["length groups"]
+
+
+def test_memory_counts_gradients_and_optimizer_of_what_is_trained(tiny):
+    given = bench.batch([6] * 4, 6, 50)
+    full, own = (bench.memory(name, tiny, given, "cpu") for name in ("full fine-tuning", "APL"))
+    state, weights = 8 * full["trained"], 4 * full["trained"]
+    assert full["rest"] >= weights + state and full["peak"] >= full["rest"] + weights
+    assert own["peak"] - own["rest"] >= 4 * own["trained"]
+
+
+def test_the_script_writes_ratios_over_its_reference(tmp_path):
+    out = tmp_path / "deep" / "rows.json"
+    asked = ["training", "--batch", "1", "--length", "4", "--rounds", "1", "--only", "floor", "lora", "--reference", "floor", "--output", str(out)]
+    done = subprocess.run([sys.executable, str(SCRIPT), *asked], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert rows["floor"]["ratio"] == 1.0 and rows["lora"]["calls"] > rows["floor"]["calls"] and "lora" in done.stdout
+
+
+def test_a_reference_that_does_not_take_part_and_idle_arguments_are_refused(script, monkeypatch, capsys, tiny):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "training", "--batch", "1", "--length", "4", "--only", "lora", "--reference", "floor"])
+    assert script.main() == 2 and capsys.readouterr().err == "error: --reference: floor is none of lora\n"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "memory", "--ragged", "--compile"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--ragged, --compile would have no effect on memory; leave it out" in capsys.readouterr().err
