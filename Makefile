@@ -2,7 +2,7 @@
 # make test         every test but those that need a GPU
 # make venv         .venv with exactly requirements.txt; made anew only when that file changes
 # make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
-# make bench        the tables of results/bench: inference and training, ours side by side; an idle machine, half an hour
+# make bench        the tables of results/bench: inference, training, padding, memory, compiled; an idle machine, an hour
 # make bench-peer   the same with the library adapters 1.3.0, in an environment of its own (.venv-peer)
 # make schema       configs/schema.json, from which editors complete and check the YAML files
 # make clean        removes .venv, quickstart/ and caches; runs/ stays
@@ -45,12 +45,22 @@ sweep: venv
 	@"$(VENV)/bin/python" launch/quickstart_assets.py
 	@"$(VENV)/bin/python" launch/sweep.py "$(SWEEP)"
 
-BENCH_INFERENCE = launch/bench.py inference --batch 16 --length 128 --output results/bench/inference-bert-base.json
-BENCH_TRAINING = launch/bench.py training --batch 16 --length 32 --reference floor --output results/bench/training-bert-base
+# One thread: what else runs on the machine disturbs least. TABLES= another folder for a second time.
+TABLES ?= results/bench
+BENCH = OMP_NUM_THREADS=1 "$(VENV)/bin/python" launch/bench.py
+OVER_FLOOR = --reference floor --only floor APL "APL, prefix MLP"
 
 bench: venv
-	"$(VENV)/bin/python" $(BENCH_INFERENCE)
-	"$(VENV)/bin/python" $(BENCH_TRAINING).json
+	$(BENCH) inference --rounds 20 --output "$(TABLES)/inference-bert-base.json"
+	$(BENCH) inference --geometry bart-large --batch 4 --rounds 10 --only bare APL "APL merged" --output "$(TABLES)/inference-bart-large.json"
+	$(BENCH) training --length 32 --rounds 20 --output "$(TABLES)/training-bert-base.json"
+	$(BENCH) training --length 128 $(OVER_FLOOR) --output "$(TABLES)/training-bert-base-128.json"
+	$(BENCH) training --geometry bart-large --batch 4 --length 32 $(OVER_FLOOR) --output "$(TABLES)/training-bart-large.json"
+	$(BENCH) memory --geometry bart-large --length 32 --output "$(TABLES)/memory-bart-large.json"
+	$(BENCH) ragged --rounds 5 --output "$(TABLES)/ragged-half.json"
+	$(BENCH) ragged --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
+	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
+	$(BENCH) training --length 32 --compile $(OVER_FLOOR) --output "$(TABLES)/training-compiled.json"
 
 bench-peer: venv
 	@if ! cmp -s launch/bench_peer.txt .venv-peer/requirements.txt; then \
@@ -58,7 +68,8 @@ bench-peer: venv
 	  .venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r launch/bench_peer.txt; \
 	  cp launch/bench_peer.txt .venv-peer/requirements.txt; \
 	fi
-	"$(VENV)/bin/python" $(BENCH_TRAINING)-peer.json --only floor APL "APL, prefix MLP" --peer .venv-peer/bin/python
+	$(BENCH) training --length 32 --rounds 20 $(OVER_FLOOR) --peer .venv-peer/bin/python --output "$(TABLES)/training-peer.json"
+	$(BENCH) inference --only bare APL --peer .venv-peer/bin/python --output "$(TABLES)/inference-peer.json"
 
 schema: venv
 	"$(VENV)/bin/python" launch/schema.py

@@ -150,7 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")
     parser.add_argument("--texts", nargs=3, metavar=("TASK", "DATA", "TOKENIZER"), help="ragged: lengths of a GLUE task's texts (default: half padding)")
-    parser.add_argument("--examples", type=int, default=128, help="ragged: how many (default 128)")
+    parser.add_argument("--examples", type=int, default=256, help="ragged: how many (default 256)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: the first)")
