@@ -155,11 +155,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: the first)")
     parser.add_argument("--compile", action="store_true", help="inference, training: each model through torch.compile")
+    parser.add_argument("--profile", action="store_true", help="inference, training: the time of each operation instead of whole steps")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
-    used = {"only": ("inference", "training", "memory"), "ragged": ("inference", "training"), "texts": ("ragged",), "compile": ("inference", "training"), "peer": ("inference", "training")}
+    used = {"only": ("inference", "training", "memory"), "ragged": ("inference", "training"), "texts": ("ragged",), "compile": ("inference", "training"), "profile": ("inference", "training"), "peer": ("inference", "training")}
+    if options.profile and (options.peer or options.compile):
+        parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
     idle = [f"--{name}" for name, by in used.items() if getattr(options, name) and options.what not in by]
     if idle:
         parser.error(f"{', '.join(idle)} would have no effect on {options.what}; leave it out")
@@ -196,6 +199,8 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
         raise ValueError(f"--reference: {reference} is none of {', '.join(contenders)}")
     gc.collect()
     gc.disable()  # a collection would fall on whoever is running
+    if options.profile:
+        return profiled(contenders, options.rounds, reference)
     in_turns = options.what == "inference" and options.device == "cpu" and options.peer is None and not options.compile
     seconds = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     rows = {}
@@ -207,6 +212,15 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
         if contenders[name].model is not None and not options.compile:
             rows[name] |= counted(contenders[name])
     return rows
+
+
+def profiled(contenders: dict, rounds: int, reference: str) -> dict[str, dict]:
+    """Sum of all operations' shortest times, and the twenty longest."""
+    from scaleup import bench
+
+    found = {name: bench.operations(contender, rounds) for name, contender in contenders.items()}
+    sums = {name: sum(ms for *_, ms in entries) for name, entries in found.items()}
+    return {name: {"ratio": round(sums[name] / sums[reference], 4), "milliseconds": round(sums[name], 1), "operations": entries[:30]} for name, entries in found.items()}
 
 
 def peers(options: argparse.Namespace, given: dict) -> dict:
@@ -239,6 +253,9 @@ def shown(name: str, row: dict, width: int) -> str:
     """A line of the screen."""
     if "peak" in row:
         return f"{name:<{width}}  {row['ratio']:.3f}  peak {row['peak'] / 2**20:8.0f} MiB  between steps {row['rest'] / 2**20:8.0f} MiB  {row['trained']:>12,} trained"
+    if "operations" in row:
+        lines = [f"{ms:10.1f} ms {calls:5d} x {kind} {shapes[: 160 - len(kind)]}" for kind, shapes, calls, ms in row["operations"][:20]]
+        return "\n".join([f"{name:<{width}}  {row['ratio']:.3f}  {row['milliseconds']:9.1f} ms in all operations", *lines])
     inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
     low, high = row["quartiles"]
     return f"{name:<{width}}  {row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained"

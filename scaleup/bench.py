@@ -197,6 +197,18 @@ def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: l
     return {name: _contender(model, _training_step(model, [given], device, compiled)) for name, model in models.items()}
 
 
+def operations(contender: Contender, rounds: int) -> list[tuple[str, str, int, float]]:
+    """(operation, shapes, calls, milliseconds) of one step, the shortest of `rounds` for each, longest first. Sums of these swing less than steps do."""
+    best: dict[tuple[str, str, int], float] = {}
+    for _ in range(rounds):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+            contender.step()
+        for event in record.key_averages(group_by_input_shape=True):
+            key = (event.key, str(event.input_shapes), event.count)
+            best[key] = min(best.get(key, float("inf")), event.self_cpu_time_total / 1000)
+    return sorted(((*key, round(ms, 3)) for key, ms in best.items()), key=lambda row: -row[3])
+
+
 def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str) -> dict[str, Contender]:
     """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
     (`train.group_by_length`)."""
