@@ -57,6 +57,7 @@ bench: venv
 	$(BENCH) training --length 128 $(OVER_FLOOR) --output "$(TABLES)/training-bert-base-128.json"
 	$(BENCH) training --geometry bart-large --batch 4 --length 32 $(OVER_FLOOR) --output "$(TABLES)/training-bart-large.json"
 	$(BENCH) memory --geometry bart-large --length 32 --output "$(TABLES)/memory-bart-large.json"
+	$(BENCH) memory --geometry bart-large --output "$(TABLES)/memory-bart-large-128.json"
 	$(BENCH) ragged --rounds 5 --output "$(TABLES)/ragged-half.json"
 	$(BENCH) ragged --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"

@@ -278,8 +278,9 @@ def main() -> int:
     asked = {key: value for key, value in vars(options).items() if key not in ("output", "only")} | {"reference": reference}
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
-    print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' half padding' if options.ragged else ''}, "
-          f"{options.rounds} rounds, {machine['threads']} threads; over {reference}")  # fmt: skip
+    rounds = "" if options.what == "memory" else f", {options.rounds} rounds"
+    print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' half padding' if options.ragged else ''}{rounds}, "
+          f"{machine['threads']} threads; over {reference}")  # fmt: skip
     width = max(map(len, rows))
     for name, row in rows.items():
         print(shown(name, row, width))
