@@ -12,8 +12,9 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, MPNetConfig, MPNetModel
 
 from scaleup import UniPeltConfig, parameter_counts
-from scaleup.sites import find_sites
+from scaleup.attention import AttentionGates
 from scaleup.config import MethodSettings
+from scaleup.sites import find_sites
 from scaleup.unipelt import apply_method
 from tests.plain import PlainBart
 from tests.tiny import LABELS, adapt, backbone, batch, inputs
@@ -267,3 +268,22 @@ def test_torch_compile_has_no_graph_break(family):
         expected = model.get_base_model().base_model(**given)[0]
         compiled = torch.compile(model.get_base_model().base_model, fullgraph=True, backend="eager")
         assert (compiled(**given)[0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "llama", "gpt2", "deberta-v2"])
+def test_lora_reads_what_one_product_made_with_the_gates(family, monkeypatch):
+    """But in cross attention, whose values come from elsewhere; and not with dropout before A."""
+    seen, plain = [], AttentionGates.lora_product
+
+    def product(self, projection, x_BTD):
+        found = plain(self, projection, x_BTD)
+        seen.append((self.site.cross and projection == "value") == (found is None))
+        return found
+
+    monkeypatch.setattr(AttentionGates, "lora_product", product)
+    model = adapt(backbone(family), lora_dropout=0.5)
+    model.eval()(**inputs(model))
+    assert seen and all(seen)
+    seen.clear()
+    model.train()(**inputs(model))
+    assert seen and not all(seen)
