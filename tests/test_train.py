@@ -143,23 +143,23 @@ def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_equal_one_plain_and_under_zero2(workspace, tmp_path):
-    """The same global batch of 16, without dropout: losses of one process, of DDP and of ZeRO-2 on two (gloo) agree to 1e-5.
+def test_two_processes_equal_one(workspace, tmp_path):
+    """The same global batch of 16, without dropout: losses of one process and of DDP on two (gloo) agree to 1e-5.
 
-    BART on two processes is tests/test_zero.py's.
+    ZeRO, and BART on two processes, are tests/test_zero.py's.
     """
     shared = ("train.max_steps=6", "train.group_by_length=false")
     done(train(*overrides(workspace, tmp_path / "one", *shared)))
-    two = (str(pathlib.Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2", "--main_process_port", "0")
-    for name, more in [("ddp", ()), ("zero2", ("train.deepspeed=zero2",))]:
-        port = str(random.randint(20000, 40000))
-        screen = done(train(*overrides(workspace, tmp_path / name, *shared, "train.per_device_train_batch_size=8", *more),
-                            launcher=(*two[:-1], port)))  # fmt: skip
-        assert "8 per process x 2 processes" in screen
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-        one, many = (json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", name))
-        assert many["accuracy"] == one["accuracy"]
-        verify(tmp_path / name / "best")
+    accelerate, port = str(pathlib.Path(sys.executable).with_name("accelerate")), str(random.randint(20000, 40000))
+    screen = done(train(
+        *overrides(workspace, tmp_path / "two", *shared, "train.per_device_train_batch_size=8"),
+        launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+    ))  # fmt: skip
+    assert "8 per process x 2 processes" in screen
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, many = (json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two"))
+    assert many["accuracy"] == one["accuracy"]
+    verify(tmp_path / "two" / "best")
 
 
 @pytest.mark.distributed

@@ -16,6 +16,9 @@ VARIANTS = {
     "checkpointing": ["train.per_device_train_batch_size=8", "train.gradient_checkpointing=true"],
     "both": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2", "train.gradient_checkpointing=true"],
 }
+# Accumulation and checkpointing alone only where weights are shared out, too.
+CASES = [("zero1", "plain"), ("zero1", "both"), ("zero2", "plain"), ("zero2", "both"), *(("zero3", variant) for variant in VARIANTS)]
+BART = [("zero2", "both"), ("zero3", "both"), ("zero2", "8bit"), ("zero3", "8bit")]
 
 
 def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
@@ -40,17 +43,13 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
         return overrides(workspace, folder / name, *shared, *more, family=request.param)
 
     run_cases({"one": case("one"), "one-8bit": case("one-8bit", "model.quantization=8bit")}, 1, folder)
-    two = {f"{stage}-{name}": case(f"{stage}-{name}", f"train.deepspeed={path}", *variant) for stage, path in stages.items() for name, variant in VARIANTS.items()
-           if request.param == "bert" or name == "both"}  # fmt: skip
-    for stage in ("zero2", "zero3"):
-        for kind in ("8bit", "nf4"):
-            two[f"{stage}-{kind}"] = case(f"{stage}-{kind}", f"train.deepspeed={stages[stage]}", f"model.quantization={kind}", *VARIANTS["plain"])
-    run_cases(two, 2, folder)
+    changes = VARIANTS | {kind: [f"model.quantization={kind}", *VARIANTS["plain"]] for kind in ("8bit", "nf4")}
+    pairs = BART if request.param == "bart" else [*CASES, *((stage, kind) for stage in ("zero2", "zero3") for kind in ("8bit", "nf4"))]
+    run_cases({f"{stage}-{name}": case(f"{stage}-{name}", f"train.deepspeed={stages[stage]}", *changes[name]) for stage, name in pairs}, 2, folder)
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("stage, variant", CASES)
 def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
     if not (runs / f"{stage}-{variant}").exists():
         pytest.skip("of BART only the fullest variant, to save time")
@@ -64,6 +63,8 @@ def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])
 def test_a_quantised_backbone_gives_the_same_losses_under_zero2_and_zero3(runs, kind):
     """8 bit: bitsandbytes' own layer against ours."""
+    if not (runs / f"zero3-{kind}").exists():
+        pytest.skip("of BART only 8 bit, to save time")
     assert losses(runs / f"zero3-{kind}") == pytest.approx(losses(runs / f"zero2-{kind}"), abs=1e-5)
 
 
