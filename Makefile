@@ -58,8 +58,8 @@ bench: venv
 	$(BENCH) training --geometry bart-large --batch 4 --length 32 $(OVER_FLOOR) --output "$(TABLES)/training-bart-large.json"
 	$(BENCH) memory --geometry bart-large --length 32 --output "$(TABLES)/memory-bart-large.json"
 	$(BENCH) memory --geometry bart-large --output "$(TABLES)/memory-bart-large-128.json"
-	$(BENCH) ragged --rounds 5 --output "$(TABLES)/ragged-half.json"
-	$(BENCH) ragged --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
+	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --output "$(TABLES)/ragged-half.json"
+	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_FLOOR) --output "$(TABLES)/training-compiled.json"
 
