@@ -51,6 +51,7 @@ BENCH = OMP_NUM_THREADS=1 "$(VENV)/bin/python" launch/bench.py
 OVER_FLOOR = --reference floor --only floor APL "APL, prefix MLP"
 
 bench: venv
+	@"$(VENV)/bin/python" launch/quickstart_assets.py
 	$(BENCH) inference --rounds 20 --output "$(TABLES)/inference-bert-base.json"
 	$(BENCH) inference --geometry bart-large --batch 4 --rounds 10 --only bare APL "APL merged" --output "$(TABLES)/inference-bart-large.json"
 	$(BENCH) training --length 32 --rounds 20 --output "$(TABLES)/training-bert-base.json"

@@ -29,7 +29,6 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-
 # One arena that keeps what it has: glibc otherwise gives large tensors back to the system and fetches them again, page by page, whenever its
 # heuristics of the moment say so, which falls on contenders at random (up to a tenth of a forward pass).
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_TOP_PAD_": "268435456"}
@@ -160,33 +159,34 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
-    used = {"only": ("inference", "training", "memory"), "ragged": ("inference", "training"), "texts": ("ragged",), "compile": ("inference", "training"), "profile": ("inference", "training"), "peer": ("inference", "training")}
     if options.profile and (options.peer or options.compile):
         parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
-    idle = [f"--{name}" for name, by in used.items() if getattr(options, name) and options.what not in by]
+    steps = ("ragged", "compile", "profile", "peer")  # of one batch
+    without_effect = {"inference": ("texts",), "training": ("texts",), "ragged": ("only", *steps), "memory": ("texts", "reference", *steps)}
+    idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]
     if idle:
         parser.error(f"{', '.join(idle)} would have no effect on {options.what}; leave it out")
     return options
 
 
 def text_lengths(task: str, data: str, tokenizer: str, count: int, most: int) -> list[int]:
-    """Tokens of the first `count` training texts, as a run with data.max_length=`most` would cut them."""
+    """Tokens of `count` training texts, as a run with data.max_length=`most` would cut them."""
     from transformers import AutoTokenizer
 
     from scaleup import config
     from scaleup import data as texts
 
-    settings = config.DataSettings(path=data, name=task, max_length=most, k=2 * count)
-    return texts.tokenize(texts.load(settings), AutoTokenizer.from_pretrained(tokenizer), settings).train["length"][:count]
+    settings = config.DataSettings(path=data, name=task, max_length=most, k=count)
+    return list(texts.tokenize(texts.load(settings), AutoTokenizer.from_pretrained(tokenizer), settings).train["length"])
 
 
 def timed(options: argparse.Namespace) -> dict[str, dict]:
-    """A row for each contender. Raises ValueError for a reference that does not take part."""
+    """A row for each contender. Raises ValueError for names that no contender has."""
     from scaleup import bench
 
     size, length, vocabulary = options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size
     if options.what == "ragged":
-        lengths = text_lengths(*options.texts, options.examples, length) if options.texts else bench.half_padding(size, length) * (options.examples // size)
+        lengths = text_lengths(*options.texts, options.examples, length) if options.texts else bench.half_padding(options.examples, length)
         contenders = bench.ragged(options.geometry, random.Random(0).sample(lengths, len(lengths)), size, length, options.device)
     else:
         given = bench.batch(bench.half_padding(size, length) if options.ragged else [length] * size, length, vocabulary)
@@ -215,7 +215,7 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def profiled(contenders: dict, rounds: int, reference: str) -> dict[str, dict]:
-    """Sum of all operations' shortest times, and the twenty longest."""
+    """Sum of all operations' shortest times, and the thirty longest."""
     from scaleup import bench
 
     found = {name: bench.operations(contender, rounds) for name, contender in contenders.items()}
@@ -242,7 +242,7 @@ def remembered(options: argparse.Namespace) -> dict[str, dict]:
 
     given = bench.batch([options.length] * options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size)
     rows = {}
-    for name in options.only or bench.MEMORY:
+    for name in bench.chosen(bench.MEMORY, options.only):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows[name] = pool.apply(bench.memory, (name, options.geometry, given, options.device))
         rows[name] = {"ratio": round(rows[name]["peak"] / next(iter(rows.values()))["peak"], 4)} | rows[name]
@@ -271,7 +271,7 @@ def main() -> int:
     logging.disable_progress_bar()
     try:
         rows = remembered(options) if options.what == "memory" else timed(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     reference = options.reference or next(iter(rows))

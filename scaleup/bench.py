@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,6 +51,15 @@ class Contender:
     step: Callable[[], object]
     trained: int
     model: nn.Module
+
+
+def chosen(names: Iterable[str], only: list[str]) -> list[str]:
+    """Those of `names` that are in `only`, all if it is empty. Raises ValueError for one that is none of them."""
+    names = list(names)
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"--only: {unknown[0]} is none of {', '.join(names)}")
+    return [name for name in names if not only or name in only]
 
 
 def backbone(geometry: str) -> PreTrainedModel:
@@ -139,11 +148,12 @@ def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> Pre
 def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False) -> dict[str, Contender]:
     """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
     base, inputs = backbone(geometry).eval(), {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
+    names = chosen(["bare", *(name for name in UNIPELT if "MLP" not in name), "APL merged"], only)
     models = {"bare": base}
     for name, config in UNIPELT.items():
-        if "MLP" not in name and (not only or name in only or name == "APL"):
+        if name in names or name == "APL":
             models[name] = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config))
-    if not only or "APL merged" in only:
+    if "APL merged" in names:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             models["APL merged"] = merged(base, models["APL"], pathlib.Path(folder))
 
@@ -193,7 +203,7 @@ def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: l
         "PEFT LoRA": lambda: _adapted(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)),
     } | {name: lambda config=config: _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config)) for name, config in UNIPELT.items()}
 
-    models = {name: make() for name, make in makers.items() if not only or name in only}
+    models = {name: makers[name]() for name in chosen(makers, only)}
     return {name: _contender(model, _training_step(model, [given], device, compiled)) for name, model in models.items()}
 
 
@@ -236,13 +246,10 @@ MEMORY = {
 
 
 def live_bytes() -> int:
-    """Of all tensors on the CPU."""
+    """Of all tensors on the CPU. Fake ones, which may be left of a compilation, say that they are there, but their storage does not."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+    tensors = (thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu")
+    return sum({storage.data_ptr(): storage.nbytes() for storage in tensors if storage.device.type == "cpu"}.values())
 
 
 def allocated_peak(run: Callable[[], object]) -> int:

@@ -1,6 +1,5 @@
 """The benchmark's own workings: whose turn it is, what a batch holds, what peaks are, and the script as a user starts it."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -10,22 +9,16 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from launch import bench as script
 from scaleup import bench
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "launch" / "bench.py"
 TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, hidden_dropout_prob=0.0,
                   attention_probs_dropout_prob=0.0, num_labels=2)  # fmt: skip
-
-
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("launch_bench", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -45,19 +38,19 @@ class Layer(GradientCheckpointingLayer):
         return x
 
 
-def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts(script):
+def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts():
     said, contenders = [], {}
-    for name, seconds in {"quick": 0.01, "slow": 0.03}.items():
+    for name, seconds in {"quick": 0.05, "slow": 0.15}.items():
         model = nn.Sequential(*[Layer(seconds, lambda name=name: said.append(name)) for _ in range(2)])
         contenders[name] = bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model)
     found = script.measure_in_turns(contenders, 2)
     assert said == ["quick", "slow"] * 2 + ["slow", "quick"] * 2 + ["quick", "slow"] * 2 + ["slow", "quick"] * 2
     assert [len(times) for times in found.values()] == [2, 2]
-    assert all(0.02 <= seconds < 0.04 for seconds in found["quick"]) and all(0.06 <= seconds < 0.1 for seconds in found["slow"])
+    assert all(0.1 <= seconds < 0.2 for seconds in found["quick"]) and all(0.3 <= seconds < 0.5 for seconds in found["slow"])
     assert not contenders["quick"].model[0]._forward_pre_hooks
 
 
-def test_the_order_of_whole_steps_turns_round_by_round(script):
+def test_the_order_of_whole_steps_turns_round_by_round():
     said = []
     contenders = {name: bench.Contender(lambda name=name: said.append(name), 0, None) for name in "abc"}
     assert {name: len(times) for name, times in script.measure(contenders, 1, "cpu").items()} == {"a": 1, "b": 1, "c": 1}
@@ -122,10 +115,21 @@ def test_the_script_writes_ratios_over_its_reference(tmp_path):
     assert rows["floor"]["ratio"] == 1.0 and rows["lora"]["calls"] > rows["floor"]["calls"] and "lora" in done.stdout
 
 
-def test_a_reference_that_does_not_take_part_and_idle_arguments_are_refused(script, monkeypatch, capsys, tiny):
+def test_a_reference_that_does_not_take_part_and_idle_arguments_are_refused(monkeypatch, capsys, tiny):
     monkeypatch.setattr(sys, "argv", ["bench.py", "training", "--batch", "1", "--length", "4", "--only", "lora", "--reference", "floor"])
     assert script.main() == 2 and capsys.readouterr().err == "error: --reference: floor is none of lora\n"
+    for what in ("training", "memory"):
+        monkeypatch.setattr(sys, "argv", ["bench.py", what, "--batch", "1", "--length", "4", "--only", "APL", "LORA"])
+        assert script.main() == 2 and capsys.readouterr().err.startswith("error: --only: LORA is none of ")
     monkeypatch.setattr(sys, "argv", ["bench.py", "memory", "--ragged", "--compile"])
     with pytest.raises(SystemExit):
         script.main()
     assert "--ragged, --compile would have no effect on memory; leave it out" in capsys.readouterr().err
+
+
+def test_live_bytes_leave_out_fake_tensors_that_a_compilation_left():
+    before = bench.live_bytes()
+    with FakeTensorMode():
+        fake = torch.zeros(1000, 1000)
+    real = torch.zeros(1000)
+    assert fake.device.type == "cpu" and 4 * 1000 <= bench.live_bytes() - before < 4 * 2000 and real.numel() == 1000
