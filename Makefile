@@ -1,5 +1,6 @@
 # make quickstart   model, data and a first training run in a few minutes of CPU
-# make test         every test but those that need a GPU
+# make test         every test but those that need a GPU and long ones whose subject another test shows as well (`slow`)
+# make test-all     those too
 # make venv         .venv with exactly requirements.txt; made anew only when that file changes
 # make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
 # make bench        the tables of results/bench: inference, training, padding, memory, compiled; an idle machine, an hour
@@ -19,7 +20,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 
 SWEEP ?= configs/sweeps/minilm.yaml
 
-.PHONY: venv quickstart test sweep bench bench-peer schema clean
+.PHONY: venv quickstart test test-all sweep bench bench-peer schema clean
 
 # Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
 # written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
@@ -39,6 +40,9 @@ quickstart: venv
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
 
 test: venv
+	"$(VENV)/bin/python" -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --durations=30
+
+test-all: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=30
 
 sweep: venv

@@ -154,7 +154,6 @@ def options(workspace: pathlib.Path, kind: str, **more) -> export.Options:
     return export.Options(**given)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact", "standalone", "merged"])
 def test_an_export_proves_itself_in_a_fresh_process(workspace, kind):
     report = export.run(options(workspace, kind), print)
@@ -174,7 +173,6 @@ def test_an_export_proves_itself_in_a_fresh_process(workspace, kind):
                 assert gates[site, part] == pytest.approx(value["mean"], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_pipeline_classifies_where_neither_scaleup_nor_peft_exists(workspace):
     out = workspace / "out-merged"
     if not out.exists():
@@ -203,7 +201,6 @@ def test_an_export_that_loses_too_much_keeps_nothing(workspace, monkeypatch, dro
     assert [path.name for path in workspace.glob("*lost*")] == ([] if drop > allowed else [f"lost-{allowed:g}"])
 
 
-@pytest.mark.slow
 def test_a_reload_that_differs_is_not_called_done(workspace, monkeypatch):
     write = ship.write_weights
 

@@ -39,7 +39,6 @@ watchdog.stop()
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_processes_find_out_whose_folder_the_output_folder_is(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

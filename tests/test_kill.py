@@ -8,7 +8,6 @@ from tests.workspace import make_workspace
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
     row = kill_test(make_workspace(tmp_path), tmp_path, "ZeRO-3 on two", kills=1, seed=0, epochs=6)
     assert row["killed"] == {"in a save": 1} and row["passed"], row

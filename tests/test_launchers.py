@@ -138,7 +138,6 @@ def test_torchrun_refuses_several_nodes_without_an_address(programs):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_torchrun_trains_on_one_host(tmp_path):
     words = overrides(make_workspace(tmp_path), tmp_path / "run", "train.max_steps=2")
     (tmp_path / "empty.yaml").write_text("")

@@ -15,7 +15,7 @@ from scaleup.checkpoint import verify
 from tests.two_hosts import NAMES, TwoHosts, ranks, torchrun
 from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 # Without dropout, with 16 examples in each step: what 1 x 16 and 2 x 8 compute is the same.
 SAME = ("train.group_by_length=false", "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.max_steps=8")
 TWO = ("train.per_device_train_batch_size=8", "train.disable_tqdm=true")
@@ -60,6 +60,7 @@ def finish(hosts: TwoHosts, *processes: subprocess.Popen) -> str:
     return hosts.said(0)
 
 
+@pytest.mark.slow
 def test_zero2_over_two_hosts_with_a_shared_folder_equals_one_process(both, workspace, one, tmp_path):
     """Ranks as srun's wrapper sets them; the rendezvous goes over the link, by host name."""
     words = overrides(workspace, tmp_path / "run", *SAME, *TWO, "train.deepspeed=zero2")

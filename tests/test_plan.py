@@ -66,10 +66,14 @@ def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, changes",
-    [("zero1", ()), ("zero2", ("train.bf16=true",)), ("zero3", ()), ("zero3", ("model.quantization=8bit",))],
+    [
+        pytest.param("zero1", (), marks=pytest.mark.slow),
+        pytest.param("zero2", ("train.bf16=true",), marks=pytest.mark.slow),
+        ("zero3", ()),
+        ("zero3", ("model.quantization=8bit",)),
+    ],
     ids=lambda value: value if isinstance(value, str) else "".join(value),
 )  # fmt: skip
 def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage, changes):
@@ -219,7 +223,6 @@ def test_the_script_shows_writes_and_judges(workspace, tmp_path):
     assert script("--gpu-memory", "1MiB", *common).returncode == 1
 
 
-@pytest.mark.slow
 def test_every_stage_and_kind_of_weights_fits_120_columns(workspace):
     made = plan.make_plan(settings(workspace, "train.bf16=false"), 4, "cpu", 2**30)
     assert len(made.rows) == 15 and sum(row.chosen for row in made.rows) == 1

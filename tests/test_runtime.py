@@ -80,7 +80,6 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     assert other().returncode == 0
 
 
-@pytest.mark.slow
 def test_a_run_ends_with_the_launcher_that_started_it(tmp_path):
     """`accelerate launch` passes SIGTERM to nobody."""
     script = tmp_path / "script.py"

@@ -353,7 +353,6 @@ def run_alone(made: Sweep, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(workspace, tmp_path):
     """SIGKILL for the sweep, then for the run it left behind, right after its first checkpoint."""
     made = grid.load(str(sweep_file(workspace, tmp_path)))

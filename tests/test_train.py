@@ -124,7 +124,6 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
     ],
     ids=lambda more: more[0],
 )
-@pytest.mark.slow
 def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
     out = tmp_path / "run"
     done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
@@ -132,7 +131,6 @@ def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
     assert all(loss == loss for loss in losses(out))
 
 
-@pytest.mark.slow
 def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
     out = tmp_path / "run"
     done(train(*overrides(workspace, out, "train.num_train_epochs=20", "train.learning_rate=1e-2", "data.k=88", family="bart")))
@@ -142,7 +140,6 @@ def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_two_processes_equal_one(workspace, tmp_path):
     """The same global batch of 16, without dropout: losses of one process and of DDP on two (gloo) agree to 1e-5.
 
@@ -163,7 +160,6 @@ def test_two_processes_equal_one(workspace, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, data_dir, tmp_path):
     """The command of the README with two processes: ZeRO-2 on gloo, real RTE sentences."""
     accelerate = str(pathlib.Path(sys.executable).with_name("accelerate"))

@@ -21,7 +21,6 @@ CASES = {
     "llama-full": ("llama", "causal_lm", ["method=full"]),
     "gpt2-8bit": ("gpt2", "causal_lm", ["model.quantization=8bit", "train.gradient_checkpointing=true"]),
 }
-pytestmark = pytest.mark.slow
 
 
 def case(folder, out, name: str, *more: str) -> list[str]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from launch.cases import start_cases
 from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 VARIANTS = {
     "plain": ["train.per_device_train_batch_size=8"],
     "accumulation": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"],
@@ -27,7 +27,7 @@ def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path)
     assert found == dict.fromkeys(cases)
 
 
-@pytest.fixture(scope="module", params=["bert", "bart"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("bart", marks=pytest.mark.slow)])
 def runs(request, tmp_path_factory) -> pathlib.Path:
     """Runs of one family: `one` alone, and `<stage>-<variant>` on two processes, all with a global batch of 16."""
     folder = tmp_path_factory.mktemp(request.param)
