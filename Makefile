@@ -65,6 +65,8 @@ bench: venv
 	$(BENCH) memory --geometry bart-large --output "$(TABLES)/memory-bart-large-128.json"
 	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --output "$(TABLES)/ragged-half.json"
 	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
+	$(BENCH) inference --geometry bert-narrow --batch 1 --length 16 --rounds 50 --output "$(TABLES)/overhead-inference.json"
+	$(BENCH) training --geometry bert-narrow --batch 1 --length 16 --rounds 50 $(OVER_FLOOR) --output "$(TABLES)/overhead-training.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_FLOOR) --output "$(TABLES)/training-compiled.json"
 

@@ -144,7 +144,8 @@ def arguments() -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=("inference", "training", "ragged", "memory"))
-    parser.add_argument("--geometry", choices=("bert-base", "bart-large"), default="bert-base")
+    parser.add_argument("--geometry", choices=("bert-base", "bart-large", "bert-narrow"), default="bert-base",
+                        help="bert-narrow: BERT-base without its width, for the time of Python alone")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")

@@ -9,7 +9,7 @@ In a post-LN block the closing norm is replaced by `PostNormAdapter`; in a pre-L
 block's output. A pre-LN residual stream grows with depth, and gate and adapter should see the same scale in every layer:
 hence the norm without parameters.
 
-Shapes: B examples, T tokens, D hidden size.
+Shapes: B examples, T tokens, D hidden size, M bottleneck size.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from scaleup.gate import cast_to_weight
-from scaleup.product import add_gated
+from scaleup.product import add_gated, narrow_products
 from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
 
@@ -34,9 +34,9 @@ class Bottleneck(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, n_BTD: torch.Tensor) -> torch.Tensor:
-        """The units, φ(W_down n + b_down)."""
-        return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)))
+    def forward(self, n_BTD: torch.Tensor, wn_BTM: torch.Tensor | None = None) -> torch.Tensor:
+        """The units [B, T, M], φ(W_down n + b_down). `wn_BTM`: W_down n, by those who made it together with other products of n."""
+        return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)) if wn_BTM is None else wn_BTM + self.down.bias)
 
 
 class AdapterLayer(SideLayer):
@@ -54,8 +54,10 @@ class AdapterLayer(SideLayer):
         adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
         if adapter is None:
             return None
-        g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running)["adapter"]
-        return add_gated(z_BTD, adapter(n_BTD), adapter.up, g, own)
+        products = narrow_products(n_BTD, [adapter.down], [gate]) if isinstance(gate, nn.Linear) else None
+        wn_BTM, wn_BT1 = products or (None, None)
+        g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running, wh_BTN=wn_BT1)["adapter"]
+        return add_gated(z_BTD, adapter(n_BTD, wn_BTM), g, adapter.up, own)
 
 
 class PostNormAdapter(AdapterLayer):

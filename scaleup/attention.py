@@ -8,6 +8,8 @@ the same projection pooled over the encoder's tokens, computed when that project
 are kept.
 """
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -16,6 +18,19 @@ from scaleup.product import narrow_products
 from scaleup.sites import ENCODER_ARGUMENTS, AttentionSite
 from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
+
+
+@dataclasses.dataclass(slots=True)
+class Pass:
+    """What one call of the attention hands on."""
+
+    prefix: Prefix | None = None
+    lora: dict[str, torch.Tensor | float] = dataclasses.field(default_factory=dict)
+    h_BTD: torch.Tensor | None = None
+    narrow: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # A h of LoRA, by projection
+    states: torch.Tensor | None = None  # of the encoder
+    dropout: float = 0.0
+    softmax: SoftmaxPrefix | None = None
 
 
 class AttentionGates(SideLayer):
@@ -30,16 +45,7 @@ class AttentionGates(SideLayer):
         self._tokens, self._bank = (tokens,), (bank,)  # in tuples: owned by the model, not by each attention
         self.running = RunningMean(tokens)
         self._down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
-        self._clear()
-
-    def _clear(self) -> None:
-        self._prefix: Prefix | None = None
-        self._lora: dict[str, torch.Tensor | float] = {}
-        self._h_BTD: torch.Tensor | None = None
-        self._narrow: dict[str, torch.Tensor] = {}  # A h of LoRA, by projection
-        self._states: torch.Tensor | None = None  # of the encoder
-        self._dropout = 0.0
-        self._softmax: SoftmaxPrefix | None = None
+        self._pass = Pass()
 
     def use_bank(self, bank: PrefixBank | None) -> None:
         """A second adapter may be the first one with a prefix."""
@@ -59,7 +65,7 @@ class AttentionGates(SideLayer):
         products = narrow_products(h_BTD, [*(lora_a for lora_a, _ in found.values()), gate])
         if products is None:
             return None
-        self._h_BTD, self._narrow = h_BTD, dict(zip(found, products))
+        self._pass.h_BTD, self._pass.narrow = h_BTD, dict(zip(found, products))
         return products[-1]
 
     def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -70,28 +76,28 @@ class AttentionGates(SideLayer):
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running, wh_BTN=self._products(gate, h_BTD))
         if self.site.softmax_scale is not None and attention.training:
-            self._dropout = attention.dropout.p
+            self._pass.dropout = attention.dropout.p
         if "lora" in gates:
-            self._lora = {"query": gates["lora"], "value": gates["lora"]}
+            self._pass.lora = {"query": gates["lora"], "value": gates["lora"]}
             if self.site.cross:
-                del self._lora["value"]
-                self._states = next(kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
+                del self._pass.lora["value"]
+                self._pass.states = next(kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
         kv = self._bank[0].layer(self.site.layer) if self._bank[0] is not None else None
         if kv is not None and "prefix" in gates:
-            if kv[0].requires_grad and not torch.is_grad_enabled():
+            if kv.requires_grad and not torch.is_grad_enabled():
                 raise ValueError(
                     "reentrant gradient checkpointing loses the gradient of the prefix; "
                     "use gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
-            self._prefix = (*kv, gates["prefix"])
+            self._pass.prefix = (kv, gates["prefix"])
 
     def has_prefix(self) -> bool:
         """Whether a prefix waits for the attention function."""
-        return self._prefix is not None
+        return self._pass.prefix is not None
 
     def take_prefix(self) -> Prefix | None:
         """The prefix of this pass, once. Called by the attention function."""
-        prefix, self._prefix = self._prefix, None
+        prefix, self._pass.prefix = self._pass.prefix, None
         return prefix
 
     def widened(self, *mask_and_sizes) -> torch.Tensor | None:
@@ -101,16 +107,16 @@ class AttentionGates(SideLayer):
     def lora_gate(self, projection: str) -> torch.Tensor | float | None:
         """G_L of this pass for "query" or "value". None for what DeBERTa sends through them besides: positions have no example."""
         if self.site.softmax_scale is not None:
-            return self._lora.pop(projection, None)
-        if projection not in self._lora:  # of cross attention: every encoder token may be seen, unless the paper's mean was asked for
+            return self._pass.lora.pop(projection, None)
+        if projection not in self._pass.lora:  # of cross attention: every encoder token may be seen, unless the paper's mean was asked for
             gate = self.active(self.unipelt_gate)
             pooling = "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
-            self._lora[projection] = gate(self._states, self._tokens[0].encoder_mask_BS, pooling)["lora"]
-        return self._lora[projection]
+            self._pass.lora[projection] = gate(self._pass.states, self._tokens[0].encoder_mask_BS, pooling)["lora"]
+        return self._pass.lora[projection]
 
     def lora_product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """A x [B, T, r] if x is what the attention was called with and the product is there."""
-        return self._narrow.get(projection) if x_BTD is self._h_BTD else None
+        return self._pass.narrow.get(projection) if x_BTD is self._pass.h_BTD else None
 
     def after_query(self, projection: nn.Module, args: tuple, query_BTD: torch.Tensor) -> None:
         """Forward hook of the query projection where a prefix enters through the softmax: from here on softmax is ours.
@@ -119,13 +125,13 @@ class AttentionGates(SideLayer):
         """
         prefix = self.take_prefix()
         if prefix is not None:
-            self._softmax = SoftmaxPrefix(prefix, query_BTD, self.site.softmax_scale, self._dropout)
-            self._softmax.__enter__()
+            self._pass.softmax = SoftmaxPrefix(prefix, query_BTD, self.site.softmax_scale, self._pass.dropout)
+            self._pass.softmax.__enter__()
 
     def after_attention(self, attention: nn.Module, args: tuple, output: object) -> object:
         """Forward hook of the attention, also after an exception. Raises RuntimeError if the prefix was not used."""
-        softmax, prefix = self._softmax, self._prefix
-        self._clear()
+        softmax, prefix = self._pass.softmax, self._pass.prefix
+        self._pass = Pass()
         if softmax is not None:
             softmax.__exit__(None, None, None)
         if output is None:  # an exception is on its way

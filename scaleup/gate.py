@@ -30,13 +30,14 @@ def resolve_pooling(requested: str, causal: bool) -> Pooling:
     return requested
 
 
-def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None, share_B1T: torch.Tensor | None = None) -> torch.Tensor:
+def pool(g_BTN: torch.Tensor, pooling: Pooling, mask_BT: torch.Tensor | None, share_BT1: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of per-token gates: [B, 1, N], or [B, T, N] for the running mean. `mask_BT` is 1 at real tokens, None: all real.
-    `share_B1T`: `shares(mask_BT)`, by those who have it."""
+    `share_BT1`: `shares(mask_BT)`, by those who have it."""
     if pooling == "paper" or (mask_BT is None and pooling == "masked"):
         return g_BTN.mean(dim=1, keepdim=True)
     if pooling == "masked":
-        return (shares(mask_BT) if share_B1T is None else share_B1T) @ g_BTN
+        share_BT1 = shares(mask_BT) if share_BT1 is None else share_BT1
+        return (g_BTN * share_BT1).sum(dim=1, keepdim=True)
     assert pooling == "causal", pooling
     real_BT1, count_BT1 = real_and_count(g_BTN, mask_BT)
     return running_totals(g_BTN, real_BT1) / count_BT1.clamp(min=1)
@@ -112,7 +113,7 @@ class LearnedGate(nn.Linear):
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
         g_BTN = g_BTN.to(h_BTD.dtype)
-        return {name: g_BTN[..., i : i + 1] for i, name in enumerate(self.names)}
+        return dict(zip(self.names, g_BTN.chunk(len(self.names), dim=-1)))
 
 
 class ConstantGate(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
-from scaleup.product import add_product
+from scaleup.product import add_lora
 from scaleup.sites import Rows
 
 
@@ -44,7 +44,7 @@ class GatedLora(LoraVariant):
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         narrow = self.source.lora_product(self.projection, x)
         narrow = lora_a(module.lora_dropout[active_adapter](x)) if narrow is None else narrow
-        return add_product(result, gate * narrow, lora_b, module.get_base_layer())
+        return add_lora(result, narrow, gate, lora_b, module.get_base_layer())
 
     def supports_lora_conversion(self) -> bool:
         return False

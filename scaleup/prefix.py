@@ -29,7 +29,7 @@ CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (sc
 ATTENTION = {"sdpa": "unipelt_sdpa", "eager": "unipelt_eager"}  # the plain implementation → ours around it
 PROBE = "unipelt_probe"  # takes notes of who calls it, see `probing`
 
-Prefix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # keys [G, L, E], values [G, L, E], gate
+Prefix = tuple[torch.Tensor, torch.Tensor | float]  # keys and values [2, G, L, E], gate
 
 
 class PrefixBank(SideLayer):
@@ -40,7 +40,7 @@ class PrefixBank(SideLayer):
     def __init__(self, neighbour: nn.Module, layers: int, kv_heads: int, head_size: int):
         super().__init__(neighbour)
         self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
-        self.kv_NLE: torch.Tensor | None = None  # [N, 2, G, L, E] of the running forward pass
+        self.layers_kv: tuple[torch.Tensor, ...] | None = None  # of the running forward pass: [2, G, L, E] for each layer
         self.masks = WideMasks()
 
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> PrefixEncoder:
@@ -70,20 +70,18 @@ class PrefixBank(SideLayer):
         # ZeRO-3 leaves an empty weight between calls, so the length comes from the layer's own record.
         positions = torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)
         out = encoder(positions)
-        return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4)
+        return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4).contiguous()
 
     def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model: once per pass, however many layers and examples there are."""
         self.masks = WideMasks()
         encoder = self.active(self.unipelt_prefix)
-        self.kv_NLE = None if encoder is None else self.keys_values(encoder)
+        # Taken apart once: an index per layer would make a gradient of all layers' size each time.
+        self.layers_kv = None if encoder is None else self.keys_values(encoder).unbind()
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values [G, L, E] of one layer in the running forward pass; None when nothing is active."""
-        if self.kv_NLE is None:
-            return None
-        keys_GLE, values_GLE = self.kv_NLE[index]
-        return keys_GLE, values_GLE
+    def layer(self, index: int) -> torch.Tensor | None:
+        """Keys and values [2, G, L, E] of one layer in the running forward pass; None when nothing is active."""
+        return None if self.layers_kv is None else self.layers_kv[index]
 
     def stored(self) -> int:
         """Numbers that remain of the prefixes after training, the MLP collapsed."""
@@ -92,7 +90,7 @@ class PrefixBank(SideLayer):
 
     def __getstate__(self) -> dict:
         # The running prefix is part of a graph; copies and pickles of the model go without it.
-        return self.__dict__ | {"kv_NLE": None, "masks": WideMasks()}
+        return self.__dict__ | {"layers_kv": None, "masks": WideMasks()}
 
 
 def spare_columns(query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, length: int, dropout: float) -> int:
@@ -149,10 +147,9 @@ class WideMasks:
 
 def _join_scaled(prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values with the prefix, scaled by one gate per example, in front, and `spare` zeros before it."""
-    keys_GLE, values_GLE, gate = prefix
-    own = torch.stack([keys_GLE, values_GLE])
-    if isinstance(gate, torch.Tensor):
-        own = gate[:, None, None] * own  # [B, 2, G, L, E]
+    own, gate = prefix
+    if isinstance(gate, torch.Tensor):  # as a product of matrices, for the sake of its gradients
+        own = (gate.flatten(1).to(own.dtype) @ own.reshape(1, -1)).unflatten(1, own.shape)  # [B, 2, G, L, E]
     elif gate != 1.0:
         own = gate * own
     keys, values = (part.to(key_BGSE.dtype).expand(key_BGSE.shape[0], -1, -1, -1) for part in own.unbind(dim=-4))
@@ -169,10 +166,8 @@ def _attend_per_token(
     Heads grow by L columns. A query carries its gated prefix scores there, the prefix keys are unit vectors that read
     them, and as unit vectors among the values they give back the prefix's share of the softmax, which then weighs P_V.
     """
-    keys_GLE, values_GLE, gate_BT1 = prefix
-    groups = query.shape[1] // keys_GLE.shape[0]
-    keys_HLE = keys_GLE.to(query.dtype).repeat_interleave(groups, dim=0)
-    values_HLE = values_GLE.to(query.dtype).repeat_interleave(groups, dim=0)
+    own, gate_BT1 = prefix
+    keys_HLE, values_HLE = own.to(query.dtype).repeat_interleave(query.shape[1] // own.shape[1], dim=1)
     head_size, length = query.shape[-1], keys_HLE.shape[1]
     extra = -(head_size + length) % 8 + length  # kernels want multiples of 8
 
@@ -200,7 +195,7 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
     causal = child.site.causal if causal is None else causal
-    length, gate = prefix[0].shape[1], prefix[2]
+    length, gate = prefix[0].shape[2], prefix[1]
     per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
     spare = 0 if per_token or plain is _plain_eager else spare_columns(query, key, length, kwargs.get("dropout", 0.0))
     mask = child.widened(attention_mask, length, query, key, causal, spare)
@@ -280,7 +275,7 @@ class SoftmaxPrefix(TorchFunctionMode):
         if function is not nn.functional.softmax:
             return function(*args, **(kwargs or {}))
         assert self.share_BHTL is None, "one softmax per attention"
-        keys_HLE, _, gate = self.prefix
+        (keys_HLE, _), gate = self.prefix
         scores_BHTS = args[0]
         heads, length, size = keys_HLE.shape
         query_BHTE = self.query_BTD.unflatten(-1, (heads, size)).transpose(1, 2)
@@ -291,7 +286,7 @@ class SoftmaxPrefix(TorchFunctionMode):
 
     def context(self) -> torch.Tensor:
         """What the prefix adds to the attention's output, [B, T, H·E]."""
-        _, values_HLE, gate = self.prefix
+        (_, values_HLE), gate = self.prefix
         out_BHTE = self.share_BHTL @ values_HLE.to(self.share_BHTL.dtype) * _per_head(gate)
         return out_BHTE.transpose(1, 2).flatten(2)
 

@@ -1,11 +1,11 @@
 """Products with a narrow side, as the gates, LoRA and the adapter have them, near the cost of reading what is wide.
 
-    narrow   x Wᵀ                            few columns: computed as (W xᵀ)ᵀ, which BLAS does up to four times as fast
-    add      result + W v                    written over `result`, the output of a frozen linear layer
-    add      z + gate · (W v + b)            the gate scales the narrow side, whose gradient is a narrow product too
+    narrow   x W₁ᵀ, x W₂ᵀ, …            what reads one input, at once; few columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
+    add      result + gate · (W v + b)  the gate scales the narrow side, whose gradient is a narrow product too
 
 At the sizes of a backbone these take the time of reading and writing [B, T, D]; the arithmetic is nothing beside it. Gradients are written
-out, because autograd's own copy [B, T, D] for each and multiply in the slow direction (docs/performance.md).
+out, because autograd's own copy [B, T, D] for each, multiply in the slow direction, and take a step of their own for every view
+(docs/performance.md).
 
 Shapes: B examples, T tokens, M = B·T, D wide, R narrow.
 """
@@ -15,89 +15,107 @@ import types
 import torch
 from torch import nn
 
+FEW = 32  # columns; from here on x Wᵀ is the faster way
 
-def _plain(linear: nn.Module, wide: torch.Tensor) -> bool:
-    """Whether `linear` is torch's own, types are one, and nothing converts or compiles on the way. Under ZeRO-3 DeepSpeed replaces torch's linear
+
+def _plain(wide: torch.Tensor, *linears: nn.Module) -> bool:
+    """Whether all are torch's own layers, types are one, and nothing converts or compiles on the way. Under ZeRO-3 DeepSpeed replaces torch's linear
     function, gathers weights around a layer's call, and gives views that must not be changed. A compiler fuses the formulas by itself."""
-    own = isinstance(linear, nn.Linear) and isinstance(nn.functional.linear, types.BuiltinFunctionType) and not torch.compiler.is_compiling()
-    return own and wide.dtype == linear.weight.dtype and wide.is_contiguous() and not torch.is_autocast_enabled(wide.device.type)
+    if not isinstance(nn.functional.linear, types.BuiltinFunctionType) or torch.compiler.is_compiling() or not wide.is_contiguous():
+        return False
+    own = all(isinstance(linear, nn.Linear) and linear.weight.dtype == wide.dtype for linear in linears)
+    return own and not torch.is_autocast_enabled(wide.device.type)
+
+
+def _narrow(x_MD: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
+    """x W, [M, R]."""
+    return (weight_DR.t() @ x_MD.t()).t() if weight_DR.shape[1] < FEW else x_MD @ weight_DR
 
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD: torch.Tensor, weight_RD: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_MD, weight_RD)
-        return (weight_RD @ x_MD.t()).t()
+    def forward(ctx, x_BTD: torch.Tensor, groups: list[int], *weights_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x_MD, rest, joined, found = x_BTD.flatten(0, -2), list(weights_RD), [], []
+        ctx.shape, ctx.sizes = x_BTD.shape, []
+        for count in groups:
+            group, rest = rest[:count], rest[count:]
+            joined.append(torch.cat(group) if count > 1 else group[0])
+            ctx.sizes.append([len(weight_RD) for weight_RD in group])
+            product_BTR = _narrow(x_MD, joined[-1].t()).unflatten(0, ctx.shape[:-1])
+            found += product_BTR.split_with_sizes(ctx.sizes[-1], dim=-1)
+        ctx.save_for_backward(x_MD, *joined)
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx, grad_MR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_MD, weight_RD = ctx.saved_tensors
-        return (grad_MR @ weight_RD if ctx.needs_input_grad[0] else None, grad_MR.t() @ x_MD if ctx.needs_input_grad[1] else None)
+    def backward(ctx, *grads_BTR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x_MD, *joined), rest, grad_MD, grad_weights = ctx.saved_tensors, list(grads_BTR), None, []
+        for weight_RD, sizes in zip(joined, ctx.sizes):
+            group, rest = rest[: len(sizes)], rest[len(sizes) :]
+            grad_MR = (torch.cat(group, dim=-1) if len(group) > 1 else group[0]).flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                grad_MD = grad_MR @ weight_RD if grad_MD is None else grad_MD.addmm_(grad_MR, weight_RD)
+            grad_weights += (grad_MR.t() @ x_MD).split_with_sizes(sizes)
+        return (None if grad_MD is None else grad_MD.view(ctx.shape), None, *grad_weights)
 
 
-def narrow_products(x_BTD: torch.Tensor, linears: list[nn.Linear]) -> list[torch.Tensor] | None:
-    """x Wᵀ, [B, T, R], of each linear layer, without biases, as one product; None where each must be called by itself."""
-    if not all(_plain(linear, x_BTD) for linear in linears):
+def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch.Tensor] | None:
+    """x Wᵀ, [B, T, R], of each linear layer, without biases; those of a group as one product. None where each must be called by itself."""
+    linears = [linear for group in groups for linear in group]
+    if not _plain(x_BTD, *linears):
         return None
-    weight_RD = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
-    joined_BTR = _Narrow.apply(x_BTD.flatten(0, -2), weight_RD).unflatten(0, x_BTD.shape[:-1])
-    return list(joined_BTR.split([linear.out_features for linear in linears], dim=-1))
-
-
-class _AddProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, wide_MD: torch.Tensor, narrow_MR: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(narrow_MR, weight_DR)
-        # Behind autograd's back, which would copy every gradient of a changed view; whoever had saved `wide` finds its version changed.
-        return wide_MD.detach().addmm_(narrow_MR, weight_DR.t())
-
-    @staticmethod
-    def backward(ctx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        narrow_MR, weight_DR = ctx.saved_tensors
-        return (
-            grad_MD,
-            grad_MD @ weight_DR if ctx.needs_input_grad[1] else None,
-            (narrow_MR.t() @ grad_MD).t() if ctx.needs_input_grad[2] else None,
-        )
-
-
-def add_product(result_BTD: torch.Tensor, narrow_BTR: torch.Tensor, linear: nn.Module, projection: nn.Module) -> torch.Tensor:
-    """result + W v, without a bias; `result` is the output of the frozen `projection`, which does not need it again: it is written to.
-
-    Not where the projection is quantised: its output may be a view that must not be changed.
-    """
-    if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or not _plain(linear, result_BTD):
-        return result_BTD + linear(narrow_BTR)
-    rows = _AddProduct.apply(result_BTD.flatten(0, -2), narrow_BTR.flatten(0, -2), linear.weight)
-    return rows.view_as(result_BTD)
+    return list(_Narrow.apply(x_BTD, [len(group) for group in groups], *(linear.weight for linear in linears)))
 
 
 class _AddGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_BTD, narrow_BTR, weight_DR, bias_D, gate_BT1, in_place: bool) -> torch.Tensor:
-        gated_MR, gate_M1 = (gate_BT1 * narrow_BTR).flatten(0, -2), gate_BT1.expand(*narrow_BTR.shape[:-1], 1).reshape(-1, 1)
-        ctx.save_for_backward(narrow_BTR, gated_MR, weight_DR, bias_D, gate_BT1, gate_M1)
-        z_MD = z_BTD.flatten(0, -2)
-        out_MD = z_MD.addmm_(gated_MR, weight_DR.t()) if in_place else torch.addmm(z_MD, gated_MR, weight_DR.t())
-        return out_MD.addmm_(gate_M1, bias_D.unsqueeze(0)).view_as(z_BTD)
+    def forward(ctx, result_BTD, narrow_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
+        gated_MR = (gate_BT1 * narrow_BTR).flatten(0, -2)
+        gate_M1 = None if bias_D is None else gate_BT1.expand(*narrow_BTR.shape[:-1], 1).reshape(-1, 1)
+        ctx.save_for_backward(narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D)
+        if in_place:
+            # Behind autograd's back, which would copy every gradient of a changed view; whoever had saved `result` finds its version changed.
+            out_BTD = result_BTD.detach()
+            out_MD = out_BTD.view(-1, out_BTD.shape[-1]).addmm_(gated_MR, weight_DR.t())
+        else:
+            out_MD = torch.addmm(result_BTD.flatten(0, -2), gated_MR, weight_DR.t())
+            out_BTD = out_MD.view_as(result_BTD)
+        if bias_D is not None:
+            out_MD.addmm_(gate_M1, bias_D.unsqueeze(0))
+        return out_BTD
 
     @staticmethod
     def backward(ctx, grad_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        narrow_BTR, gated_MR, weight_DR, bias_D, gate_BT1, gate_M1 = ctx.saved_tensors
+        narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D = ctx.saved_tensors
         grad_MD = grad_BTD.flatten(0, -2)
-        grad_gated_BTR = (grad_MD @ weight_DR).view_as(narrow_BTR)
+        grad_gated_BTR = _narrow(grad_MD, weight_DR).unflatten(0, narrow_BTR.shape[:-1])
         grad_gate = None
-        if ctx.needs_input_grad[4]:
-            per_token_BT1 = (grad_gated_BTR * narrow_BTR).sum(-1, keepdim=True) + (grad_MD @ bias_D).view_as(narrow_BTR[..., :1])
-            grad_gate = per_token_BT1.sum_to_size(gate_BT1.shape)
-        grad_weight, grad_bias = (gated_MR.t() @ grad_MD).t(), (gate_M1.t() @ grad_MD).squeeze(0)
-        return grad_BTD, gate_BT1 * grad_gated_BTR, grad_weight, grad_bias, grad_gate, None
+        if ctx.needs_input_grad[2]:
+            grad_gate = (grad_gated_BTR * narrow_BTR).sum(-1, keepdim=True)
+            if bias_D is not None:
+                grad_gate += (grad_MD @ bias_D).view_as(grad_gate)
+            grad_gate = grad_gate.sum_to_size(gate_BT1.shape)
+        grad_weight = (gated_MR.t() @ grad_MD).t()
+        grad_bias = None if bias_D is None else (gate_M1.t() @ grad_MD).squeeze(0)
+        return grad_BTD, gate_BT1 * grad_gated_BTR, grad_gate, grad_weight, grad_bias, None
 
 
-def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, linear: nn.Linear, gate: torch.Tensor | float, own: bool) -> torch.Tensor:
+def _as_tensor(gate: torch.Tensor | float, narrow_BTR: torch.Tensor) -> torch.Tensor:
+    return gate.to(narrow_BTR.dtype) if isinstance(gate, torch.Tensor) else narrow_BTR.new_full((1, 1, 1), gate)
+
+
+def add_lora(result_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Module, projection: nn.Module) -> torch.Tensor:
+    """result + gate · W v; `result` is the output of the frozen `projection`, which does not need it again: it is written to.
+
+    Not where the projection is quantised: its output may be a view that must not be changed.
+    """
+    if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or not _plain(result_BTD, linear):
+        return result_BTD + linear(gate * narrow_BTR)
+    return _AddGated.apply(result_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, None, True)
+
+
+def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Linear, own: bool) -> torch.Tensor:
     """z + gate · (W v + b); gate [B, 1 or T, 1] or a constant. `own`: nobody else reads z, so that it may be written to outside of training."""
-    if narrow_BTR.dtype != z_BTD.dtype or not _plain(linear, z_BTD):
+    if narrow_BTR.dtype != z_BTD.dtype or not _plain(z_BTD, linear):
         wide_BTD = linear(narrow_BTR).to(z_BTD.dtype)
         return z_BTD.add(wide_BTD, alpha=gate) if isinstance(gate, float) else torch.addcmul(z_BTD, wide_BTD, gate.to(z_BTD.dtype))
-    gate_BT1 = gate.to(narrow_BTR.dtype) if isinstance(gate, torch.Tensor) else narrow_BTR.new_full((1, 1, 1), gate)
-    return _AddGated.apply(z_BTD, narrow_BTR, linear.weight, linear.bias, gate_BT1, own and not torch.is_grad_enabled())
+    return _AddGated.apply(z_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, linear.bias, own and not torch.is_grad_enabled())

@@ -21,7 +21,7 @@ from scaleup.attention import AttentionGates
 from scaleup.gate import ConstantGate, LearnedGate, cast_to_weight
 from scaleup.lora import FusedUpdate, GateSource
 from scaleup.prefix import CHILD, WideMasks
-from scaleup.product import add_product
+from scaleup.product import add_lora
 from scaleup.sites import AttentionSite, BlockSite, Rows
 from scaleup.tokens import Tokens
 
@@ -54,9 +54,8 @@ class Prefixes(nn.Module):
         """Forward pre-hook of the model."""
         self.masks = WideMasks()
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys_GLE, values_GLE = self.unipelt_prefix.detach()[index].unbind()
-        return keys_GLE, values_GLE
+    def layer(self, index: int) -> torch.Tensor:
+        return self.unipelt_prefix.detach()[index]
 
 
 class LoraUpdate(nn.Module):
@@ -79,7 +78,7 @@ class LoraUpdate(nn.Module):
             return output
         narrow = self._source[0].lora_product(self.role, args[0])
         narrow = self.lora_A(cast_to_weight(args[0], self.lora_A.weight)) if narrow is None else narrow
-        return add_product(output, gate * narrow, self.lora_B, projection).to(output.dtype)
+        return add_lora(output, narrow, gate, self.lora_B, projection).to(output.dtype)
 
 
 class AllReal:

@@ -26,8 +26,8 @@ def real_and_count(g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[t
 
 
 def shares(mask_BT: torch.Tensor) -> torch.Tensor:
-    """[B, 1, T], float32: what each real token contributes to a mean. Without any real token the mean is 0."""
-    return (mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).float().unsqueeze(1)
+    """[B, T, 1], float32: what each real token contributes to a mean. Without any real token the mean is 0."""
+    return (mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).float().unsqueeze(2)
 
 
 def running_totals(g_BTN: torch.Tensor, real_BT1: torch.Tensor | None) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Tokens(nn.Module):
         self.past: int | torch.Tensor = 0  # tokens in the running pass's cache
         self.layer: GateTotals | StaticGateTotals | None = None  # of that cache
         self.counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
-        self.share_B1T: torch.Tensor | None = None
+        self.share_BT1: torch.Tensor | None = None
         self.pending: dict[int, torch.Tensor] = {}  # slot → totals of this pass
 
     def new_slot(self, width: int) -> int:
@@ -174,9 +174,9 @@ class Tokens(nn.Module):
 
     def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
         """`shares` of this pass's tokens, `mask_BT` of them; once per pass."""
-        if self.share_B1T is None:
-            self.share_B1T = shares(mask_BT)
-        return self.share_B1T
+        if self.share_BT1 is None:
+            self.share_BT1 = shares(mask_BT)
+        return self.share_BT1
 
     def store(self, host: nn.Module, args: tuple, output: object) -> None:
         """Forward hook of the model: this pass's totals into the cache."""
@@ -188,7 +188,7 @@ class Tokens(nn.Module):
         self.pending, self.layer = {}, None
 
     def __getstate__(self) -> dict:
-        fresh = {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layer": None, "counts": None, "share_B1T": None, "pending": {}}
+        fresh = {"mask_BT": None, "encoder_mask_BS": None, "starts_BT": None, "past": 0, "layer": None, "counts": None, "share_BT1": None, "pending": {}}
         return self.__dict__ | fresh
 
 

@@ -59,7 +59,7 @@ def test_equals_an_explicit_softmax(gate, mask, groups):
         given = None
     else:
         given = allowed[:, None] if mask == "bool" else torch.zeros(B, 1, T, length).masked_fill(~allowed[:, None], -torch.inf)
-    site = Site((keys, values, gates), causal=mask == "causal", groups=groups).eval()
+    site = Site((torch.stack([keys, values]), gates), causal=mask == "causal", groups=groups).eval()
     out, _ = unipelt_sdpa(site, query, key, value, given)
     torch.testing.assert_close(out.double(), explicit(query, key, value, allowed, keys, values, gates, groups), rtol=0, atol=2e-6)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaleup.product import add_gated, add_product, narrow_products
+from scaleup.product import add_gated, add_lora, narrow_products
 
 B, T, D, R = 2, 5, 16, 3
 
@@ -23,11 +23,11 @@ def test_a_gated_product_equals_its_formula(gate, dtype):
     gate = torch.rand(B, {"example": 1, "token": T}[gate], 1) if isinstance(gate, str) else gate
     wanted = z.double() + (gate.double() if isinstance(gate, torch.Tensor) else gate) * linear.double()(narrow.double())
     linear = linear.to(dtype)
-    found = add_gated(z, narrow, linear, gate, own=False)
+    found = add_gated(z, narrow, gate, linear, own=False)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-7 if dtype == torch.float64 else 0.06)
     other = linear.to(torch.float32)  # another type than the wide side's: the plain way
-    found = add_gated(z, narrow.float(), other, gate, own=False)
+    found = add_gated(z, narrow.float(), gate, other, own=False)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float64 else 0.06)
 
@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_formula(size):
     for leaf in leaves:
         leaf.requires_grad_()
     wanted = torch.autograd.grad((z + leaves[2] * linear(narrow)).square().sum(), leaves)
-    found = torch.autograd.grad(add_gated(z, narrow, linear, leaves[2], own=True).square().sum(), leaves)
+    found = torch.autograd.grad(add_gated(z, narrow, leaves[2], linear, own=True).square().sum(), leaves)
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other)
 
@@ -47,22 +47,23 @@ def test_gradients_are_those_of_the_formula(size):
 def test_in_place_only_outside_of_training_and_of_what_is_ones_own():
     z, narrow, linear = given()
     before = z.clone()
-    add_gated(z, narrow, linear, 0.5, own=True)
+    add_gated(z, narrow, 0.5, linear, own=True)
     with torch.no_grad():
-        add_gated(z, narrow, linear, 0.5, own=False)
+        add_gated(z, narrow, 0.5, linear, own=False)
         assert torch.equal(z, before)
-        assert add_gated(z, narrow, linear, 0.5, own=True).data_ptr() == z.data_ptr() and not torch.equal(z, before)
+        assert add_gated(z, narrow, 0.5, linear, own=True).data_ptr() == z.data_ptr() and not torch.equal(z, before)
 
 
-def test_a_product_is_added_to_a_frozen_layers_output_with_the_gradients_of_the_formula():
+@pytest.mark.parametrize("size", [1, T], ids=["example", "token"])
+def test_a_product_is_added_to_a_frozen_layers_output_with_the_gradients_of_the_formula(size):
     z, narrow, linear = given(dtype=torch.float64)
     frozen = nn.Linear(D, D).double().requires_grad_(False)
-    leaves = [z, narrow, linear.weight]
+    leaves = [z, narrow, linear.weight, torch.rand(B, size, 1, dtype=torch.float64)]
     for leaf in leaves:
         leaf.requires_grad_()
-    wanted = torch.autograd.grad((frozen(z) + narrow @ linear.weight.t()).square().sum(), leaves)
+    wanted = torch.autograd.grad((frozen(z) + leaves[-1] * (narrow @ linear.weight.t())).square().sum(), leaves)
     output = frozen(z)
-    found = add_product(output, narrow, linear, frozen)
+    found = add_lora(output, narrow, leaves[-1], linear, frozen)
     assert found.data_ptr() == output.data_ptr()
     for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), wanted):
         torch.testing.assert_close(one, other)
@@ -72,17 +73,19 @@ def test_whoever_needs_what_was_written_over_is_told():
     z, narrow, linear = given()
     output = nn.Linear(D, D)(z)
     kept = output.square()
-    add_product(output, narrow, linear, nn.Linear(D, D))
+    add_lora(output, narrow, 1.0, linear, nn.Linear(D, D))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
 
 
-def test_products_of_one_input_are_made_together_with_the_gradients_of_each():
+@pytest.mark.parametrize("groups", [(3,), (1, 2), (1, 1, 1)], ids=str)
+def test_products_of_one_input_are_made_together_with_the_gradients_of_each(groups):
     x, _, _ = given(dtype=torch.float64)
-    linears = [nn.Linear(D, rows).double() for rows in (3, 2, 1)]
+    linears = [nn.Linear(D, rows).double() for rows in (40, 2, 1)]  # 40: beyond what are few columns
     leaves = [x.requires_grad_(), *(linear.weight for linear in linears)]
     wanted = [x @ linear.weight.t() for linear in linears]
-    found = narrow_products(x, linears)
+    rest = iter(linears)
+    found = narrow_products(x, *[[next(rest) for _ in range(count)] for count in groups])
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other)
     wanted, found = (torch.autograd.grad(sum((1 + i) * part.square().sum() for i, part in enumerate(parts)), leaves) for parts in (wanted, found))
@@ -96,7 +99,7 @@ def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
     calls, plain = [], nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or plain(*args))
     z, narrow, linear = given()
-    add_gated(z, narrow, linear, 0.5, own=False)
-    add_product(z, narrow, nn.Linear(R, D, bias=False), nn.Linear(D, D))
+    add_gated(z, narrow, 0.5, linear, own=False)
+    add_lora(z, narrow, 0.5, nn.Linear(R, D, bias=False), nn.Linear(D, D))
     assert len(calls) == 2
     assert narrow_products(z, [nn.Linear(D, R)]) is None
