@@ -3,7 +3,7 @@
     python launch/sweep.py configs/sweeps/minilm.yaml --jobs 2 --only 'cola-*' train.num_train_epochs=5
 
 The file is described in scaleup/grid.py. Every run's config is checked before the first one starts. Exit codes: 0 all done, or stopped
-by SIGTERM and saved (SCALEUP_EXIT_STOPPED: that code instead); 1 some runs failed twice; 2 something must change (one message with
+by SIGTERM and saved (SCALEUP_EXIT_STOPPED: that code instead); 1 some runs are missing: failed twice, or another sweep's; 2 something must change (one message with
 everything); 130 interrupted.
 """
 
@@ -69,9 +69,9 @@ def _run(options: argparse.Namespace) -> int:
         checked = grid.load(options.file, options.overrides)
         cells = grid.select(checked.cells, options.only, options.shard)
         missing = [cell for cell in cells if not cell.finished]
-        places = machine.slots(options.jobs, checked.threads)
+        places = machine.Places(options.jobs, checked.threads)
         screen.say(f"sweep      {options.file}: {len(checked.cells)} runs, {len(cells)} of them here, {len(cells) - len(missing)} done")
-        screen.say(f"machine    {len(places)} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds")
+        screen.say(f"machine    {places.count} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds")
         screen.say(f"output     {checked.output}")
         if options.dry_run:
             print(*(f"missing    {cell.name}" for cell in missing), sep="\n")

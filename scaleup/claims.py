@@ -6,8 +6,9 @@
     claims.release(name)
 
 A claim is a file, OUTPUT/.claims/<name>.json, with a host and the processes that stand behind it. It is live as long as one of
-them is. What a killed sweep left is taken over once its processes are gone; those of another host cannot be looked at from
-here, so a claim of theirs counts as live until somebody removes the file.
+them is. What a killed sweep left is taken over once its processes are gone. Those of another host cannot be looked at from
+here: their sweep touches its claims every BEAT_S seconds, and after STALE_S without that they are taken over. (If only the sweep died there
+and its run goes on, the run's own lock on its folder keeps a second one out.)
 """
 
 import contextlib
@@ -23,13 +24,17 @@ import psutil
 
 from scaleup.journal import write_json
 
+BEAT_S = 60
+STALE_S = 900
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """processes: (pid, when it started, seconds since 1970) of the sweep and, once there is one, of the run."""
+    """processes: (pid, when it started, seconds since 1970) of the sweep and, once there is one, of the run. age: seconds since the last sign of it."""
 
     host: str
     processes: tuple[tuple[int, float], ...]
+    age: float
 
     @property
     def here(self) -> bool:
@@ -38,7 +43,7 @@ class Claim:
 
     @property
     def live(self) -> bool:
-        return not self.here or any(map(_lives, self.processes))
+        return any(map(_lives, self.processes)) if self.here else self.age < STALE_S
 
     @property
     def orphan(self) -> bool:
@@ -68,17 +73,25 @@ class Claims:
         with self._alone():
             self._write(name, [os.getpid(), pid])
 
+    def beat(self, names: list[str]) -> None:
+        """A sign that those who hold these claims live."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # taken away by a user
+                os.utime(self.folder / f"{name}.json")
+
     def release(self, name: str) -> None:
         with self._alone():
             (self.folder / f"{name}.json").unlink(missing_ok=True)
 
     def of(self, name: str) -> Claim | None:
         """The claim of a cell, live or not."""
+        path, now = self.folder / f"{name}.json", self.folder / "now"
         try:
-            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            found, seen = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
         except FileNotFoundError:
             return None
-        return Claim(found["host"], tuple((pid, started) for pid, started in found["processes"]))
+        now.touch()  # by the clock of whoever keeps the files, as the claim's own time is
+        return Claim(found["host"], tuple((pid, started) for pid, started in found["processes"]), now.stat().st_mtime - seen)
 
     def _write(self, name: str, pids: list[int]) -> None:
         processes = [[pid, psutil.Process(pid).create_time()] for pid in pids]

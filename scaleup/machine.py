@@ -1,8 +1,13 @@
 """What one machine has room for: places for runs (cores, a GPU each), memory that is left, memory that a run will need."""
 
+import contextlib
 import dataclasses
+import fcntl
+import getpass
 import os
 import pathlib
+import tempfile
+from typing import IO
 
 import psutil
 import torch
@@ -14,6 +19,9 @@ from scaleup.memory import estimate
 
 # Python, libraries and activations beside the states, until a run of the kind has been measured. MiniLM on CPU takes 1.0 GiB of it.
 OVERHEAD = 2 * 2**30
+CGROUPS = pathlib.Path("/sys/fs/cgroup")
+# Locks of the places, one file each, for all sweeps of a user on this machine.
+LOCKS = pathlib.Path(tempfile.gettempdir(), f"scaleup-places-{getpass.getuser()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +30,76 @@ class Slot:
 
     cores: tuple[int, ...]
     gpu: str | None
+    index: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of what is taken with it."""
+        return [f"core-{core}" for core in self.cores] + ([f"gpu-{self.gpu}"] if self.gpu else []) or [f"place-{self.index}"]
 
 
-def slots(jobs: int | None, threads: int) -> list[Slot]:
+def slots(threads: int) -> list[Slot]:
     """The places of this machine: the cores this process may use in groups of `threads` (what is left over stays free), one for
-    each GPU where there are any, at most `jobs`; at least one."""
+    each GPU where there are any; at least one."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     count = max(1, (len(cores) or os.cpu_count() or 1) // threads)
     gpus = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
-    count = min(count, jobs or count, gpus or count)
-    return [Slot(tuple(cores[i * threads : (i + 1) * threads]), names[i] if gpus else None) for i in range(count)]
+    count = min(count, gpus or count)
+    return [Slot(tuple(cores[i * threads : (i + 1) * threads]), names[i] if gpus else None, i) for i in range(count)]
+
+
+class Places:
+    """The slots of this machine, of which no two runs of a user's sweeps have one at the same time.
+
+    A run that has a slot holds locks on its cores and its GPU, as open files that it inherits: they are free when the run has
+    ended, however it ended, and whatever became of the sweep that started it.
+    """
+
+    def __init__(self, jobs: int | None, threads: int):
+        """jobs: most that are taken at once. Raises OSError where locks cannot be written."""
+        self.slots = slots(threads)
+        self.count = min(jobs or len(self.slots), len(self.slots))
+        LOCKS.mkdir(mode=0o700, exist_ok=True)
+
+    def take(self) -> tuple[Slot, list[IO]] | None:
+        """A free slot and its locks, to be handed to the run and closed by the caller; None if other sweeps have all."""
+        for slot in self.slots:
+            with contextlib.ExitStack() as held:
+                files = [held.enter_context((LOCKS / name).open("w")) for name in slot.names]
+                try:
+                    for file in files:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                held.pop_all()
+                return slot, files
+        return None
 
 
 def available_bytes() -> int:
     """Memory that may still be taken: the machine's, or its container's where that is less."""
-    found = psutil.virtual_memory().available
-    limit, used = pathlib.Path("/sys/fs/cgroup/memory.max"), pathlib.Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        found = min(found, int(text) - int(used.read_text(encoding="ascii")))
+    return min([psutil.virtual_memory().available, *_left_of_cgroups(pathlib.Path("/proc/self/cgroup").read_text(encoding="ascii"))])
+
+
+def _left_of_cgroups(mine: str) -> list[int]:
+    """What each memory limit around this process leaves, from /proc/self/cgroup: `number:controllers:path`. Files that the kernel
+    keeps in memory as long as nobody else wants it are not taken."""
+    found = []
+    for controllers, path in (line.split(":", 2)[1:] for line in mine.splitlines()):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, used, cached = CGROUPS, "memory.max", "memory.current", ("inactive_file", "active_file")
+        if controllers:  # version 1
+            root, limit, used, cached = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(root) or not (folder / limit).is_file():
+                continue
+            text = (folder / limit).read_text(encoding="ascii").strip()
+            if text != "max":
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                found.append(int(text) - int((folder / used).read_text(encoding="ascii")) + sum(int(stat[name]) for name in cached))
     return found
 
 

@@ -7,7 +7,7 @@ A cell is done when its results.json is there; nothing else is remembered, so a 
 counted. Another sweep on the same folder takes other cells (scaleup.claims).
 
 How many at once: as many as `jobs` allows, as cores suffice and as memory holds. What a run needs is measured by those that are
-finished, and estimated (scaleup.memory) before. With GPUs each run has one to itself.
+finished, and estimated (scaleup.memory) before. With GPUs each run has one to itself. Runs of other sweeps keep their cores and GPUs.
 """
 
 import collections
@@ -21,10 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import IO
 
-from scaleup.claims import Claims
+from scaleup.claims import BEAT_S, Claims
 from scaleup.grid import Cell, Sweep
-from scaleup.machine import Slot, available_bytes, needed_bytes, resident_bytes, slots
+from scaleup.machine import Places, Slot, available_bytes, needed_bytes, resident_bytes
 from scaleup.resume import checkpoints
 
 TRAIN = pathlib.Path(__file__).parents[1] / "launch" / "train.py"
@@ -49,10 +50,11 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 @dataclasses.dataclass
 class Running:
-    """A run in its place. since: of time.monotonic, s. need: bytes."""
+    """A run in its place. locks: of the place. since: of time.monotonic, s. need: bytes."""
 
     cell: Cell
     slot: Slot
+    locks: list[IO]
     process: subprocess.Popen
     since: float
     need: int
@@ -109,9 +111,9 @@ class Sweeper:
         entry: the script that is started with a cell's arguments. Raises OSError where the output cannot be written."""
         self.sweep, self.cells, self.say, self.show, self.entry = sweep, list(cells), say, show, entry
         self.claims = Claims(sweep.output)
-        self.free = slots(jobs, sweep.threads)
-        self.on_gpus = self.free[0].gpu is not None
-        self.waiting = collections.deque(self.cells)
+        self.places = Places(jobs, sweep.threads)
+        self.on_gpus = self.places.slots[0].gpu is not None
+        self.waiting = collections.deque(sorted(self.cells, key=lambda cell: not cell.finished))  # what is done is counted at once
         self.running: list[Running] = []
         self.done: set[str] = set()
         self.elsewhere: list[Cell] = []
@@ -119,17 +121,19 @@ class Sweeper:
         self.tries: collections.Counter[str] = collections.Counter()
         self.measured = Measured()
         self.estimates: dict[str, int] = {}
-        self.short_of_memory = False
+        self.short = ""  # what keeps further runs from starting
+        self.last_beat = 0.0
         self.stopping: signal.Signals | None = None
         for cell in sweep.cells:
             if cell.finished:
                 self.measured.add(cell)
 
     def run(self) -> bool:
-        """Until every cell is done, has failed for good or belongs to another sweep. False if some failed or it was stopped."""
+        """Until every cell is done, has failed for good or belongs to another sweep. True if all are done, here or there."""
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while not self.stopping and (self.waiting or self.running or self._look_elsewhere()):
+                self._beat()
                 self._reap()
                 self._start_what_fits()
                 self.show(self.progress())
@@ -141,52 +145,60 @@ class Sweeper:
                 run.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return not self.failed and not self.stopping
+        return not self.failed and not self.stopping and all(cell.finished for cell in self.elsewhere)
 
     def progress(self) -> str:
         """One line: what is done, what runs, and for how long still."""
-        running = ", ".join(f"{run.cell.name} {duration(run.seconds)}" for run in self.running)
-        parts = [f"{len(self.done)}/{len(self.cells)} done", f"{len(self.running)} running" + f" ({running})" * bool(running)]
-        parts += ["no memory for more"] * self.short_of_memory
+        left, running = self.seconds_left(), ", ".join(f"{run.cell.name} {duration(run.seconds)}" for run in self.running)
+        parts = [f"{len(self.done)}/{len(self.cells)} done", "time left not known yet" if left is None else f"about {duration(left)} left"]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed) + [f"{len(self.elsewhere)} elsewhere"] * bool(self.elsewhere)
-        left = self.seconds_left()
-        return "; ".join([*parts, "time left not known yet" if left is None else f"about {duration(left)} left"])
+        return "; ".join([*parts, *([self.short] if self.short else []), f"{len(self.running)} running" + f" ({running})" * bool(running)])
 
     def seconds_left(self) -> float | None:
         """By the mean of the most similar runs that have finished; None before the first."""
         if not self.measured.seconds:
             return None
         left = [max(self.measured.expected(run.cell) - run.seconds, 0) for run in self.running]
-        left += [self.measured.expected(cell) for cell in self.waiting]
-        return max(sum(left) / (len(self.running) + len(self.free)), max(left, default=0))
+        left += [self.measured.expected(cell) for cell in self.waiting if not cell.finished]
+        return max(sum(left) / self.places.count, max(left, default=0))
 
     def _start_what_fits(self) -> None:
-        self.short_of_memory = False
-        while self.waiting and self.free and not self.stopping:
-            cell = self.waiting.popleft()
+        self.short = ""
+        while self.waiting and len(self.running) < self.places.count and not self.stopping:
+            cell, place = self.waiting[0], None
+            if not cell.finished:
+                if self.running and not self._fits(cell):
+                    self.short = "no memory for more"
+                    return
+                place = self.places.take()
+                if place is None:
+                    self.short = "other sweeps' runs have the rest of the machine"
+                    return
+            self.waiting.popleft()
             if not self.claims.take(cell.name):
                 self.elsewhere.append(cell)
             elif cell.finished:  # perhaps by a sweep that was killed before it could tidy up
                 self._finish(cell)
-            elif self.running and not self._fits(cell):
-                self.claims.release(cell.name)
-                self.waiting.appendleft(cell)
-                self.short_of_memory = True
-                return
             else:
-                self._start(cell)
+                self._start(cell, *place)
+                continue
+            for file in place[1] if place else ():
+                file.close()
 
-    def _start(self, cell: Cell) -> None:
-        slot, need = self.free.pop(), self._need(cell)
+    def _start(self, cell: Cell, slot: Slot, locks: list[IO]) -> None:
+        need = self._need(cell)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.sweep.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {}
         cell.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", START, ",".join(map(str, slot.cores)), str(self.entry), *cell.arguments]
         with (cell.folder / LOG).open("ab") as log:
             # A group of its own: Ctrl-C is meant for the sweep, which then asks its runs to save.
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0,
+                pass_fds=[file.fileno() for file in locks],
+            )  # fmt: skip
         self.tries[cell.name] += 1
-        self.running.append(Running(cell, slot, process, time.monotonic(), need))
+        self.running.append(Running(cell, slot, locks, process, time.monotonic(), need))
         self.claims.hand_over(cell.name, process.pid)
         try:
             process.stdin.write(b"g")
@@ -197,7 +209,8 @@ class Sweeper:
     def _reap(self) -> None:
         for run in [run for run in self.running if run.process.poll() is not None]:
             self.running.remove(run)
-            self.free.append(run.slot)
+            for file in run.locks:
+                file.close()
             cell, code = run.cell, run.process.returncode
             if cell.finished:
                 self._finish(cell)
@@ -214,6 +227,12 @@ class Sweeper:
             else:
                 self.say(f"{cell.name}: failed again, {why}; see {cell.folder / LOG}")
                 self.failed[cell.name] = why
+
+    def _beat(self) -> None:
+        """Tells sweeps on other hosts that this one lives."""
+        if time.monotonic() - self.last_beat > BEAT_S:
+            self.last_beat = time.monotonic()
+            self.claims.beat([run.cell.name for run in self.running])
 
     def _finish(self, cell: Cell) -> None:
         tidy(cell.folder, self.sweep.keep)

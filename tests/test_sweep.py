@@ -17,12 +17,19 @@ import psutil
 import pytest
 
 import launch.sweep
-from scaleup import config, grid, sweep, train
+from scaleup import claims as claiming
+from scaleup import config, grid, machine, sweep, train
 from scaleup.claims import Claims
 from scaleup.config import ConfigError, to_yaml
 from scaleup.grid import Cell, Sweep
 from scaleup.sweep import Sweeper
 from tests.workspace import ROOT, make_workspace
+
+
+@pytest.fixture(autouse=True)
+def places_of_their_own(tmp_path, monkeypatch):
+    """A sweep that somebody runs on this machine is nothing to the tests."""
+    monkeypatch.setattr(machine, "LOCKS", tmp_path / "places")
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +183,18 @@ def test_a_claim_is_stale_once_sweep_and_run_are_gone(tmp_path):
     assert not claims.take("cell")
 
 
+def test_a_claim_of_another_host_is_stale_once_its_sweep_does_not_touch_it(tmp_path):
+    claims = Claims(tmp_path)
+    path = claims.folder / "cell.json"
+    path.write_text(json.dumps({"host": "elsewhere", "processes": [[1, 1.0]]}))
+    long_ago = path.stat().st_mtime - claiming.STALE_S - 5
+    os.utime(path, (long_ago, long_ago))
+    claims.beat(["cell", "none"])
+    assert not claims.take("cell")
+    os.utime(path, (long_ago, long_ago))
+    assert claims.take("cell")
+
+
 # Running, with a stand-in for launch/train.py
 
 FAKE = """
@@ -266,6 +285,59 @@ def test_a_failed_run_is_tried_once_more_and_reported_and_never_counted(fakes):
     assert not made.cells[1].finished and "1 failed" in one.progress()
 
 
+def test_a_sweep_whose_cells_another_one_has_is_not_whole(fakes):
+    made = fakes(2)
+    Claims(made.output)
+    (made.output / ".claims" / "t-1-m-1.json").write_text(json.dumps({"host": "elsewhere", "processes": [[1, 1.0]]}))
+    one = sweeper(made)
+    assert not one.run() and one.done == {"t-1-m-0"} and [cell.name for cell in one.elsewhere] == ["t-1-m-1"]
+    (made.cells[1].folder).mkdir()
+    (made.cells[1].folder / "results.json").write_text("{}")
+    assert sweeper(made).run()
+
+
+def test_done_cells_are_counted_before_the_first_run_is_over(fakes):
+    made = fakes(4, **{"t-1-m-0": {"seconds": 1}})
+    for cell in made.cells[1:]:
+        cell.folder.mkdir()
+        (cell.folder / "results.json").write_text("{}")
+    shown: list[str] = []
+    assert Sweeper(made, made.cells, 1, say=lambda line: None, show=shown.append, entry=made.output.parent / "fake.py").run()
+    assert shown[0].startswith("3/4 done; ")
+
+
+def test_sweeps_on_different_folders_and_orphans_never_share_a_core(fakes, tmp_path):
+    made = fakes(2, **{f"t-1-m-{i}": {"seconds": 1.5} for i in range(2)})
+    killed = forked(made, jobs=1, entry=made.output.parent / "fake.py")
+    wait_for(lambda: journal(made))
+    killed.kill()  # its run goes on, on a core that nobody else is given
+    killed.join()
+    places = machine.Places(None, 1)
+    first = journal(made)[0][3]
+    taken = [places.take() for _ in places.slots]
+    assert [list(slot.cores) for slot, _ in filter(None, taken)] == [[core] for core in sorted(os.sched_getaffinity(0)) if [core] != first]
+    wait_for(lambda: any(what == "end" for what, *_ in journal(made)))
+    wait_for(lambda: (found := places.take()) and list(found[0].cores) == first, 10)
+
+
+def test_the_least_of_all_memory_limits_counts_and_files_in_memory_are_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+
+    def limit(folder: pathlib.Path, names: tuple[str, str], most: str, used: int, cached: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{most}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(cached)
+
+    new, old = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit(tmp_path / "slurm" / "job", new, "1000", 700, "anon 1\ninactive_file 200\nactive_file 50\n")
+    limit(tmp_path / "slurm", new, "max", 900, "")
+    assert machine._left_of_cgroups("0::/slurm/job\n") == [550]
+    limit(tmp_path / "memory" / "a", old, "500", 450, "total_inactive_file 10\ntotal_active_file 0\n")
+    assert machine._left_of_cgroups("4:memory:/a\n3:cpuset:/a\n0::/\n") == [60]
+    assert machine._left_of_cgroups("3:cpu:/\n0::/\n") == []
+
+
 def test_no_more_runs_than_memory_holds(fakes, monkeypatch):
     made = fakes(3, **{f"t-1-m-{i}": {"seconds": 0.3} for i in range(3)})
     monkeypatch.setattr(sweep, "available_bytes", lambda: 3 * 2**29)  # one and a half of what a run is said to need
@@ -285,11 +357,11 @@ def test_the_line_of_progress_tells_the_time_left(fakes):
         return shown
 
     first = lines()
-    assert first[0] == "0/3 done; 1 running (t-1-m-0 0 s); time left not known yet" and first[-1].startswith("3/3 done; 0 running")
-    assert any(re.fullmatch(r"2/3 done; 1 running \(t-1-m-2 \d s\); about \d+ s left", line) for line in first)
+    assert first[0] == "0/3 done; time left not known yet; 1 running (t-1-m-0 0 s)" and first[-1].startswith("3/3 done; ")
+    assert any(re.fullmatch(r"2/3 done; about \d+ s left; 1 running \(t-1-m-2 \d s\)", line) for line in first)
     for cell in made.cells[1:]:
         (cell.folder / "results.json").unlink()
-    assert lines()[0] == "1/3 done; 1 running (t-1-m-1 0 s); about 14 s left"  # an earlier run says that it took 7 s
+    assert lines()[0] == "1/3 done; about 14 s left; 1 running (t-1-m-1 0 s)"  # an earlier run says that it took 7 s
 
 
 def test_sigterm_ends_the_runs_in_order_and_a_new_start_goes_on(fakes):
