@@ -11,6 +11,7 @@ torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. 
 """
 
 import argparse
+import concurrent.futures
 import functools
 import gc
 import json
@@ -78,7 +79,12 @@ def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
 
     def step(name: str) -> None:
         work(name)
-        contenders[name].step()
+        try:
+            contenders[name].step()
+        except BaseException:
+            for waiting in turns.values():  # none of them would get its turn
+                waiting.release(10_000)
+            raise
         hand_over(name)
 
     layers = [(name, layer) for name in names for layer in contenders[name].model.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -88,12 +94,11 @@ def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
         order = names[turn:] + names[:turn]
         after |= dict(zip(order, order[1:] + order[:1]))
         worked |= dict.fromkeys(names, 0.0)
-        threads = [threading.Thread(target=step, args=(name,)) for name in order]
-        for thread in threads:
-            thread.start()
-        turns[order[0]].release()
-        for thread in threads:
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(len(order)) as pool:
+            steps = [pool.submit(step, name) for name in order]
+            turns[order[0]].release()
+        for one in steps:
+            one.result()
         turns[order[0]].acquire()  # the last one's handing over
         if number >= 2:
             for name in names:
@@ -207,7 +212,7 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     rows = {}
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(min(times) / min(seconds[reference]), 4)}
         rows[name] |= {"milliseconds": round(1000 * statistics.median(times), 2), "trained": contenders[name].trained}
         if contenders[name].model is not None and not options.compile:

@@ -22,7 +22,7 @@ PICTURED = 40  # examples in the picture
 def report(folders: Sequence[str], which: str | None, output: pathlib.Path) -> list[str]:
     """Writes gates.md, gates.csv, gates.png, where examples were looked at also gates_classes.png, gates_examples.csv and .png, and
     of two runs gates_difference.png; what to print. which: train, dev, test or a file; None: the development set if the run's best
-    bundle is still there, else only what the run itself wrote.
+    bundle, backbone and data are still there, else only what the run itself wrote.
 
     Raises ConfigError with what is wrong with the runs or the data.
     """
@@ -32,10 +32,16 @@ def report(folders: Sequence[str], which: str | None, output: pathlib.Path) -> l
         if not path.is_file():
             raise ConfigError(f"--run: {folder} has no results.json; it takes the folder of a finished run")
         found.append(read(path))
+    alike = len({run.folder.name for run in found}) < len(found)
     for run in found:
-        passes = which is not None or (run.folder / "best").is_dir()
-        views.append(gateviews.from_pass(run, which or "dev") if passes else gateviews.from_results(run))
-        notes += [] if passes else [f"{run.folder} has no best/: no view by class or example (a sweep keeps it with keep: best)"]
+        name = str(run.folder) if alike else run.folder.name
+        try:
+            views.append(gateviews.from_pass(run, name, which or "dev"))
+        except ConfigError as error:
+            if which is not None or not run.results["gates"]:
+                raise
+            views.append(gateviews.from_results(run, name))
+            notes.append(f"No view by class or example: {error.problems[0]}")
     lines = ["# Gates", "", "Mean of each gate over the examples, its standard deviation over them as subscript.", *(f"\n{note}" for note in notes)]
     printed = []
     for view in views:

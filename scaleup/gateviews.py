@@ -1,7 +1,7 @@
 """What a run's gates do: layer × submodule, by class and by example. From the statistics in results.json, or a pass over data.
 
-    view = from_results(run)                  mean and spread over the dev set, as the run wrote them
-    view = from_pass(run, "dev")              the gates of every example: the best bundle, loaded as a user loads it
+    view = from_results(run, "name")          mean and spread over the dev set, as the run wrote them
+    view = from_pass(run, "name", "dev")      the gates of every example: the best bundle, loaded as a user loads it
 
 A gate stands in a row (its layer) and a column (its submodule, and its place where a layer has several of a kind).
 """
@@ -78,8 +78,8 @@ def places(sites: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], dict
     return rows, columns, {key: (rows.index(r), columns.index(c)) for key, (r, c) in named.items()}
 
 
-def from_results(run: Run) -> View:
-    """Raises ConfigError for a run without learned gates."""
+def from_results(run: Run, name: str) -> View:
+    """name: of the run, in the title. Raises ConfigError for a run without learned gates."""
     gates = run.results["gates"]
     if not gates:
         raise ConfigError(f"--run: {run.folder} has no learned gates ({run.method})")
@@ -87,7 +87,7 @@ def from_results(run: Run) -> View:
     mean, spread = (np.full((len(rows), len(columns)), np.nan) for _ in range(2))
     for (site, part), (i, j) in where.items():
         mean[i, j], spread[i, j] = gates[site][part]["mean"], gates[site][part]["std"]
-    return View(_title(run), rows, columns, mean, spread)
+    return View(_title(run, name), rows, columns, mean, spread)
 
 
 class _Values:
@@ -101,8 +101,8 @@ class _Values:
         self.found.append(pool(g_BTN.detach().float(), "masked", per_token)[:, 0].cpu())
 
 
-def from_pass(run: Run, which: str) -> View:
-    """which: train, dev or test of the run's own data, or a file with the same columns.
+def from_pass(run: Run, name: str, which: str) -> View:
+    """name: of the run, in the title. which: train, dev or test of the run's own data, or a file with the same columns.
 
     Raises ConfigError where the run has no best bundle, the file does not fit, or the task has nothing to classify.
     """
@@ -130,8 +130,8 @@ def from_pass(run: Run, which: str) -> View:
     each = np.full((len(chosen), len(rows), len(columns)), np.nan)
     for key, (i, j) in where.items():
         each[order, i, j] = values[key]
-    name = f"{which} set" if which in SPLITS else pathlib.Path(which).name
-    return View(f"{_title(run)}, {name} ({len(chosen)} examples)", rows, columns, each.mean(axis=0), each.std(axis=0), each, said, texts)
+    of = f"{which} set" if which in SPLITS else pathlib.Path(which).name
+    return View(f"{_title(run, name)}, {of} ({len(chosen)} examples)", rows, columns, each.mean(axis=0), each.std(axis=0), each, said, texts)
 
 
 def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
@@ -164,15 +164,16 @@ def _pass(
     order = np.argsort(tokens["length"], kind="stable").tolist()
     collate = data.collator(tokenizer, settings.data)
     loader = DataLoader(tokens.select(order), batch_size=settings.train.per_device_eval_batch_size, collate_fn=collate)
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in gates}
     with torch.no_grad(), torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
         for batch in loader:
             model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
-    found = {}
-    for site, gate in gates.items():
-        values = torch.cat(gate.statistics.found).numpy()
-        found |= {(site, part): values[:, i] for i, part in enumerate(gate.names)}
-    return found, order
+            for site, gate in gates.items():  # ALBERT's one layer is called many times: the mean over its calls
+                found[site].append(torch.stack(gate.statistics.found).mean(dim=0))
+                gate.statistics.found.clear()
+    values = {site: torch.cat(parts).numpy() for site, parts in found.items()}
+    return {(site, part): values[site][:, i] for site, gate in gates.items() for i, part in enumerate(gate.names)}, order
 
 
-def _title(run: Run) -> str:
-    return f"{run.folder.name}: {run.task}, K = {run.k}, {run.method}"
+def _title(run: Run, name: str) -> str:
+    return f"{name}: {run.task}, K = {run.k}, {run.method}"

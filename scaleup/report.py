@@ -28,6 +28,7 @@ BENCHED = {
     "full fine-tuning": "full", "bare": "full", "BitFit": "bitfit", "adapter": "adapter", "prefix": "prefix", "lora": "lora", "AP": "ap",
     "APL": "apl", "NoGate": "apl_nogate",
 }  # fmt: skip
+MLP = "APL, prefix MLP"  # training, by default, and in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +131,26 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
     for path in files:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            asked, ratios = said["settings"], {BENCHED.get(name): row["ratio"] for name, row in said["rows"].items()}
+            asked, ratios = said["settings"], {name: row["ratio"] for name, row in said["rows"].items()}
             kind, where = asked["what"], f"{asked['geometry']}, {asked['batch']} x {asked['length']} tokens, {asked['device']}"
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} is no file of launch/bench.py.")
             continue
-        if asked["geometry"] != GEOMETRY or "full" not in ratios:
+        names = {method: name for name, method in BENCHED.items() if name in ratios} | ({"apl": MLP} if MLP in ratios else {})
+        special = [option for option in ("ragged", "compile", "profile", "peer") if asked.get(option)]
+        if asked["geometry"] != GEOMETRY or "full" not in names or special:
+            if path in named:
+                why = f"made with --{special[0]}" if special else f"without {GEOMETRY}'s time of full fine-tuning"
+                raise ConfigError(f"--bench: {path} is {why}; table 4 takes the training and inference times of all methods")
             continue
         if kind in used:
             raise ConfigError(f"--bench: {used[kind]} and {path} both have {kind} times; give the one to take with --bench FILE")
         used[kind] = path
         notes.append(f"{kind.capitalize()} times from {path.name} ({where}).")
-        for method, ratio in ratios.items():
-            if method is not None:
-                found.setdefault(method, {})[kind] = ratio / ratios["full"]
+        if MLP in ratios:
+            notes.append("Training of UniPELT (APL) is with the prefix's MLP; prefix-tuning and UniPELT (AP) were timed without it.")
+        for method, contender in names.items():
+            found.setdefault(method, {})[kind] = ratios[contender] / ratios[names["full"]]
     return found, notes
 
 

@@ -63,7 +63,9 @@ class Run:
         return self.settings.get("model.name", UNKNOWN)
 
     def points(self, split: str) -> float:
-        """The task's metric on "test" or "dev", times 100."""
+        """The task's metric on "test" or "dev", times 100. Raises ConfigError where a run was scored by its loss, of which less is better."""
+        if self.results["metric"] == "loss":
+            raise ConfigError(f"--runs: {self.folder} was scored by its loss, and tables and figures show scores; give its task a data.metric")
         return 100 * self.results[split][self.results["metric"]]
 
 

@@ -10,6 +10,7 @@ over the tasks shown; its spread is that of each seed's mean. Below a row of our
 import csv
 import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -95,8 +96,8 @@ def scores(runs: Iterable[Run], split: str) -> Scores:
     """(k, method, task) → seed → points. Raises ConfigError for two runs of one cell."""
     out: Scores = {}
     for (k, method, task, seed), run in unique(list(runs), lambda run: (run.k, run.method, run.task, run.seed)).items():
-        if run.results[split] is not None:
-            out.setdefault((k, method, task), {})[seed] = run.points(split)
+        if run.results[split] is not None and not math.isnan(points := run.points(split)):
+            out.setdefault((k, method, task), {})[seed] = points
     return out
 
 
@@ -141,9 +142,14 @@ def _block(title: str, found: Scores, k: Any, tasks: Sequence[str], paper: dict[
 
 
 def _missing(found: Scores, ks: Sequence[Any], wanted: Sequence[Any], methods: Sequence[str]) -> list[str]:
-    """What a whole table would have: tasks and K by name where they are missing altogether, then cells, then seeds of cells."""
-    tasks = [task for task in TASKS if any(task == t for _, _, t in found)]
-    out = [f"task {TASKS[task]}" for task in TASKS if task not in tasks]
+    """What a whole table would have: tasks and K by name where they are missing altogether, then cells, then seeds of cells. Of runs on
+    other data than GLUE, what some of their methods have and others have not."""
+    tasks = [task for task in _columns(found) if task != AVERAGE]
+    if found and not set(tasks) & set(TASKS):
+        wanted, methods = ks, [method for method in NAMES if any(method == m for _, m, _ in found)]
+    else:
+        tasks = [task for task in tasks if task in TASKS]
+    out = [f"task {TASKS[task]}" for task in TASKS if task not in tasks and wanted is not ks]
     out += [f"K = {k}" for k in wanted if k not in ks]
     seeds = set().union(*(set(points) for points in found.values()))
     for k in ks:
@@ -154,7 +160,7 @@ def _missing(found: Scores, ks: Sequence[Any], wanted: Sequence[Any], methods: S
                 lack = sorted(seeds - set(found.get((k, method, task), {})))
                 if lack:
                     some = f", seed {', '.join(map(str, lack))}" if len(lack) < len(seeds) else ""
-                    out.append(f"{name_of(method)} on {TASKS[task]} at K = {k}{some}")
+                    out.append(f"{name_of(method)} on {TASKS.get(task, task)} at K = {k}{some}")
     return out
 
 
@@ -208,7 +214,7 @@ def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any
     found = scores(runs, "test")
     columns = {"max_ap": "max({A, P})", "ap": "UniPELT (AP)", "max_apl": "max({A, P, L})", "apl": "UniPELT (APL)"}
     tasks = [task for task in _columns(found) if task != AVERAGE]
-    rows, missing = [], []
+    rows = []
     for k in _sorted_k(found):
         means = {(method, task): entry.mean for method in NAMES for task in tasks if (entry := summarise(found.get((k, method, task))))}
         ours = []
@@ -218,7 +224,6 @@ def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any
             parts = [part for part in SUBMODULES if part[0] in letters] if column != letters else [letters]
             whole = all((part, task) in means for part in parts for task in tasks)
             ours.append(Entry(statistics.fmean(max(means[part, task] for part in parts) for task in tasks)) if whole else None)
-            missing += [f"{title_of} at K = {k}" for title_of in [columns[column]] if not whole]
         rows.append(Row(str(k), str(k), ours))
         same = set(tasks) == set(TASKS) and k in paper
         rows += [Row(str(k), "paper", [Entry(paper[k][column]) for column in columns], paper=True)] if same else []
@@ -226,10 +231,13 @@ def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any
         for left in (0, 2):  # within each pair, the larger is bold
             pair = row.entries[left : left + 2]
             if None not in pair:
-                max(pair, key=lambda entry: entry.mean).rank = 1
+                larger = max(float(entry.shown) for entry in pair)
+                for entry in pair:
+                    entry.rank = int(float(entry.shown) == larger)
     notes = _notes(runs, found, what)[:2] + ["The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."]
     if set(tasks) != set(TASKS):
         notes.append(f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown.")
+    missing = _missing(found, _sorted_k(found), (100, 500, 1000), (*SUBMODULES, "ap", "apl"))
     return Table(name, title, "K", columns, [Block("", rows)], missing, notes)
 
 

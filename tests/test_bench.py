@@ -50,6 +50,24 @@ def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts()
     assert not contenders["quick"].model[0]._forward_pre_hooks
 
 
+def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waiting():
+    def fail() -> None:
+        raise ValueError("too long")
+
+    said = {"good": lambda: None, "bad": fail, "other": lambda: None}
+    models = {name: nn.Sequential(Layer(0.0, lambda: None), Layer(0.0, say), Layer(0.0, lambda: None)) for name, say in said.items()}
+    contenders = {name: bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model) for name, model in models.items()}
+    with pytest.raises(ValueError, match="too long"):
+        script.measure_in_turns(contenders, 1)
+
+
+def test_quartiles_lie_among_the_ratios(monkeypatch, tiny):
+    monkeypatch.setattr(script, "measure_in_turns", lambda contenders, rounds: {"bare": [1.0, 1.0, 1.0], "lora": [1.0, 1.2, 1.4]})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "inference", "--batch", "1", "--length", "4", "--only", "bare", "lora"])
+    row = script.timed(script.arguments())["lora"]
+    assert row["ratio"] == 1.2 and row["quartiles"] == [1.1, 1.3] and row["best"] == 1.0
+
+
 def test_the_order_of_whole_steps_turns_round_by_round():
     said = []
     contenders = {name: bench.Contender(lambda name=name: said.append(name), 0, None) for name in "abc"}

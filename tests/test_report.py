@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shutil
 import statistics
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import launch.report
 from scaleup import backbone, checkpoint, config, data, gatereport, gateviews, report, runs, tables, tasks
@@ -122,6 +124,35 @@ def test_what_is_missing_is_named(small, tmp_path):
     assert "Missing: task SST-2" in (tmp_path / "out" / "table1.md").read_text()
 
 
+def test_what_own_data_lack_is_a_matter_of_their_own_methods_and_seeds(tmp_path):
+    for method, seeds in {"lora": (0, 1), "apl": (0,)}.items():
+        for seed in seeds:
+            leave(tmp_path / "runs", "films", 64, method, seed, 0.5)
+    screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    assert "Missing: UniPELT (APL) on films at K = 64, seed 1." in screen
+
+
+def test_a_score_that_is_no_number_is_missing_and_a_loss_is_no_score(tmp_path):
+    leave(tmp_path / "runs", "rte", 100, "lora", 0, float("nan"))
+    leave(tmp_path / "runs", "rte", 100, "full", 0, 0.5)
+    screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    assert "LoRA at K = 100" in screen[-2]
+    out = leave(tmp_path / "runs", "rte", 100, "adapter", 0, 1.5)
+    (out / "results.json").write_text((out / "results.json").read_text().replace('"accuracy"', '"loss"'))
+    with pytest.raises(ConfigError, match="was scored by its loss"):
+        report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+
+
+def test_table_2_marks_equals_alike_and_names_the_seeds_that_lack(tmp_path):
+    for method, scores in {"adapter": (0.1, 0.3), "prefix": (0.1, 0.1), "lora": (0.05, 0.05), "ap": (0.2, 0.2), "apl": (0.4,)}.items():
+        for seed, score in enumerate(scores):
+            leave(tmp_path / "runs", "rte", 100, method, seed, score)
+    screen = report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table2.csv")
+    assert [found["", "100", "ours", column]["rank"] for column in ("max_ap", "ap", "max_apl", "apl")] == ["1", "1", "", "1"]
+    assert "UniPELT (APL) on RTE at K = 100, seed 1" in screen[-2] and "K = 500" in screen[-2]
+
+
 def test_the_papers_own_average_is_shown_where_all_its_tasks_are(tmp_path):
     for task in tables.TASKS:
         leave(tmp_path / "runs", task, 500, "lora", 0, 0.5)
@@ -145,7 +176,7 @@ def test_table_2_takes_the_best_submodule_on_each_task(tmp_path):
     screen = report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
     found = {(row, column): line["mean"] for (_, row, source, column), line in cells(tmp_path / "out" / "table2.csv").items() if source == "ours"}
     assert [float(found["100", column]) for column in ("max_ap", "ap", "max_apl", "apl")] == pytest.approx([50.0, 52.0, 55.0, 50.0])
-    assert found["500", "max_ap"] == "" and "max({A, P}) at K = 500; UniPELT (AP) at K = 500" in screen[-2]  # mrpc is not there
+    assert found["500", "max_ap"] == "" and "Adapter on MRPC at K = 500" in screen[-2]
 
 
 def test_table_3_is_of_runs_on_all_examples_only(small, tmp_path):
@@ -163,12 +194,13 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
     assert "training time of Fine-tuning" in screen[-2] and "parameters of LoRA" in screen[-2]
     (tmp_path / "bench").mkdir()
 
-    def bench(name: str, what: str, geometry: str = "bert-base", **ratios: float) -> None:
-        asked = {"what": what, "geometry": geometry, "batch": 16, "length": 128, "device": "cpu", "reference": "floor"}
+    def bench(name: str, what: str, geometry: str = "bert-base", compiled: bool = False, **ratios: float) -> None:
+        asked = {"what": what, "geometry": geometry, "batch": 16, "length": 128, "device": "cpu", "reference": "floor", "compile": compiled}
         (tmp_path / "bench" / name).write_text(json.dumps({"settings": asked, "rows": {n: {"ratio": ratio} for n, ratio in ratios.items()}}))
 
     bench("training.json", "training", **{"full fine-tuning": 2.0, "floor": 1.0, "APL": 1.0})
     bench("large.json", "training", "bart-large", **{"full fine-tuning": 2.0, "APL": 1.9})
+    bench("compiled.json", "training", compiled=True, **{"full fine-tuning": 2.0, "APL": 1.8})
     screen = report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
     found = cells(tmp_path / "out" / "table4.csv")
     assert found["", "apl", "ours", "training"]["mean"] == "50.0" and found["", "apl", "ours", "inference"]["mean"] == ""
@@ -180,6 +212,11 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
         report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
     report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
     assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
+    with pytest.raises(ConfigError, match="compiled.json is made with --compile"):
+        report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "compiled.json")])
+    bench("more.json", "training", **{"full fine-tuning": 2.0, "APL": 1.5, "APL, prefix MLP": 1.6})  # as the runs train
+    report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
+    assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "80.0"
 
 
 def test_table_6_has_development_and_test(small, tmp_path):
@@ -258,12 +295,17 @@ def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory) -> pathlib.Path:
-    """Two folders as gated runs leave them, without the training: random gates, and statistics by GateStatistics over the dev set."""
+    """Folders as gated runs leave them, without the training: random gates, and statistics by GateStatistics over the dev set. `albert`
+    calls its one layer three times."""
     folder = tmp_path_factory.mktemp("gated")
     workspace = make_workspace(folder)
-    for name in ("one", "other"):
-        out = folder / name
-        said = [f"model.name={workspace / 'bert'}", f"data.train_file={workspace / 'train.csv'}", f"data.test_file={workspace / 'test.csv'}"]
+    albert = AlbertConfig(vocab_size=1000, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    shutil.copytree(workspace / "bert", workspace / "albert")
+    AlbertForSequenceClassification(albert).save_pretrained(workspace / "albert")
+    for name in ("one", "other", "albert"):
+        out = folder / name / "run" if name == "albert" else folder / name
+        model_name = "albert" if name == "albert" else "bert"
+        said = [f"model.name={workspace / model_name}", f"data.train_file={workspace / 'train.csv'}", f"data.test_file={workspace / 'test.csv'}"]
         said += ["data.k=64", "data.dev_size=32", "method.prefix_hidden_size=16", f"train.output_dir={out}"]
         settings = config.load(None, said)
         found = backbone.load_config(settings.model)
@@ -300,7 +342,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
 
 def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
     run = runs.read(gated / "one" / "results.json")
-    own, passed = gateviews.from_results(run), gateviews.from_pass(run, "dev")
+    own, passed = gateviews.from_results(run, "one"), gateviews.from_pass(run, "one", "dev")
     assert own.rows == passed.rows == ["layer 0", "layer 1", "layer 2"] and own.columns == passed.columns == ["adapter", "prefix", "lora"]
     assert np.allclose(own.mean, passed.mean, atol=1e-5) and np.allclose(own.spread, passed.spread, atol=1e-4)
     assert passed.each.shape == (32, 3, 3) and passed.spread.min() > 1e-4
@@ -310,35 +352,54 @@ def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
 
 
 def test_gates_by_class_and_example_are_those_of_the_right_examples(gated):
-    view = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "dev")
+    view = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "one", "dev")
     good = [any(word in text.split() for word in ("fine", "great", "warm", "bright")) for text in view.texts]
     assert [label == "good" for label in view.labels] == good and view.classes == ["bad", "good"]
-    counts = np.array([view.labels.count(label) for label in view.classes])
-    means = np.stack([view.of_class(label) for label in view.classes])
-    assert np.allclose((counts[:, None, None] * means).sum(axis=0) / counts.sum(), view.mean)
-    same = [(i, j) for i, a in enumerate(view.texts) for j, b in enumerate(view.texts) if i < j and a == b]
-    assert all(np.allclose(view.each[i], view.each[j], atol=1e-5) for i, j in same)
+    by_hand = sum(view.each[i] for i in range(32) if good[i]) / sum(good)
+    assert np.allclose(view.of_class("good"), by_hand) and not np.allclose(view.of_class("bad"), by_hand, atol=1e-4)
     longest, shortest = (choose(range(32), key=lambda i: len(view.texts[i].split())) for choose in (max, min))
-    alone = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "train")
+    alone = gateviews.from_pass(runs.read(gated / "one" / "results.json"), "one", "train")
     assert alone.each.shape[0] == 64 and not np.allclose(view.each[longest], view.each[shortest], atol=1e-4)
+
+
+def test_a_layer_that_is_called_many_times_has_the_mean_over_its_calls(gated):
+    run = runs.read(gated / "albert" / "run" / "results.json")
+    own, passed = gateviews.from_results(run, "albert"), gateviews.from_pass(run, "albert", "dev")
+    assert passed.each.shape[0] == 32 and np.allclose(own.mean, passed.mean, atol=1e-5)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(gated, tmp_path):
+    shutil.copytree(gated / "one", tmp_path / "one", ignore=shutil.ignore_patterns("best"))
+    screen = gatereport.report([str(gated / "one"), str(tmp_path / "one")], None, tmp_path / "out")
+    text = (tmp_path / "out" / "gates.md").read_text()
+    assert f"## {tmp_path / 'one'}: " in text and f" minus {gated / 'one'}: " in text and "No view by class or example: --run: " in screen[-2]
+
+
+def test_a_run_that_writes_text_shows_its_own_statistics(gated, tmp_path):
+    shutil.copytree(gated / "one", tmp_path / "one")
+    said = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
+    said["data"] |= {"task": "causal_lm", "target_column": "label", "label_column": None}
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(said))
+    screen = gatereport.report([str(tmp_path / "one")], None, tmp_path / "out")
+    assert (tmp_path / "out" / "gates.png").is_file() and "No view by class or example" in screen[-2]
 
 
 def test_a_file_of_the_users_can_be_looked_at(gated, tmp_path):
     run = runs.read(gated / "one" / "results.json")
-    view = gateviews.from_pass(run, "dev")
+    view = gateviews.from_pass(run, "one", "dev")
     with (tmp_path / "mine.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "label"], [view.texts[3], "good"], [view.texts[9], "bad"]])
-    mine = gateviews.from_pass(run, str(tmp_path / "mine.csv"))
-    assert np.allclose(mine.each, view.each[[3, 9]], atol=1e-5) and mine.labels == ["good", "bad"]
+        csv.writer(file).writerows([["text", "label"], [view.texts[3], "good"], [view.texts[9], "bad"], [view.texts[3], "bad"]])
+    mine = gateviews.from_pass(run, "one", str(tmp_path / "mine.csv"))
+    assert np.allclose(mine.each, view.each[[3, 9, 3]], atol=1e-5) and mine.labels == ["good", "bad", "bad"]
     with pytest.raises(ConfigError, match="none.csv cannot be read"):
-        gateviews.from_pass(run, "none.csv")
+        gateviews.from_pass(run, "one", "none.csv")
 
 
 def test_the_gate_report_has_every_view_and_compares_two_runs(gated, tmp_path):
     screen = gatereport.report([str(gated / "one"), str(gated / "other")], None, tmp_path)
     names = {"gates.md", "gates.csv", "gates.png", "gates_classes.png", "gates_examples.csv", "gates_examples.png", "gates_difference.png"}
     assert {path.name for path in tmp_path.iterdir()} == names and all(name in screen[-1] for name in names)
-    one, other = (gateviews.from_results(runs.read(gated / name / "results.json")) for name in ("one", "other"))
+    one, other = (gateviews.from_results(runs.read(gated / name / "results.json"), name) for name in ("one", "other"))
     text = (tmp_path / "gates.md").read_text()
     last = text[text.index(" minus ") :]
     assert f"| layer 0 | {other.mean[0, 0] - one.mean[0, 0]:+.3f} |" in last
@@ -347,7 +408,7 @@ def test_the_gate_report_has_every_view_and_compares_two_runs(gated, tmp_path):
     assert len(lines) == 2 * 32 and len(lines[0]) == 4 + 9 and {line["label"] for line in lines} == {"good", "bad"}
     for name in ("one", "other"):
         mine = [float(line["layer 1 lora"]) for line in lines if line["run"].startswith(name)]
-        assert statistics.fmean(mine) == pytest.approx(gateviews.from_results(runs.read(gated / name / "results.json")).mean[1, 2], abs=1e-4)
+        assert statistics.fmean(mine) == pytest.approx(gateviews.from_results(runs.read(gated / name / "results.json"), name).mean[1, 2], abs=1e-4)
     kinds = {line["examples"] for line in csv.DictReader((tmp_path / "gates.csv").open())}
     assert kinds == {"all", "good", "bad"}
 
@@ -372,7 +433,7 @@ def test_a_changed_bundle_and_a_run_without_gates_are_refused(gated, tmp_path):
     try:
         weights.write_bytes(kept[:-4] + b"\0\0\0\0")
         with pytest.raises(ConfigError, match="the bundle was altered"):
-            gateviews.from_pass(runs.read(gated / "other" / "results.json"), "dev")
+            gateviews.from_pass(runs.read(gated / "other" / "results.json"), "other", "dev")
     finally:
         weights.write_bytes(kept)
 
