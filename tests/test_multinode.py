@@ -118,7 +118,7 @@ def wait_for_steps(out: pathlib.Path, hosts: TwoHosts | None = None) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_by_the_other_within_a_minute(workspace, tmp_path, victim):
     """Two ranks on one host without a launcher that would stop the other: SIGKILL to one."""
     words = overrides(workspace, tmp_path / "run", *TWO, "train.num_train_epochs=5000", "train.eval_strategy=steps", "train.eval_steps=10000")

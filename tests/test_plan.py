@@ -71,7 +71,7 @@ def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **
     [
         pytest.param("zero1", (), marks=pytest.mark.slow),
         pytest.param("zero2", ("train.bf16=true",), marks=pytest.mark.slow),
-        ("zero3", ()),
+        pytest.param("zero3", (), marks=pytest.mark.slow),
         ("zero3", ("model.quantization=8bit",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "".join(value),

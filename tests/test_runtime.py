@@ -1,5 +1,6 @@
 """What Accelerate leaves behind, and what is read back from it."""
 
+import multiprocessing
 import os
 import pathlib
 import subprocess
@@ -27,9 +28,16 @@ def launched(tmp_path, *flags: str, **variables: str) -> str:
     return result.stdout
 
 
-def test_the_number_of_processes_comes_from_accelerates_own_arguments(tmp_path):
-    assert "processes=3, machines=1, threads_chosen=False" in launched(tmp_path, "--num_processes", "3")
-    assert "processes=1, machines=1, threads_chosen=True" in launched(tmp_path, "--num_processes=1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize(
+    ("said", "env", "found"),
+    [
+        (("--num_processes", "3"), {}, "processes=3, machines=1, threads_chosen=False"),
+        pytest.param(("--num_processes=1",), {"OMP_NUM_THREADS": "1"}, "processes=1, machines=1, threads_chosen=True", marks=pytest.mark.slow),
+    ],
+    ids=["three", "one"],
+)
+def test_the_number_of_processes_comes_from_accelerates_own_arguments(tmp_path, said, env, found):
+    assert found in launched(tmp_path, *said, **env)
 
 
 def test_without_accelerate_there_is_no_launcher(monkeypatch):
@@ -65,19 +73,33 @@ def test_the_environment_names_versions_device_and_commit():
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
-    code = f"import pathlib; from scaleup import runtime; runtime.hold(pathlib.Path({str(tmp_path)!r}))"
+    fork = multiprocessing.get_context("fork")
+    said, held = fork.Queue(), fork.Event()
 
-    def other() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    def hold(seconds: float) -> None:
+        try:
+            runtime.hold(tmp_path)
+        except runtime.ConfigError as error:
+            said.put(str(error))
+            return
+        said.put("mine")
+        held.set()
+        time.sleep(seconds)
 
-    assert other().returncode == 0
-    holder = subprocess.Popen([sys.executable, "-c", f"{code}; print('held', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert holder.stdout.readline() == "held\n"
-    refused = other()
-    assert refused.returncode != 0 and "another run is writing into" in refused.stderr
+    def start(seconds: float = 0) -> multiprocessing.Process:
+        process = fork.Process(target=hold, args=(seconds,))
+        process.start()
+        return process
+
+    start().join()
+    held.clear()
+    holder = start(600)
+    assert held.wait(60)
+    start().join()
     holder.kill()
-    holder.wait()
-    assert other().returncode == 0
+    holder.join()
+    start().join()
+    assert ["another run is writing into" in said.get(timeout=60) for _ in range(4)] == [False, False, True, False]
 
 
 def test_a_run_ends_with_the_launcher_that_started_it(tmp_path):

@@ -260,7 +260,7 @@ def test_a_mask_that_is_not_two_dimensional_is_refused():
         adapt(backbone("bert"))(input_ids=batch()["input_ids"], attention_mask=torch.ones(3, 1, 11, 11))
 
 
-@pytest.mark.parametrize("family", ["bert", "bart", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", pytest.param("bart", marks=pytest.mark.slow), pytest.param("t5", marks=pytest.mark.slow)])
 def test_torch_compile_has_no_graph_break(family):
     model = adapt(backbone(family))
     given = inputs(model)
