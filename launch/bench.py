@@ -79,12 +79,13 @@ def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
 
     def step(name: str) -> None:
         work(name)
+        whole = False
         try:
             contenders[name].step()
-        except BaseException:
-            for waiting in turns.values():  # none of them would get its turn
+            whole = True
+        finally:
+            for waiting in turns.values() if not whole else ():  # none of them would get its turn
                 waiting.release(10_000)
-            raise
         hand_over(name)
 
     layers = [(name, layer) for name in names for layer in contenders[name].model.modules() if isinstance(layer, GradientCheckpointingLayer)]

@@ -69,6 +69,7 @@ def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch
 class _AddGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result_BTD, narrow_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
+        """result + gate · (W v + b), [B, T, D]; bias_D: None for no bias."""
         gated_MR = (gate_BT1 * narrow_BTR).flatten(0, -2)
         gate_M1 = None if bias_D is None else gate_BT1.expand(*narrow_BTR.shape[:-1], 1).reshape(-1, 1)
         ctx.save_for_backward(narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D)
@@ -85,6 +86,7 @@ class _AddGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of result, v, gate, W and b."""
         narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D = ctx.saved_tensors
         grad_MD = grad_BTD.flatten(0, -2)
         grad_gated_BTR = _narrow(grad_MD, weight_DR).unflatten(0, narrow_BTR.shape[:-1])
