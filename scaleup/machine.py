@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import getpass
 import os
 import pathlib
 import tempfile
@@ -21,7 +20,7 @@ from scaleup.memory import estimate
 OVERHEAD = 2 * 2**30
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 # Locks of the places, one file each, for all sweeps of a user on this machine.
-LOCKS = pathlib.Path(tempfile.gettempdir(), f"scaleup-places-{getpass.getuser()}")
+LOCKS = pathlib.Path(tempfile.gettempdir(), f"scaleup-places-{os.getuid()}")
 
 
 @dataclasses.dataclass(frozen=True)
