@@ -5,14 +5,13 @@
     python launch/bench.py ragged    --texts cola ../shared/data/glue quickstart/model     examples of many lengths: padding and length groups
     python launch/bench.py memory    --geometry bart-large                                 peak of a training step, in fresh processes
 
-Forward passes on a CPU change hands after each layer, so that all contenders share what else happens on the machine.
+On a CPU contenders change hands after each layer, forwards and backwards, so that all share what else happens on the machine.
 Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
 torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
 """
 
 import argparse
-import concurrent.futures
-import functools
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -24,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -57,60 +55,31 @@ def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]
 def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
     """As `measure`, but all do their step at once and hand over after each layer: what slows the machine for a second slows everybody.
 
-    One works at a time, the others wait; only what is worked is counted. For forward passes of models with equally many layers.
+    One works at a time, the others wait; only what is worked is counted.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from launch.turns import InTurns
 
-    names, found = list(contenders), {name: [] for name in contenders}
-    turns = {name: threading.Semaphore(0) for name in names}
-    worked, began, after = dict.fromkeys(names, 0.0), {}, {}
-
-    def hand_over(name: str) -> None:
-        worked[name] += time.perf_counter() - began[name]
-        turns[after[name]].release()
-
-    def work(name: str) -> None:
-        turns[name].acquire()
-        began[name] = time.perf_counter()
-
-    def between_layers(name: str) -> None:
-        hand_over(name)
-        work(name)
-
-    def step(name: str) -> None:
-        work(name)
-        whole = False
-        try:
-            contenders[name].step()
-            whole = True
-        finally:
-            for waiting in turns.values() if not whole else ():  # none of them would get its turn
-                waiting.release(10_000)
-        hand_over(name)
-
-    layers = [(name, layer) for name in names for layer in contenders[name].model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    hooks = [layer.register_forward_pre_hook(lambda module, args, name=name: between_layers(name)) for name, layer in layers]
+    workers = {name: contender.step if isinstance(contender.step, PeerStep) else InTurns(contender.step, contender.model) for name, contender in contenders.items()}
+    names, found = list(workers), {name: [] for name in workers}
     for number in range(rounds + 2):
-        turn = number % len(names)
-        order = names[turn:] + names[:turn]
-        after |= dict(zip(order, order[1:] + order[:1]))
-        worked |= dict.fromkeys(names, 0.0)
-        with concurrent.futures.ThreadPoolExecutor(len(order)) as pool:
-            steps = [pool.submit(step, name) for name in order]
-            turns[order[0]].release()
-        for one in steps:
-            one.result()
-        turns[order[0]].acquire()  # the last one's handing over
-        if number >= 2:
+        turn, worked = number % len(names), dict.fromkeys(names, 0.0)
+        working = names[turn:] + names[:turn]
+        while working:
+            for name in list(working):
+                done, seconds = workers[name].resume()
+                worked[name] += seconds
+                if done:
+                    working.remove(name)
+        if number >= 2:  # two rounds to warm up
             for name in names:
                 found[name].append(worked[name])
-    for hook in hooks:
-        hook.remove()
+    for worker in workers.values():
+        worker.leave_alone()
     return found
 
 
 class Peer:
-    """launch/bench_peer.py in another environment, one step at a time when asked."""
+    """launch/bench_peer.py in another environment."""
 
     def __init__(self, python: str, what: str, geometry: str, file: str):
         command = [python, str(pathlib.Path(__file__).with_name("bench_peer.py")), what, geometry, file]
@@ -120,11 +89,29 @@ class Peer:
             raise OSError(f"{python} could not run bench_peer.py; make bench-peer makes an environment for it")
         self.trained = json.loads(first)
 
-    def step(self, name: str) -> None:
-        """One step of one of its contenders."""
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
+
+@dataclasses.dataclass(frozen=True)
+class PeerStep:
+    """A step of one of the peer's contenders, whole when called, in pieces as `InTurns`."""
+
+    peer: Peer
+    name: str
+
+    def resume(self) -> tuple[bool, float]:
+        """Up to the next layer: whether the step is at its end, and the seconds worked. Raises OSError if the peer has ended."""
+        self.peer.process.stdin.write(self.name + "\n")
+        self.peer.process.stdin.flush()
+        answer = self.peer.process.stdout.readline()
+        if not answer:
+            raise OSError("bench_peer.py has ended; what it printed last says why")
+        return tuple(json.loads(answer))
+
+    def __call__(self) -> None:
+        while not self.resume()[0]:
+            pass
+
+    def leave_alone(self) -> None:
+        """Nothing: it ends with this process."""
 
 
 def counted(contender) -> dict[str, int]:
@@ -168,6 +155,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.profile and (options.peer or options.compile):
         parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
+    if options.peer and options.device == "cuda":
+        parser.error("--peer works on the CPU; leave out --device cuda")
     steps = ("ragged", "compile", "profile", "peer")  # of one batch
     without_effect = {"inference": ("texts",), "training": ("texts",), "ragged": ("only", *steps), "memory": ("texts", "reference", *steps)}
     idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]
@@ -208,7 +197,7 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     gc.disable()  # a collection would fall on whoever is running
     if options.profile:
         return profiled(contenders, options.rounds, reference)
-    in_turns = options.what == "inference" and options.device == "cpu" and options.peer is None and not options.compile
+    in_turns = options.what != "ragged" and options.device == "cpu" and not options.compile
     seconds = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     rows = {}
     for name, times in seconds.items():
@@ -240,7 +229,7 @@ def peers(options: argparse.Namespace, given: dict) -> dict:
         file = f"{folder}/batch.pt"
         torch.save(given, file)
         peer = Peer(options.peer, options.what, options.geometry, file)
-    return {name: bench.Contender(functools.partial(peer.step, name), trained, None) for name, trained in peer.trained.items()}
+    return {name: bench.Contender(PeerStep(peer, name), trained, None) for name, trained in peer.trained.items()}
 
 
 def remembered(options: argparse.Namespace) -> dict[str, dict]:

@@ -1,7 +1,7 @@
-"""A worker of launch/bench.py in the environment of the library `adapters`: does a step of a model of its when asked.
+"""A worker of launch/bench.py in the environment of the library `adapters`: does steps of models of its when asked.
 
-Started by `launch/bench.py … --peer PYTHON`. Reads a line per step, the contender's name; answers with a line once it is done. The first line it
-writes is JSON: name → trained parameters.
+Started by `launch/bench.py … --peer PYTHON`. Reads lines, a contender's name each; resumes that one's step up to the next layer and answers with
+what `InTurns.resume` returns, as JSON. The first line it writes is JSON, too: name → trained parameters.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 from adapters import LoRAConfig, PrefixTuningConfig, SeqBnConfig, UniPELTConfig
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 from transformers.utils import logging
+from turns import InTurns
 
 MODELS = {
     "bert-base": (BertForSequenceClassification, lambda: BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2)),
@@ -48,13 +49,12 @@ def main() -> None:
         head = model.classifier if options.geometry == "bert-base" else model.classification_head
         head.requires_grad_(True)
         trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps[name] = training(model, inputs) if options.what == "training" else inference(model, inputs)
+        steps[name] = InTurns(training(model, inputs) if options.what == "training" else inference(model, inputs), model)
     answer = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
     print(json.dumps(trained), file=answer, flush=True)
     for line in sys.stdin:
-        steps[line.strip()]()
-        print("done", file=answer, flush=True)
+        print(json.dumps(steps[line.strip()].resume()), file=answer, flush=True)
 
 
 def training(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):

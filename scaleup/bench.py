@@ -1,6 +1,6 @@
 """Contenders of the speed benchmark: one geometry, random weights, every method as its users run it.
 
-In training all share the frozen weights of one backbone, and full fine-tuning has its own; at inference each has its own. A contender is a function that does one step. `floor` is what any
+Each has weights of its own: who shares them would find them in the cache after another's turn. A contender is a function that does one step. `floor` is what any
 method pays that trains inside a frozen backbone: gradients go through all activations and to no weight of it.
 
 Shapes: B examples, T tokens.
@@ -88,12 +88,6 @@ def half_padding(count: int, length: int) -> list[int]:
     return [round(length / 8 + 3 * length / 4 * i / max(1, count - 2)) for i in range(count - 1)] + [length]
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy with parameters of its own that share the frozen weights' memory."""
-    memo = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
 def _with_head(model: nn.Module) -> nn.Module:
     for name in head_names(model):
         head = copy.deepcopy(model.get_submodule(name))
@@ -102,7 +96,7 @@ def _with_head(model: nn.Module) -> nn.Module:
 
 
 def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
-    model = get_peft_model(_copy(base), config)
+    model = get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zero at the start
@@ -111,16 +105,15 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
 
 
 def _biases(base: PreTrainedModel) -> nn.Module:
-    model = _with_head(_copy(base))
+    model = _with_head(copy.deepcopy(base).requires_grad_(False))
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
-            parameter.data = parameter.data.clone()  # the others share it
             parameter.requires_grad = True
     return model
 
 
 def _floor(base: PreTrainedModel) -> nn.Module:
-    model = _with_head(_copy(base))
+    model = _with_head(copy.deepcopy(base).requires_grad_(False))
 
     def need_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return out.requires_grad_()
@@ -160,7 +153,7 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
             models["APL merged"] = merged(base, models["APL"], pathlib.Path(folder))
 
     def step(model: nn.Module) -> Callable[[], object]:
-        for parameter in model.parameters():  # each its own weights: who shares them would find them in the cache after another's turn
+        for parameter in model.parameters():  # those read from a file share its memory
             parameter.data = parameter.data.to(device, copy=True)
         model.to(device).eval()
         called = torch.compile(model) if compiled else model
