@@ -61,20 +61,22 @@ def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
 
     workers = {name: contender.step if isinstance(contender.step, PeerStep) else InTurns(contender.step, contender.model) for name, contender in contenders.items()}
     names, found = list(workers), {name: [] for name in workers}
-    for number in range(rounds + 2):
-        turn, worked = number % len(names), dict.fromkeys(names, 0.0)
-        working = names[turn:] + names[:turn]
-        while working:
-            for name in list(working):
-                done, seconds = workers[name].resume()
-                worked[name] += seconds
-                if done:
-                    working.remove(name)
-        if number >= 2:  # two rounds to warm up
-            for name in names:
-                found[name].append(worked[name])
-    for worker in workers.values():
-        worker.leave_alone()
+    try:
+        for number in range(rounds + 2):
+            turn, worked = number % len(names), dict.fromkeys(names, 0.0)
+            working = names[turn:] + names[:turn]
+            while working:
+                for name in list(working):
+                    done, seconds = workers[name].resume()
+                    worked[name] += seconds
+                    if done:
+                        working.remove(name)
+            if number >= 2:  # two rounds to warm up
+                for name in names:
+                    found[name].append(worked[name])
+    finally:
+        for worker in workers.values():
+            worker.leave_alone()
     return found
 
 

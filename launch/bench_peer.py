@@ -55,6 +55,8 @@ def main() -> None:
     print(json.dumps(trained), file=answer, flush=True)
     for line in sys.stdin:
         print(json.dumps(steps[line.strip()].resume()), file=answer, flush=True)
+    for step in steps.values():
+        step.leave_alone()
 
 
 def training(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):

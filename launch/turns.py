@@ -3,6 +3,7 @@
 For launch/bench.py and for its worker in another environment (bench_peer.py), so this file imports torch and transformers alone.
 """
 
+import concurrent.futures
 import queue
 import threading
 import time
@@ -19,11 +20,11 @@ class InTurns:
     """
 
     def __init__(self, step: Callable[[], object], model: nn.Module):
-        self._step, self._began = step, 0.0
+        self._step, self._running, self._began = step, None, 0.0
+        self._thread, self._pausing = concurrent.futures.ThreadPoolExecutor(1), True
         self._go, self._paused = threading.Semaphore(0), queue.SimpleQueue()
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._hooks = [layer.register_forward_pre_hook(self._before_layer) for layer in layers]
-        threading.Thread(target=self._work, daemon=True).start()
 
     def _before_layer(self, module: nn.Module, args: tuple) -> None:
         self._pause()
@@ -31,30 +32,33 @@ class InTurns:
             args[0].register_hook(lambda gradient: self._pause())  # called when the layer's backward pass is over
 
     def _pause(self) -> None:
-        self._paused.put((False, time.perf_counter() - self._began))
-        self._go.acquire()
-        self._began = time.perf_counter()
-
-    def _work(self) -> None:
-        while True:
+        if self._pausing:
+            self._paused.put((False, time.perf_counter() - self._began))
             self._go.acquire()
             self._began = time.perf_counter()
-            try:
-                self._step()
-            except BaseException as error:  # of whatever kind: `resume` raises it in the thread that waits
-                self._paused.put(error)
-            else:
-                self._paused.put((True, time.perf_counter() - self._began))
+
+    def _whole(self) -> None:
+        self._began = time.perf_counter()
+        try:
+            self._step()
+        finally:
+            self._paused.put((True, time.perf_counter() - self._began))
 
     def resume(self) -> tuple[bool, float]:
         """Begins the next step, or goes on with it, up to the next layer: whether it is at its end, and the seconds worked. Raises what the step raises."""
-        self._go.release()
-        said = self._paused.get()
-        if isinstance(said, BaseException):
-            raise said
-        return said
+        if self._running is None:
+            self._running = self._thread.submit(self._whole)
+        else:
+            self._go.release()
+        done, seconds = self._paused.get()
+        if done:
+            step, self._running = self._running, None
+            step.result()
+        return done, seconds
 
     def leave_alone(self) -> None:
-        """The model's layers do not pause any more."""
+        """The model's layers do not pause any more; a step that waits goes on to its end."""
+        self._pausing = False
+        self._go.release()
         for hook in self._hooks:
             hook.remove()

@@ -83,6 +83,7 @@ def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waitin
     contenders = {name: bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model) for name, model in models.items()}
     with pytest.raises(ValueError, match="too long"):
         script.measure_in_turns(contenders, 1)
+    assert not models["other"][0]._forward_pre_hooks
 
 
 def test_quartiles_lie_among_the_ratios(monkeypatch, tiny):
