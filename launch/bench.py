@@ -85,10 +85,13 @@ class Peer:
 
     def __init__(self, python: str, what: str, geometry: str, file: str):
         command = [python, str(pathlib.Path(__file__).with_name("bench_peer.py")), what, geometry, file]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        first = self.process.stdout.readline()
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            first = self.process.stdout.readline()
+        except OSError as error:
+            raise OSError(f"--peer: {python} cannot be started ({error.strerror}); make bench-peer makes an environment for it") from None
         if not first:
-            raise OSError(f"{python} could not run bench_peer.py; make bench-peer makes an environment for it")
+            raise OSError(f"--peer: {python} could not run bench_peer.py; make bench-peer makes an environment for it")
         self.trained = json.loads(first)
 
 
@@ -135,18 +138,25 @@ def counted(contender) -> dict[str, int]:
     return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": calls.calls}
 
 
+def at_least_one(word: str) -> int:
+    """Of a command line. Raises ArgumentTypeError for anything but 1, 2, …"""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no number from 1 on")
+    return int(word)
+
+
 def arguments() -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=("inference", "training", "ragged", "memory"))
     parser.add_argument("--geometry", choices=("bert-base", "bart-large", "bert-narrow"), default="bert-base",
                         help="bert-narrow: BERT-base without its width, for the time of Python alone")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batch", type=at_least_one, default=16)
+    parser.add_argument("--length", type=at_least_one, default=128)
     parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")
     parser.add_argument("--texts", nargs=3, metavar=("TASK", "DATA", "TOKENIZER"), help="ragged: lengths of a GLUE task's texts (default: half padding)")
-    parser.add_argument("--examples", type=int, default=256, help="ragged: how many (default 256)")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--examples", type=at_least_one, default=256, help="ragged: how many (default 256)")
+    parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: the first)")
     parser.add_argument("--compile", action="store_true", help="inference, training: each model through torch.compile")
@@ -164,6 +174,12 @@ def arguments() -> argparse.Namespace:
     idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]
     if idle:
         parser.error(f"{', '.join(idle)} would have no effect on {options.what}; leave it out")
+    if options.output is not None:  # known before anything is measured
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.open("a").close()
+        except OSError as error:
+            parser.error(f"--output: {options.output} cannot be written: {error.strerror}")
     return options
 
 
@@ -174,8 +190,29 @@ def text_lengths(task: str, data: str, tokenizer: str, count: int, most: int) ->
     from scaleup import config
     from scaleup import data as texts
 
-    settings = config.DataSettings(path=data, name=task, max_length=most, k=count)
-    return list(texts.tokenize(texts.load(settings), AutoTokenizer.from_pretrained(tokenizer), settings).train["length"])
+    try:
+        settings = config.load(None, [f"data.path={data}", f"data.name={task}", f"data.max_length={most}", f"data.k={count}", "model.name=unused"]).data
+        found = texts.load(settings)
+    except config.ConfigError as error:
+        raise ValueError(f"--texts, --examples: {'; '.join(error.problems)}") from None
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError:
+        raise ValueError(f"--texts: no tokenizer {tokenizer}; give a model's folder, or its name where the hub can be reached") from None
+    return list(texts.tokenize(found, words, settings).train["length"])
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for what the geometry or the machine does not have."""
+    import torch
+
+    from scaleup import bench
+
+    positions = bench.GEOMETRIES[options.geometry]().max_position_embeddings
+    if options.length > positions:
+        raise ValueError(f"--length: {options.geometry} has {positions} positions, {options.length} do not fit")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave it out")
 
 
 def timed(options: argparse.Namespace) -> dict[str, dict]:
@@ -268,6 +305,7 @@ def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        check(options)
         rows = remembered(options) if options.what == "memory" else timed(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -283,7 +321,6 @@ def main() -> int:
     for name, row in rows.items():
         print(shown(name, row, width))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -74,7 +74,8 @@ def _run(options: argparse.Namespace) -> int:
         screen.say(f"machine    {places.count} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds")
         screen.say(f"output     {checked.output}")
         if options.dry_run:
-            print(*(f"missing    {cell.name}" for cell in missing), sep="\n")
+            for cell in missing:
+                print(f"missing    {cell.name}")
             return 0
         sweeper = sweep.Sweeper(checked, cells, options.jobs, screen.say, screen.show)
         whole = sweeper.run()

@@ -146,7 +146,7 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
     names = chosen(["bare", *(name for name in UNIPELT if "MLP" not in name), "APL merged"], only)
     models = {"bare": base}
     for name, config in UNIPELT.items():
-        if name in names or name == "APL":
+        if name in names or (name == "APL" and "APL merged" in names):
             models[name] = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config))
     if "APL merged" in names:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -164,7 +164,7 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
 
         return run
 
-    return {name: Contender(step(model), 0, model) for name, model in models.items()}
+    return {name: Contender(step(models[name]), 0, models[name]) for name in names}
 
 
 def _training_step(model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: bool = False) -> Callable[[], object]:

@@ -109,8 +109,9 @@ def from_pass(run: Run, name: str, which: str) -> View:
     folder = run.folder
     if not run.results["gates"]:
         raise ConfigError(f"--run: {folder} has no learned gates ({run.method})")
-    if not (folder / "best").is_dir() or not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--run: {folder} has no best/ and config.yaml, which a pass over data needs; a sweep keeps it with keep: best")
+    lacks = [name for name in ("best/", "config.yaml") if not (folder / name).exists()]
+    if lacks:
+        raise ConfigError(f"--run: {folder} has no {' and no '.join(lacks)}, which a pass over data needs (a sweep keeps best/ with keep: best)")
     settings = load_config(str(folder / "config.yaml"), ["train.resume=auto", f"train.output_dir={folder}"])
     if tasks.of(settings.data).writes:
         raise ConfigError(f"--run: {folder}: classes and examples are for classification and regression, not {tasks.name_of(settings.data)}")
@@ -141,9 +142,14 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
         if getattr(examples, which) is None:
             raise ConfigError(f"--data: the run has no {which} set; it takes {', '.join(SPLITS)} or a file")
         return examples, which
+    if not pathlib.Path(which).is_file():
+        raise ConfigError(f"--data: there is no file {which}; it takes {', '.join(SPLITS)} or a file with the run's columns")
     columns = dict(zip(("text_column", "text_pair_column"), data.GLUE[settings.name])) | {"label_column": "label"} if settings.name else {}
     own = {"name": None, "path": None, "task": tasks.name_of(settings), "train_file": which, "validation_file": which, "test_file": None, "k": "all"}
-    return data.load(settings.model_copy(update=columns | own)), "dev"
+    try:
+        return data.load(settings.model_copy(update=columns | own)), "dev"
+    except ConfigError as error:  # each said twice, of the two settings that the file stands for here
+        raise ConfigError(list(dict.fromkeys(f"--data: {problem.partition(': ')[2] or problem}" for problem in error.problems))) from None
 
 
 def _pass(

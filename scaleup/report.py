@@ -151,6 +151,8 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             notes.append("Training of UniPELT (APL) is with the prefix's MLP; prefix-tuning and UniPELT (AP) were timed without it.")
         for method, contender in names.items():
             found.setdefault(method, {})[kind] = ratios[contender] / ratios[names["full"]]
+    if not used and list(paths) != [BENCH]:
+        raise ConfigError(f"--bench: {', '.join(paths)} has no training or inference times of {GEOMETRY} from launch/bench.py")
     return found, notes
 
 

@@ -99,6 +99,7 @@ def load(folders: Iterable[str]) -> list[Run]:
 
 def read(path: pathlib.Path) -> Run:
     """The run that left this results file. Raises ConfigError if it is damaged or something else."""
+    damaged = path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("task", "metric", "dev", "test", "seeds", "method", "parameters", "gates", "examples") if key not in results]
@@ -106,13 +107,15 @@ def read(path: pathlib.Path) -> Run:
             raise ConfigError(f"{path} is no results file of a run: it has no {missing[0]}")
         own = path.name == "results.json"  # else what lies beside it belongs to nobody in particular
         config, timing = path.with_name("config.yaml"), path.with_name("timing.json")
+        damaged = config
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if own and config.is_file() else {}
         flat = {f"{name}.{key}": value for name, values in settings.items() for key, value in values.items()}
+        damaged = timing
         seconds = json.loads(timing.read_text(encoding="utf-8"))["seconds"] if own and timing.is_file() else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: it, config.yaml or timing.json beside it is damaged ({' '.join(str(error).split())[:100]})") from None
+        raise ConfigError(f"{damaged} is damaged ({' '.join(str(error).split())[:100]})") from None
     return Run(path.parent if own else path.with_suffix(""), results, flat, seconds)
 
 

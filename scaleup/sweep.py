@@ -163,6 +163,12 @@ class Sweeper:
         return max(sum(left) / self.places.count, max(left, default=0))
 
     def _start_what_fits(self) -> None:
+        before = self.short
+        self._start_each()
+        if self.short and not before and not self.running:  # a log would not tell waiting from working
+            self.say(f"waiting: {self.short}")
+
+    def _start_each(self) -> None:
         self.short = ""
         while self.waiting and len(self.running) < self.places.count and not self.stopping:
             cell, place = self.waiting[0], None
@@ -313,4 +319,4 @@ def _ended(code: int) -> str:
 
 def _last_line(path: pathlib.Path) -> str:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    return lines[-1].removeprefix("- ")[:200] if lines else "it said nothing"

@@ -170,13 +170,14 @@ def _columns(found: Scores) -> dict[str, str]:
     return {task: title for task, title in TASKS.items() if task in there} | {task: task for task in sorted(there - set(TASKS))} | {AVERAGE: "Avg."}
 
 
-def _notes(runs: Sequence[Run], found: Scores, what: str) -> list[str]:
+def _notes(runs: Sequence[Run], found: Scores, what: str, blocks: Sequence[Block]) -> list[str]:
     seeds = sorted(set().union(*(set(points) for points in found.values())))
     notes = [f"Backbone {one_backbone(runs)} in our rows, {what}.", f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}."]
     notes.append("Subscript: standard deviation over seeds (n - 1). Bold: best of our rows, or of the paper's; underlined: second best.")
     tasks = [task for task in _columns(found) if task != AVERAGE]
     if set(tasks) != set(TASKS):
-        notes.append(f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}, the paper's too (worked out from its cells).")
+        theirs = ", the paper's too (worked out from its cells)" * any(row.paper for block in blocks for row in block.rows)
+        notes.append(f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}{theirs}.")
     different = differences(runs)
     return notes + [f"Runs of one method differ in {'; '.join(different)}."] * bool(different)
 
@@ -196,7 +197,7 @@ def low_resource(name: str, title: str, runs: Sequence[Run], paper: dict[Any, An
             blocks.append(_block(heading, found, k, tasks, paper.get(split, {}).get(k, {})))
     found = scores(runs, "test")
     missing = _missing(found, _sorted_k(found), (100, 500, 1000), SHOWN)
-    return Table(name, title, "Method", columns, blocks, missing, _notes(runs, found, what))
+    return Table(name, title, "Method", columns, blocks, missing, _notes(runs, found, what, blocks))
 
 
 def high_resource(name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], what: str) -> Table:
@@ -206,7 +207,7 @@ def high_resource(name: str, title: str, runs: Sequence[Run], paper: dict[str, A
     columns = _columns(found)
     block = _block("[K = all] Best Performance on GLUE Dev", found, "all", [task for task in columns if task != AVERAGE], paper)
     missing = _missing(found, _sorted_k(found), ("all",), [method for method in SHOWN if method != "bitfit"])
-    return Table(name, title, "Method", columns, [block], missing, _notes(everything, found, what) if everything else [])
+    return Table(name, title, "Method", columns, [block], missing, _notes(everything, found, what, [block]) if everything else [])
 
 
 def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], what: str) -> Table:
@@ -234,7 +235,7 @@ def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any
                 larger = max(float(entry.shown) for entry in pair)
                 for entry in pair:
                     entry.rank = int(float(entry.shown) == larger)
-    notes = _notes(runs, found, what)[:2] + ["The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."]
+    notes = _notes(runs, found, what, [])[:2] + ["The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."]
     if set(tasks) != set(TASKS):
         notes.append(f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown.")
     missing = _missing(found, _sorted_k(found), (100, 500, 1000), (*SUBMODULES, "ap", "apl"))

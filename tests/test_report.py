@@ -214,6 +214,9 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
     assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
     with pytest.raises(ConfigError, match="compiled.json is made with --compile"):
         report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "compiled.json")])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match="none has no training or inference times of bert-base"):
+        report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "none")])
     bench("more.json", "training", **{"full fine-tuning": 2.0, "APL": 1.5, "APL, prefix MLP": 1.6})  # as the runs train
     report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
     assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "80.0"
@@ -245,7 +248,11 @@ def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
     with pytest.raises(ConfigError) as caught:
         report.report("table1", [str(small), str(tmp_path / "none")], tmp_path / "out")
     said = "\n".join(caught.value.problems)
-    assert "damaged" in said and "is no results file of a run: it has no task" in said and "none has no results.json" in said
+    (small / "cola-100-full-0" / "results.json").write_text((tmp_path / "large" / "cola-500-full-0" / "results.json").read_text())
+    (small / "cola-100-full-0" / "config.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match=r"cola-100-full-0/config.yaml is damaged"):
+        runs.read(small / "cola-100-full-0" / "results.json")
+    assert "results.json is damaged" in said and "is no results file of a run: it has no task" in said and "none has no results.json" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -391,8 +398,12 @@ def test_a_file_of_the_users_can_be_looked_at(gated, tmp_path):
         csv.writer(file).writerows([["text", "label"], [view.texts[3], "good"], [view.texts[9], "bad"], [view.texts[3], "bad"]])
     mine = gateviews.from_pass(run, "one", str(tmp_path / "mine.csv"))
     assert np.allclose(mine.each, view.each[[3, 9, 3]], atol=1e-5) and mine.labels == ["good", "bad", "bad"]
-    with pytest.raises(ConfigError, match="none.csv cannot be read"):
+    with pytest.raises(ConfigError, match="--data: there is no file none.csv; it takes train, dev, test or a file"):
         gateviews.from_pass(run, "one", "none.csv")
+    (tmp_path / "other.csv").write_text("words,label\nfine,good\n")
+    with pytest.raises(ConfigError, match="--data: .*other.csv has no column 'text'") as caught:
+        gateviews.from_pass(run, "one", str(tmp_path / "other.csv"))
+    assert len(caught.value.problems) == 1
 
 
 def test_the_gate_report_has_every_view_and_compares_two_runs(gated, tmp_path):
@@ -419,7 +430,7 @@ def test_without_the_bundle_there_are_the_runs_own_statistics_and_a_word_about_i
         (tmp_path / "run" / name).write_text((gated / "one" / name).read_text())
     screen = gatereport.report([str(tmp_path / "run")], None, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gates.md", "gates.csv", "gates.png"} and "has no best/" in screen[-2]
-    with pytest.raises(ConfigError, match="a sweep keeps it with keep: best"):
+    with pytest.raises(ConfigError, match="has no best/, which a pass over data needs"):
         gatereport.report([str(tmp_path / "run")], "dev", tmp_path / "out")
 
 

@@ -316,6 +316,11 @@ def test_sweeps_on_different_folders_and_orphans_never_share_a_core(fakes, tmp_p
     first = journal(made)[0][3]
     taken = [places.take() for _ in places.slots]
     assert [list(slot.cores) for slot, _ in filter(None, taken)] == [[core] for core in sorted(os.sched_getaffinity(0)) if [core] != first]
+    said = []
+    blocked = Sweeper(made, made.cells[1:], 1, say=said.append, entry=made.output.parent / "fake.py")
+    blocked._start_what_fits()
+    blocked._start_what_fits()
+    assert said == ["waiting: other sweeps' runs have the rest of the machine"]
     wait_for(lambda: any(what == "end" for what, *_ in journal(made)))
     wait_for(lambda: (found := places.take()) and list(found[0].cores) == first, 10)
 
