@@ -129,6 +129,14 @@ class RunTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochOrder(len(self.train_dataset), self.args.seed, self.current_epoch, lengths, batch_size)
 
+    def _get_eval_sampler(self, eval_dataset) -> torch.utils.data.Sampler | list[int] | None:
+        """The longest examples first, so that what does not fit in memory is known at once. Trainer's groups are fifty batches' lengths drawn
+        at random: a small set then has no groups at all, and half of a batch is padding."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        lengths = eval_dataset[self.args.length_column_name]
+        return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
     def current_epoch(self) -> int:
         """Whole epochs behind us; what is left over by rounding is no epoch."""
         return int((self.state.epoch or 0.0) + 1e-6)

@@ -236,7 +236,8 @@ def _score(settings: Settings, trainer: RunTrainer, examples: Examples, counts: 
     def scores(dataset, keep: pathlib.Path | None = None) -> tuple[dict, dict]:
         output = trainer.predict(dataset)
         if keep is not None and trainer.generation is not None and trainer.world.main:
-            rows = zip(decode(trainer.processing_class, output.predictions), output.label_ids)
+            # Evaluated by length; written in the order of the test set.
+            rows = sorted(zip(decode(trainer.processing_class, output.predictions), output.label_ids.tolist()), key=lambda row: row[1])
             lines = [{"text": examples.prompts[i], "written": text, "references": examples.references[i]} for text, i in rows]
             write_text(keep, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         metrics = output.metrics

@@ -6,6 +6,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaleup.checkpoint import verify
+from scaleup.loop import RunTrainer
 from tests.workspace import ROOT, environment, losses, make_workspace, overrides
 
 
@@ -70,6 +72,13 @@ def test_the_log_has_loss_rate_speed_and_every_gate(finished):
         assert sorted(parts) == ["adapter"] * 3 + ["lora"] * 3 + ["prefix"] * 3
         assert all(0 < value["mean"] < 1 for site in line["gates"].values() for value in site.values())
     assert len([line for line in lines if "eval_accuracy" in line]) == 3
+
+
+def test_evaluation_puts_examples_of_like_length_together_and_the_longest_first():
+    """Trainer's own groups need more than four batches to do anything."""
+    args = types.SimpleNamespace(train_sampling_strategy="group_by_length", length_column_name="length")
+    trainer = types.SimpleNamespace(args=args)
+    assert RunTrainer._get_eval_sampler(trainer, {"length": [3, 9, 4, 9, 1]}) == [1, 3, 2, 0, 4]
 
 
 def test_the_resolved_config_starts_the_same_run_and_gives_the_same_results(finished, tmp_path):
