@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaleup import quantised
 from scaleup.config import ConfigError, DataSettings, ModelSettings, Settings
 from scaleup.int8 import replace_linears
-from scaleup.weights import Weights, checkpoint_folder, load_sharded
+from scaleup.weights import Weights, checkpoint_folder, load_sharded, set_values
 
 
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)  # what a bad config.json raises
@@ -123,13 +123,15 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def load_model(
-    settings: ModelSettings, config: PretrainedConfig, auto: type, dtype: torch.dtype, device: torch.device, zero3: bool = False
+    settings: ModelSettings, config: PretrainedConfig, auto: type, dtype: torch.dtype, device: torch.device, zero3: bool = False,
+    prior: list[float] | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The backbone as the class that `auto` (transformers' AutoModelFor…) has for it, with a fresh head where its files have none; and
     the poolers that its files lack, which are fresh too: frozen, they could not be had again from the backbone's files.
 
     Quantised weights are made while loading; heads and output embeddings stay in full precision. `zero3`: each process keeps its share of the
-    weights, and 8-bit ones are `Int8Linear`, which can be shared out. Raises ConfigError if it cannot be loaded.
+    weights, and 8-bit ones are `Int8Linear`, which can be shared out. `prior`: where the fresh head's bias starts, [outputs]. Raises ConfigError if
+    it cannot be loaded, or has no such bias.
     """
     source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -153,8 +155,20 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _unreadable(settings.name, error) from error
     _check_loaded(settings.name, heads, info)
+    if prior is not None:
+        _start_head(model, heads, prior, {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])})
     fresh = dict.fromkeys(key[: key.index(".pooler.") + len(".pooler")] for key in sorted(info["missing_keys"]) if ".pooler." in key and not key.startswith(heads))
     return model, list(fresh)
+
+
+def _start_head(model: PreTrainedModel, heads: tuple[str, ...], prior: list[float], fresh: set[str]) -> None:
+    """Sets the bias of the head's last layer, which is the model's output where nothing else is known of an example."""
+    layers = [name for name, module in model.named_modules() if name.split(".")[0] in heads and isinstance(module, nn.Linear) and module.out_features == len(prior)]
+    bias = model.get_submodule(layers[-1]).bias if layers else None
+    if bias is None or f"{layers[-1]}.bias" not in fresh:
+        why = "has no bias" if bias is None else "comes with the model's weights"
+        raise ConfigError(f"model.head_bias: the head of {type(model).__name__} {why}; leave the setting out")
+    set_values(bias, torch.tensor(prior))
 
 
 def set_labels(config: PretrainedConfig, labels: list[str] | None) -> None:

@@ -67,6 +67,10 @@ class ModelSettings(Section):
         "none", description="Frozen linear weights in 8 bit (bitsandbytes; under ZeRO-3 scaleup's own, which are sharded) or 4 bit (NF4)."
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation; eager is the slow, plain one.")
+    head_bias: Literal["default", "prior"] = Field(
+        "default", description="Where the bias of a fresh head starts. prior: at the mean of the training labels (regression), or the logarithms of the "
+        "classes' shares; else the first hundreds of steps go into learning that constant. default: as transformers makes it, the paper's."
+    )  # fmt: skip
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for models you trust.")
 
 

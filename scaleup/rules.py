@@ -81,6 +81,8 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
         written = ("target_column", "messages_column", "max_target_length", "num_beams", "packing")
         for key in ("text_pair_column", "label_column") if writes else written:
             idle[f"data.{key}"] = f"data.task is {data.task or 'sequence_classification'}"
+        if writes and sections.get("model") is not None:
+            idle["model.head_bias"] = f"data.task is {data.task}, which has no head"
         if writes and data.messages_column is not None:
             idle |= {f"data.{key}": "data.messages_column is set" for key in ("text_column", "target_column")}
         if writes and data.metric == "loss" or (data.metric is None and data.task == "causal_lm"):

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, precision, resume, runtime, tasks, weights
+from scaleup import backbone, data, precision, resume, runtime, tasks, weights
 from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
 from scaleup.checks import reads_ahead
@@ -98,7 +98,8 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, wo
     auto = tasks.of(settings.data).auto
     if not tasks.of(settings.data).writes:
         backbone.set_labels(config, examples.labels)
-    model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled())
+    start = data.prior(examples) if settings.model.head_bias == "prior" else None
+    model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled(), start)
     if tasks.name_of(settings.data) == "causal_lm" and not pathlib.Path(settings.model.name).is_dir() and not any(site.causal for site in find_sites(model)[0]):
         raise ConfigError([reads_ahead(settings.model.name, config.model_type)])  # of a hub id: a folder was judged before
     model = apply_method(model, settings.method, fresh)

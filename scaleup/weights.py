@@ -154,6 +154,17 @@ def load_sharded(model: PreTrainedModel, weights: Weights, device: torch.device)
     return info
 
 
+def set_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Writes a parameter, whole or, under ZeRO-3, shared out: then each process writes the whole and keeps its share."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(values)
+        return
+    import deepspeed  # slow to import, and only here needed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(values)
+
+
 def return_freed_memory() -> None:
     """glibc keeps freed pieces of a few MiB: over a whole backbone more than the backbone itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none

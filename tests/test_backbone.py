@@ -108,3 +108,24 @@ def test_a_folder_is_judged_before_weights_are_loaded(folder):
     assert "has no weights" in problems(folder)[0]
     (folder / "config.json").write_text("{nonsense")
     assert "not a usable model config" in problems(folder)[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "bart", "t5", "distilbert"])
+def test_the_bias_of_a_fresh_head_starts_at_the_prior(family, tmp_path):
+    backbone(family).save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path))
+    config = load_config(settings)
+    set_labels(config, ["a", "b"])
+    model, _ = load_model(settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"), prior=[-1.0, -2.0])
+    found = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.shape == (2,)]
+    assert len(found) == 1 and found[0].tolist() == [-1.0, -2.0] and found[0].requires_grad
+
+
+@pytest.mark.parametrize("family, labels, why", [("gpt2", ["a", "b"], "has no bias"), ("bert", ["a", "b", "c"], "comes with the model's weights")])
+def test_a_head_without_a_fresh_bias_takes_no_prior(family, labels, why, tmp_path):
+    backbone(family).save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path))
+    config = load_config(settings)
+    set_labels(config, labels)
+    with pytest.raises(ConfigError, match=f"model.head_bias: the head of .* {why}; leave the setting out"):
+        load_model(settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu"), prior=[-1.0] * len(labels))

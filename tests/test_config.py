@@ -215,6 +215,7 @@ def test_a_setting_with_alternatives_is_one_problem():
         ["data.dev_size=5"],
         ["data.seed=5"],
         ["data.pad_to_max_length=true", "train.group_by_length=false"],
+        ["data.name=null", "data.train_file=a.csv", "data.task=seq2seq", "model.head_bias=prior"],
         [f"{CHECKPOINTING}={{use_reentrant: false}}"],
     ],
     ids=" ".join,

@@ -153,6 +153,16 @@ def test_more_examples_are_drawn_by_adding_to_fewer(glue):
     assert many[:100] == few
 
 
+def test_the_prior_is_the_best_output_of_a_head_that_sees_nothing(glue):
+    found = data.load(DataSettings(name="stsb", path=glue, k=50))
+    labels = found.train["label"]
+    renamed = dataclasses.replace(found, train=found.train.rename_column("label", "labels"))
+    assert data.prior(renamed) == pytest.approx([sum(labels) / 50])
+    train = datasets.Dataset.from_dict({"labels": [0, 2, 2, 2, 0]})
+    classes = dataclasses.replace(found, train=train, labels=["a", "b", "c"])
+    assert data.prior(classes) == pytest.approx(np.log([3 / 8, 1 / 8, 4 / 8]))
+
+
 def test_a_task_too_small_for_k_and_dev_size_is_told_what_fits(glue):
     assert problems(name="rte", path=glue, k=2000) == [
         f"data.k: 2000 examples to train on and 1000 for development, but {glue}/rte/train.parquet has 2490; "

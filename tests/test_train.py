@@ -127,7 +127,7 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
         ("method=bitfit",),
         ("method.gates=none",),
         ("method.submodules=[adapter]", "data.pad_to_max_length=true", "data.max_length=16"),
-        ("data.task=regression", "data.label_column=score"),
+        ("data.task=regression", "data.label_column=score", "model.head_bias=prior"),
         ("model.quantization=8bit",),
         ("model.attention=eager", "train.gradient_checkpointing=true", "train.bf16=true"),
     ],

@@ -39,7 +39,7 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
     stages = {"zero1": "zero1", "zero2": "zero2", "zero3": str(folder / "zero3.json")}
 
     def case(name: str, *more: str) -> list[str]:
-        shared = ("train.max_steps=6", "train.group_by_length=false")
+        shared = ("train.max_steps=6", "train.group_by_length=false", "model.head_bias=prior")
         return overrides(workspace, folder / name, *shared, *more, family=request.param)
 
     run_cases({"one": case("one"), "one-8bit": case("one-8bit", "model.quantization=8bit")}, 1, folder)
