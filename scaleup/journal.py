@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import statistics
 from collections.abc import Iterator
 
 from torch import nn
@@ -98,11 +99,21 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
         f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
         f"data       train {len(examples.train)}{' packed rows' if settings.data.packing else ''}, dev {len(examples.dev)}, test {test}"
         f"{' (a source with several targets counts once)' if examples.references else ''}; metric {examples.metric}",
+        *_label_lines(settings, examples),
         f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size} processes x"
         f" {train.gradient_accumulation_steps} accumulation; learning rate {settings.learning_rate:g}",
         f"device     {world.device.type}, {launched_as}; bf16 {'on' if bf16 else 'off'}",
         f"output     {train.output_dir}",
     ]
+
+
+def _label_lines(settings: Settings, examples: Examples) -> list[str]:
+    """Of a regression, what its labels are like and where the head starts: far from them, a small run learns little but their mean."""
+    if examples.task != "regression":
+        return []
+    labels = examples.train["labels"]
+    starts = "where the head starts" if settings.model.head_bias == "prior" else "a fresh head starts at 0; model.head_bias=prior starts it there"
+    return [f"labels     {statistics.fmean(labels):.4g} ± {statistics.pstdev(labels):.4g}: {starts}"]
 
 
 def placement(hosts: list[tuple[str, str]]) -> list[str]:

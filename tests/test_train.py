@@ -135,7 +135,8 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
 )
 def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
     out = tmp_path / "run"
-    done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
+    screen = done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
+    assert ("where the head starts" in screen) == ("model.head_bias=prior" in more)
     verify(out / "best")
     assert all(loss == loss for loss in losses(out))
 
