@@ -10,7 +10,7 @@ from scaleup import parameter_counts, quantised
 from scaleup.backbone import head_names
 from scaleup.gate import LearnedGate
 from tests.plain_any import Plain
-from tests.tiny import CASES, FAMILIES, NO_SDPA, SUBSETS, adapt, backbone, implementation, inputs, logits
+from tests.tiny import CASES, FAMILIES, NO_SDPA, SUBSETS, adapt, backbone, implementation, inputs, logits, same
 
 ids = "+".join
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +79,7 @@ def test_disabled_adapters_give_the_bare_backbone(family, attention):
     model = adapt(copy.deepcopy(bare))
     assert difference(logits(bare), logits(model)) > 1e-2
     with model.disable_adapter():
-        assert difference(logits(bare), logits(model)) == 0
+        assert same(logits(bare), logits(model))
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_SDPA])
@@ -93,7 +93,7 @@ def test_save_and_load_give_the_same_logits(family, submodules, tmp_path):
     model = adapt(backbone(family), submodules=submodules)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(backbone(family), tmp_path).eval()
-    assert difference(logits(model), logits(loaded)) == 0
+    assert same(logits(model), logits(loaded))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
@@ -102,7 +102,7 @@ def test_an_adapter_loads_under_another_name(family, tmp_path):
     model = adapt(backbone(family))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(backbone(family), tmp_path, adapter_name="other").eval()
-    assert difference(logits(model), logits(loaded)) == 0
+    assert same(logits(model), logits(loaded))
 
 
 @pytest.mark.parametrize("family, attention", [case for case in CASES if case[0] != "albert"], ids=lambda value: value)  # which has none
@@ -154,9 +154,9 @@ def test_copies_and_pickles_of_a_used_model_work(family, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert difference(before, logits(twin)) == 0
+    assert same(before, logits(twin))
     torch.save(twin, tmp_path / "model.pt")
-    assert difference(before, logits(torch.load(tmp_path / "model.pt", weights_only=False))) == 0
+    assert same(before, logits(torch.load(tmp_path / "model.pt", weights_only=False)))
 
 
 @families
@@ -167,7 +167,7 @@ def test_unload_gives_back_the_bare_backbone(family):
     assert unloaded.config._attn_implementation == implementation(family)
     given = inputs(bare)
     with torch.no_grad():
-        assert difference(bare.base_model(**given)[0], unloaded.base_model(**given)[0]) == 0
+        assert same(bare.base_model(**given)[0], unloaded.base_model(**given)[0])
 
 
 @families
@@ -177,16 +177,16 @@ def test_a_second_adapter_is_independent_and_switchable(family):
     config = copy.deepcopy(model.peft_config["default"])
     config.submodules, config.modules_to_save = ["prefix", "lora"], None
     model.add_adapter("second", config)
-    assert difference(first, logits(model)) == 0
+    assert same(first, logits(model))
     model.set_adapter("second")
     second = logits(model)
     assert difference(first, second) > 1e-3
     model.set_adapter("default")
-    assert difference(first, logits(model)) == 0
+    assert same(first, logits(model))
     with pytest.raises(ValueError, match="one adapter at a time"):
         model.base_model.set_adapter(["default", "second"])
     model.delete_adapter("second")
-    assert difference(first, logits(model)) == 0
+    assert same(first, logits(model))
 
 
 @families
@@ -194,7 +194,7 @@ def test_loading_with_low_memory_gives_the_same_logits(family, tmp_path):
     model = adapt(backbone(family))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(backbone(family), tmp_path, low_cpu_mem_usage=True).eval()
-    assert difference(logits(model), logits(loaded)) == 0
+    assert same(logits(model), logits(loaded))
 
 
 @cases
