@@ -177,7 +177,10 @@ def arguments() -> argparse.Namespace:
     if options.output is not None:  # known before anything is measured
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
+            new = not options.output.exists()
             options.output.open("a").close()
+            if new:  # a benchmark that is stopped leaves no empty one
+                options.output.unlink()
         except OSError as error:
             parser.error(f"--output: {options.output} cannot be written: {error.strerror}")
     return options
