@@ -79,7 +79,7 @@ def test_disabled_adapters_give_the_bare_backbone(family, attention):
     model = adapt(copy.deepcopy(bare))
     assert difference(logits(bare), logits(model)) > 1e-2
     with model.disable_adapter():
-        assert same(logits(bare), logits(model))
+        assert difference(logits(bare), logits(model)) == 0
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_SDPA])
@@ -154,7 +154,7 @@ def test_copies_and_pickles_of_a_used_model_work(family, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert same(before, logits(twin))
+    assert difference(before, logits(twin)) == 0
     torch.save(twin, tmp_path / "model.pt")
     assert same(before, logits(torch.load(tmp_path / "model.pt", weights_only=False)))
 
@@ -167,7 +167,7 @@ def test_unload_gives_back_the_bare_backbone(family):
     assert unloaded.config._attn_implementation == implementation(family)
     given = inputs(bare)
     with torch.no_grad():
-        assert same(bare.base_model(**given)[0], unloaded.base_model(**given)[0])
+        assert difference(bare.base_model(**given)[0], unloaded.base_model(**given)[0]) == 0
 
 
 @families
@@ -177,16 +177,16 @@ def test_a_second_adapter_is_independent_and_switchable(family):
     config = copy.deepcopy(model.peft_config["default"])
     config.submodules, config.modules_to_save = ["prefix", "lora"], None
     model.add_adapter("second", config)
-    assert same(first, logits(model))
+    assert difference(first, logits(model)) == 0
     model.set_adapter("second")
     second = logits(model)
     assert difference(first, second) > 1e-3
     model.set_adapter("default")
-    assert same(first, logits(model))
+    assert difference(first, logits(model)) == 0
     with pytest.raises(ValueError, match="one adapter at a time"):
         model.base_model.set_adapter(["default", "second"])
     model.delete_adapter("second")
-    assert same(first, logits(model))
+    assert difference(first, logits(model)) == 0
 
 
 @families
