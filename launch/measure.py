@@ -118,7 +118,7 @@ def worker(path: pathlib.Path) -> None:
     runtime.leave()
 
 
-def load_worker(kind: str, folder: str) -> None:
+def load_worker(kind: str, folder: str, name: str) -> None:
     """Under torchrun: loads the backbone under ZeRO-3, one JSON line from each rank into its own file."""
     import bitsandbytes  # noqa: F401 (its own memory is not the model's)
     import deepspeed  # noqa: F401
@@ -132,7 +132,7 @@ def load_worker(kind: str, folder: str) -> None:
     kept = TrainingArguments(  # noqa: F841 (tells transformers of ZeRO-3 as long as it lives)
         output_dir=folder, deepspeed=preset, bf16=True, use_cpu=not torch.cuda.is_available(), accelerator_config={"use_configured_state": True}
     )
-    model = config.ModelSettings(name=f"{folder}/bert-base", quantization=kind)
+    model = config.ModelSettings(name=name, quantization=kind)
     memory = PeakMemory()
     memory.start()
     loaded, _ = backbone.load_model(model, backbone.load_config(model), AutoModelForSequenceClassification, torch.bfloat16, world.device, True)
@@ -186,13 +186,21 @@ def table(rows: dict[str, list[dict]], loads: dict[str, list[dict]], processes: 
     return "\n".join(lines) + "\n"
 
 
+def start(arguments: list[str], processes: int) -> None:
+    """This script under torchrun. Ends with one line where it fails; what failed stands above."""
+    if subprocess.run(command(pathlib.Path(__file__), arguments, processes)).returncode:
+        sys.exit("measure.py: the processes failed; see above")
+
+
 def main() -> None:
     """Command line."""
+    from scaleup import config
+
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
         worker(pathlib.Path(sys.argv[2]))
         return
-    if len(sys.argv) == 4 and sys.argv[1] == "--load-worker":
-        load_worker(sys.argv[2], sys.argv[3])
+    if len(sys.argv) == 5 and sys.argv[1] == "--load-worker":
+        load_worker(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=2)
@@ -216,11 +224,15 @@ def main() -> None:
                 deepspeed = [] if stage == "none" else [f"train.deepspeed={path}"]
                 cases[key] = [*shared, f"model.quantization={kind}", f"train.output_dir={folder / key}", *deepspeed, *options.overrides]
         (folder / "cases.json").write_text(json.dumps(cases))
+        try:
+            backbone = config.load(None, cases["zero3-none"]).model.name
+        except config.ConfigError as error:
+            sys.exit(str(error))
         loads = {}
         for kind in ("none", "8bit"):
-            subprocess.run(command(pathlib.Path(__file__), ["--load-worker", kind, str(folder)], options.processes), check=True)
+            start(["--load-worker", kind, str(folder), backbone], options.processes)
             loads[kind] = [json.loads(path.read_text()) for path in sorted(folder.glob(f"load-{kind}-*.json"))]
-        subprocess.run(command(pathlib.Path(__file__), ["--worker", str(folder / "cases.json")], options.processes), check=True)
+        start(["--worker", str(folder / "cases.json")], options.processes)
         every = json.loads((folder / "cases.done.json").read_text(encoding="utf-8"))
     rows = {name: [rank[name] for rank in every] for name in every[0]}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -165,10 +165,16 @@ def _start_head(model: PreTrainedModel, heads: tuple[str, ...], prior: list[floa
     """Sets the bias of the head's last layer, which is the model's output where nothing else is known of an example."""
     layers = [name for name, module in model.named_modules() if name.split(".")[0] in heads and isinstance(module, nn.Linear) and module.out_features == len(prior)]
     bias = model.get_submodule(layers[-1]).bias if layers else None
-    if bias is None or f"{layers[-1]}.bias" not in fresh:
-        why = "has no bias" if bias is None else "comes with the model's weights"
-        raise ConfigError(f"model.head_bias: the head of {type(model).__name__} {why}; leave the setting out")
+    if bias is None:
+        raise ConfigError(no_bias(type(model).__name__))
+    if f"{layers[-1]}.bias" not in fresh:
+        raise ConfigError(f"model.head_bias: the head of {type(model).__name__} comes with the model's weights; leave the setting out")
     set_values(bias, torch.tensor(prior))
+
+
+def no_bias(model: str) -> str:
+    """The problem with model.head_bias=prior for such a model. model: its class."""
+    return f"model.head_bias: the head of {model} has no bias; leave the setting out"
 
 
 def set_labels(config: PretrainedConfig, labels: list[str] | None) -> None:

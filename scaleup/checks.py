@@ -3,6 +3,7 @@
     settings = config.load(path, overrides, checks=CHECKS)
 """
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from scaleup import backbone, tasks
@@ -38,6 +39,19 @@ def structure(sections: dict[str, Section]) -> list[str]:
     return [f"model.name: {model.name}: {problem[:300]}"] if problem is not None and method.name == "unipelt" else []
 
 
+def head(sections: dict[str, Section]) -> list[str]:
+    """Whether the head has the bias that model.head_bias is to set."""
+    model, data = sections.get("model"), sections.get("data")
+    if not isinstance(model, ModelSettings) or data is None or model.head_bias != "prior":
+        return []
+    config, auto = backbone.local_config(model), tasks.of(data).auto
+    if config is None or type(config) not in auto._model_mapping:
+        return []
+    empty = backbone.empty_model(config, model.attention, None, auto)
+    linear = [module for name in backbone.head_names(empty) for module in empty.get_submodule(name).modules() if isinstance(module, nn.Linear)]
+    return [backbone.no_bias(type(empty).__name__)] if linear and linear[-1].bias is None else []
+
+
 def _look(config: PretrainedConfig, attention: str, auto: type) -> tuple[list[AttentionSite], str | None]:
     """The attentions of a model of this config, and what stands in the way of finding them."""
     try:
@@ -46,4 +60,4 @@ def _look(config: PretrainedConfig, attention: str, auto: type) -> tuple[list[At
         return [], " ".join(str(error).split())
 
 
-CHECKS = (tasks.check, backbone.check, structure)
+CHECKS = (tasks.check, backbone.check, structure, head)

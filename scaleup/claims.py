@@ -8,7 +8,7 @@
 A claim is a file, OUTPUT/.claims/<name>.json, with a host and the processes that stand behind it. It is live as long as one of
 them is. What a killed sweep left is taken over once its processes are gone. Those of another host cannot be looked at from
 here: their sweep touches its claims every BEAT_S seconds, and after STALE_S without that they are taken over. (If only the sweep died there
-and its run goes on, the run's own lock on its folder keeps a second one out.)
+and its run goes on, the run's own lock in its folder keeps a second one out.)
 """
 
 import contextlib
@@ -74,14 +74,21 @@ class Claims:
             self._write(name, [os.getpid(), pid])
 
     def beat(self, names: list[str]) -> None:
-        """A sign that those who hold these claims live."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # taken away by a user
+        """A sign that this process lives, on those of these claims that are still its own."""
+        with self._alone():
+            for name in filter(self.own, names):
                 os.utime(self.folder / f"{name}.json")
 
     def release(self, name: str) -> None:
+        """Unless it is somebody else's by now."""
         with self._alone():
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
+            if self.own(name):
+                (self.folder / f"{name}.json").unlink()
+
+    def own(self, name: str) -> bool:
+        """Whether the claim is this process's. One that was suspended for STALE_S finds another host's where its own was."""
+        found = self.of(name)
+        return found is not None and found.here and found.processes[0][0] == os.getpid()
 
     def of(self, name: str) -> Claim | None:
         """The claim of a cell, live or not."""

@@ -43,9 +43,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
     settings, manifest = _read_run(options)
     written = draft_name(options.output)
     if written.is_dir():  # of an export that is still running, or was killed
-        runtime.hold(written, "--output: another export")
+        runtime.hold(written, "--output: another export", lock="")
     written = draft(options.output)
-    runtime.hold(written, "--output: another export")
+    runtime.hold(written, "--output: another export", lock="")
     try:
         with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:
             return _export(Job(options, settings, manifest, pathlib.Path(work), say), written)

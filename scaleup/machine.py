@@ -65,15 +65,39 @@ class Places:
         """A free slot and its locks, to be handed to the run and closed by the caller; None if other sweeps have all."""
         for slot in self.slots:
             with contextlib.ExitStack() as held:
-                files = [held.enter_context((LOCKS / name).open("w")) for name in slot.names]
+                files = [held.enter_context((LOCKS / name).open("a+")) for name in slot.names]
                 try:
                     for file in files:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
                 held.pop_all()
+                for file in files:  # of who was there before
+                    file.truncate(0)
                 return slot, files
         return None
+
+    @staticmethod
+    def note(locks: list[IO], pid: int, need: int) -> None:
+        """For all sweeps on this machine: whose process has these locks, and how much memory, bytes, it will take."""
+        locks[0].write(f"{pid} {need}")
+        locks[0].flush()
+
+    @staticmethod
+    def to_come() -> int | None:
+        """Bytes that runs in the places of this machine have not taken yet; None if there is no run."""
+        held = [path for path in LOCKS.iterdir() if _locked(path)]
+        notes = [note.split() for note in (path.read_text(encoding="ascii") for path in held) if note]  # one place may have several locks
+        return sum(max(int(need) - resident_bytes(int(pid)), 0) for pid, need in notes) if held else None
+
+
+def _locked(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def available_bytes() -> int:

@@ -7,6 +7,7 @@ Every number of ours is worked out from what the runs left; the paper's are in p
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,7 +107,7 @@ def report(name: str, folders: Sequence[str], output: pathlib.Path, bench: Seque
         table, panels = _figure(name, FIGURES[name], runs, paper)
         draw = lambda path: figures.draw_panels(panels, table.title, path)  # noqa: E731
     else:
-        table = TABLES[name](Sources(runs, paper, *_bench(bench)))
+        table = TABLES[name](Sources(runs, paper, *(_bench(bench) if name == "table4" else ({}, []))))
         draw = lambda path: figures.draw_table(table, path)  # noqa: E731
     if not any(entry for block in table.blocks for row in block.rows if not row.paper for entry in row.entries):
         raise ConfigError(f"--runs: {', '.join(folders)}: no run there belongs in {name}")
@@ -138,7 +139,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             continue
         names = {method: name for name, method in BENCHED.items() if name in ratios} | ({"apl": MLP} if MLP in ratios else {})
         special = [option for option in ("ragged", "compile", "profile", "peer") if asked.get(option)]
-        if asked["geometry"] != GEOMETRY or "full" not in names or special:
+        if asked["geometry"] != GEOMETRY or "full" not in names or special or kind not in ("training", "inference"):
             if path in named:
                 why = f"made with --{special[0]}" if special else f"without {GEOMETRY}'s time of full fine-tuning"
                 raise ConfigError(f"--bench: {path} is {why}; table 4 takes the training and inference times of all methods")
@@ -165,7 +166,8 @@ def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, A
     own = [run for run in runs if run.method == setting.method]
     points: dict[tuple, dict[int, float]] = {}
     for key, run in unique(own, lambda run: (run.task, run.k, value(run), run.seed)).items():
-        points.setdefault(key[:3], {})[key[3]] = run.points("test")
+        if run.results["test"] is not None and not math.isnan(score := run.points("test")):
+            points.setdefault(key[:3], {})[key[3]] = score
     others = tables.scores([run for run in runs if run.method in setting.beside], "test")
     values = sorted({x for _, _, x in points})
     blocks, panels, missing = [], [], []

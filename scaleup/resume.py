@@ -18,17 +18,14 @@ from torch import nn
 
 from scaleup.checkpoint import BundleError, verify
 from scaleup.config import ConfigError, Settings, to_yaml
-from scaleup.rules import LOGS_OF_OTHERS
+from scaleup.rules import ASIDE, LOCK, LOGS_OF_OTHERS, OURS
 
 NAME = re.compile(r"checkpoint-(\d+)")
-# Unfinished, on its way out, or a probe of who shares the folder; other hidden files are somebody's.
-OURS = re.compile(r"\.(checkpoint-\d+|best|final)\.(old|draft|gone)|\.\w+\.(yaml|jsonl?)\.part|\.probe-[0-9a-f]+")
 # Settings that optimizer, schedule and order of examples were made with; the others may change when a run goes on.
 FIXED_IN_TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2",
     "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "group_by_length",
 )  # fmt: skip
-ASIDE = re.compile(r"before-(\d+)")
 
 
 def checkpoints(out: pathlib.Path) -> list[pathlib.Path]:
@@ -185,7 +182,7 @@ def set_aside(out: pathlib.Path) -> None:
     target = out / f"before-{max(taken, default=0) + 1}"
     target.mkdir()
     for path in list(out.iterdir()):
-        if not ASIDE.fullmatch(path.name) and path.suffix not in LOGS_OF_OTHERS:
+        if not ASIDE.fullmatch(path.name) and path.suffix not in LOGS_OF_OTHERS and path.name != LOCK:
             path.rename(target / path.name)
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 # What the scheduler of a cluster writes into a run's folder itself.
 LOGS_OF_OTHERS = (".out", ".err")
+# Of a run's folder: unfinished, on its way out, or a probe of who shares it; other hidden files are somebody's.
+OURS = re.compile(r"\.(checkpoint-\d+|best|final)\.(old|draft|gone)|\.\w+\.(yaml|jsonl?)\.part|\.probe-[0-9a-f]+")
+LOCK = ".lock"  # of the run that writes into the folder
+ASIDE = re.compile(r"before-(\d+)")  # results of a run that went on under other settings
 SUBMODULES = ("adapter", "prefix", "lora")
 ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
 
@@ -183,10 +187,11 @@ def _output_problems(train: Any) -> list[str]:
         if not os.access(nearest, os.W_OK | os.X_OK):
             return [f"train.output_dir: {nearest} cannot be written to"]
         # A run that died before its first checkpoint leaves files too; nothing of an earlier run is ever overwritten.
-        if out.is_dir() and any(out.iterdir()) and train.resume == "never":
+        names = [path.name for path in out.iterdir() if path.name != LOCK and not OURS.fullmatch(path.name)] if out.is_dir() else []
+        if names and train.resume == "never":
             return [f"train.output_dir: {out} is not empty; choose another, or set train.resume=auto to continue that run"]
         # What a scheduler writes there itself is no run; without config.yaml nothing else is one either.
-        others = [path.name for path in out.iterdir() if path.suffix not in LOGS_OF_OTHERS and not path.name.startswith(".probe-")] if out.is_dir() else []
+        others = [name for name in names if pathlib.Path(name).suffix not in LOGS_OF_OTHERS]
         if others and not (out / "config.yaml").is_file():
             return [f"train.output_dir: {out} holds {sorted(others)[0]} but no run (no config.yaml); choose another"]
     except OSError as error:

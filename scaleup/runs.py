@@ -6,13 +6,14 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
 from scaleup.config import GLUE_TASKS
-from scaleup.rules import SUBMODULES
+from scaleup.rules import ASIDE, SUBMODULES
 from scaleup.yamlfile import ConfigError
 
 NAMES = {
@@ -20,18 +21,26 @@ NAMES = {
     "ap": "UniPELT (AP)", "ap_nogate": "UniPELT (AP), NoGate", "apl": "UniPELT (APL)", "apl_nogate": "UniPELT (APL), NoGate",
 }  # fmt: skip
 UNKNOWN = "unknown (no config.yaml)"
+CELL = re.compile(r"[\w.]+-\w+-([\w.]+)-\w+")  # a sweep's folder of a run: task, k, method, seed
 AXES = ("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "train.resume")  # what runs of one table differ in
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One finished run. method: one of NAMES, or put together the same way. k: training examples, or "all". backbone: UNKNOWN where
-    the run's config is not there. settings: `section.key` → value, empty without that config."""
+    the run's config is not there. settings: `section.key` → value, empty without that config. variant: what a sweep calls this setting of
+    the method, where it has several."""
 
     folder: pathlib.Path
     results: dict[str, Any]
     settings: dict[str, Any]
     seconds: float | None
+    variant: str = ""
+
+    @property
+    def row(self) -> str:
+        """What it stands under in a table: the method, and which setting of it if there are several."""
+        return f"{self.method}: {self.variant}" if self.variant else self.method
 
     @property
     def method(self) -> str:
@@ -69,22 +78,29 @@ class Run:
         return 100 * self.results[split][self.results["metric"]]
 
 
-def name_of(method: str) -> str:
+def method_of(row: str) -> str:
+    """The method of `Run.row`."""
+    return row.partition(": ")[0]
+
+
+def name_of(row: str) -> str:
     """As a table shows it."""
+    method, _, variant = row.partition(": ")
     letters, _, rest = method.partition("_")
-    if method in NAMES or letters in ("full", "bitfit"):
-        return NAMES[method]
-    return (NAMES.get(letters) or f"UniPELT ({letters.upper()})") + {"": "", "nogate": ", NoGate", "gated": ", gated"}[rest]
+    name = NAMES.get(method) or (NAMES.get(letters) or f"UniPELT ({letters.upper()})") + {"": "", "nogate": ", NoGate", "gated": ", gated"}[rest]
+    return f"{name}: {variant}" if variant else name
 
 
 def load(folders: Iterable[str]) -> list[Run]:
     """The finished runs below the folders, in the order of their names; a folder without any may hold results files of any name.
+    What a run that was continued under other settings has set aside does not count.
 
     Raises ConfigError with all problems: no such folder, no results in it, damaged files.
     """
     runs, problems = [], []
     for folder in map(pathlib.Path, folders):
-        files = sorted(folder.rglob("results.json")) or sorted(folder.glob("*.json"))
+        every = (path for path in folder.rglob("results.json") if not any(ASIDE.fullmatch(part) for part in path.relative_to(folder).parts))
+        files = sorted(every) or sorted(folder.glob("*.json"))
         if not files:
             problems.append(f"--runs: {folder} has no results.json; it takes the output folder of a sweep or a run")
         for path in files:
@@ -94,7 +110,17 @@ def load(folders: Iterable[str]) -> list[Run]:
                 problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return runs
+    return _told_apart(runs)
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """With several settings of one method on the same examples, as sweeps over learning rates have, their runs go by the sweep's names."""
+    names: dict[tuple, set[str]] = {}
+    for run in runs:
+        if found := CELL.fullmatch(run.folder.name):
+            names.setdefault((run.task, run.k, run.seed, run.method), set()).add(found[1])
+    several = {cell[-1] for cell, own in names.items() if len(own) > 1}
+    return [dataclasses.replace(run, variant=found[1]) if run.method in several and (found := CELL.fullmatch(run.folder.name)) else run for run in runs]
 
 
 def read(path: pathlib.Path) -> Run:
@@ -143,9 +169,10 @@ def unique(runs: Sequence[Run], key: Any) -> dict[Any, Run]:
 def differences(runs: Sequence[Run]) -> list[str]:
     """Settings that are not the same in all runs of one method, and so are no part of the method: `data.max_length (64, 96)`."""
     values: dict[str, dict[str, set[str]]] = {}
-    for run in runs:
-        for key, value in run.settings.items():
-            if key not in AXES:
-                values.setdefault(key, {}).setdefault(run.method, set()).add(str(value))
+    known = [run for run in runs if run.settings]
+    keys = sorted(set().union(*(run.settings for run in known)) - set(AXES))
+    for run in known:
+        for key in keys:
+            values.setdefault(key, {}).setdefault(run.row, set()).add(str(run.settings.get(key, "not set")))
     found = {key: sorted(set().union(*by_method.values())) for key, by_method in values.items() if any(len(v) > 1 for v in by_method.values())}
     return [f"{key} ({', '.join(shown)})" for key, shown in sorted(found.items())]

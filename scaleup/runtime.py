@@ -30,6 +30,7 @@ from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 
 from scaleup import watchdog
+from scaleup.rules import LOCK
 from scaleup.yamlfile import ConfigError
 
 PR_SET_PDEATHSIG = 1
@@ -110,13 +111,13 @@ def die_with_launcher(parent: int) -> None:
 _held: dict[tuple[int, int], int] = {}  # folder (device, inode) → descriptor that locks it
 
 
-def hold(folder: pathlib.Path, who: str = "train.output_dir: another run") -> bool:
-    """Locks an existing output folder for this process until it ends. False where the file system has no locks. Raises ConfigError if
-    another process holds it."""
+def hold(folder: pathlib.Path, who: str = "train.output_dir: another run", lock: str = LOCK) -> bool:
+    """Locks an existing output folder for this process until it ends, by a file in it, which other hosts see over NFS too; with lock ""
+    by the folder itself, which they do not. False where the file system has no locks. Raises ConfigError if another process holds it."""
     found = os.stat(folder)
     if (found.st_dev, found.st_ino) in _held:
         return True
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666) if lock else os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

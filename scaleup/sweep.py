@@ -25,8 +25,9 @@ from typing import IO
 
 from scaleup.claims import BEAT_S, Claims
 from scaleup.grid import Cell, Sweep
-from scaleup.machine import Places, Slot, available_bytes, needed_bytes, resident_bytes
+from scaleup.machine import Places, Slot, available_bytes, needed_bytes
 from scaleup.resume import checkpoints
+from scaleup.rules import LOCK
 
 TRAIN = pathlib.Path(__file__).parents[1] / "launch" / "train.py"
 TRIES = 2
@@ -50,14 +51,14 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 @dataclasses.dataclass
 class Running:
-    """A run in its place. locks: of the place. since: of time.monotonic, s. need: bytes."""
+    """A run in its place. locks: of the place. since: of time.monotonic, s. goes_on: from a checkpoint of an earlier start."""
 
     cell: Cell
     slot: Slot
     locks: list[IO]
     process: subprocess.Popen
     since: float
-    need: int
+    goes_on: bool
 
     @property
     def seconds(self) -> float:
@@ -78,13 +79,14 @@ class Measured:
         self.seconds: dict[tuple, list[float]] = {}
         self.memory_mib: dict[tuple, float] = {}
 
-    def add(self, cell: Cell, seconds: float | None = None) -> None:
-        """A finished one. seconds: with its start-up, where it was watched. One that was killed before it noted its time tells nothing."""
+    def add(self, cell: Cell, seconds: float | None = None, whole: bool = True) -> None:
+        """A finished one. seconds: with its start-up, where it was watched; whole: from its first step on. One that was killed before it
+        noted its time tells nothing."""
         try:
             timing = json.loads((cell.folder / "timing.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        for axes in self.SIMILAR:
+        for axes in self.SIMILAR if whole else ():
             self.seconds.setdefault(_key(cell, axes), []).append(timing["seconds"] if seconds is None else seconds)
         key = _key(cell, self.SIMILAR[0])
         self.memory_mib[key] = max(self.memory_mib.get(key, 0), timing["peak_memory_mib"])
@@ -160,7 +162,7 @@ class Sweeper:
             return None
         left = [max(self.measured.expected(run.cell) - run.seconds, 0) for run in self.running]
         left += [self.measured.expected(cell) for cell in self.waiting if not cell.finished]
-        return max(sum(left) / self.places.count, max(left, default=0))
+        return max(sum(left) / (max(len(self.running), 1) if self.short else self.places.count), max(left, default=0))
 
     def _start_what_fits(self) -> None:
         before = self.short
@@ -173,7 +175,7 @@ class Sweeper:
         while self.waiting and len(self.running) < self.places.count and not self.stopping:
             cell, place = self.waiting[0], None
             if not cell.finished:
-                if self.running and not self._fits(cell):
+                if not self._fits(cell):
                     self.short = "no memory for more"
                     return
                 place = self.places.take()
@@ -192,7 +194,6 @@ class Sweeper:
                 file.close()
 
     def _start(self, cell: Cell, slot: Slot, locks: list[IO]) -> None:
-        need = self._need(cell)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.sweep.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {}
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,8 @@ class Sweeper:
                 pass_fds=[file.fileno() for file in locks],
             )  # fmt: skip
         self.tries[cell.name] += 1
-        self.running.append(Running(cell, slot, locks, process, time.monotonic(), need))
+        self.places.note(locks, process.pid, self._need(cell))
+        self.running.append(Running(cell, slot, locks, process, time.monotonic(), bool(checkpoints(cell.folder))))
         self.claims.hand_over(cell.name, process.pid)
         try:
             process.stdin.write(b"g")
@@ -220,7 +222,7 @@ class Sweeper:
             cell, code = run.cell, run.process.returncode
             if cell.finished:
                 self._finish(cell)
-                self.measured.add(cell, run.seconds)
+                self.measured.add(cell, run.seconds, not run.goes_on)
                 self.say(f"{cell.name}: done in {duration(run.seconds)}; {self.progress()}")
                 continue
             self.claims.release(cell.name)
@@ -241,7 +243,8 @@ class Sweeper:
             self.claims.beat([run.cell.name for run in self.running])
 
     def _finish(self, cell: Cell) -> None:
-        tidy(cell.folder, self.sweep.keep)
+        if self.claims.own(cell.name):
+            tidy(cell.folder, self.sweep.keep)
         self.claims.release(cell.name)
         self.done.add(cell.name)
 
@@ -259,9 +262,10 @@ class Sweeper:
         return wait
 
     def _fits(self, cell: Cell) -> bool:
-        """Whether memory suffices for one more beside what those running have not taken yet."""
-        to_come = sum(max(run.need - resident_bytes(run.process.pid), 0) for run in self.running)
-        return self._need(cell) + to_come <= available_bytes()
+        """Whether memory suffices for one more beside what the runs on this machine have not taken yet; where none runs nothing would
+        become free, and it is tried."""
+        to_come = self.places.to_come()
+        return to_come is None or self._need(cell) + to_come <= available_bytes()
 
     def _need(self, cell: Cell) -> int:
         """Bytes on the host. What a run measures on a GPU is the GPU's memory, of which each run has its own."""
@@ -292,11 +296,12 @@ class Sweeper:
 
 
 def tidy(folder: pathlib.Path, keep: bool | str) -> None:
-    """Removes from a finished run's folder the checkpoints and bundles that the sweep's `keep` does not ask for."""
+    """Removes from a finished run's folder its lock, and the checkpoints and bundles that the sweep's `keep` does not ask for."""
     bundles = [] if keep is True else [*checkpoints(folder), folder / "final"] + [folder / "best"] * (keep is False)
     for path in bundles:
         if path.is_dir():
             shutil.rmtree(path)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def duration(seconds: float) -> str:

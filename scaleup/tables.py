@@ -4,7 +4,7 @@
     markdown(table), csv_lines(table), text(table)
 
 Scores are points (100 times the metric). The standard deviation is that over data seeds, with n - 1. The last column is the mean
-over the tasks shown; its spread is that of each seed's mean. Below a row of ours stands the paper's, where the paper has one.
+over the tasks shown, of the seeds that all of them have; its spread is that of each seed's mean. Below a row of ours stands the paper's, where the paper has one.
 """
 
 import csv
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scaleup.rules import SUBMODULES
-from scaleup.runs import NAMES, Run, differences, name_of, one_backbone, unique
+from scaleup.runs import NAMES, Run, differences, method_of, name_of, one_backbone, unique
 
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "rte": "RTE", "qnli": "QNLI", "stsb": "STS-B", "mnli": "MNLI", "qqp": "QQP"}
 SHOWN = tuple(method for method in NAMES if method != "apl_nogate")  # rows that are missed where they are not there
@@ -93,22 +93,22 @@ Scores = dict[tuple[Any, str, str], dict[int, float]]
 
 
 def scores(runs: Iterable[Run], split: str) -> Scores:
-    """(k, method, task) → seed → points. Raises ConfigError for two runs of one cell."""
+    """(k, row, task) → seed → points. Raises ConfigError for two runs of one cell."""
     out: Scores = {}
-    for (k, method, task, seed), run in unique(list(runs), lambda run: (run.k, run.method, run.task, run.seed)).items():
+    for (k, method, task, seed), run in unique(list(runs), lambda run: (run.k, run.row, run.task, run.seed)).items():
         if run.results[split] is not None and not math.isnan(points := run.points(split)):
             out.setdefault((k, method, task), {})[seed] = points
     return out
 
 
 def _average(by_task: Sequence[dict[int, float] | None]) -> Entry | None:
-    """Over the tasks shown, if all are there; its spread over the seeds that all of them have."""
-    if not by_task or any(not points for points in by_task):
-        return None
-    mean = statistics.fmean(statistics.fmean(points.values()) for points in by_task)
-    seeds = set.intersection(*(set(points) for points in by_task))
-    each = [statistics.fmean(points[seed] for points in by_task) for seed in seeds]
-    return Entry(mean, statistics.stdev(each) if len(each) > 1 else None, len(each))
+    """Over the tasks shown, from the seeds that all of them have."""
+    return summarise({seed: statistics.fmean(points[seed] for points in by_task) for seed in common(by_task)})
+
+
+def common(cells: Sequence[dict[int, float] | None]) -> set[int]:
+    """The seeds that all of these cells have."""
+    return set.intersection(*(set(points or ()) for points in cells)) if cells else set()
 
 
 def _paper_row(method: str, numbers: dict[str, Any] | None, tasks: Sequence[str]) -> Row | None:
@@ -153,9 +153,10 @@ def _missing(found: Scores, ks: Sequence[Any], wanted: Sequence[Any], methods: S
     out += [f"K = {k}" for k in wanted if k not in ks]
     seeds = set().union(*(set(points) for points in found.values()))
     for k in ks:
-        absent = [method for method in methods if not any((k, method, task) in found for task in tasks)]
+        there = {(method_of(row), task) for other, row, task in found if other == k}
+        absent = [method for method in methods if not any((method, task) in there for task in tasks)]
         out += [f"{name_of(method)} at K = {k}" for method in absent]
-        for method in (m for m in methods if m not in absent):
+        for method in (m for m in methods if any((k, m, task) in found for task in tasks)):
             for task in tasks:
                 lack = sorted(seeds - set(found.get((k, method, task), {})))
                 if lack:
@@ -188,6 +189,7 @@ def _sorted_k(found: Scores) -> list[Any]:
 
 def low_resource(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], what: str, splits: Sequence[str] = ("test",)) -> Table:
     """Tables 1, 5 and 6: a block for each K and split. paper: split → K → method → task → [mean, spread]."""
+    runs, others = _with_test_set(runs)
     columns, blocks = _columns(scores(runs, "test")), []
     tasks = [task for task in columns if task != AVERAGE]
     for split in splits:
@@ -197,7 +199,14 @@ def low_resource(name: str, title: str, runs: Sequence[Run], paper: dict[Any, An
             blocks.append(_block(heading, found, k, tasks, paper.get(split, {}).get(k, {})))
     found = scores(runs, "test")
     missing = _missing(found, _sorted_k(found), (100, 500, 1000), SHOWN)
-    return Table(name, title, "Method", columns, blocks, missing, _notes(runs, found, what, blocks))
+    return Table(name, title, "Method", columns, blocks, missing, _notes(runs, found, what, blocks) + others)
+
+
+def _with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with test examples that nothing was chosen on, and what is to be said of the others."""
+    kept = [run for run in runs if not run.results["test_is_dev"]]
+    left = len(runs) - len(kept)
+    return kept, [f"{left} run{'s' * (left > 1)} on all of GLUE's examples left out, whose test set is the dev set: table 3 has them."] * bool(left)
 
 
 def high_resource(name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], what: str) -> Table:
@@ -211,21 +220,17 @@ def high_resource(name: str, title: str, runs: Sequence[Run], paper: dict[str, A
 
 
 def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], what: str) -> Table:
-    """Table 2: for each K the average over tasks of the best submodule, against UniPELT. From the means of table 1."""
+    """Table 2: for each K the average over tasks of the best submodule, against UniPELT. From the means of table 1, over the seeds that
+    every task and method of a pair has."""
+    runs, others = _with_test_set(runs)
     found = scores(runs, "test")
     columns = {"max_ap": "max({A, P})", "ap": "UniPELT (AP)", "max_apl": "max({A, P, L})", "apl": "UniPELT (APL)"}
     tasks = [task for task in _columns(found) if task != AVERAGE]
     rows = []
     for k in _sorted_k(found):
-        means = {(method, task): entry.mean for method in NAMES for task in tasks if (entry := summarise(found.get((k, method, task))))}
-        ours = []
-        for column in columns:
-            letters = column.removeprefix("max_")
-            # The column of a maximum takes the best submodule on each task, that of UniPELT its own.
-            parts = [part for part in SUBMODULES if part[0] in letters] if column != letters else [letters]
-            whole = all((part, task) in means for part in parts for task in tasks)
-            ours.append(Entry(statistics.fmean(max(means[part, task] for part in parts) for task in tasks)) if whole else None)
-        rows.append(Row(str(k), str(k), ours))
+        # The column of a maximum takes the best submodule on each task, that of UniPELT its own.
+        pairs = [[[part for part in SUBMODULES if part[0] in letters], [letters]] for letters in ("ap", "apl")]
+        rows.append(Row(str(k), str(k), [entry for pair in pairs for entry in _best_means(found, k, tasks, pair)]))
         same = set(tasks) == set(TASKS) and k in paper
         rows += [Row(str(k), "paper", [Entry(paper[k][column]) for column in columns], paper=True)] if same else []
     for row in rows:
@@ -235,11 +240,25 @@ def upper_bound(name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any
                 larger = max(float(entry.shown) for entry in pair)
                 for entry in pair:
                     entry.rank = int(float(entry.shown) == larger)
-    notes = _notes(runs, found, what, [])[:2] + ["The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."]
+    notes = _notes(runs, found, what, [])[:2] + others + ["The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."]
     if set(tasks) != set(TASKS):
         notes.append(f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown.")
     missing = _missing(found, _sorted_k(found), (100, 500, 1000), (*SUBMODULES, "ap", "apl"))
     return Table(name, title, "K", columns, [Block("", rows)], missing, notes)
+
+
+def _best_means(found: Scores, k: Any, tasks: Sequence[str], sides: Sequence[Sequence[str]]) -> list[Entry | None]:
+    """For each side the mean over tasks of its best method there, over the seeds that all of its cells have, and where both sides
+    have results all of both's; None for a side without such seeds."""
+    cells = [{(part, task): found.get((k, part, task)) for part in parts for task in tasks} for parts in sides]
+    seeds = [common(list(side.values())) for side in cells]
+    if all(seeds):
+        seeds = [set.intersection(*seeds)] * len(seeds)
+    entries: list[Entry | None] = []
+    for parts, side, shared in zip(sides, cells, seeds):
+        best = [max(statistics.fmean(side[part, task][seed] for seed in shared) for part in parts) for task in tasks] if shared else []
+        entries.append(Entry(statistics.fmean(best), seeds=len(shared)) if best else None)
+    return entries
 
 
 def efficiency(name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], bench: dict[str, dict[str, float]], what: str) -> Table:

@@ -53,6 +53,15 @@ def test_completing_texts_needs_a_model_that_does_not_read_ahead(workspace, tmp_
         assert len(found) == 1 and words in found[0], found
 
 
+def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").touch()
+    own = [o for o in overrides(workspace, tmp_path / "out") if not o.startswith("model.name")]
+    assert problems(*own, f"model.name={tmp_path}", "model.head_bias=prior") == [
+        "model.head_bias: the head of GPT2ForSequenceClassification has no bias; leave the setting out"]  # fmt: skip
+    assert problems(*own, f"model.name={workspace / 'bert'}", "model.head_bias=prior") == []
+
+
 def test_the_task_needs_a_model_for_it(workspace, tmp_path):
     own = [o for o in overrides(workspace, tmp_path / "out")]
     found = problems(*own, "data.task=seq2seq", "data.target_column=label", "data.k=40", "data.dev_size=20")

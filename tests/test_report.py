@@ -210,6 +210,7 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
     bench("more.json", "training", **{"full fine-tuning": 2.0, "APL": 1.5})
     with pytest.raises(ConfigError, match="training.json both have training times; give the one to take with --bench FILE"):
         report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
+    report.report("table1", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])  # which has no times
     report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
     assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
     with pytest.raises(ConfigError, match="compiled.json is made with --compile"):
@@ -234,6 +235,53 @@ def test_runs_that_differ_beyond_the_table_are_noted(small, tmp_path):
     path = small / "cola-100-full-1" / "config.yaml"
     path.write_text(path.read_text().replace("max_length: 64", "max_length: 96"))
     assert "Runs of one method differ in data.max_length (64, 96)." in report.report("table1", [str(small)], tmp_path / "out")
+
+
+def test_a_setting_that_only_some_runs_of_a_method_have_is_noted(small, tmp_path):
+    path = small / "cola-100-full-1" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(settings | {"train": settings["train"] | {"lr_scheduler_type": "constant"}}))
+    assert "Runs of one method differ in train.lr_scheduler_type (constant, not set)." in report.report("table1", [str(small)], tmp_path / "out")
+
+
+def test_several_settings_of_one_method_stand_under_the_sweeps_names(tmp_path):
+    for name, score in {"lora_slow": 0.3, "lora_fast": 0.6}.items():
+        leave(tmp_path / "runs", "cola", 100, "lora", 0, score).rename(tmp_path / "runs" / f"cola-100-{name}-0")
+    leave(tmp_path / "runs", "cola", 100, "full", 0, 0.5)
+    screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    found = {row: line["mean"] for (_, row, source, column), line in cells(tmp_path / "out" / "table1.csv").items() if (source, column) == ("ours", "cola")}
+    assert (found["lora: lora_slow"], found["lora: lora_fast"], found["full"], found["lora"]) == ("30.0", "60.0", "50.0", "")
+    assert any(line.startswith("LoRA: lora_fast") for line in screen) and "LoRA at K = 100" not in screen[-2] and "Adapter at K = 100" in screen[-2]
+
+
+def test_averages_are_of_the_seeds_that_all_tasks_have(tmp_path):
+    scores = {"adapter": ((0.1, 0.9), (0.3,)), "prefix": ((0.2, 0.2), (0.2, 0.4)), "ap": ((0.2, 0.7), (0.4, 0.5)), "lora": ((0.2,), (None, 0.4))}
+    for method, by_task in scores.items():
+        for task, points in zip(("cola", "mrpc"), by_task):
+            for seed, score in enumerate(points):
+                if score is not None:
+                    leave(tmp_path / "runs", task, 100, method, seed, score)
+    report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    found = {row: line for (_, row, source, column), line in cells(tmp_path / "out" / "table1.csv").items() if (source, column) == ("ours", "average")}
+    assert (found["adapter"]["mean"], found["adapter"]["std"], found["adapter"]["seeds"]) == ("20.0", "", "1")
+    assert (found["prefix"]["mean"], found["prefix"]["seeds"]) == ("25.0", "2") and found["lora"]["mean"] == ""
+    report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
+    pair = {column: line["mean"] for (_, row, source, column), line in cells(tmp_path / "out" / "table2.csv").items() if source == "ours"}
+    assert (pair["max_ap"], pair["ap"]) == ("25.0", "30.0")  # seed 0 alone: max(10, 20), max(30, 20); 20, 40
+
+
+def test_results_that_a_run_has_set_aside_do_not_count(small, tmp_path):
+    shutil.copytree(small / "cola-100-full-0", small / "cola-100-full-0" / "before-1")
+    assert len(runs.load([str(small)])) == 11
+    assert len(runs.load([str(small / "cola-100-full-0" / "before-1")])) == 1  # asked for by name
+
+
+def test_tables_of_test_scores_leave_out_runs_whose_test_set_is_the_dev_set(small, tmp_path):
+    leave(small, "cola", "all", "ap", 0, 0.61, dev=0.61)
+    for table in ("table1", "table2"):
+        screen = report.report(table, [str(small)], tmp_path / "out")
+        assert "1 run on all of GLUE's examples left out, whose test set is the dev set: table 3 has them." in screen
+        assert not any("K = all" in line for line in screen)
 
 
 def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
@@ -293,6 +341,14 @@ def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
     found = cells(tmp_path / "out" / "figure3.csv")
     assert found["RTE, K = 100", "ours", "ours", "2.0"]["mean"] == "16.0" and found["RTE, K = 500", "ours", "ours", "2.0"]["mean"] == ""
     assert found["RTE, K = 100", "paper", "paper", "2.0"]["mean"] == "55.02"
+    with pytest.raises(ConfigError, match="no run there belongs in figure2"):
+        report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
+
+
+def test_a_figure_has_no_point_of_a_run_without_a_test_score(tmp_path):
+    leave(tmp_path / "runs", "cola", 100, "adapter", 0, float("nan"))
+    path = leave(tmp_path / "runs", "cola", 100, "adapter", 1, 0.5) / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": None}))
     with pytest.raises(ConfigError, match="no run there belongs in figure2"):
         report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
 

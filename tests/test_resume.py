@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from scaleup import config, resume, train
+from scaleup import config, resume, rules, train
 from scaleup.checkpoint import BundleError, verify
 from scaleup.checks import CHECKS
-from scaleup.config import ConfigError
+from scaleup.config import ConfigError, TrainSettings
 from scaleup.journal import rewind
 from scaleup.loop import Preempted, RunError
 from tests.workspace import losses, make_workspace, overrides
@@ -165,6 +165,16 @@ def test_a_folder_that_is_no_run_is_left_alone(workspace, tmp_path):
     assert {path.name for path in foreign.iterdir()} == {".config.old", ".bashrc.old", ".thesis.part", "notes.txt"}
 
 
+def test_a_run_that_was_killed_at_its_first_file_goes_on(workspace, tmp_path):
+    for name in (".config.yaml.part", ".lock", "train.out"):
+        (tmp_path / name).touch()
+    assert rules._output_problems(TrainSettings(output_dir=str(tmp_path), resume="auto")) == []
+    (tmp_path / "train.out").unlink()
+    assert rules._output_problems(TrainSettings(output_dir=str(tmp_path))) == []
+    (tmp_path / "notes.txt").touch()
+    assert "is not empty" in rules._output_problems(TrainSettings(output_dir=str(tmp_path)))[0]
+
+
 def test_only_names_that_a_run_makes_are_cleared(tmp_path):
     ours = (".checkpoint-3.draft", ".best.gone", ".results.json.part", ".log.jsonl.part", ".probe-0123abcd")
     theirs = (".bashrc.old", ".thesis.part", ".cfg.gone", ".probe-mine.txt")
@@ -224,6 +234,10 @@ def test_another_number_of_processes_is_refused_and_weights_only_goes_on(workspa
     assert not (copy / "before-2").exists()
 
 
+def hidden(out: pathlib.Path) -> list[str]:
+    return [path.name for path in out.glob(".*")]
+
+
 def test_a_disk_that_takes_no_more_ends_the_run_and_keeps_the_last_good_checkpoint(workspace, tmp_path):
     out = tmp_path / "run"
     before = limits.getrlimit(limits.RLIMIT_FSIZE)
@@ -234,9 +248,9 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_keeps_the_last_good_checkpoi
     finally:
         limits.setrlimit(limits.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert [path.name for path in resume.checkpoints(out)] == ["checkpoint-4"] and not list(out.glob(".*"))
+    assert [path.name for path in resume.checkpoints(out)] == ["checkpoint-4"] and hidden(out) == [".lock"]
     run(workspace, out, "train.resume=auto")
-    assert not list(out.glob(".*"))
+    assert hidden(out) == [".lock"]
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_batch_and_keeps_the_last_good_checkpoint(workspace, tmp_path):

@@ -189,10 +189,24 @@ def test_a_claim_of_another_host_is_stale_once_its_sweep_does_not_touch_it(tmp_p
     path.write_text(json.dumps({"host": "elsewhere", "processes": [[1, 1.0]]}))
     long_ago = path.stat().st_mtime - claiming.STALE_S - 5
     os.utime(path, (long_ago, long_ago))
-    claims.beat(["cell", "none"])
-    assert not claims.take("cell")
+    claims.beat(["cell", "none"])  # not this process's
+    claims.release("cell")
+    assert not claims.own("cell") and claims.take("cell") and claims.own("cell")
     os.utime(path, (long_ago, long_ago))
-    assert claims.take("cell")
+    claims.beat(["cell"])
+    assert claims.of("cell").age < 60
+
+
+def test_a_sweep_that_was_suspended_leaves_alone_what_another_host_has_taken_over(fakes):
+    made = fakes(1)
+    one = sweeper(made)
+    cell = made.cells[0]
+    assert one.claims.take(cell.name)
+    theirs = json.dumps({"host": "elsewhere", "processes": [[os.getpid(), 1.0]]})
+    (one.claims.folder / f"{cell.name}.json").write_text(theirs)
+    (cell.folder / "checkpoint-8").mkdir(parents=True)
+    one._finish(cell)
+    assert (cell.folder / "checkpoint-8").is_dir() and (one.claims.folder / f"{cell.name}.json").read_text() == theirs
 
 
 # Running, with a stand-in for launch/train.py
@@ -346,11 +360,50 @@ def test_the_least_of_all_memory_limits_counts_and_files_in_memory_are_free(tmp_
 def test_no_more_runs_than_memory_holds(fakes, monkeypatch):
     made = fakes(3, **{f"t-1-m-{i}": {"seconds": 0.3} for i in range(3)})
     monkeypatch.setattr(sweep, "available_bytes", lambda: 3 * 2**29)  # one and a half of what a run is said to need
-    monkeypatch.setattr(sweep, "resident_bytes", lambda pid: 0)
+    monkeypatch.setattr(machine, "resident_bytes", lambda pid: 0)
     first = sweeper(made)
     first.cells, first.waiting = first.cells[:2], collections.deque(first.cells[:2])
     assert first.run() and at_once(made) == 1
     assert first._need(made.cells[2]) == int(1.1 * 100 * 2**20)  # measured by then
+
+
+def test_what_other_sweeps_runs_will_still_take_is_no_free_memory(fakes, monkeypatch):
+    made = fakes(2, **{f"t-1-m-{i}": {"seconds": 1} for i in range(2)})
+    monkeypatch.setattr(sweep, "available_bytes", lambda: 3 * 2**29)
+    monkeypatch.setattr(machine, "resident_bytes", lambda pid: 2**20)
+    (made.output / "other").mkdir()
+    (made.output / "other" / "plan.json").write_text("{}")
+    other = Sweeper(Sweep(made.output / "other", made.cells[1:], False, 1), made.cells[1:], 1, say=lambda line: None, entry=made.output.parent / "fake.py")
+    one = sweeper(made)
+    assert one.places.to_come() is None
+    one.cells, one.waiting = one.cells[:1], collections.deque(one.cells[:1])
+    one._start_each()
+    assert len(one.running) == 1 and other.places.to_come() == 2**30 - 2**20
+    said: list[str] = []
+    other.say = said.append
+    other._start_what_fits()
+    assert not other.running and said == ["waiting: no memory for more"]
+    assert one.run() and other.places.to_come() is None and other.run()
+
+
+def test_with_less_room_than_places_the_time_left_is_that_of_fewer(fakes):
+    made = fakes(4)
+    for cell in made.cells[:1]:
+        cell.folder.mkdir()
+        (cell.folder / "results.json").write_text("{}")
+        (cell.folder / "timing.json").write_text('{"seconds": 8.0, "peak_memory_mib": 1}')
+    one = sweeper(made, None)
+    one.places.count = 4
+    assert one.seconds_left() == 8  # three at once
+    one.short = "no memory for more"
+    assert one.seconds_left() == 24
+
+
+def test_a_run_that_went_on_does_not_tell_how_long_a_whole_one_takes(fakes):
+    made = fakes(1)
+    (made.cells[0].folder / "checkpoint-1").mkdir(parents=True)
+    one = sweeper(made)
+    assert one.run() and not one.measured.seconds and one.measured.memory_mib
 
 
 def test_the_line_of_progress_tells_the_time_left(fakes):

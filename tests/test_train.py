@@ -46,7 +46,7 @@ def test_a_run_leaves_every_file_of_the_design(finished):
     out, _ = finished
     found = {path.name for path in out.iterdir()}
     assert {"config.yaml", "environment.json", "log.jsonl", "best", "final", "results.json", "timing.json"} <= found
-    assert not [name for name in found if name.startswith(".")]
+    assert [name for name in found if name.startswith(".")] == [".lock"]
     for bundle in ("best", "final"):
         manifest = verify(out / bundle)
         assert manifest["labels"] == ["bad", "good"] and len(manifest["tensors"]) > 20
