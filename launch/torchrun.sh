@@ -53,4 +53,7 @@ where=(--nnodes "$nodes" --nproc_per_node "$processes")
 if [ -z "${PET_RDZV_ENDPOINT:-}" ]; then
   where+=(--node_rank "$node" --master_addr "$address" --master_port "$port")
 fi
+# What is told to stop saves first: torchrun would give it 30 s, and end at once on SIGUSR1.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+where+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
 exec "$PYTHON" -m torch.distributed.run "${where[@]}" "$home/launch/train.py" --config "$config" "$@"

@@ -40,11 +40,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     options = parser.parse_intermixed_args()  # overrides before and after --config
     parent = os.getppid()
-    signal.signal(signal.SIGTERM, _stop_early)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_early)
     try:
         return _run(options, parent)
-    except _StoppedEarly:
-        print("stopped by SIGTERM before the first step; nothing was lost", file=sys.stderr)
+    except _StoppedEarly as stopped:
+        print(f"stopped by {stopped} before the first step; nothing was lost", file=sys.stderr)
         return _stopped_code()
 
 
@@ -57,18 +58,18 @@ def _run(options: argparse.Namespace, parent: int) -> int:
     try:
         code = _train(options)
     finally:
-        watchdog.stop(code)
+        watchdog.stop(0 if code == _stopped_code() else code)  # a rank that has saved is no failure to the others
     if code in (0, _stopped_code()):  # after a failure others may be gone, and leaving in good order could wait for them
         runtime.leave()
     return code
 
 
 class _StoppedEarly(BaseException):
-    """SIGTERM before the loop has taken it over: nothing is there to be saved."""
+    """SIGTERM or SIGUSR1 before the loop has taken them over: nothing is there to be saved."""
 
 
 def _stop_early(number: int, frame: object) -> None:
-    raise _StoppedEarly
+    raise _StoppedEarly(signal.Signals(number).name)
 
 
 def _stopped_code() -> int:

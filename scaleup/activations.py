@@ -180,23 +180,24 @@ class _Ledger(TorchDispatchMode):
             self.alive -= size
 
 
-def _run(model: nn.Module, batch: int, length: int) -> torch.Tensor:
-    """A loss of `batch` full examples, padding mask given. BART's pooling looks its token up in the data, so it is done here."""
+def _run(model: nn.Module, batch: int, length: int, target: int) -> torch.Tensor:
+    """A loss of `batch` full examples, padding mask given. target: tokens that an encoder-decoder writes. BART's pooling looks its token up in the data, so it is done here."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = torch.ones(batch, length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.get_output_embeddings() is not None:
-        return model(**inputs, labels=ids, use_cache=False).loss
+        labels = ids if not base.config.is_encoder_decoder else torch.ones(batch, target, dtype=torch.long)
+        return model(**inputs, labels=labels, use_cache=False).loss
     if not base.config.is_encoder_decoder:
         logits = model(**inputs).logits
     else:
-        hidden = base.base_model(**inputs).last_hidden_state
+        hidden = base.base_model(**inputs, decoder_input_ids=ids).last_hidden_state
         logits = base.classification_head(hidden[:, -1, :])
     return logits.float().sum()
 
 
-def step(model: nn.Module, kernels: Kernels, batch: int, length: int) -> Step:
-    """Runs the model once forward and backward and counts. The model must be where it can run: real, or fake tensors."""
+def step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int = 128) -> Step:
+    """Runs the model once forward and backward and counts. length, target: tokens read, and written by an encoder-decoder. The model must be where it can run: real, or fake tensors."""
     model.train()
     if kernels.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -217,21 +218,21 @@ def step(model: nn.Module, kernels: Kernels, batch: int, length: int) -> Step:
     with ledger, _Rules(kernels), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with cast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = _run(model, batch, length)
+            loss = _run(model, batch, length, target)
         between = ledger.alive
         loss.backward()
     return Step(max(sum(kept.values()), between if kernels.checkpointing else 0), ledger.peak)
 
 
-def _fake_step(model: nn.Module, kernels: Kernels, batch: int, length: int) -> Step:
+def _fake_step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int) -> Step:
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            return step(model.to_empty(device="cpu"), kernels, batch, length)
+            return step(model.to_empty(device="cpu"), kernels, batch, length, target)
         finally:
             gc.collect()  # modules and their hooks refer to each other
 
 
-def trace(make: Callable[[PretrainedConfig], nn.Module], config: PretrainedConfig, kernels: Kernels, batch: int, length: int) -> Step:
+def trace(make: Callable[[PretrainedConfig], nn.Module], config: PretrainedConfig, kernels: Kernels, batch: int, length: int, target: int = 128) -> Step:
     """What one step of the model that `make(config)` gives on the meta device would need.
 
     All layers of a stack are alike, so a deep model is extrapolated from copies that are two and three layers deep; the test
@@ -246,7 +247,7 @@ def trace(make: Callable[[PretrainedConfig], nn.Module], config: PretrainedConfi
         shallow = copy.deepcopy(config)
         for name, depth in changes.items():
             setattr(shallow, name, depth)
-        return _fake_step(make(shallow), kernels, batch, length)
+        return _fake_step(make(shallow), kernels, batch, length, target)
 
     low = {name: min(depth, 2) for name, depth in depths.items()}
     base = at(**low)

@@ -22,8 +22,14 @@ def training_arguments(settings: Settings, world: World, metric: str, token_mean
     strategy = passed.pop("eval_strategy", None) or "epoch"
     if strategy == "no":
         raise ConfigError("train.eval_strategy: no development scores, no best checkpoint; use epoch or steps")
-    if passed.get("eval_steps"):
+    if strategy == "steps":
+        passed.setdefault("eval_steps", train.logging_steps)  # as Trainer does
         passed.setdefault("save_steps", passed["eval_steps"])
+        if passed.get("save_strategy") in (None, "steps") and passed["save_steps"] != passed["eval_steps"]:
+            raise ConfigError(
+                f"train.save_steps: {passed['save_steps']:g}, but dev is scored every {passed['eval_steps']:g} steps, and the best checkpoint must have"
+                " been saved; leave it out, or set train.save_strategy=best"
+            )
     passed.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False} if train.gradient_checkpointing else None)
     passed.setdefault("save_strategy", strategy)
     passed.setdefault("ddp_find_unused_parameters", False)

@@ -53,9 +53,27 @@ def check(sections: dict) -> list[str]:
     problems = []
     if not any(found for pattern in ("*.safetensors", "*.bin") for found in pathlib.Path(model.name).glob(pattern)):
         problems.append(f"model.name: {model.name} has no weights (*.safetensors or *.bin)")
-    if data is not None and "max_length" in data.model_fields_set:
-        problems += length_problems(data, model, config)
+    if data is not None:
+        problems += length_problems(data, model, config) if "max_length" in data.model_fields_set else []
+        problems += target_problems(data, model, config)
     return problems
+
+
+def target_problems(data: DataSettings, model: ModelSettings, config: PretrainedConfig) -> list[str]:
+    """The same for what is written: by a decoder of its own, or after the prompt. For lengths that the user chose, or that `fit_length` has fitted."""
+    limit, written = position_limit(config), data.max_target_length
+    if limit is None or getattr(config, "relative_attention_num_buckets", None):
+        return []
+    if data.task == "seq2seq" and config.is_encoder_decoder and "max_target_length" in data.model_fields_set and written > limit:
+        return [f"data.max_target_length: {written} tokens, but {model.name} has {limit} positions"]
+    if _writes_on(data) and "max_length" in data.model_fields_set and data.max_length + written > limit:
+        return [f"data.max_length: prompts of up to {data.max_length} tokens and data.max_target_length {written} written after them, but {model.name} has {limit} positions"]
+    return []
+
+
+def _writes_on(data: DataSettings) -> bool:
+    """Whether text is written behind the prompt, in the same positions."""
+    return data.task == "causal_lm" and data.metric not in (None, "loss")
 
 
 def length_problems(data: DataSettings, model: ModelSettings, config: PretrainedConfig) -> list[str]:
@@ -68,12 +86,15 @@ def length_problems(data: DataSettings, model: ModelSettings, config: Pretrained
 
 def fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
     """A length the user did not choose shrinks to what the model takes. Raises ConfigError for a chosen one that is too long."""
-    limit = position_limit(config)
-    if "max_length" not in settings.data.model_fields_set and limit is not None and limit < settings.data.max_length:
-        return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": limit})})
-    if problems := length_problems(settings.data, settings.model, config):
+    limit, data, fitted = position_limit(config), settings.data, {}
+    if limit is not None:
+        room = {"max_length": limit - data.max_target_length * _writes_on(data)}
+        room |= {"max_target_length": limit} if data.task == "seq2seq" and not getattr(config, "relative_attention_num_buckets", None) else {}
+        fitted = {key: most for key, most in room.items() if key not in data.model_fields_set and 0 < most < getattr(data, key)}
+    data = data.model_copy(update=fitted)
+    if problems := length_problems(data, settings.model, config) + target_problems(data, settings.model, config):
         raise ConfigError(problems)
-    return settings
+    return settings.model_copy(update={"data": data})
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -141,7 +162,8 @@ def load_model(
         whole = (*heads, *(name for name, module in empty.named_modules() if module is output))  # not quantised
         if zero3 and settings.quantization != "nf4":
             if settings.quantization == "8bit":
-                replace_linears(empty, whole, dtype)
+                if replace_linears(empty, whole, dtype) == 0:  # GPT-2 has transposed layers of its own
+                    raise ConfigError(f"model.quantization: {type(empty).__name__} has no linear layers that 8 bit can be had of under ZeRO-3; use nf4, or zero2")
             model = empty.eval()
             info = load_sharded(model, Weights(model, checkpoint_folder(settings.name, settings.revision)), device)
         else:
@@ -152,6 +174,8 @@ def load_model(
             if settings.quantization == "8bit":
                 quantised.leave_out_scales(model)
             quantised.renew_heads(model, empty, heads)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _unreadable(settings.name, error) from error
     _check_loaded(settings.name, heads, info)

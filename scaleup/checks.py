@@ -8,12 +8,19 @@ from transformers import PretrainedConfig
 
 from scaleup import backbone, tasks
 from scaleup.config import MethodSettings, ModelSettings, Section
-from scaleup.sites import EAGER_ONLY, TESTED, AttentionSite, find_sites
+from scaleup.sites import EAGER_ONLY, PACKS, TESTED, AttentionSite, find_sites
 
 
 def reads_ahead(name: str, model_type: str) -> str:
     """The problem with a model that would be shown the very tokens it is to predict."""
     return f"model.name: {name} ({model_type}) reads in both directions and would see the tokens that it is to predict; data.task causal_lm needs a decoder like GPT-2, Llama or Qwen"
+
+
+def keeps_apart(data: Section, config: PretrainedConfig) -> list[str]:
+    """Whether packed texts do not see each other in this model."""
+    if not data.packing or config.model_type in PACKS:
+        return []
+    return [f"data.packing: {config.model_type} is not known to keep packed texts apart (known: {', '.join(PACKS)}); leave it out"]
 
 
 def structure(sections: dict[str, Section]) -> list[str]:
@@ -39,14 +46,16 @@ def structure(sections: dict[str, Section]) -> list[str]:
     return [f"model.name: {model.name}: {problem[:300]}"] if problem is not None and method.name == "unipelt" else []
 
 
-def head(sections: dict[str, Section]) -> list[str]:
-    """Whether the head has the bias that model.head_bias is to set."""
+def settings_that_need_more(sections: dict[str, Section]) -> list[str]:
+    """Whether the model has what single settings need: a bias in its head, for model.head_bias; attention by positions, for data.packing."""
     model, data = sections.get("model"), sections.get("data")
-    if not isinstance(model, ModelSettings) or data is None or model.head_bias != "prior":
+    if not isinstance(model, ModelSettings) or data is None or not (model.head_bias == "prior" or data.packing):
         return []
     config, auto = backbone.local_config(model), tasks.of(data).auto
     if config is None or type(config) not in auto._model_mapping:
         return []
+    if model.head_bias != "prior":
+        return keeps_apart(data, config)
     empty = backbone.empty_model(config, model.attention, None, auto)
     linear = [module for name in backbone.head_names(empty) for module in empty.get_submodule(name).modules() if isinstance(module, nn.Linear)]
     return [backbone.no_bias(type(empty).__name__)] if linear and linear[-1].bias is None else []
@@ -60,4 +69,4 @@ def _look(config: PretrainedConfig, attention: str, auto: type) -> tuple[list[At
         return [], " ".join(str(error).split())
 
 
-CHECKS = (tasks.check, backbone.check, structure, head)
+CHECKS = (tasks.check, backbone.check, structure, settings_that_need_more)

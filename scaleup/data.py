@@ -13,7 +13,7 @@ from sklearn import metrics
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.config import ConfigError, DataSettings, Section
-from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state
+from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state, whole_characters
 
 # Task -> text column, column of the second text, class names in id order (None: regression), metric.
 GLUE = {
@@ -61,8 +61,8 @@ def _cell(value: Any, role: str, known: set[str] | None, declared: list[str] | N
         return None, "is missing"
     if not isinstance(value, str | int | float):
         return None, f"holds a {type(value).__name__}, not {'a label' if role == 'label' else 'text'}"
-    if role != "label":  # JSON can spell half a surrogate pair, which neither Arrow nor a tokenizer takes
-        return re.sub("[\ud800-\udfff]", "\ufffd", str(value)), None
+    if role != "label":
+        return whole_characters(str(value)), None
     value = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is what other tools make of 1 beside a gap
     if declared and isinstance(value, int) and 0 <= value < len(declared):
         value = declared[value]

@@ -66,10 +66,15 @@ class GateStatistics:
 
     def drain(self) -> list[tuple[float, float]]:
         """(mean, standard deviation) per gate, and starts anew. Empty if nothing was seen."""
-        if self.sums_3N is None:
+        sums_3N, self.sums_3N = self.sums_3N, None
+        return [] if sums_3N is None else self.moments(sums_3N)
+
+    @staticmethod
+    def moments(sums_3N: torch.Tensor) -> list[tuple[float, float]]:
+        """(mean, standard deviation) per gate from such sums, which may be of several processes."""
+        count_N, total_N, squares_N = sums_3N.double().cpu()
+        if not count_N.any():
             return []
-        count_N, total_N, squares_N = self.sums_3N.double().cpu()
-        self.sums_3N = None
         mean_N = total_N / count_N
         spread_N = (squares_N / count_N - mean_N.square()).clamp(min=0).sqrt()
         return list(zip(mean_N.tolist(), spread_N.tolist()))

@@ -65,11 +65,14 @@ class _FrozenMatmul(torch.autograd.Function):
         return grad @ dequantise(weight_OI.data, scale_O.data, grad.dtype), None, None
 
 
-def replace_linears(model: nn.Module, skip: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Puts an empty `Int8Linear` for every nn.Linear outside the modules named in `skip`, as bitsandbytes would."""
+def replace_linears(model: nn.Module, skip: tuple[str, ...], dtype: torch.dtype) -> int:
+    """Puts an empty `Int8Linear` for every nn.Linear outside the modules named in `skip`, as bitsandbytes would. Returns how many."""
+    count = 0
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or any(name == s or name.startswith(s + ".") for s in skip):
             continue
         parent, _, child = name.rpartition(".")
         new = Int8Linear(module.in_features, module.out_features, module.bias is not None, dtype)
         setattr(model.get_submodule(parent), child, new.train(module.training))
+        count += 1
+    return count

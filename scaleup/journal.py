@@ -8,6 +8,8 @@ import pathlib
 import statistics
 from collections.abc import Iterator
 
+import torch
+import torch.distributed
 from torch import nn
 
 from scaleup.config import Settings
@@ -18,7 +20,7 @@ from scaleup.runtime import World
 
 
 class GateLog:
-    """Means of every gate of a model, by site and submodule, as collected since the last look."""
+    """Means of every gate of a model, by site and submodule, as collected since the last look, over all processes."""
 
     def __init__(self, model: nn.Module):
         self.gates: dict[str, LearnedGate] = {}
@@ -30,13 +32,19 @@ class GateLog:
                 self.gates[site] = module
 
     def drain(self) -> dict[str, dict[str, dict[str, float]]]:
-        """site → submodule → mean and std over the examples seen. The only synchronisation with the device."""
+        """site → submodule → mean and std over the examples that the processes have seen. The only synchronisation with the device.
+        Every process must call it."""
+        sums = []
+        for gate in self.gates.values():
+            seen, gate.statistics.sums_3N = gate.statistics.sums_3N, None
+            sums.append(torch.zeros(3, len(gate.names), device=gate.bias.device) if seen is None else seen)
+        if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            joined_3N = torch.cat(sums, 1)
+            torch.distributed.all_reduce(joined_3N)
+            sums = joined_3N.split([part.shape[1] for part in sums], 1)
         self.last = {
-            site: {
-                part: {"mean": round(mean, 6), "std": round(std, 6)}
-                for part, (mean, std) in zip(gate.names, gate.statistics.drain())
-            }
-            for site, gate in self.gates.items()
+            site: {part: {"mean": round(mean, 6), "std": round(std, 6)} for part, (mean, std) in zip(gate.names, GateStatistics.moments(found_3N))}
+            for (site, gate), found_3N in zip(self.gates.items(), sums)
         }
         return self.last
 
@@ -99,6 +107,7 @@ def header(settings: Settings, examples: Examples, counts: dict, world: World, l
         f" ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
         f"data       train {len(examples.train)}{' packed rows' if settings.data.packing else ''}, dev {len(examples.dev)}, test {test}"
         f"{' (a source with several targets counts once)' if examples.references else ''}; metric {examples.metric}",
+        *[f"note: {examples.known} of dev's texts are in train too, with other targets; give data.validation_file to keep them apart"] * bool(examples.known),
         *_label_lines(settings, examples),
         f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size} processes x"
         f" {train.gradient_accumulation_steps} accumulation; learning rate {settings.learning_rate:g}",

@@ -91,6 +91,13 @@ class RunTrainer(Trainer):
             self.create_optimizer_and_scheduler(1000)
             self.optimizer = self.lr_scheduler = None
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Trainer's, which looks whether it is done after a step: a run that went on at its very end, in the middle of an epoch, would take one more."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
         counted = inputs.get("attention_mask", inputs["input_ids"] >= 0)  # packed rows have no mask
         self.tokens += counted.sum().to(self.tokens.device)
@@ -235,6 +242,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         inner = draft_name(folder) / folder.name
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        assert best is None or best == folder.name or (self.out / best).is_dir() or not self.writes, f"{best} was never saved"
         self.state.best_model_checkpoint = str(self.out / best) if best else None
         if self.writes:
             self._write(folder, lambda: self.state.save_to_json(str(inner / "trainer_state.json")))

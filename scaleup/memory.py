@@ -21,7 +21,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup import tasks
 from scaleup.backbone import empty_model
@@ -111,9 +111,10 @@ def frozen_pieces(model: nn.Module, quantization: str, dtype: torch.dtype | None
 
     8bit: a byte per weight and a float32 per output row. nf4: half a byte per weight and a float32 per block of 64
     (bitsandbytes' defaults, no double quantisation). Only linear layers of the backbone are quantised; the head, which
-    trains, embeddings and norms are not.
+    trains, embeddings, output embeddings and norms are not.
     """
-    linear = {id(m.weight): m for m in model.modules() if type(m) is nn.Linear and not m.weight.requires_grad}
+    output = {id(out.weight) for m in model.modules() if isinstance(m, PreTrainedModel) and (out := m.get_output_embeddings()) is not None}
+    linear = {id(m.weight): m for m in model.modules() if type(m) is nn.Linear and not m.weight.requires_grad and id(m.weight) not in output}
     heads = {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     pieces = []

@@ -151,6 +151,8 @@ def make_plan(
     config = backbone.load_config(settings.model)
     settings = backbone.fit_length(settings, config)
     config.num_labels, examples = _labels(settings)
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # a run takes the tokenizer's; any does here
     half = precision.half_dtype(settings, has_bf16=device == "cuda")
     if problems := precision.problems(settings, half):
         raise ConfigError(problems)
@@ -175,7 +177,7 @@ def make_plan(
                 key = (kernels, full_half)
                 if key not in steps:
                     progress(f"activations: {name}, weights {weights}{', checkpointing' * checkpointing}")
-                    steps[key] = trace(make, config, kernels, settings.train.per_device_train_batch_size, settings.data.max_length)
+                    steps[key] = trace(make, config, kernels, settings.train.per_device_train_batch_size, settings.data.max_length, settings.data.max_target_length)
                 pair.append(steps[key])
             rows.append(
                 Row(name, weights, states(model, weights, zero, world, full_half), *pair, settings.train.gradient_accumulation_steps > 1, own_row)

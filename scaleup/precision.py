@@ -31,6 +31,8 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
 def problems(settings: Settings, half: torch.dtype | None) -> list[str]:
     """DeepSpeed computes in one type; a backbone stored in another would meet it in the middle of the model."""
     computes = str(half or torch.float32).removeprefix("torch.")
+    if settings.train.deepspeed is None and settings.model.dtype == "float16" and settings.method.name != "unipelt":
+        return ["model.dtype: weights that train cannot be float16; leave it out (train.fp16=true computes in float16 all the same)"]
     if settings.train.deepspeed is None or settings.model.dtype in ("auto", "float32", computes):
         return []
     switch = "train.bf16=true" if settings.model.dtype == "bfloat16" else "train.fp16=true"

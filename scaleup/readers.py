@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,7 @@ class Examples:
     sources: list[dict[str, Any]]  # for each set read: split, rows, and file with sha256 or hub_id with name
     references: list[list[str]] | None = None  # what a written text is scored against: every target of the same source
     prompts: list[str] | None = None  # those sources
+    known: int = 0  # of the dev set's, those that are in train too, with other targets
 
 
 def _delimited(text: str, place: str, delimiter: str, quoting: int) -> tuple[dict[str, list], list[int]]:
@@ -124,6 +126,11 @@ def no_column(key: str, file: str, column: str, columns: Iterable[str]) -> str:
     shown = ", ".join(name[:40] for name in list(columns)[:20]) or "none"
     shown = "; did you mean ".join([shown, *difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)])
     return f"{key}: {file} has no column {column!r}; its columns are {shown}"
+
+
+def whole_characters(text: str) -> str:
+    """JSON can spell half a surrogate pair, which neither Arrow nor a tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def judge_cells(

@@ -18,6 +18,7 @@ from torch import nn
 
 from scaleup.checkpoint import BundleError, verify
 from scaleup.config import ConfigError, Settings, to_yaml
+from scaleup.weights import set_values
 from scaleup.rules import ASIDE, LOCK, LOGS_OF_OTHERS, OURS
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -127,7 +128,7 @@ def choose(settings: Settings, out: pathlib.Path, now: dict, on_hosts: list[list
         raise ConfigError(f"train.resume: no checkpoint in {out} is on every host ({lists})")
     weights_only = settings.train.resume == "weights_only"
     if not found:
-        old = set_aside_newest(out) if weights_only else None
+        old = set_aside_newest(out)  # also with auto: a run that began from old weights and ended before its first checkpoint
         if old is not None:
             check(old, now)
         return None, old
@@ -192,8 +193,21 @@ def set_aside_newest(out: pathlib.Path) -> pathlib.Path | None:
     return next((found[-1] for path in aside if (found := checkpoints(path))), None)
 
 
+def _fill(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Sets parameters and buffers by name, shared out or not. Raises RuntimeError for another shape, AttributeError for an unknown name."""
+    shared_out = dict(model.named_parameters())
+    for name, value in state.items():
+        parameter = shared_out.get(name)
+        if parameter is None:
+            model.get_buffer(name).copy_(value)
+        elif tuple(value.shape) != tuple(getattr(parameter, "ds_shape", parameter.shape)):
+            raise RuntimeError(f"{name} is {tuple(value.shape)} there")
+        else:
+            set_values(parameter, value)
+
+
 def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
-    """The trained tensors of a checkpoint into a model that is not yet shared out. Raises BundleError if they do not fit."""
+    """The trained tensors of a checkpoint into a model whose added tensors are not yet shared out. Raises BundleError if they do not fit."""
     files = sorted(folder.glob("*.safetensors"))
     state: dict[str, torch.Tensor] = {}
     for path in files:
@@ -202,6 +216,6 @@ def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
         if isinstance(model, PeftModel):
             peft.set_peft_model_state_dict(model, state)
         else:
-            model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+            _fill(model, state)
+    except (RuntimeError, AttributeError) as error:
         raise BundleError(f"{folder}: its weights do not fit this model: {' '.join(str(error).split())[:200]}") from None

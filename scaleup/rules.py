@@ -130,6 +130,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
         problems.append("train.max_steps: 0 steps train nothing; -1 leaves it to num_train_epochs")
     if data is not None and train.label_smoothing_factor and (data.task == "regression" or data.name == "stsb"):
         problems.append("train.label_smoothing_factor: there are no classes to smooth in a regression; leave it out")
+    if data is not None and train.label_smoothing_factor and data.task == "seq2seq":
+        problems.append("train.label_smoothing_factor: Trainer takes the targets away before the decoder can read them; leave it out with data.task seq2seq")
     ranges = {"dataloader_num_workers": (0, 10**6), "eval_accumulation_steps": (1, 10**9), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9)}
     for key, (low, high) in ranges.items():
         value = getattr(train, key)

@@ -148,7 +148,9 @@ def respawn(script: str, arguments: list[str]) -> None:
     if not found.threads_chosen:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     port = os.environ.get("MASTER_PORT", "29500")
-    command = ["torch.distributed.run", f"--nproc_per_node={found.processes}", f"--master_port={port}", script, *arguments]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # s; what is told to stop saves first
+    signals = "--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    command = ["torch.distributed.run", f"--nproc_per_node={found.processes}", f"--master_port={port}", signals, script, *arguments]
     os.execv(sys.executable, [sys.executable, "-m", *command])
 
 

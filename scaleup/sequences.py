@@ -21,7 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.config import ConfigError, DataSettings, Section
-from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state
+from scaleup.readers import Examples, cut, judge_cells, no_column, own_files, read_columns, same_state, whole_characters
 
 IGNORED = -100  # a label that the loss leaves out
 ROLES = ("system", "user", "assistant", "tool")
@@ -35,7 +35,7 @@ def _cell(value: Any, role: str) -> tuple[str | None, str | None]:
         return None, f"holds a {type(value).__name__}, not text"
     if role != "messages":
         nothing = role == "target" and not str(value).strip()
-        return str(value), "is empty; there would be nothing to learn" if nothing else None
+        return whole_characters(str(value)), "is empty; there would be nothing to learn" if nothing else None
     try:
         turns = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -45,7 +45,7 @@ def _cell(value: Any, role: str) -> tuple[str | None, str | None]:
     )  # fmt: skip
     if not right or turns[-1]["role"] != "assistant" or len(turns) < 2:
         return None, "is not a list of {role, content} that ends with the assistant"
-    return json.dumps(turns), None
+    return json.dumps([turn | {"content": whole_characters(turn["content"])} for turn in turns]), None
 
 
 def _clean(key: str, file: str, parsed: tuple, data: DataSettings) -> list[tuple[str, str]]:
@@ -109,6 +109,7 @@ def _load(settings: str, _state: tuple) -> Examples:
         sources=sources,
         references=[*dev_groups.values(), *test_groups.values()],
         prompts=[*dev_groups, *test_groups],
+        known=len(dev_groups.keys() & {source for source, _ in chosen}),
     )
 
 
@@ -165,7 +166,7 @@ def _encode_texts(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, da
     for source, target in zip(batch["text"], batch["target"]):
         prompt, completion = _texts(tokenizer, data, source, target)
         completion = completion[: data.max_length - 1]
-        prompt = prompt[max(0, len(prompt) + len(completion) - data.max_length) :] or completion[:1]
+        prompt = prompt[max(0, len(prompt) + len(completion) - data.max_length) :] or [tokenizer.eos_token_id]  # something to begin with
         ids = [*prompt, *completion][: data.max_length]
         columns["input_ids"].append(ids)
         columns["labels"].append(([IGNORED] * len(prompt) + completion)[: data.max_length])

@@ -25,6 +25,8 @@ TESTED = (
     "albert", "bart", "bert", "camembert", "deberta-v2", "distilbert", "electra", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mbart", "mistral",
     "modernbert", "mt5", "opt", "pegasus", "phi", "phi3", "qwen2", "qwen3", "roberta", "t5", "umt5", "xlm-roberta",
 )  # fmt: skip
+# Decoders of them that tell by the positions where a packed text begins; OPT makes its mask without them.
+PACKS = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 # Those of them whose sdpa attention does not do: the structure is looked at only to say why.
 EAGER_ONLY = ("deberta-v2", "umt5")
 # Where a cross attention gets the encoder's output: BART and T5, BERT.

@@ -21,13 +21,13 @@ from transformers import PretrainedConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, data, precision, resume, runtime, tasks, weights
+from scaleup import backbone, data, precision, resume, runtime, tasks, watchdog, weights
 from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
-from scaleup.checks import reads_ahead
+from scaleup.checks import keeps_apart, reads_ahead
 from scaleup.config import ConfigError, Settings, to_yaml
 from scaleup.journal import GateLog, header, memory_line, placement, summary, write_json, write_text
-from scaleup.loop import Journal, Preempted, RunTrainer, StopInTime
+from scaleup.loop import Journal, Preempted, RunError, RunTrainer, StopInTime
 from scaleup.memory import estimate
 from scaleup.readers import Examples
 from scaleup.sequences import decode
@@ -102,9 +102,12 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, wo
     model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled(), start)
     if tasks.name_of(settings.data) == "causal_lm" and not pathlib.Path(settings.model.name).is_dir() and not any(site.causal for site in find_sites(model)[0]):
         raise ConfigError([reads_ahead(settings.model.name, config.model_type)])  # of a hub id: a folder was judged before
+    if problems := keeps_apart(settings.data, config):
+        raise ConfigError(problems)
     model = apply_method(model, settings.method, fresh)
-    if world.deepspeed and half is not None:
-        precision.cast_trained(model, half)
+    if half is not None and (world.deepspeed or settings.method.name == "unipelt"):
+        # The head was made in the backbone's type, in which steps of 1e-4 are rounded away.
+        precision.cast_trained(model, half if world.deepspeed else torch.float32)
     return model
 
 
@@ -151,12 +154,13 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
         config.pad_token_id = tokenizer.pad_token_id  # by which a decoder's classifier finds the last token
     args = training_arguments(settings, world, examples.metric, task.token_mean, shared, half)
     facts = about(settings, examples, config, args)
-    on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
         if writes and out.is_dir():
             runtime.hold(out)
         if writes and settings.train.resume != "never":
             resume.clear_unfinished(out)
+    on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
+    with _agreed(world):
         checkpoint, old_weights = resume.choose(settings, out, facts, on_hosts)
     model = _attach(settings, config, examples, world, half)
     counts = parameter_counts(model)
@@ -219,7 +223,11 @@ def _make_trainer(
             shared=shared,
         )
         trainer.try_out()
+    except torch.OutOfMemoryError as error:  # perhaps on this rank only
+        raise RunError(f"rank {world.rank}: {' '.join(str(error).split())[:300]}") from error
     except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:  # of a tracker, an optimizer, a DeepSpeed file
+        if watchdog.is_lost(error):
+            raise
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
     stop.trainer = trainer
     stop.install()

@@ -66,7 +66,7 @@ def checkpoint_folder(name: str, revision: str | None) -> pathlib.Path:
     """The local folder of a model, downloaded from the hub if it is not one already."""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
-    return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "pytorch_model*.bin"]))
 
 
 def fingerprint(name: str, commit: str | None) -> str:

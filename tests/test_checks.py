@@ -62,6 +62,31 @@ def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_pa
     assert problems(*own, f"model.name={workspace / 'bert'}", "model.head_bias=prior") == []
 
 
+@pytest.mark.parametrize("model_type, packs", [("gpt2", True), ("opt", False), ("biogpt", False)])
+def test_packing_needs_a_model_that_keeps_texts_apart(workspace, tmp_path, model_type, packs):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "model.safetensors").touch()
+    data = ["data.task=causal_lm", f"data.train_file={workspace / 'train.csv'}", "data.target_column=label", "data.k=40", "data.dev_size=20"]
+    found = problems(f"model.name={tmp_path}", *data, f"train.output_dir={tmp_path / 'out'}", "method=full", "data.packing=true")
+    assert packs == (not any(problem.startswith(f"data.packing: {model_type} is not known to keep") for problem in found)), found
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["data.task=causal_lm", "data.metric=bleu", "data.max_length=1000"], "prompts of up to 1000 tokens and data.max_target_length 128 written after them"),
+        (["data.task=causal_lm", "data.max_length=1000"], None),
+        (["data.task=causal_lm", "data.metric=bleu", "data.max_length=800"], None),
+    ],
+)
+def test_what_is_written_needs_positions_too(workspace, tmp_path, more, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").touch()
+    data = [f"data.train_file={workspace / 'train.csv'}", "data.target_column=label", "data.k=40", "data.dev_size=20"]
+    found = problems(f"model.name={tmp_path}", *data, *more, f"train.output_dir={tmp_path / 'out'}", "method=full")
+    assert found == [] if words is None else any(words in problem for problem in found), found
+
+
 def test_the_task_needs_a_model_for_it(workspace, tmp_path):
     own = [o for o in overrides(workspace, tmp_path / "out")]
     found = problems(*own, "data.task=seq2seq", "data.target_column=label", "data.k=40", "data.dev_size=20")

@@ -7,6 +7,7 @@ import torch
 from transformers import BartForConditionalGeneration, MBartForConditionalGeneration
 
 from scaleup.gate import LearnedGate
+from scaleup.sites import PACKS
 from tests.tiny import CASES, EOS, PAD, TARGETS, VOCABULARY, adapt, backbone, batch, task_type
 
 OWN_HEAD = {"bart": BartForConditionalGeneration, "mbart": MBartForConditionalGeneration}
@@ -174,7 +175,7 @@ def test_the_papers_pooling_generates_only_without_a_cache(family):
     generate(model, use_cache=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", [*PACKS, pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="refused: its mask ignores positions"))])
 def test_texts_packed_into_one_row_do_not_see_each_other(family):
     model = decoder(family)
     lengths = (5, 3, 4)

@@ -37,6 +37,11 @@ def test_forward_and_gradient_equal_bitsandbytes_in_training(linear, ours):
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_linear_layers_outside_those_left_out_are_counted():
+    model = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2))
+    assert replace_linears(model, ("1",), torch.float32) == 0 and replace_linears(model, (), torch.float32) == 1
+
+
 def test_the_error_is_that_of_int8_rounding(linear, ours):
     restored = dequantise(ours.weight, ours.scale, torch.float32)
     step = linear.weight.abs().amax(dim=1, keepdim=True) / 127

@@ -59,7 +59,7 @@ def test_every_slurm_task_derives_its_rank_inside_srun(programs):
     result = slurm(programs, "configs/bart_large.yaml", "train.deepspeed=zero2", "data.text_column=two words")
     assert result.returncode == 0, result.stderr
     first, *tasks = result.stdout.splitlines()
-    assert first.startswith("srun --kill-on-bad-exit=1 --gpu-bind=none --distribution=block")
+    assert first.startswith("srun --kill-on-bad-exit=0 --wait=120 --gpu-bind=none --distribution=block")
     command = "launch/train.py --config configs/bart_large.yaml train.deepspeed=zero2 data.text_column=two words"
     assert tasks == [f"{rank} {rank % 2} 4 2 gpu07 21234 6: {command}" for rank in range(4)]
 
@@ -70,10 +70,10 @@ def test_a_requeued_slurm_job_continues_its_run(programs):
 
 
 def test_a_slurm_job_near_its_time_limit_stops_its_step_and_goes_back_into_the_queue(programs):
-    (programs / "srun").write_text("#!/bin/bash\ntrap 'echo the step was told; exit 0' TERM\nkill -USR1 $PPID\nfor i in $(seq 100); do sleep 0.1; done\n")
+    (programs / "srun").write_text("#!/bin/bash\ntrap 'echo the step was told; exit 0' USR1\ntrap 'echo killed; exit 1' TERM\nkill -USR1 $PPID\nfor i in $(seq 100); do sleep 0.1; done\n")
     result = slurm(programs, "c.yaml")
     assert result.returncode == 0
-    assert "the step was told" in result.stdout and "scontrol requeue 71234" in result.stdout
+    assert "the step was told" in result.stdout and "killed" not in result.stdout and "scontrol requeue 71234" in result.stdout
 
 
 def test_a_slurm_step_that_saved_and_stopped_is_queued_again(programs):
@@ -119,7 +119,7 @@ TORCH = "-m torch.distributed.run"
 def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
     result = run(["bash", TORCHRUN, "c.yaml", "a.b=two words"], programs, PYTHON=str(programs / "python"), **env)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.partition(": ")[2] == f"{TORCH} {words} {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
+    assert result.stdout.partition(": ")[2] == f"{TORCH} {words} --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
 
 
 def test_torchrun_counts_gpus(programs):

@@ -37,6 +37,11 @@ def test_only_what_trains_is_cast():
     assert (model[0].weight.dtype, model[1].weight.dtype) == (BF16, FP32)
 
 
+@pytest.mark.parametrize("method, half, refused", [("full", FP16, True), ("bitfit", None, True), ("unipelt", FP16, False)])
+def test_float16_weights_cannot_train(method, half, refused):
+    assert bool(precision.problems(settings(model={"name": "x", "dtype": "float16"}, method={"name": method}), half)) == refused
+
+
 @pytest.mark.parametrize("dtype, half, refused", [("bfloat16", None, True), ("bfloat16", BF16, False), ("float32", BF16, False), ("float16", BF16, True), ("auto", BF16, False)])
 def test_deepspeed_refuses_a_backbone_in_another_half_precision(dtype, half, refused):
     chosen = settings(model={"name": "x", "dtype": dtype}, train={"output_dir": "x", "deepspeed": "zero2"})

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from scaleup import config, resume, rules, train
@@ -201,6 +201,54 @@ def test_weights_only_begins_anew_where_the_training_is_another(workspace, copy)
     run(workspace, copy, "train.resume=weights_only", "train.per_device_train_batch_size=4", "train.max_steps=4")
     assert len(resume.checkpoints(copy / "before-1")) == before
     assert json.loads((copy / "results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("mode", ["weights_only", "auto"])
+def test_a_run_that_began_from_old_weights_does_so_again_if_it_died_before_its_first_checkpoint(workspace, copy, mode, capsys):
+    more = ("train.per_device_train_batch_size=4", "train.max_steps=4", "train.learning_rate=1e-12")
+    run(workspace, copy, "train.resume=weights_only", *more)
+    old = weights(copy / "before-1" / "checkpoint-12")
+    for path in ("checkpoint-4", "best", "final"):
+        shutil.rmtree(copy / path)
+    (copy / "results.json").unlink()
+    capsys.readouterr()
+    run(workspace, copy, f"train.resume={mode}", *more)
+    new = weights(copy / "final")
+    assert max((old[name] - new[name]).abs().max().item() for name in old) < 1e-6
+    assert "before-1/checkpoint-12, from step 0" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_at_its_end_takes_no_more_steps(workspace, tmp_path):
+    """Stopped by max_steps in the middle of an epoch of four, and killed while it was scored."""
+    more = ("train.max_steps=6", "train.eval_strategy=steps", "train.eval_steps=3")
+    first = run(workspace, tmp_path / "run", *more)
+    end = weights(tmp_path / "run" / "final")
+    (tmp_path / "run" / "results.json").unlink()
+    again = run(workspace, tmp_path / "run", *more, "train.resume=auto")
+    now = weights(tmp_path / "run" / "final")
+    assert again == first and again["steps"] == 6 and all(torch.equal(now[name], end[name]) for name in end)
+    assert [path.name for path in resume.checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_the_best_checkpoint_must_have_been_saved(workspace, tmp_path):
+    with pytest.raises(ConfigError, match="train.save_steps: 4, but dev is scored every 2 steps"):
+        run(workspace, tmp_path / "run", "train.eval_strategy=steps", "train.eval_steps=2", "train.save_steps=4")
+    results = run(workspace, tmp_path / "other", "train.eval_strategy=steps", "train.logging_steps=2", "train.max_steps=4")
+    assert [path.name for path in resume.checkpoints(tmp_path / "other")] == ["checkpoint-2", "checkpoint-4"] and results["best_step"] in (2, 4)
+
+
+def test_weights_of_a_whole_model_go_where_they_belong_and_are_refused_where_they_do_not(tmp_path):
+    model = torch.nn.BatchNorm1d(3)
+    state = {"weight": torch.tensor([1.0, 2, 3]), "running_mean": torch.tensor([4.0, 5, 6])}
+    save_file(state, tmp_path / "model.safetensors")
+    resume.load_weights(model, tmp_path)
+    assert torch.equal(model.weight, state["weight"]) and torch.equal(model.running_mean, state["running_mean"])
+    save_file({"weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(BundleError, match="do not fit this model: weight is"):
+        resume.load_weights(model, tmp_path)
+    save_file({"gone": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(BundleError, match="do not fit this model"):
+        resume.load_weights(model, tmp_path)
 
 
 def test_a_damaged_log_loses_its_bad_lines(tmp_path):

@@ -55,6 +55,28 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(tokeni
     assert rows["e f g h </s>"] == "g h </s>"
 
 
+def test_without_a_prompt_and_a_beginning_of_sequence_there_is_still_something_to_begin_with(tokenizer, write):
+    tokenizer.bos_token = None
+    data = settings(write(pairs(("", "c d"), ("", "c d"))))
+    encoded = tokenize(load(data), tokenizer, data)
+    assert words(tokenizer, encoded.train[0]["input_ids"]) == "</s> c d </s>" and words(tokenizer, encoded.train[0]["labels"]) == "c d </s>"
+    assert words(tokenizer, encoded.dev[0]["prompt"]) == "</s>"
+
+
+def test_half_a_character_is_replaced(tokenizer, write):
+    data = settings(write([{"text": "a\ud83d", "target": "b\ud83d"}] * 2))
+    assert load(data).train[0] == {"text": "a\ufffd", "target": "b\ufffd"}
+    chat = [{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b"}]
+    data = settings(write([{"messages": chat}] * 2, "chats.jsonl"), messages_column="messages")
+    assert "\ufffd" in json.loads(load(data).train[0]["text"])[0]["content"]
+
+
+def test_sources_of_dev_that_are_in_train_too_are_counted(write):
+    rows = pairs(*((source, target) for source in "abcd" for target in "xyz"))
+    assert load(settings(write(rows), "seq2seq", k=6, dev_size=6)).known > 0
+    assert load(settings(write(rows), "seq2seq", k=6, validation_file=write(pairs(("e", "x")), "dev.jsonl"))).known == 0
+
+
 def test_a_chat_is_written_by_the_tokenizers_template_and_only_the_last_answer_counts(tokenizer, write):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d e"}]
     data = settings(write([{"messages": chat}] * 2), messages_column="messages")

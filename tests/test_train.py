@@ -166,6 +166,9 @@ def test_two_processes_equal_one(workspace, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, many = (json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two"))
     assert many["accuracy"] == one["accuracy"]
+    one, many = (json.loads((tmp_path / n / "results.json").read_text())["gates"] for n in ("one", "two"))  # of all processes' dev examples
+    flat = lambda gates: [value for parts in gates.values() for part in parts.values() for value in part.values()]  # noqa: E731
+    assert flat(many) == pytest.approx(flat(one), abs=1e-5) and any(value["std"] > 1e-4 for parts in one.values() for value in parts.values())
     verify(tmp_path / "two" / "best")
 
 
