@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaleup.checkpoint import verify
@@ -139,6 +140,9 @@ def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
     assert ("where the head starts" in screen) == ("model.head_bias=prior" in more)
     verify(out / "best")
     assert all(loss == loss for loss in losses(out))
+    if "train.bf16=true" in more:  # beside a backbone in bfloat16; the head, too
+        kinds = {name: tensor.dtype for name, tensor in load_file(out / "best" / "adapter_model.safetensors").items()}
+        assert set(kinds.values()) == {torch.float32} and any("classifier" in name for name in kinds)
 
 
 def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
