@@ -244,6 +244,8 @@ def batches(plan: Plan) -> str:
         return line
     per_epoch = max(math.ceil(math.ceil(plan.examples / (train.per_device_train_batch_size * plan.world)) / train.gradient_accumulation_steps), 1)
     steps = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.num_train_epochs)
+    if plan.settings.data.packing:  # how many texts share a row only their tokens tell
+        return f"{line}; {plan.examples} examples before packing, fewer than {per_epoch} steps an epoch"
     return f"{line}; {plan.examples} examples, {per_epoch} steps an epoch, {steps} in all"
 
 
