@@ -224,7 +224,7 @@ def step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: in
     return Step(max(sum(kept.values()), between if kernels.checkpointing else 0), ledger.peak)
 
 
-def _fake_step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int) -> Step:
+def _fake_step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int = 128) -> Step:
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             return step(model.to_empty(device="cpu"), kernels, batch, length, target)
