@@ -194,8 +194,6 @@ def start(arguments: list[str], processes: int) -> None:
 
 def main() -> None:
     """Command line."""
-    from scaleup import config
-
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
         worker(pathlib.Path(sys.argv[2]))
         return
@@ -207,6 +205,9 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
+
+    from scaleup import config
+
     root = pathlib.Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="measure-") as name:
         folder = pathlib.Path(name)

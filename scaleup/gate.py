@@ -66,8 +66,13 @@ class GateStatistics:
 
     def drain(self) -> list[tuple[float, float]]:
         """(mean, standard deviation) per gate, and starts anew. Empty if nothing was seen."""
-        sums_3N, self.sums_3N = self.sums_3N, None
+        sums_3N = self.take()
         return [] if sums_3N is None else self.moments(sums_3N)
+
+    def take(self) -> torch.Tensor | None:
+        """The sums since the last look, to be added to other processes'; starts anew."""
+        sums_3N, self.sums_3N = self.sums_3N, None
+        return sums_3N
 
     @staticmethod
     def moments(sums_3N: torch.Tensor) -> list[tuple[float, float]]:

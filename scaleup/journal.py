@@ -36,7 +36,7 @@ class GateLog:
         Every process must call it."""
         sums = []
         for gate in self.gates.values():
-            seen, gate.statistics.sums_3N = gate.statistics.sums_3N, None
+            seen = gate.statistics.take()
             sums.append(torch.zeros(3, len(gate.names), device=gate.bias.device) if seen is None else seen)
         if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             joined_3N = torch.cat(sums, 1)

@@ -18,8 +18,8 @@ from torch import nn
 
 from scaleup.checkpoint import BundleError, verify
 from scaleup.config import ConfigError, Settings, to_yaml
-from scaleup.weights import set_values
 from scaleup.rules import ASIDE, LOCK, LOGS_OF_OTHERS, OURS
+from scaleup.weights import set_values
 
 NAME = re.compile(r"checkpoint-(\d+)")
 # Settings that optimizer, schedule and order of examples were made with; the others may change when a run goes on.
@@ -195,9 +195,9 @@ def set_aside_newest(out: pathlib.Path) -> pathlib.Path | None:
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Sets parameters and buffers by name, shared out or not. Raises RuntimeError for another shape, AttributeError for an unknown name."""
-    shared_out = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, value in state.items():
-        parameter = shared_out.get(name)
+        parameter = parameters.get(name)
         if parameter is None:
             model.get_buffer(name).copy_(value)
         elif tuple(value.shape) != tuple(getattr(parameter, "ds_shape", parameter.shape)):

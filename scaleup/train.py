@@ -102,8 +102,6 @@ def _attach(settings: Settings, config: PretrainedConfig, examples: Examples, wo
     model, fresh = backbone.load_model(settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled(), start)
     if tasks.name_of(settings.data) == "causal_lm" and not pathlib.Path(settings.model.name).is_dir() and not any(site.causal for site in find_sites(model)[0]):
         raise ConfigError([reads_ahead(settings.model.name, config.model_type)])  # of a hub id: a folder was judged before
-    if problems := keeps_apart(settings.data, config):
-        raise ConfigError(problems)
     model = apply_method(model, settings.method, fresh)
     if half is not None and (world.deepspeed or settings.method.name == "unipelt"):
         # The head was made in the backbone's type, in which steps of 1e-4 are rounded away.
@@ -137,7 +135,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     config = backbone.load_config(settings.model)
     settings = backbone.fit_length(settings, config)
     half = precision.half_dtype(settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    problems = resume.changes(settings) + precision.problems(settings, half)
+    problems = resume.changes(settings) + precision.problems(settings, half) + keeps_apart(settings.data, config)
     if problems:
         raise ConfigError(problems)
     shared = runtime.shares_folder(world, out)

@@ -66,7 +66,11 @@ def checkpoint_folder(name: str, revision: str | None) -> pathlib.Path:
     """The local folder of a model, downloaded from the hub if it is not one already."""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
-    return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "pytorch_model*.bin"]))
+    wanted = ["*.safetensors", "*.json"]
+    folder = pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    if _files(folder):  # most models are there in both formats
+        return folder
+    return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"]))
 
 
 def fingerprint(name: str, commit: str | None) -> str:
