@@ -33,8 +33,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step by contender; the order turns round by round, so that nobody always follows the same one."""
+def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[list[float]]]:
+    """Seconds of each step by contender, as a list of one piece; the order turns round by round, so that nobody always follows the same one."""
     import torch
 
     names, found = list(contenders), {name: [] for name in contenders}
@@ -48,12 +48,12 @@ def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[float]
             if device == "cuda":
                 torch.cuda.synchronize()
             if number >= 2:  # two rounds to warm up
-                found[name].append(time.perf_counter() - began)
+                found[name].append([time.perf_counter() - began])
     return found
 
 
-def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
-    """As `measure`, but all do their step at once and hand over after each layer: what slows the machine for a second slows everybody.
+def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[list[float]]]:
+    """As `measure`, but all do their step at once and hand over after each layer, a piece: what slows the machine for a second slows everybody.
 
     One works at a time, the others wait; only what is worked is counted.
     """
@@ -63,12 +63,12 @@ def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[float]]:
     names, found = list(workers), {name: [] for name in workers}
     try:
         for number in range(rounds + 2):
-            turn, worked = number % len(names), dict.fromkeys(names, 0.0)
+            turn, worked = number % len(names), {name: [] for name in names}
             working = names[turn:] + names[:turn]
             while working:
                 for name in list(working):
                     done, seconds = workers[name].resume()
-                    worked[name] += seconds
+                    worked[name].append(seconds)
                     if done:
                         working.remove(name)
             if number >= 2:  # two rounds to warm up
@@ -240,12 +240,14 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     if options.profile:
         return profiled(contenders, options.rounds, reference)
     in_turns = options.what != "ragged" and options.device == "cpu" and not options.compile
-    seconds = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
+    pieces = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
+    seconds = {name: [sum(step) for step in steps] for name, steps in pieces.items()}
+    best = {name: sum(map(min, zip(*steps))) for name, steps in pieces.items()}  # each piece's shortest time
     rows = {}
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(min(times) / min(seconds[reference]), 4)}
+        rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(best[name] / best[reference], 4)}
         rows[name] |= {"milliseconds": round(1000 * statistics.median(times), 2), "trained": contenders[name].trained}
         if contenders[name].model is not None and not options.compile:
             rows[name] |= counted(contenders[name])

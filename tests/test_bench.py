@@ -46,8 +46,8 @@ def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts()
         contenders[name] = bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model)
     found = script.measure_in_turns(contenders, 2)
     assert said == ["quick", "slow"] * 2 + ["slow", "quick"] * 2 + ["quick", "slow"] * 2 + ["slow", "quick"] * 2
-    assert [len(times) for times in found.values()] == [2, 2]
-    assert all(0.1 <= seconds < 0.2 for seconds in found["quick"]) and all(0.3 <= seconds < 0.5 for seconds in found["slow"])
+    assert [[len(pieces) for pieces in steps] for steps in found.values()] == [[3, 3]] * 2, "before the first layer, and one of each layer"
+    assert all(0.1 <= sum(pieces) < 0.2 for pieces in found["quick"]) and all(0.3 <= sum(pieces) < 0.5 for pieces in found["slow"])
     assert not contenders["quick"].model[0]._forward_pre_hooks
 
 
@@ -86,11 +86,11 @@ def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waitin
     assert not models["other"][0]._forward_pre_hooks
 
 
-def test_quartiles_lie_among_the_ratios(monkeypatch, tiny):
-    monkeypatch.setattr(script, "measure_in_turns", lambda contenders, rounds: {"bare": [1.0, 1.0, 1.0], "lora": [1.0, 1.2, 1.4]})
+def test_quartiles_lie_among_the_ratios_and_the_best_step_is_made_of_each_pieces_shortest(monkeypatch, tiny):
+    monkeypatch.setattr(script, "measure_in_turns", lambda contenders, rounds: {"bare": [[0.5, 0.5]] * 3, "lora": [[0.5, 0.5], [0.4, 0.8], [0.8, 0.6]]})
     monkeypatch.setattr(sys, "argv", ["bench.py", "inference", "--batch", "1", "--length", "4", "--only", "bare", "lora"])
     row = script.timed(script.arguments())["lora"]
-    assert row["ratio"] == 1.2 and row["quartiles"] == [1.1, 1.3] and row["best"] == 1.0
+    assert row["ratio"] == 1.2 and row["quartiles"] == [1.1, 1.3] and row["best"] == 0.9
 
 
 def test_the_order_of_whole_steps_turns_round_by_round():
