@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from scaleup.short import attend, is_short
 from scaleup.tuner import SideLayer
 
 CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (scaleup.attention)
@@ -197,8 +198,12 @@ def _attend(
     causal = child.site.causal if causal is None else causal
     length, gate = prefix[0].shape[2], prefix[1]
     per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
-    spare = 0 if per_token or plain is _plain_eager else spare_columns(query, key, length, kwargs.get("dropout", 0.0))
+    dropout = kwargs.get("dropout", 0.0)
+    short = plain is not _plain_eager and kwargs.get("position_bias") is None and is_short(query, key, value, length, per_token or dropout > 0)
+    spare = 0 if per_token or short or plain is _plain_eager else spare_columns(query, key, length, dropout)
     mask = child.widened(attention_mask, length, query, key, causal, spare)
+    if short:
+        return attend(query, key, value, *prefix, mask, scaling, dropout), None
     kwargs["is_causal"] = False  # the mask says it all
     if kwargs.get("position_bias") is not None:  # T5's, by the distance between tokens: a prefix has none
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (spare + length, 0))

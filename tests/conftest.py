@@ -47,3 +47,12 @@ def quickstart_dir() -> pathlib.Path:
     if not all((folder / part / "SHA256SUMS").is_file() for part in ("model", "data")):
         pytest.skip("no quickstart/; launch/quickstart_assets.py makes it")
     return folder
+
+
+@pytest.fixture(params=["few keys", "many keys"])
+def keys(request, monkeypatch) -> str:
+    """Both ways of the sdpa attention with a prefix on a CPU: tiny models have few keys, which torch's kernels do not see."""
+    if request.param == "many keys":
+        monkeypatch.setattr("scaleup.short.FEW", 0)
+        monkeypatch.setattr("scaleup.short.FEW_BESIDE_SLOW", 0)
+    return request.param

@@ -83,7 +83,7 @@ def test_disabled_adapters_give_the_bare_backbone(family, attention):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_SDPA])
-def test_sdpa_and_eager_agree(family):
+def test_sdpa_and_eager_agree(family, keys):
     assert difference(logits(adapt(backbone(family, "sdpa"))), logits(adapt(backbone(family, "eager")))) < 1e-5
 
 

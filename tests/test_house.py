@@ -12,7 +12,7 @@ PACKAGE = ROOT / "scaleup"
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
     {"rules", "yamlfile", "int8", "quantised", "fresh"},
-    {"watchdog", "tokens", "product"},
+    {"watchdog", "tokens", "product", "short"},
     {"config", "gate", "runtime", "tuner", "weights"},
     {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},
     {"sites", "data", "sequences"},

@@ -43,11 +43,11 @@ def explicit(query, key, value, allowed, keys, values, gate, groups) -> torch.Te
 @pytest.mark.parametrize("gate", ["constant", "example", "token"])
 @pytest.mark.parametrize("mask", ["none", "bool", "additive", "causal"])
 @pytest.mark.parametrize("groups", [1, 2], ids=["mha", "gqa"])
-def test_equals_an_explicit_softmax(gate, mask, groups):
+def test_equals_an_explicit_softmax(keys, gate, mask, groups):
     torch.manual_seed(0)
     length = T if mask == "causal" else S
     query, key, value = torch.randn(B, H, T, E), torch.randn(B, H // groups, length, E), torch.randn(B, H // groups, length, E)
-    keys, values = torch.randn(H // groups, L, E), torch.randn(H // groups, L, E)
+    own_keys, own_values = torch.randn(H // groups, L, E), torch.randn(H // groups, L, E)
     gates = {"constant": 0.7, "example": torch.rand(B, 1, 1), "token": torch.rand(B, T, 1)}[gate]
     allowed = torch.rand(B, T, length) > 0.3
     allowed[..., 0] = True
@@ -59,9 +59,9 @@ def test_equals_an_explicit_softmax(gate, mask, groups):
         given = None
     else:
         given = allowed[:, None] if mask == "bool" else torch.zeros(B, 1, T, length).masked_fill(~allowed[:, None], -torch.inf)
-    site = Site((torch.stack([keys, values]), gates), causal=mask == "causal", groups=groups).eval()
+    site = Site((torch.stack([own_keys, own_values]), gates), causal=mask == "causal", groups=groups).eval()
     out, _ = unipelt_sdpa(site, query, key, value, given)
-    torch.testing.assert_close(out.double(), explicit(query, key, value, allowed, keys, values, gates, groups), rtol=0, atol=2e-6)
+    torch.testing.assert_close(out.double(), explicit(query, key, value, allowed, own_keys, own_values, gates, groups), rtol=0, atol=2e-6)
 
 
 def test_a_mask_is_widened_in_its_own_kind():

@@ -90,7 +90,7 @@ class Reference:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["A", "P", "L", "AP", "APL", "APL_nogate"])
-def test_logits_loss_and_gradients_equal_the_authors(case, attention):
+def test_logits_loss_and_gradients_equal_the_authors(case, attention, keys):
     reference = Reference(case, attention)
     reference.load()
     inputs = {name: torch.from_numpy(reference.file[name]) for name in ("input_ids", "token_type_ids", "labels")}
