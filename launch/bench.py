@@ -5,7 +5,7 @@
     python launch/bench.py ragged    --texts cola ../shared/data/glue quickstart/model     examples of many lengths: padding and length groups
     python launch/bench.py memory    --geometry bart-large                                 peak of a training step, in fresh processes
 
-On a CPU contenders change hands after each layer, forwards and backwards, so that all share what else happens on the machine.
+On a CPU contenders change hands after every few layers, forwards and backwards, so that all share what else happens on the machine.
 Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
 torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
 """
@@ -28,9 +28,10 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# One arena that keeps what it has: glibc otherwise gives large tensors back to the system and fetches them again, page by page, whenever its
-# heuristics of the moment say so, which falls on contenders at random (up to a tenth of a forward pass).
-STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_TOP_PAD_": "268435456"}
+# One arena of large pages that keeps what it has: glibc otherwise gives large tensors back to the system and fetches them again, page by page,
+# whenever its heuristics of the moment say so, which falls on contenders at random (up to a tenth of a forward pass).
+STEADY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000",
+          "MALLOC_TOP_PAD_": "268435456"}  # fmt: skip
 
 
 def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[list[float]]]:
@@ -53,7 +54,7 @@ def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[list[f
 
 
 def measure_in_turns(contenders: dict, rounds: int) -> dict[str, list[list[float]]]:
-    """As `measure`, but all do their step at once and hand over after each layer, a piece: what slows the machine for a second slows everybody.
+    """As `measure`, but all do their step at once and hand over after some layers, a piece: what slows the machine for a second slows everybody.
 
     One works at a time, the others wait; only what is worked is counted.
     """

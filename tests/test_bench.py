@@ -14,7 +14,7 @@ from transformers import BertConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launch import bench as script
-from launch.turns import InTurns
+from launch.turns import LAYERS, InTurns
 from scaleup import bench
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "launch" / "bench.py"
@@ -39,7 +39,12 @@ class Layer(GradientCheckpointingLayer):
         return x
 
 
-def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts():
+@pytest.fixture
+def each_layer(monkeypatch):
+    monkeypatch.setattr("launch.turns.LAYERS", 1)
+
+
+def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts(each_layer):
     said, contenders = [], {}
     for name, seconds in {"quick": 0.05, "slow": 0.15}.items():
         model = nn.Sequential(*[Layer(seconds, lambda name=name: said.append(name)) for _ in range(2)])
@@ -60,7 +65,7 @@ class Linear(GradientCheckpointingLayer):
         return self.inner(x)
 
 
-def test_a_training_step_pauses_between_layers_forwards_and_backwards_and_leaves_the_same_gradients():
+def test_a_training_step_pauses_between_layers_forwards_and_backwards_and_leaves_the_same_gradients(each_layer):
     model, x = nn.Sequential(Linear(), Linear()), torch.ones(2, 3, requires_grad=True)
     worker = InTurns(lambda: model(2 * x).square().sum().backward(), model)
     assert [worker.resume()[0] for _ in range(3)] == [False] * 3  # before the layers 0 and 1, after the backward pass of 1
@@ -74,7 +79,14 @@ def test_a_training_step_pauses_between_layers_forwards_and_backwards_and_leaves
     assert worker.resume()[0], "one piece again"
 
 
-def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waiting():
+def test_a_piece_is_of_several_layers():
+    model = nn.Sequential(*[Layer(0.0, lambda: None) for _ in range(2 * LAYERS)])
+    worker = InTurns(lambda: model(torch.zeros(1)), model)
+    assert [worker.resume()[0] for _ in range(3)] == [False, False, True]
+    worker.leave_alone()
+
+
+def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waiting(each_layer):
     def fail() -> None:
         raise ValueError("too long")
 
