@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from scaleup.product import few_rows
 from scaleup.short import attend, is_short
 from scaleup.tuner import SideLayer
 
@@ -70,7 +71,9 @@ class PrefixBank(SideLayer):
         """[N, 2, G, L, E]: layer i's keys and values. The same layout as the authors' and PEFT's: entry 2i keys, 2i+1 values."""
         # ZeRO-3 leaves an empty weight between calls, so the length comes from the layer's own record.
         positions = torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)
-        out = encoder(positions)
+        out = encoder.embedding(positions)
+        for part in encoder.transform if encoder.prefix_projection else ():
+            out = few_rows(out, part) if isinstance(part, nn.Linear) else part(out)
         return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4).contiguous()
 
     def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -2,6 +2,7 @@
 
     narrow   x W₁ᵀ, x W₂ᵀ, …            what reads one input, at once; few columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
     add      result + gate · (W v + b)  the gate scales the narrow side, whose gradient is a narrow product too
+    few      x Wᵀ + b                   of few rows and a wide W, as the prefix's MLP has them: also as (W xᵀ + b)ᵀ
 
 At the sizes of a backbone these take the time of reading and writing [B, T, D]; the arithmetic is nothing beside it. Gradients are written
 out, because autograd's own copy [B, T, D] for each, multiply in the slow direction, and take a step of their own for every view
@@ -15,7 +16,7 @@ import types
 import torch
 from torch import nn
 
-FEW = 32  # columns; from here on x Wᵀ is the faster way
+FEW = 32  # columns, or rows; from here on x Wᵀ is the faster way
 
 
 def _plain(wide: torch.Tensor, *linears: nn.Module) -> bool:
@@ -64,6 +65,26 @@ def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch
     if not _plain(x_BTD, *linears):
         return None
     return list(_Narrow.apply(x_BTD, [len(group) for group in groups], *(linear.weight for linear in linears)))
+
+
+class _FewRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_LD: torch.Tensor, weight_RD: torch.Tensor, bias_R: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_LD, weight_RD)
+        return torch.addmm(bias_R.unsqueeze(1), weight_RD, x_LD.t()).t()
+
+    @staticmethod
+    def backward(ctx, grad_LR: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x_LD, weight_RD = ctx.saved_tensors
+        return grad_LR @ weight_RD, grad_LR.t() @ x_LD, grad_LR.sum(dim=0)
+
+
+def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """x Wᵀ + b, [L, R], of L rows."""
+    x_LD = x_LD.contiguous()
+    if len(x_LD) >= FEW or x_LD.device.type != "cpu" or not _plain(x_LD, linear):
+        return linear(x_LD)
+    return _FewRows.apply(x_LD, linear.weight, linear.bias)
 
 
 class _AddGated(torch.autograd.Function):

@@ -98,7 +98,7 @@ def test_the_layout_is_the_authors(reparameterization):
     flat = encoder(torch.arange(L)).view(L, 2 * 2, H, E)
     for layer in range(2):
         for kind in range(2):
-            assert torch.equal(bank.keys_values(encoder)[layer, kind], flat[:, 2 * layer + kind].transpose(0, 1))
+            torch.testing.assert_close(bank.keys_values(encoder)[layer, kind], flat[:, 2 * layer + kind].transpose(0, 1))
 
 
 def test_both_registries_of_transformers_know_the_attentions():
