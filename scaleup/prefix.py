@@ -201,12 +201,11 @@ def _attend(
     causal = child.site.causal if causal is None else causal
     length, gate = prefix[0].shape[2], prefix[1]
     per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
-    dropout = kwargs.get("dropout", 0.0)
-    short = plain is not _plain_eager and kwargs.get("position_bias") is None and is_short(query, key, value, length, per_token or dropout > 0)
-    spare = 0 if per_token or short or plain is _plain_eager else spare_columns(query, key, length, dropout)
+    dropout, sdpa = kwargs.get("dropout", 0.0), plain is not _plain_eager
+    if sdpa and kwargs.get("position_bias") is None and is_short(query, key, value, length, per_token or dropout > 0):
+        return attend(query, key, value, *prefix, child.widened(attention_mask, length, query, key, causal), scaling, dropout), None
+    spare = spare_columns(query, key, length, dropout) if sdpa and not per_token else 0
     mask = child.widened(attention_mask, length, query, key, causal, spare)
-    if short:
-        return attend(query, key, value, *prefix, mask, scaling, dropout), None
     kwargs["is_causal"] = False  # the mask says it all
     if kwargs.get("position_bias") is not None:  # T5's, by the distance between tokens: a prefix has none
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (spare + length, 0))
