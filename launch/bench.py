@@ -104,7 +104,7 @@ class PeerStep:
     name: str
 
     def resume(self) -> tuple[bool, float]:
-        """Up to the next layer: whether the step is at its end, and the seconds worked. Raises OSError if the peer has ended."""
+        """A piece: whether the step is at its end, and the seconds worked. Raises OSError if the peer has ended."""
         self.peer.process.stdin.write(self.name + "\n")
         self.peer.process.stdin.flush()
         answer = self.peer.process.stdout.readline()

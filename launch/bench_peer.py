@@ -1,6 +1,6 @@
 """A worker of launch/bench.py in the environment of the library `adapters`: does steps of models of its when asked.
 
-Started by `launch/bench.py … --peer PYTHON`. Reads lines, a contender's name each; resumes that one's step up to the next layer and answers with
+Started by `launch/bench.py … --peer PYTHON`. Reads lines, a contender's name each; resumes that one's step for a piece and answers with
 what `InTurns.resume` returns, as JSON. The first line it writes is JSON, too: name → trained parameters.
 """
 

@@ -92,7 +92,7 @@ class _Rules:
             found.append((functional, "linear", self._linear))
         if self.kernels.device == "cuda":
             found += [(functional, "scaled_dot_product_attention", self._attention), (functional, "dropout", self._dropout)]
-            found.append((prefix, "spare_columns", lambda *_: 0))  # for CPU kernels alone
+            found += [(prefix, "spare_columns", lambda *_: 0), (prefix, "is_short", lambda *_: False)]  # for CPUs alone
             if self.kernels.autocast is not None:
                 found += [(functional, name, self._in_float32(getattr(functional, name))) for name in FLOAT32]
         return found

@@ -202,7 +202,7 @@ def _attend(
     length, gate = prefix[0].shape[2], prefix[1]
     per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
     dropout, sdpa = kwargs.get("dropout", 0.0), plain is not _plain_eager
-    if sdpa and kwargs.get("position_bias") is None and is_short(query, key, value, length, per_token or dropout > 0):
+    if sdpa and kwargs.get("position_bias") is None and is_short(query, key, value, attention_mask, length, dropout, per_token):
         return attend(query, key, value, *prefix, child.widened(attention_mask, length, query, key, causal), scaling, dropout), None
     spare = spare_columns(query, key, length, dropout) if sdpa and not per_token else 0
     mask = child.widened(attention_mask, length, query, key, causal, spare)

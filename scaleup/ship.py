@@ -99,7 +99,8 @@ def modelling_code(model: PreTrainedModel, learned: bool, version: str) -> str:
     names = {"tokens_of": "_tokens" if learned else "all_real", "gate_of": "learned_gate" if learned else "constant_gate"}
     defined: dict[str, tuple[int, int, ast.stmt, list[str]]] = {}
     imports: dict[str, str] = {}
-    for rank, text in enumerate(_sources("standalone", {}).values()):
+    homes: dict[str, set[str]] = {}
+    for rank, (module, text) in enumerate(_sources("standalone", {}).items()):
         for node in ast.parse(text).body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not (getattr(node, "module", None) or "").startswith("scaleup"):
                 for alias in node.names:
@@ -109,12 +110,15 @@ def modelling_code(model: PreTrainedModel, learned: bool, version: str) -> str:
                 # A replacement stands where the first definition stood, before what is built on it.
                 place = defined[found][:2] if found in defined else (rank, node.lineno)
                 defined[found] = (*place, node, text.splitlines())
+                homes.setdefault(found, set()).add(module)
     wanted, seen = ["attach_exported", "register_attention", *names.values()], set()
     while wanted:
         name = wanted.pop()
         if name in defined and name not in seen:
             seen.add(name)
             wanted += _names(defined[name][2])
+    twice = [name for name in seen if len(homes[name] - {"standalone"}) > 1]
+    assert not twice, f"two modules define {twice}, and the folder has one file: rename one"
     chosen = {id(defined[name][2]): defined[name] for name in seen}.values()
     parts = sorted(chosen, key=lambda entry: entry[:2])
     used = set().union(*(_names(node) for _, _, node, _ in parts))

@@ -11,19 +11,20 @@ Shapes: B examples, T queries, S keys and the prefix's, H heads, E head size, L 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
-FEW, FEW_BESIDE_SLOW = 64, 192  # keys, those of the prefix among them
+MOST_KEYS, MOST_KEYS_BESIDE_SLOW = 64, 192  # those of the prefix among them
 
 
-def is_short(query_BHTE: torch.Tensor, key_BHSE: torch.Tensor, value_BHSE: torch.Tensor, length: int, slow: bool) -> bool:
-    """Whether `attend` is the way for these queries, keys and values behind a prefix. `slow`: there is dropout, or a gate per query."""
+def is_short(
+    query_BHTE: torch.Tensor, key_BHSE: torch.Tensor, value_BHSE: torch.Tensor, mask: torch.Tensor | None, length: int, dropout: float, per_query: bool
+) -> bool:
+    """Whether `attend` is the way for these queries, keys and values behind a prefix. Not where something else than these needs a gradient."""
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (query_BHTE, key_BHSE, value_BHSE))
-    if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
         return False
-    few = key_BHSE.shape[2] + length <= (FEW_BESIDE_SLOW if slow else FEW)
-    return few and query_BHTE.shape[2] > 1 and query_BHTE.shape[1] == key_BHSE.shape[1]
+    few = key_BHSE.shape[2] + length <= (MOST_KEYS_BESIDE_SLOW if per_query or dropout else MOST_KEYS)
+    return few and dropout < 1 and query_BHTE.shape[2] > 1 and query_BHTE.shape[:2] == key_BHSE.shape[:2]
 
 
 def _joined(own_HLE: torch.Tensor, gate_B1: torch.Tensor | None, rest_BHSE: torch.Tensor) -> torch.Tensor:
@@ -77,9 +78,10 @@ class _Attend(torch.autograd.Function):
         return torch.bmm(shares_NTS, values_NSE).view(query_BHTE.shape).transpose(1, 2).contiguous()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_BTHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of query, key, value, the prefix and its gate."""
+        """Of query, key, value, the prefix and its gate. Raises RuntimeError where gradients of these are asked for."""
+        if torch.is_grad_enabled():  # torch's once_differentiable would notice some of those, not all
+            raise RuntimeError("attention with a prefix has no second derivatives on a CPU; load the model with attn_implementation='eager'")
         scaled_NTE, keys_NSE, values_NSE, weights_NTS, kept_NTS, raw_BHTL, own, gate_BT = ctx.saved_tensors
         batch, queries, heads, size = grad_BTHE.shape
         length, per_query = own.shape[2], raw_BHTL is not None

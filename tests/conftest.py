@@ -53,6 +53,6 @@ def quickstart_dir() -> pathlib.Path:
 def keys(request, monkeypatch) -> str:
     """Both ways of the sdpa attention with a prefix on a CPU: tiny models have few keys, which torch's kernels do not see."""
     if request.param == "many keys":
-        monkeypatch.setattr("scaleup.short.FEW", 0)
-        monkeypatch.setattr("scaleup.short.FEW_BESIDE_SLOW", 0)
+        monkeypatch.setattr("scaleup.short.MOST_KEYS", 0)
+        monkeypatch.setattr("scaleup.short.MOST_KEYS_BESIDE_SLOW", 0)
     return request.param

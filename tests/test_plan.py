@@ -142,6 +142,14 @@ def test_a_deep_model_follows_from_shallow_copies(workspace, family, linear):
     assert shallow.kept == pytest.approx(whole.kept, rel=0.02) and shallow.peak == pytest.approx(whole.peak, rel=0.02)
 
 
+def test_a_plan_for_a_gpu_knows_nothing_of_a_cpus_attention(workspace, monkeypatch):
+    shape, kernels = AutoConfig.from_pretrained(workspace / "bert"), Kernels("cuda", None, "plain", False)
+    planned = trace(lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32)
+    monkeypatch.setattr("scaleup.short.MOST_KEYS", 0)
+    monkeypatch.setattr("scaleup.short.MOST_KEYS_BESIDE_SLOW", 0)
+    assert planned == trace(lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32)
+
+
 def test_torchs_functions_are_put_back_after_a_failure():
     before = (nn.functional.linear, nn.functional.layer_norm, nn.functional.dropout, torch.rand)
     with pytest.raises(AttributeError):  # no config, no forward

@@ -73,13 +73,26 @@ def test_a_constant_gate_is_a_gate_of_that_size():
     assert torch.equal(short.attend(*leaves, None, 1.0, 0.0), short.attend(*leaves[:4], 2.0, None, 1.0, 0.0))
 
 
+def test_second_derivatives_are_refused_and_not_wrong():
+    leaves = given(False)
+    loss = short.attend(*leaves, None, E**-0.5, 0.0).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivatives on a CPU; load the model with attn_implementation='eager'"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
 def test_it_is_the_way_for_few_keys_in_float32_on_a_cpu():
-    query, key = torch.zeros(1, H, T, E), torch.zeros(1, H, short.FEW - L, E)
-    more = torch.zeros(1, H, short.FEW_BESIDE_SLOW - L, E)
-    for keys, slow in ((key, False), (more, True)):
-        assert short.is_short(query, keys, keys, L, slow) and not short.is_short(query, keys, keys, L + 1, slow)
-    for other in (query[:, :, :1], query.bfloat16(), query.to("meta"), query[:, :1]):
-        assert not short.is_short(other, key, key, L, True)
-    assert not short.is_short(query, key, key.bfloat16(), L, True)
+    query, few, more = (torch.zeros(2, H, tokens, E) for tokens in (T, short.MOST_KEYS - L, short.MOST_KEYS_BESIDE_SLOW - L))
+
+    def way(query, key, value=None, mask=None, length=L, dropout=0.0, per_query=False) -> bool:
+        return short.is_short(query, key, key if value is None else value, mask, length, dropout, per_query)
+
+    for keys, slow in ((few, {}), (more, {"dropout": 0.1}), (more, {"per_query": True})):
+        assert way(query, keys, **slow) and not way(query, keys, length=L + 1, **slow)
+    for other in (query[:, :, :1], query.bfloat16(), query.to("meta"), query[:, :1], query[:1]):
+        assert not way(other, few)
+    assert not way(query, few, value=few.bfloat16())
+    assert not way(query, few, dropout=1.0)
+    mask = torch.zeros(1, 1, 1, few.shape[2])
+    assert way(query, few, mask=mask) and not way(query, few, mask=mask.requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not short.is_short(query, key, key, L, True)
+        assert not way(query, few)
