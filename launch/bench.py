@@ -7,7 +7,7 @@
 
 On a CPU contenders change hands after every few layers, forwards and backwards, so that all share what else happens on the machine.
 Prints and writes the median of the paired ratios with quartiles, and beside it what does not swing: floating point operations, calls of
-torch operations, trained parameters. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
+torch operations, trained parameters; and tokens per second and the share of the rate that a large product of matrices reaches. Threads: OMP_NUM_THREADS, else all cores. Exit code 2: an argument must change.
 """
 
 import argparse
@@ -150,8 +150,8 @@ def arguments() -> argparse.Namespace:
     """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=("inference", "training", "ragged", "memory"))
-    parser.add_argument("--geometry", choices=("bert-base", "bart-large", "bert-narrow"), default="bert-base",
-                        help="bert-narrow: BERT-base without its width, for the time of Python alone")
+    parser.add_argument("--geometry", choices=("bert-base", "bart-large", "bert-narrow", "llama-8b"), default="bert-base",
+                        help="bert-narrow: BERT-base without its width, for the time of Python alone; llama-8b: with --dtype bfloat16")
     parser.add_argument("--batch", type=at_least_one, default=16)
     parser.add_argument("--length", type=at_least_one, default=128)
     parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")
@@ -164,12 +164,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="inference, training: the time of each operation instead of whole steps")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: frozen weights in it, what is trained in float32, autocast")
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
     if options.profile and (options.peer or options.compile):
         parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
-    if options.peer and options.device == "cuda":
-        parser.error("--peer works on the CPU; leave out --device cuda")
+    if options.peer and (options.device == "cuda" or options.dtype != "float32"):
+        parser.error("--peer works on the CPU and in float32; leave out --device and --dtype")
     steps = ("ragged", "compile", "profile", "peer")  # of one batch
     without_effect = {"inference": ("texts",), "training": ("texts",), "ragged": ("only", *steps), "memory": ("texts", "reference", *steps)}
     idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]
@@ -221,16 +222,20 @@ def check(options: argparse.Namespace) -> None:
 
 def timed(options: argparse.Namespace) -> dict[str, dict]:
     """A row for each contender. Raises ValueError for names that no contender has."""
+    import torch
+
     from scaleup import bench
 
     size, length, vocabulary = options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size
+    dtype = getattr(torch, options.dtype)
     if options.what == "ragged":
         lengths = text_lengths(*options.texts, options.examples, length) if options.texts else bench.half_padding(options.examples, length)
-        contenders = bench.ragged(options.geometry, random.Random(0).sample(lengths, len(lengths)), size, length, options.device)
+        contenders = bench.ragged(options.geometry, random.Random(0).sample(lengths, len(lengths)), size, length, options.device, dtype)
     else:
-        given = bench.batch(bench.half_padding(size, length) if options.ragged else [length] * size, length, vocabulary)
+        lengths = bench.half_padding(size, length) if options.ragged else [length] * size
+        given = bench.batch(lengths, length, vocabulary)
         make = {"inference": bench.inference, "training": bench.training}[options.what]
-        contenders = make(options.geometry, given, options.device, options.only, options.compile)
+        contenders = make(options.geometry, given, options.device, options.only, options.compile, dtype)
     if options.peer is not None:
         contenders |= peers(options, given)
     reference = options.reference or next(iter(contenders))
@@ -244,14 +249,16 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     pieces = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     seconds = {name: [sum(step) for step in steps] for name, steps in pieces.items()}
     best = {name: sum(map(min, zip(*steps))) for name, steps in pieces.items()}  # each piece's shortest time
-    rows = {}
+    rows, rate = {}, bench.matmul_rate(options.device, dtype)
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         rows[name] = {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "best": round(best[name] / best[reference], 4)}
         rows[name] |= {"milliseconds": round(1000 * statistics.median(times), 2), "trained": contenders[name].trained}
+        rows[name]["tokens_per_second"] = round(sum(lengths) / statistics.median(times))
         if contenders[name].model is not None and not options.compile:
             rows[name] |= counted(contenders[name])
+            rows[name]["of_matmul_rate"] = round(rows[name]["gflop"] / statistics.median(times) / rate, 4)
     return rows
 
 
@@ -279,13 +286,15 @@ def peers(options: argparse.Namespace, given: dict) -> dict:
 
 def remembered(options: argparse.Namespace) -> dict[str, dict]:
     """Memory of each contender, in a fresh process each, over the first one's."""
+    import torch
+
     from scaleup import bench
 
     given = bench.batch([options.length] * options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size)
     rows = {}
     for name in bench.chosen(bench.MEMORY, options.only):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows[name] = pool.apply(bench.memory, (name, options.geometry, given, options.device))
+            rows[name] = pool.apply(bench.memory, (name, options.geometry, given, options.device, getattr(torch, options.dtype)))
         rows[name] = {"ratio": round(rows[name]["peak"] / next(iter(rows.values()))["peak"], 4)} | rows[name]
     return rows
 
@@ -297,9 +306,9 @@ def shown(name: str, row: dict, width: int) -> str:
     if "operations" in row:
         lines = [f"{ms:10.1f} ms {calls:5d} x {kind} {shapes[: 160 - len(kind)]}" for kind, shapes, calls, ms in row["operations"][:20]]
         return "\n".join([f"{name:<{width}}  {row['ratio']:.3f}  {row['milliseconds']:9.1f} ms in all operations", *lines])
-    inside = f"{row['gflop']:9.1f} GFLOP  {row['calls']:6d} calls" if "calls" in row else " " * 29
+    inside = f"{row['gflop']:9.1f} GFLOP ({row['of_matmul_rate']:.2f} of a product's rate)  {row['calls']:6d} calls" if "calls" in row else " " * 56
     low, high = row["quartiles"]
-    return f"{name:<{width}}  {row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {inside}  {row['trained']:>12,} trained"
+    return f"{name:<{width}}  {row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms  {row['tokens_per_second']:8,} tokens/s  {inside}  {row['trained']:>12,} trained"
 
 
 def main() -> int:
@@ -322,7 +331,7 @@ def main() -> int:
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
     rounds = "" if options.what == "memory" else f", {options.rounds} rounds"
     print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' half padding' if options.ragged else ''}{rounds}, "
-          f"{machine['threads']} threads; over {reference}")  # fmt: skip
+          f"{machine['gpu'] or str(machine['threads']) + ' threads'}, {options.dtype}; over {reference}")  # fmt: skip
     width = max(map(len, rows))
     for name, row in rows.items():
         print(shown(name, row, width))

@@ -2,22 +2,26 @@
 
 Each has weights of its own: who shares them would find them in the cache after another's turn. A contender is a function that does one step. `floor` is what any
 method pays that trains inside a frozen backbone: gradients go through all activations and to no weight of it.
+With a half type a contender is what a run with `train.bf16` makes of it: frozen weights in that type, what is trained in float32, autocast.
 
 Shapes: B examples, T tokens.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForSequenceClassification, BartConfig, BertConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BartConfig, BertConfig, LlamaConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup import fold, ship
 from scaleup.backbone import empty_model, head_names, load_model
@@ -32,7 +36,11 @@ GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
     "bart-large": lambda: BartConfig(dropout=0.0, num_labels=2),
     # BERT-base's layers and modules with next to no arithmetic: what is left is Python's time and torch's bookkeeping.
     "bert-narrow": lambda: BertConfig(hidden_size=96, intermediate_size=96, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2),
+    # Llama 3.1 8B's sizes, as a language model; made where it is measured, in a half type.
+    "llama-8b": lambda: LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                                    vocab_size=128256, max_position_embeddings=8192, use_cache=False),
 }
+WRITERS = ("llama-8b",)  # the others have a classification head
 FLAT = {"prefix_reparameterization": "none"}
 UNIPELT = {
     "adapter": {"submodules": ["adapter"]},
@@ -64,12 +72,16 @@ def chosen(names: Iterable[str], only: list[str]) -> list[str]:
     return [name for name in names if not only or name in only]
 
 
-def backbone(geometry: str) -> PreTrainedModel:
-    """Random weights, sdpa attention."""
+def model_class(geometry: str) -> type:
+    """transformers' class with the geometry's head."""
+    return AutoModelForCausalLM if geometry in WRITERS else AutoModelForSequenceClassification
+
+
+def backbone(geometry: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """Random weights, always the same on a device; sdpa attention."""
     torch.manual_seed(0)
-    config = GEOMETRIES[geometry]()
-    config._attn_implementation = "sdpa"
-    return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    with torch.device(device):
+        return model_class(geometry).from_config(GEOMETRIES[geometry](), attn_implementation="sdpa", dtype=dtype)
 
 
 def batch(lengths: list[int], width: int, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -88,15 +100,17 @@ def half_padding(count: int, length: int) -> list[int]:
     return [round(length / 8 + 3 * length / 4 * i / max(1, count - 2)) for i in range(count - 1)] + [length]
 
 
-def _with_head(model: nn.Module) -> nn.Module:
+def _with_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Frozen but for the head."""
+    model.requires_grad_(False)
     for name in head_names(model):
-        head = copy.deepcopy(model.get_submodule(name))
-        model.set_submodule(name, head.requires_grad_(True))
+        model.get_submodule(name).float().requires_grad_(True)
     return model
 
 
 def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
-    model = get_peft_model(copy.deepcopy(base), config)
+    """`base` with the method of `config` in it."""
+    model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zero at the start
@@ -104,24 +118,31 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
     return model
 
 
+def _unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
+    task = "SEQ_CLS" if base.get_output_embeddings() is None else "CAUSAL_LM"
+    return _adapted(base, UniPeltConfig(task_type=task, **fields))
+
+
+def _peft_lora(base: PreTrainedModel) -> nn.Module:
+    targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
+    return _adapted(base, LoraConfig(task_type="SEQ_CLS" if base.get_output_embeddings() is None else "CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets))
+
+
 def _biases(base: PreTrainedModel) -> nn.Module:
-    model = _with_head(copy.deepcopy(base).requires_grad_(False))
-    for name, parameter in model.named_parameters():
+    for name, parameter in _with_head(base).named_parameters():
         if name.endswith(".bias"):
             parameter.requires_grad = True
-    return model
+    return base
 
 
 def _floor(base: PreTrainedModel) -> nn.Module:
-    model = _with_head(copy.deepcopy(base).requires_grad_(False))
-
     def need_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return out.requires_grad_()
 
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == model.config.vocab_size:
+    for module in _with_head(base).modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == base.config.vocab_size:
             module.register_forward_hook(need_gradient)
-    return model
+    return base
 
 
 def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> PreTrainedModel:
@@ -140,21 +161,27 @@ def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> Pre
     return AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
 
 
-def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False) -> dict[str, Contender]:
+def inference(
+    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Contender]:
     """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
-    base, inputs = backbone(geometry).eval(), {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
-    names = chosen(["bare", *(name for name in UNIPELT if "MLP" not in name), "APL merged"], only)
-    models = {"bare": base}
-    for name, config in UNIPELT.items():
-        if name in names or (name == "APL" and "APL merged" in names):
-            models[name] = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config))
-    if "APL merged" in names:
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            models["APL merged"] = merged(base, models["APL"], pathlib.Path(folder))
+    inputs = {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
+    names = chosen(["bare", *(name for name in UNIPELT if "MLP" not in name), *(["APL merged"] if geometry not in WRITERS else [])], only)
+
+    def base() -> PreTrainedModel:
+        return backbone(geometry, dtype, device)
+
+    models: dict[str, nn.Module] = {}
+    for name in names:
+        if name == "APL merged":
+            with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+                models[name] = merged(backbone(geometry), _unipelt(backbone(geometry), UNIPELT["APL"]), pathlib.Path(folder))
+        else:
+            models[name] = base() if name == "bare" else _unipelt(base(), UNIPELT[name])
 
     def step(model: nn.Module) -> Callable[[], object]:
         for parameter in model.parameters():  # those read from a file share its memory
-            parameter.data = parameter.data.to(device, copy=True)
+            parameter.data = parameter.data.to(device, dtype, copy=True)
         model.to(device).eval()
         called = torch.compile(model) if compiled else model
 
@@ -167,18 +194,26 @@ def inference(geometry: str, given: dict[str, torch.Tensor], device: str, only: 
     return {name: Contender(step(models[name]), 0, models[name]) for name in names}
 
 
-def _training_step(model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: bool = False) -> Callable[[], object]:
+def _training_step(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
     """A step of AdamW on each batch."""
     model.to(device).train()
     called = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None  # the floor of a language model trains nothing
     given = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in batches]
+    if model.get_output_embeddings() is not None:
+        given = [inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)} for inputs in given]
 
     def run() -> None:
         for inputs in given:
-            called(**inputs).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            with torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+                loss = called(**inputs).loss
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
 
     return run
 
@@ -187,19 +222,39 @@ def _contender(model: nn.Module, step: Callable[[], object]) -> Contender:
     return Contender(step, sum(p.numel() for p in model.parameters() if p.requires_grad), model)
 
 
-def training(geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False) -> dict[str, Contender]:
+def training(
+    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Contender]:
     """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
-    base = backbone(geometry)
-    targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
+
+    def frozen() -> PreTrainedModel:
+        return backbone(geometry, dtype, device)
+
     makers: dict[str, Callable[[], nn.Module]] = {
-        "full fine-tuning": lambda: copy.deepcopy(base),
-        "floor": lambda: _floor(base),
-        "BitFit": lambda: _biases(base),
-        "PEFT LoRA": lambda: _adapted(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)),
-    } | {name: lambda config=config: _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **config)) for name, config in UNIPELT.items()}
+        "full fine-tuning": lambda: backbone(geometry, device=device),  # float32, as what is trained always is
+        "floor": lambda: _floor(frozen()),
+        "BitFit": lambda: _biases(backbone(geometry, device=device)),
+        "PEFT LoRA": lambda: _peft_lora(frozen()),
+    } | {name: lambda fields=fields: _unipelt(frozen(), fields) for name, fields in UNIPELT.items()}
 
     models = {name: makers[name]() for name in chosen(makers, only)}
-    return {name: _contender(model, _training_step(model, [given], device, compiled)) for name, model in models.items()}
+    return {name: _contender(model, _training_step(model, [given], device, compiled, dtype)) for name, model in models.items()}
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square product of matrices, the best of ten: what arithmetic can reach here."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(13):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[3:]) / 1e9
 
 
 def operations(contender: Contender, rounds: int) -> list[tuple[str, str, int, float]]:
@@ -214,20 +269,20 @@ def operations(contender: Contender, rounds: int) -> list[tuple[str, str, int, f
     return sorted(((*key, round(ms, 3)) for key, ms in best.items()), key=lambda row: -row[3])
 
 
-def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str) -> dict[str, Contender]:
+def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Contender]:
     """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
     (`train.group_by_length`)."""
-    base, count = backbone(geometry), len(lengths)
+    count, vocabulary = len(lengths), GEOMETRIES[geometry]().vocab_size
     grouped = list(EpochOrder(count, 0, lambda: 0, lengths, size))
     orders = {f"padded to {width}": (range(count), width), "padded to the longest": (range(count), None), "length groups": (grouped, None)}
 
     def batches(order: Sequence[int], fixed: int | None) -> list[dict[str, torch.Tensor]]:
         parts = [[lengths[i] for i in order[first : first + size]] for first in range(0, count, size)]
-        return [batch(part, fixed or max(part), base.config.vocab_size) for part in parts]
+        return [batch(part, fixed or max(part), vocabulary) for part in parts]
 
     def contender(order: Sequence[int], fixed: int | None) -> Contender:
-        model = _adapted(base, UniPeltConfig(task_type="SEQ_CLS", **FLAT))
-        return _contender(model, _training_step(model, batches(order, fixed), device))
+        model = _unipelt(backbone(geometry, dtype, device), FLAT)
+        return _contender(model, _training_step(model, batches(order, fixed), device, dtype=dtype))
 
     return {name: contender(*how) for name, how in orders.items()}
 
@@ -259,19 +314,22 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def memory(name: str, geometry: str, given: dict[str, torch.Tensor], device: str) -> dict[str, int]:
+def memory(name: str, geometry: str, given: dict[str, torch.Tensor], device: str, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Bytes of one of MEMORY: `rest` between steps (weights, optimizer), `peak` during the second step. In a process of its own."""
     whole, quantization, checkpointing = MEMORY[name]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        base = backbone(geometry)
-        if quantization != "none":  # quantised while they are loaded
-            base.save_pretrained(folder)
+        if quantization == "none":
+            base = backbone(geometry, torch.float32 if whole else dtype, device)
+        else:  # quantised while they are loaded
+            saved = backbone(geometry)
+            saved.save_pretrained(folder)
             settings = ModelSettings(name=folder, quantization=quantization)
-            base, _ = load_model(settings, base.config, AutoModelForSequenceClassification, torch.float32, torch.device(device))
-    model = base if whole else get_peft_model(base, UniPeltConfig(task_type="SEQ_CLS"))
+            base, _ = load_model(settings, saved.config, model_class(geometry), dtype, torch.device(device))
+            del saved
+    model = base if whole else _unipelt(base, {})
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    contender = _contender(model, _training_step(model, [given], device))
+    contender = _contender(model, _training_step(model, [given], device, dtype=dtype))
     contender.step()
     if device == "cuda":
         rest = torch.cuda.memory_allocated()
