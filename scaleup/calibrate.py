@@ -3,7 +3,7 @@
     python -m scaleup.calibrate JOB.json
 
 JOB: config (YAML of the run), checkpoint (a bundle), weights ("trained": as training loads them, "user": as a user of PEFT does),
-full_precision (of a quantised run: load the backbone as it was before), labels, batches, calibrate (examples, 0: none), gates (constants
+full_precision (of a quantised run: load the backbone as it was before), dtype (of the backbone; null: as the run kept it), labels, batches, calibrate (examples, 0: none), gates (constants
 to put in the gates' place, null: none), dropped (sites and parts to leave out), generate, output (a file).
 
 Shapes: B examples, T tokens, D hidden size.
@@ -42,7 +42,8 @@ def load(job: dict) -> nn.Module:
         shape.pad_token_id = backbone.load_tokenizer(settings.model, shape).pad_token_id
     half = precision.half_dtype(settings, device.type == "cuda" and torch.cuda.is_bf16_supported())
     source = settings.model.model_copy(update={"quantization": "none"}) if job["full_precision"] else settings.model
-    model, fresh = backbone.load_model(source, shape, task.auto, precision.frozen_dtype(settings, half), device)
+    dtype = precision.frozen_dtype(settings, half) if job["dtype"] is None else getattr(torch, job["dtype"])
+    model, fresh = backbone.load_model(source, shape, task.auto, dtype, device)
     if job["weights"] == "user":
         return PeftModel.from_pretrained(model, job["checkpoint"]).to(device).eval()
     model = apply_method(model, settings.method, fresh)
@@ -178,7 +179,8 @@ def main() -> None:
     found = calibrate(model, batches, job["calibrate"]) if job["calibrate"] else {}
     if job["gates"] is not None:
         freeze(model, {(site, part): value for site, part, value in job["gates"]}, {tuple(key) for key in job["dropped"]})
-    torch.save(found | measure(model, batches, job["generate"]), job["output"])
+    frozen = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad)
+    torch.save(found | measure(model, batches, job["generate"]) | {"dtype": str(frozen).removeprefix("torch.")}, job["output"])
 
 
 if __name__ == "__main__":

@@ -173,6 +173,15 @@ def test_an_export_proves_itself_in_a_fresh_process(workspace, kind):
                 assert gates[site, part] == pytest.approx(value["mean"], abs=1e-5)
 
 
+def test_a_run_in_bfloat16_is_exported_in_float32_and_proved_in_float32(workspace, tmp_path):
+    """What every run on a GPU is, if nothing else is said."""
+    words = overrides(workspace, tmp_path / "run", "train.max_steps=2", "train.eval_strategy=steps", "train.eval_steps=2", "train.bf16=true")
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "train.py"), *words], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = export.run(options(workspace, "standalone", checkpoint=tmp_path / "run" / "best", output=tmp_path / "out"), print)
+    assert report["dtype"] == "float32" and report["proof"]["reload_difference"] < 1e-5 < report["proof"]["logit_difference"]["max"]
+
+
 def test_a_pipeline_classifies_where_neither_scaleup_nor_peft_exists(workspace):
     out = workspace / "out-merged"
     if not out.exists():

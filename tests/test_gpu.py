@@ -29,7 +29,7 @@ def step(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> tuple[float,
     model.zero_grad()
     loss = model(**given).loss
     loss.backward()
-    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: p.grad.float().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -42,7 +42,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("gates", ["learned", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_cpus(family, gates):
-    model = adapt(backbone(family), gates=gates).train()
+    model = adapt(backbone(family), gates=gates)  # no dropout
     given = inputs(model, labels=True)
     loss, expected = step(model, given)
     model.cuda()
@@ -100,7 +100,7 @@ def test_bfloat16_stays_near_float32(family):
 @pytest.mark.parametrize("family", ["bert", "bart", "llama"])
 def test_the_compiled_model_is_one_graph_with_the_same_logits(family):
     model = adapt(backbone(family), prefix_reparameterization="none").cuda()
-    given = on_gpu(inputs(model)) | ({} if family in ("bert", "bart") else {"use_cache": False})
+    given = on_gpu(inputs(model)) | ({} if family == "bert" else {"use_cache": False})
     with torch.no_grad():
         expected = model(**given).logits
         torch._dynamo.reset()
