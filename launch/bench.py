@@ -120,25 +120,6 @@ class PeerStep:
         """Nothing: it ends with this process."""
 
 
-def counted(contender) -> dict[str, int]:
-    """Floating point operations and calls of torch operations (views left out) of one step."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    class Calls(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.calls += not function.is_view
-            return function(*args, **(kwargs or {}))
-
-    with FlopCounterMode(display=False) as flops:
-        contender.step()
-    with Calls() as calls:
-        contender.step()
-    return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": calls.calls}
-
-
 def at_least_one(word: str) -> int:
     """Of a command line. Raises ArgumentTypeError for anything but 1, 2, …"""
     if not word.isdecimal() or int(word) < 1:
@@ -224,7 +205,7 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     """A row for each contender. Raises ValueError for names that no contender has."""
     import torch
 
-    from scaleup import bench
+    from scaleup import bench, meter
 
     size, length, vocabulary = options.batch, options.length, bench.GEOMETRIES[options.geometry]().vocab_size
     dtype = getattr(torch, options.dtype)
@@ -249,7 +230,7 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
     pieces = measure_in_turns(contenders, options.rounds) if in_turns else measure(contenders, options.rounds, options.device)
     seconds = {name: [sum(step) for step in steps] for name, steps in pieces.items()}
     best = {name: sum(map(min, zip(*steps))) for name, steps in pieces.items()}  # each piece's shortest time
-    rows, rate = {}, bench.matmul_rate(options.device, dtype)
+    rows, rate = {}, meter.matmul_rate(options.device, dtype)
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds[reference])]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -257,16 +238,16 @@ def timed(options: argparse.Namespace) -> dict[str, dict]:
         rows[name] |= {"milliseconds": round(1000 * statistics.median(times), 2), "trained": contenders[name].trained}
         rows[name]["tokens_per_second"] = round(sum(lengths) / statistics.median(times))
         if contenders[name].model is not None and not options.compile:
-            rows[name] |= counted(contenders[name])
+            rows[name] |= meter.counted(contenders[name].step)
             rows[name]["of_matmul_rate"] = round(rows[name]["gflop"] / statistics.median(times) / rate, 4)
     return rows
 
 
 def profiled(contenders: dict, rounds: int, reference: str) -> dict[str, dict]:
     """Sum of all operations' shortest times, and the thirty longest."""
-    from scaleup import bench
+    from scaleup import meter
 
-    found = {name: bench.operations(contender, rounds) for name, contender in contenders.items()}
+    found = {name: meter.operations(contender.step, rounds) for name, contender in contenders.items()}
     sums = {name: sum(ms for *_, ms in entries) for name, entries in found.items()}
     return {name: {"ratio": round(sums[name] / sums[reference], 4), "milliseconds": round(sums[name], 1), "operations": entries[:30]} for name, entries in found.items()}
 

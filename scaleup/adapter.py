@@ -36,7 +36,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, n_BTD: torch.Tensor, wn_BTM: torch.Tensor | None = None) -> torch.Tensor:
         """The units [B, T, M], φ(W_down n + b_down). `wn_BTM`: W_down n, by those who made it together with other products of n."""
-        return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)) if wn_BTM is None else wn_BTM + self.down.bias)
+        if wn_BTM is None:
+            return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)))
+        return self.activation(wn_BTM + self.down.bias.to(wn_BTM.dtype))
 
 
 class AdapterLayer(SideLayer):

@@ -10,16 +10,13 @@ Shapes: B examples, T tokens.
 import contextlib
 import copy
 import dataclasses
-import gc
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BartConfig, BertConfig, LlamaConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,6 +24,7 @@ from scaleup import fold, ship
 from scaleup.backbone import empty_model, head_names, load_model
 from scaleup.config import ModelSettings
 from scaleup.loop import EpochOrder
+from scaleup.meter import allocated_peak, live_bytes
 from scaleup.sites import find_sites
 from scaleup.unipelt import UniPeltConfig
 
@@ -241,34 +239,6 @@ def training(
     return {name: _contender(model, _training_step(model, [given], device, compiled, dtype)) for name, model in models.items()}
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of a large square product of matrices, the best of ten: what arithmetic can reach here."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(13):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[3:]) / 1e9
-
-
-def operations(contender: Contender, rounds: int) -> list[tuple[str, str, int, float]]:
-    """(operation, shapes, calls, milliseconds) of one step, the shortest of `rounds` for each, longest first. Sums of these swing less than steps do."""
-    best: dict[tuple[str, str, int], float] = {}
-    for _ in range(rounds):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
-            contender.step()
-        for event in record.key_averages(group_by_input_shape=True):
-            key = (event.key, str(event.input_shapes), event.count)
-            best[key] = min(best.get(key, float("inf")), event.self_cpu_time_total / 1000)
-    return sorted(((*key, round(ms, 3)) for key, ms in best.items()), key=lambda row: -row[3])
-
-
 def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Contender]:
     """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
     (`train.group_by_length`)."""
@@ -293,25 +263,6 @@ MEMORY = {
     "APL": (False, "none", False), "APL, checkpointing": (False, "none", True),
     "APL, 8 bit": (False, "8bit", False), "APL, 8 bit, checkpointing": (False, "8bit", True),
 }  # fmt: skip
-
-
-def live_bytes() -> int:
-    """Of all tensors on the CPU. Fake ones, which may be left of a compilation, say that they are there, but their storage does not."""
-    gc.collect()
-    tensors = (thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu")
-    return sum({storage.data_ptr(): storage.nbytes() for storage in tensors if storage.device.type == "cpu"}.values())
-
-
-def allocated_peak(run: Callable[[], object]) -> int:
-    """Most bytes that the CPU allocator handed out while `run` ran, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
-    level = peak = 0
-    for _, size in events:
-        level += size
-        peak = max(peak, level)
-    return peak
 
 
 def memory(name: str, geometry: str, given: dict[str, torch.Tensor], device: str, dtype: torch.dtype = torch.float32) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
+from scaleup.gate import cast_to_weight
 from scaleup.product import add_lora
 from scaleup.sites import Rows
 
@@ -43,7 +44,7 @@ class GatedLora(LoraVariant):
             return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         narrow = self.source.lora_product(self.projection, x)
-        narrow = lora_a(module.lora_dropout[active_adapter](x)) if narrow is None else narrow
+        narrow = lora_a(module.lora_dropout[active_adapter](cast_to_weight(x, lora_a.weight))) if narrow is None else narrow
         return add_lora(result, narrow, gate, lora_b, module.get_base_layer())
 
     def supports_lora_conversion(self) -> bool:
@@ -99,4 +100,5 @@ def attach(projection: nn.Module, adapter_name: str, source: GateSource, role: s
     """Puts the gate on a projection that PEFT has turned into a LoRA layer."""
     assert isinstance(projection, LoraLayer), type(projection)
     projection.lora_variant[adapter_name] = GatedLora(source, role)
+    projection.cast_input_dtype_enabled = False  # else x comes as a copy in A's type, which is not what A x was made of with the gates
     source.lend(role, projection.lora_A, projection.lora_dropout)

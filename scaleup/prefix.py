@@ -74,6 +74,8 @@ class PrefixBank(SideLayer):
         out = encoder.embedding(positions)
         for part in encoder.transform if encoder.prefix_projection else ():
             out = few_rows(out, part) if isinstance(part, nn.Linear) else part(out)
+        kind = out.device.type
+        out = out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out  # once, and not in each layer
         return out.view(-1, self.layers, 2, self.kv_heads, self.head_size).permute(1, 2, 3, 0, 4).contiguous()
 
     def before_forward(self, host: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -6,7 +6,8 @@
 
 At the sizes of a backbone these take the time of reading and writing [B, T, D]; the arithmetic is nothing beside it. Gradients are written
 out, because autograd's own copy [B, T, D] for each, multiply in the slow direction, and take a step of their own for every view
-(docs/performance.md).
+(docs/performance.md). Under autocast the products are of its type, and weights that are joined are cast as one: on a GPU a step of a small model
+is as long as the list of its kernels.
 
 Shapes: B examples, T tokens, M = B·T, D wide, R narrow.
 """
@@ -19,13 +20,18 @@ from torch import nn
 FEW = 32  # columns, or rows; from here on x Wᵀ is the faster way
 
 
-def _plain(wide: torch.Tensor, *linears: nn.Module) -> bool:
-    """Whether all are torch's own layers, types are one, and nothing converts or compiles on the way. Under ZeRO-3 DeepSpeed replaces torch's linear
-    function, gathers weights around a layer's call, and gives views that must not be changed. A compiler fuses the formulas by itself."""
-    if not isinstance(nn.functional.linear, types.BuiltinFunctionType) or torch.compiler.is_compiling() or not wide.is_contiguous():
-        return False
-    own = all(isinstance(linear, nn.Linear) and linear.weight.dtype == wide.dtype for linear in linears)
-    return own and not torch.is_autocast_enabled(wide.device.type)
+def _computes(wide: torch.Tensor, *linears: nn.Module) -> torch.dtype | None:
+    """The type of the products: autocast's, or the one that all have. None where each must be called by itself: not all are torch's own layers, types
+    differ, or a compiler is at work, which fuses the formulas by itself. Under ZeRO-3 DeepSpeed replaces torch's linear function, gathers weights
+    around a layer's call, and gives views that must not be changed."""
+    own = isinstance(nn.functional.linear, types.BuiltinFunctionType) and all(isinstance(linear, nn.Linear) for linear in linears)
+    if not own or torch.compiler.is_compiling() or not wide.is_contiguous():
+        return None
+    found, kind = {wide.dtype, *(linear.weight.dtype for linear in linears)}, wide.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return dtype if found <= {dtype, torch.float32} else None
+    return wide.dtype if len(found) == 1 else None
 
 
 def _narrow(x_MD: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
@@ -35,12 +41,12 @@ def _narrow(x_MD: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTD: torch.Tensor, groups: list[int], *weights_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x_MD, rest, joined, found = x_BTD.flatten(0, -2), list(weights_RD), [], []
-        ctx.shape, ctx.sizes = x_BTD.shape, []
+    def forward(ctx, x_BTD: torch.Tensor, dtype: torch.dtype, groups: list[int], *weights_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x_MD, rest, joined, found = x_BTD.flatten(0, -2).to(dtype), list(weights_RD), [], []
+        ctx.shape, ctx.sizes, ctx.types = x_BTD.shape, [], (x_BTD.dtype, weights_RD[0].dtype)
         for count in groups:
             group, rest = rest[:count], rest[count:]
-            joined.append(torch.cat(group) if count > 1 else group[0])
+            joined.append((torch.cat(group) if count > 1 else group[0]).to(dtype))
             ctx.sizes.append([len(weight_RD) for weight_RD in group])
             product_BTR = _narrow(x_MD, joined[-1].t()).unflatten(0, ctx.shape[:-1])
             found += product_BTR.split_with_sizes(ctx.sizes[-1], dim=-1)
@@ -55,16 +61,17 @@ class _Narrow(torch.autograd.Function):
             grad_MR = (torch.cat(group, dim=-1) if len(group) > 1 else group[0]).flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 grad_MD = grad_MR @ weight_RD if grad_MD is None else grad_MD.addmm_(grad_MR, weight_RD)
-            grad_weights += (grad_MR.t() @ x_MD).split_with_sizes(sizes)
-        return (None if grad_MD is None else grad_MD.view(ctx.shape), None, *grad_weights)
+            grad_weights += (grad_MR.t() @ x_MD).to(ctx.types[1]).split_with_sizes(sizes)
+        return (None if grad_MD is None else grad_MD.to(ctx.types[0]).view(ctx.shape), None, None, *grad_weights)
 
 
 def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch.Tensor] | None:
     """x Wᵀ, [B, T, R], of each linear layer, without biases; those of a group as one product. None where each must be called by itself."""
     linears = [linear for group in groups for linear in group]
-    if not _plain(x_BTD, *linears):
+    dtype = _computes(x_BTD, *linears)
+    if dtype is None or len({linear.weight.dtype for linear in linears}) > 1:
         return None
-    return list(_Narrow.apply(x_BTD, [len(group) for group in groups], *(linear.weight for linear in linears)))
+    return list(_Narrow.apply(x_BTD, dtype, [len(group) for group in groups], *(linear.weight for linear in linears)))
 
 
 class _FewRows(torch.autograd.Function):
@@ -82,7 +89,7 @@ class _FewRows(torch.autograd.Function):
 def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """x Wᵀ + b, [L, R], of L rows."""
     x_LD = x_LD.contiguous()
-    if len(x_LD) >= FEW or x_LD.device.type != "cpu" or not _plain(x_LD, linear):
+    if len(x_LD) >= FEW or x_LD.device.type != "cpu" or not x_LD.dtype == linear.weight.dtype == _computes(x_LD, linear):
         return linear(x_LD)
     return _FewRows.apply(x_LD, linear.weight, linear.bias)
 
@@ -90,35 +97,41 @@ def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
 class _AddGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result_BTD, narrow_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
-        """result + gate · (W v + b), [B, T, D]; bias_D: None for no bias."""
-        gated_MR = (gate_BT1 * narrow_BTR).flatten(0, -2)
+        """result + gate · (W v + b), [B, T, D], in the type of `result`; the product in that of v. bias_D: None for no bias."""
+        dtype, ctx.type = narrow_BTR.dtype, weight_DR.dtype
+        gated_MR, weight_DR = (gate_BT1 * narrow_BTR).flatten(0, -2), weight_DR.to(dtype)
         gate_M1 = None if bias_D is None else gate_BT1.expand(*narrow_BTR.shape[:-1], 1).reshape(-1, 1)
+        bias_D = None if bias_D is None else bias_D.to(dtype)
         ctx.save_for_backward(narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D)
-        if in_place:
+        same = result_BTD.dtype == dtype
+        if in_place and same:
             # Behind autograd's back, which would copy every gradient of a changed view; whoever had saved `result` finds its version changed.
             out_BTD = result_BTD.detach()
             out_MD = out_BTD.view(-1, out_BTD.shape[-1]).addmm_(gated_MR, weight_DR.t())
         else:
-            out_MD = torch.addmm(result_BTD.flatten(0, -2), gated_MR, weight_DR.t())
+            out_MD = torch.addmm(result_BTD.flatten(0, -2), gated_MR, weight_DR.t()) if same else gated_MR @ weight_DR.t()
             out_BTD = out_MD.view_as(result_BTD)
         if bias_D is not None:
             out_MD.addmm_(gate_M1, bias_D.unsqueeze(0))
-        return out_BTD
+        return out_BTD if same else result_BTD + out_BTD
 
     @staticmethod
     def backward(ctx, grad_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of result, v, gate, W and b."""
         narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D = ctx.saved_tensors
-        grad_MD = grad_BTD.flatten(0, -2)
+        grad_MD = grad_BTD.flatten(0, -2).to(narrow_BTR.dtype)
         grad_gated_BTR = _narrow(grad_MD, weight_DR).unflatten(0, narrow_BTR.shape[:-1])
         grad_gate = None
         if ctx.needs_input_grad[2]:
-            grad_gate = (grad_gated_BTR * narrow_BTR).sum(-1, keepdim=True)
-            if bias_D is not None:
+            product_BTR = grad_gated_BTR * narrow_BTR
+            if bias_D is None:
+                grad_gate = product_BTR.sum((1, 2) if gate_BT1.shape[1] == 1 else 2, keepdim=True)
+            else:
+                grad_gate = product_BTR.sum(2, keepdim=True)
                 grad_gate += (grad_MD @ bias_D).view_as(grad_gate)
             grad_gate = grad_gate.sum_to_size(gate_BT1.shape)
-        grad_weight = (gated_MR.t() @ grad_MD).t()
-        grad_bias = None if bias_D is None else (gate_M1.t() @ grad_MD).squeeze(0)
+        grad_weight = (gated_MR.t() @ grad_MD).t().to(ctx.type)
+        grad_bias = None if bias_D is None else (gate_M1.t() @ grad_MD).squeeze(0).to(ctx.type)
         return grad_BTD, gate_BT1 * grad_gated_BTR, grad_gate, grad_weight, grad_bias, None
 
 
@@ -131,14 +144,14 @@ def add_lora(result_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Ten
 
     Not where the projection is quantised: its output may be a view that must not be changed.
     """
-    if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or not _plain(result_BTD, linear):
+    if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or _computes(result_BTD, linear) != narrow_BTR.dtype:
         return result_BTD + linear(gate * narrow_BTR)
     return _AddGated.apply(result_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, None, True)
 
 
 def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Linear, own: bool) -> torch.Tensor:
     """z + gate · (W v + b); gate [B, 1 or T, 1] or a constant. `own`: nobody else reads z, so that it may be written to outside of training."""
-    if narrow_BTR.dtype != z_BTD.dtype or not _plain(z_BTD, linear):
+    if _computes(z_BTD, linear) != narrow_BTR.dtype:
         wide_BTD = linear(narrow_BTR).to(z_BTD.dtype)
         return z_BTD.add(wide_BTD, alpha=gate) if isinstance(gate, float) else torch.addcmul(z_BTD, wide_BTD, gate.to(z_BTD.dtype))
     return _AddGated.apply(z_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, linear.bias, own and not torch.is_grad_enabled())

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from launch import bench as script
 from launch.turns import LAYERS, InTurns
-from scaleup import bench
+from scaleup import bench, meter
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "launch" / "bench.py"
 TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, hidden_dropout_prob=0.0,
@@ -203,8 +203,43 @@ def test_what_cannot_be_measured_is_refused_in_a_line_of_its_own(monkeypatch, ca
 
 
 def test_live_bytes_leave_out_fake_tensors_that_a_compilation_left():
-    before = bench.live_bytes()
+    before = meter.live_bytes()
     with FakeTensorMode():
         fake = torch.zeros(1000, 1000)
     real = torch.zeros(1000)
-    assert fake.device.type == "cpu" and 4 * 1000 <= bench.live_bytes() - before < 4 * 2000 and real.numel() == 1000
+    assert fake.device.type == "cpu" and 4 * 1000 <= meter.live_bytes() - before < 4 * 2000 and real.numel() == 1000
+
+
+def test_attention_with_shared_keys_is_counted_forwards_and_backwards():
+    query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8, requires_grad=True)
+    forwards = meter.counted(lambda: nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True).detach())
+    both = meter.counted(lambda: nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True).sum().backward())
+    assert forwards["gflop"] == both["gflop"] == 0.0, "rounded"
+    assert meter._attention((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)) == 2 * 2 * 4 * 5 * 7 * 16
+    long = torch.randn(1, 4, 512, 64, requires_grad=True), torch.randn(1, 2, 512, 64)
+    found = meter.counted(lambda: nn.functional.scaled_dot_product_attention(long[0], long[1], long[1], enable_gqa=True).sum().backward())
+    assert found["gflop"] == round(7 / 2 * 4 * 4 * 512 * 512 * 64 / 1e9, 2)
+
+
+def test_a_language_model_in_a_half_type_trains_and_writes_no_head(monkeypatch):
+    shape = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, use_cache=False)
+    monkeypatch.setitem(bench.GEOMETRIES, "llama-8b", lambda: shape)
+    given = bench.batch([6] * 2, 6, 50)
+    found = bench.training("llama-8b", given, "cpu", ["floor", "PEFT LoRA", "APL", "APL, prefix MLP"], dtype=torch.bfloat16)
+    assert found["floor"].trained == 0
+    for contender in found.values():
+        contender.step()
+        kinds = {parameter.requires_grad: parameter.dtype for parameter in contender.model.parameters()}
+        assert kinds[False] == torch.bfloat16 and kinds.get(True, torch.float32) == torch.float32
+    found = bench.inference("llama-8b", given, "cpu", [], dtype=torch.bfloat16)
+    assert "APL merged" not in found and {contender.step().dtype for contender in found.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="APL merged"):
+        bench.inference("llama-8b", given, "cpu", ["APL merged"])
+
+
+def test_rows_have_tokens_per_second_and_the_share_of_a_products_rate(monkeypatch, tiny):
+    monkeypatch.setattr(script, "measure_in_turns", lambda contenders, rounds: {"bare": [[0.5]] * 3})
+    monkeypatch.setattr("scaleup.meter.matmul_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "inference", "--batch", "3", "--length", "4", "--only", "bare", "--dtype", "bfloat16"])
+    row = script.timed(script.arguments())["bare"]
+    assert row["tokens_per_second"] == 24 and row["of_matmul_rate"] == pytest.approx(row["gflop"] / 0.5)

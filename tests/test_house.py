@@ -11,7 +11,7 @@ PACKAGE = ROOT / "scaleup"
 
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
-    {"rules", "yamlfile", "int8", "quantised", "fresh"},
+    {"rules", "yamlfile", "int8", "quantised", "fresh", "meter"},
     {"watchdog", "tokens", "product", "short"},
     {"config", "gate", "runtime", "tuner", "weights"},
     {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},

@@ -116,3 +116,23 @@ def test_few_rows_equal_a_linear_layer_with_its_gradients(rows):
     assert (type(found.grad_fn).__name__ == "_FewRowsBackward") == (rows < FEW)
     for one, other in zip(torch.autograd.grad((found * weight).sum(), leaves), torch.autograd.grad((wanted * weight).sum(), leaves)):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, T], ids=["example", "token"])
+def test_under_autocast_products_are_of_its_type_and_gradients_of_the_weights(wide, size):
+    """Near the formula in float32; what is wide keeps its type, and so do the weights' gradients."""
+    z, _, up = given()
+    down, gate = nn.Linear(D, R), torch.rand(B, size, 1).requires_grad_()
+    leaves = [z.requires_grad_(), gate, down.weight, up.weight, up.bias]
+    wanted_out = z + gate * up(nn.functional.linear(z, down.weight))
+    wanted = torch.autograd.grad(wanted_out.square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = z.to(wide)
+        (narrow,) = narrow_products(x, [down])
+        found_out = add_gated(x, narrow, gate, up, own=False)
+    assert narrow.dtype == torch.bfloat16 and found_out.dtype == wide and type(found_out.grad_fn).__name__ == "_AddGatedBackward"
+    found = torch.autograd.grad(found_out.float().square().sum(), leaves)
+    assert ((found_out - wanted_out).norm() / wanted_out.norm()) < 0.01
+    for one, other in zip(found, wanted):
+        assert one.dtype == torch.float32 and ((one - other).norm() / other.norm()) < 0.02
