@@ -4,6 +4,7 @@
 # make venv         .venv with exactly requirements.txt; made anew only when that file changes
 # make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
 # make bench        the tables of results/bench: inference, training, padding, memory, compiled; an idle machine, an hour
+# make bench-gpu    training steps on one GPU (the 8B geometry: over 80 GB), bfloat16: minutes
 # make bench-peer   the same with the library adapters 1.3.0, in an environment of its own (.venv-peer)
 # make schema       configs/schema.json, from which editors complete and check the YAML files
 # make clean        removes .venv, quickstart/ and caches; runs/ stays
@@ -20,7 +21,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 
 SWEEP ?= configs/sweeps/minilm.yaml
 
-.PHONY: venv quickstart test test-all sweep bench bench-peer schema clean
+.PHONY: venv quickstart test test-all sweep bench bench-gpu bench-peer schema clean
 
 # Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
 # written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
@@ -69,6 +70,17 @@ bench: venv
 	$(BENCH) training --geometry bert-narrow --batch 1 --length 16 --rounds 50 $(OVER_FLOOR) --output "$(TABLES)/overhead-training.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_FLOOR) --output "$(TABLES)/training-compiled.json"
+
+# Four contenders of 8B parameters at once: over 80 GB; fewer with --only.
+ON_GPU = "$(VENV)/bin/python" launch/bench.py training --device cuda --dtype bfloat16 --reference floor
+SHOWN = "full fine-tuning" floor "PEFT LoRA" APL "APL, prefix MLP"
+
+bench-gpu: venv
+	$(ON_GPU) --only $(SHOWN) --output "$(TABLES)/gpu/training-bert-base.json"
+	$(ON_GPU) --batch 256 --only $(SHOWN) --output "$(TABLES)/gpu/training-bert-base-large-batch.json"
+	$(ON_GPU) --geometry bart-large --batch 32 --only $(SHOWN) --output "$(TABLES)/gpu/training-bart-large.json"
+	$(ON_GPU) --geometry llama-8b --batch 1 --length 2048 --rounds 7 --only floor "PEFT LoRA" APL "APL, prefix MLP" --output "$(TABLES)/gpu/training-llama-8b.json"
+	$(ON_GPU) --compile --only floor APL --output "$(TABLES)/gpu/training-compiled.json"
 
 bench-peer: venv
 	@if ! cmp -s launch/bench_peer.txt .venv-peer/requirements.txt; then \

@@ -119,9 +119,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(problems)
     cells, found = [], {}
     for seed, k, task, method in itertools.product(file.seeds, file.k, file.tasks, file.methods):
-        axes = [*file.tasks[task], *file.k[k], *file.methods[method], *file.seeds[seed]]
+        chosen = {"tasks": file.tasks[task], "k": file.k[k], "methods": file.methods[method], "seeds": file.seeds[seed]}
+        axes = list(itertools.chain.from_iterable(chosen.values()))
         folder = output / f"{task}-{k}-{method}-{seed}"
         said = [*base, "train.disable_tqdm=true", *_seeded(axes), *overrides, f"train.output_dir={folder}", "train.resume=auto"]
+        for problem in _set_twice(chosen):
+            found.setdefault(problem, []).append(folder.name)
         try:
             settings = load_config(first[1] if first else None, said, checks=CHECKS)
             _same_run(settings, folder)
@@ -196,6 +199,14 @@ def _seeded(axes: list[str]) -> list[str]:
         key, _, value = item.partition("=")
         out += [f"data.seed={value}"] * chosen + [f"train.seed={value}"] if key == "seed" else [item]
     return out
+
+
+def _set_twice(chosen: dict[str, list[str]]) -> list[str]:
+    """Of a cell: what two axes set to different values, of which one would have no effect."""
+    axes = {name: dict(item.partition("=")[::2] for item in _seeded(overrides)) for name, overrides in chosen.items()}
+    pairs = itertools.combinations(axes, 2)
+    differ = [(one, other, key) for one, other in pairs for key in sorted(axes[one].keys() & axes[other].keys()) if axes[one][key] != axes[other][key]]
+    return [f"{key}: {one} and {other} set it to different values, and one would have no effect; leave it to one of them" for one, other, key in differ]
 
 
 def _named(names: list[str], total: int) -> str:

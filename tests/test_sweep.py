@@ -102,6 +102,7 @@ def test_problems_of_all_cells_are_said_together_and_once(workspace, tmp_path):
         ({"methods": {"a-b": []}}, "methods: 'a-b' cannot be part of a folder's name"),
         ({"tasks": {"films": ["train.output_dir=x"]}}, "the sweep decides train.output_dir"),
         ({"threads": 0}, "threads: should be greater than 0"),
+        ({"methods": {"full": ["method=full", "train.seed=7"]}}, "every run: train.seed: methods and seeds set it to different values"),
     ],
     ids=lambda value: str(value)[:30],
 )
