@@ -58,6 +58,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query_BHTE, key_BHSE, value_BHSE, own, gate_BT, mask, scaling: float, dropout: float) -> torch.Tensor:
+        """[B, T, H, E]. own: keys and values of the prefix, [2, H, L, E]; gate_BT: [B, 1] or [B, T]; mask: as sdpa takes it, or None."""
         batch, heads, queries, size = query_BHTE.shape
         length, per_query = own.shape[2], gate_BT.shape[1] > 1
         scaled_NTE = torch.mul(query_BHTE, scaling, out=query_BHTE.new_empty(query_BHTE.shape)).view(-1, queries, size)
