@@ -69,10 +69,10 @@ def script(*arguments: str, file: str = "launch/plan.py", processes: int = 1, **
 @pytest.mark.parametrize(
     "stage, changes",
     [
-        pytest.param("zero1", (), marks=pytest.mark.slow),
+        ("zero1", ()),
         pytest.param("zero2", ("train.bf16=true",), marks=pytest.mark.slow),
         pytest.param("zero3", (), marks=pytest.mark.slow),
-        ("zero3", ("model.quantization=8bit",)),
+        pytest.param("zero3", ("model.quantization=8bit",), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "".join(value),
 )  # fmt: skip
