@@ -99,9 +99,14 @@ def test_bfloat16_stays_near_float32(family):
 
 @pytest.mark.parametrize("family", ["bert", "bart", "llama"])
 def test_the_compiled_model_is_one_graph_with_the_same_logits(family):
-    model = adapt(backbone(family), prefix_reparameterization="none").cuda()
-    given = on_gpu(inputs(model)) | ({} if family == "bert" else {"use_cache": False})
+    bare = backbone(family).cuda()
+    given = on_gpu(inputs(bare)) | ({} if family == "bert" else {"use_cache": False})
     with torch.no_grad():
+        try:
+            torch.compile(bare, fullgraph=True, backend="eager")(**given)
+        except torch._dynamo.exc.Unsupported as error:  # transformers' own, with some versions of torch
+            pytest.skip(f"the bare backbone is no single graph: {str(error).splitlines()[0]}")
+        model = adapt(bare, prefix_reparameterization="none")
         expected = model(**given).logits
         torch._dynamo.reset()
         found = torch.compile(model, fullgraph=True)(**given).logits
