@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,20 +35,15 @@ STEADY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_ARENA_MAX": "1", "
 
 def measure(contenders: dict, rounds: int, device: str) -> dict[str, list[list[float]]]:
     """Seconds of each step by contender, as a list of one piece; the order turns round by round, so that nobody always follows the same one."""
-    import torch
+    from scaleup import meter
 
     names, found = list(contenders), {name: [] for name in contenders}
     for number in range(rounds + 2):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            contenders[name].step()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            taken = meter.seconds(contenders[name].step, device)
             if number >= 2:  # two rounds to warm up
-                found[name].append([time.perf_counter() - began])
+                found[name].append([taken])
     return found
 
 

@@ -26,7 +26,7 @@ from scaleup.config import ModelSettings
 from scaleup.loop import EpochOrder
 from scaleup.meter import allocated_peak, live_bytes
 from scaleup.sites import find_sites
-from scaleup.unipelt import UniPeltConfig
+from scaleup.unipelt import UniPeltConfig, task_type
 
 # Dropout off: with it CPU attention takes a slow path in every contender alike (DESIGN.md, section 6).
 GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -117,13 +117,12 @@ def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
 
 
 def _unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
-    task = "SEQ_CLS" if base.get_output_embeddings() is None else "CAUSAL_LM"
-    return _adapted(base, UniPeltConfig(task_type=task, **fields))
+    return _adapted(base, UniPeltConfig(task_type=task_type(base), **fields))
 
 
 def _peft_lora(base: PreTrainedModel) -> nn.Module:
     targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
-    return _adapted(base, LoraConfig(task_type="SEQ_CLS" if base.get_output_embeddings() is None else "CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets))
+    return _adapted(base, LoraConfig(task_type=task_type(base), r=8, lora_alpha=16, target_modules=targets))
 
 
 def _biases(base: PreTrainedModel) -> nn.Module:

@@ -179,8 +179,8 @@ def main() -> None:
     found = calibrate(model, batches, job["calibrate"]) if job["calibrate"] else {}
     if job["gates"] is not None:
         freeze(model, {(site, part): value for site, part, value in job["gates"]}, {tuple(key) for key in job["dropped"]})
-    frozen = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad)
-    torch.save(found | measure(model, batches, job["generate"]) | {"dtype": str(frozen).removeprefix("torch.")}, job["output"])
+    kept_in = str(model.get_base_model().dtype).removeprefix("torch.")
+    torch.save(found | measure(model, batches, job["generate"]) | {"dtype": kept_in}, job["output"])
 
 
 if __name__ == "__main__":

@@ -51,20 +51,23 @@ def counted(step: Callable[[], object]) -> dict[str, int]:
     return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": calls.calls}
 
 
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Of one step, to the end of what it gave a GPU to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """GFLOP/s of a large square product of matrices, the best of ten: what arithmetic can reach here."""
     size = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(13):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[3:]) / 1e9
+    found = [seconds(lambda: a @ b, device) for _ in range(13)]
+    return 2 * size**3 / min(found[3:]) / 1e9
 
 
 def operations(step: Callable[[], object], rounds: int) -> list[tuple[str, str, int, float]]:

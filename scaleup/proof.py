@@ -154,11 +154,11 @@ def prove(job: Job, written: pathlib.Path, before: dict, gates: fold.Gates | Non
     if job.options.kind == "exact":
         expected, after = before, job.trained("after", weights="user", checkpoint=str(written.resolve()))
     else:
-        expected, kept = before, str(dtype).removeprefix("torch.")
-        halved = before["dtype"] not in ("float32", kept)  # a run in bfloat16, exported in another type: what it must give is computed in that one
+        expected, written_in = before, str(dtype).removeprefix("torch.")
+        halved = before["dtype"] not in ("float32", written_in)  # a run in bfloat16, exported in another type: what it must give is computed in that one
         if gates is not None or quantised or halved:
             constants = None if gates is None else [[*key, value] for key, value in gates.items()]
-            expected = job.trained("expected", full_precision=True, dtype=kept if halved else None, gates=constants, dropped=sorted(dropped))
+            expected = job.trained("expected", full_precision=True, dtype=written_in if halved else None, gates=constants, dropped=sorted(dropped))
         folder = {"folder": str(written.resolve()), "auto": tasks.of(job.settings.data).auto.__name__, "attention": job.settings.model.attention}
         after = job.process("after", ["-I", str(ROOT / "scaleup" / "fresh.py")], **folder)
     scale = max(1.0, expected["logits"].abs().max().item())

@@ -163,7 +163,7 @@ class UniPeltModel(LoraModel):
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-def _task_type(model: PreTrainedModel) -> str:
+def task_type(model: PreTrainedModel) -> str:
     """PEFT's name for what the model's head does."""
     if model.get_output_embeddings() is None:
         return "SEQ_CLS"
@@ -175,7 +175,7 @@ def apply_method(model: PreTrainedModel, method: MethodSettings, fresh: Sequence
     do `fresh`, modules of the backbone without pretrained weights."""
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"})
-        config = UniPeltConfig(task_type=_task_type(model), gates=method.resolved_gates, modules_to_save=list(fresh) or None, **values)
+        config = UniPeltConfig(task_type=task_type(model), gates=method.resolved_gates, modules_to_save=list(fresh) or None, **values)
         return get_peft_model(model, config)
     heads = tuple(f"{name}." for name in (*head_names(model), *fresh))
     for name, parameter in model.named_parameters():
