@@ -135,7 +135,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: the first)")
-    parser.add_argument("--compile", action="store_true", help="inference, training: each model through torch.compile")
+    parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
+                        help="inference, training: each model through torch.compile; reduce-overhead: as CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="inference, training: the time of each operation instead of whole steps")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the library adapters: its UniPELT takes part")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -146,6 +147,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
     if options.peer and (options.device == "cuda" or options.dtype != "float32"):
         parser.error("--peer works on the CPU and in float32; leave out --device and --dtype")
+    if options.compile == "reduce-overhead" and options.device == "cpu":
+        parser.error("--compile reduce-overhead makes CUDA graphs, a CPU has none; leave out the mode")
     steps = ("ragged", "compile", "profile", "peer")  # of one batch
     without_effect = {"inference": ("texts",), "training": ("texts",), "ragged": ("only", *steps), "memory": ("texts", "reference", *steps)}
     idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]

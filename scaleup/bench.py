@@ -159,7 +159,7 @@ def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> Pre
 
 
 def inference(
-    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False, dtype: torch.dtype = torch.float32
+    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Contender]:
     """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
     inputs = {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
@@ -180,7 +180,7 @@ def inference(
         for parameter in model.parameters():  # those read from a file share its memory
             parameter.data = parameter.data.to(device, dtype, copy=True)
         model.to(device).eval()
-        called = torch.compile(model) if compiled else model
+        called = torch.compile(model, mode=compiled) if compiled else model
 
         def run() -> torch.Tensor:
             with torch.inference_mode():
@@ -192,11 +192,11 @@ def inference(
 
 
 def _training_step(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: bool = False, dtype: torch.dtype = torch.float32
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], device: str, compiled: str | None = None, dtype: torch.dtype = torch.float32
 ) -> Callable[[], object]:
     """A step of AdamW on each batch."""
     model.to(device).train()
-    called = torch.compile(model) if compiled else model
+    called = torch.compile(model, mode=compiled) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None  # the floor of a language model trains nothing
     given = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in batches]
@@ -220,7 +220,7 @@ def _contender(model: nn.Module, step: Callable[[], object]) -> Contender:
 
 
 def training(
-    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: bool = False, dtype: torch.dtype = torch.float32
+    geometry: str, given: dict[str, torch.Tensor], device: str, only: list[str], compiled: str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Contender]:
     """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
 

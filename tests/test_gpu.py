@@ -141,7 +141,7 @@ def needs(*words: str) -> list:
 
 RUNS = [
     ("bert",), ("bert", "train.bf16=false"), ("bert", "train.fp16=true"), ("bert", "train.gradient_checkpointing=true"), ("bert", "method=full"),
-    ("bert", "train.torch_compile=true"), ("bart", "train.deepspeed=zero2"), ("bert", "train.deepspeed=zero3"), ("bart", "model.quantization=8bit"),
+    ("bert", "train.torch_compile=true"), ("bert", "train.torch_compile=true", "train.torch_compile_mode=reduce-overhead"), ("bart", "train.deepspeed=zero2"), ("bert", "train.deepspeed=zero3"), ("bart", "model.quantization=8bit"),
     ("bert", "model.quantization=nf4"), ("bert", "train.deepspeed=zero3", "model.quantization=8bit"),
 ]  # fmt: skip
 
