@@ -73,6 +73,7 @@ bench: venv
 
 # Four contenders of 8B parameters at once: over 80 GB; fewer with --only.
 ON_GPU = "$(VENV)/bin/python" launch/bench.py training --device cuda --dtype bfloat16 --reference floor
+FORWARD_ON_GPU = "$(VENV)/bin/python" launch/bench.py inference --device cuda --dtype bfloat16
 SHOWN = "full fine-tuning" floor "PEFT LoRA" APL "APL, prefix MLP"
 
 bench-gpu: venv
@@ -81,6 +82,10 @@ bench-gpu: venv
 	$(ON_GPU) --geometry bart-large --batch 32 --only $(SHOWN) --output "$(TABLES)/gpu/training-bart-large.json"
 	$(ON_GPU) --geometry llama-8b --batch 1 --length 2048 --rounds 7 --only floor "PEFT LoRA" APL "APL, prefix MLP" --output "$(TABLES)/gpu/training-llama-8b.json"
 	$(ON_GPU) --compile --only floor APL --output "$(TABLES)/gpu/training-compiled.json"
+	$(ON_GPU) --compile reduce-overhead --rounds 30 --only floor APL --output "$(TABLES)/gpu/training-graphs.json"
+	$(ON_GPU) --compile reduce-overhead --rounds 30 --only "full fine-tuning" floor "PEFT LoRA" --output "$(TABLES)/gpu/training-graphs-others.json"
+	$(FORWARD_ON_GPU) --geometry llama-8b --batch 1 --length 2048 --rounds 10 --only bare lora APL --output "$(TABLES)/gpu/inference-llama-8b.json"
+	$(FORWARD_ON_GPU) --geometry bart-large --batch 32 --rounds 30 --only bare APL "APL merged" --output "$(TABLES)/gpu/inference-bart-large.json"
 
 bench-peer: venv
 	@if ! cmp -s launch/bench_peer.txt .venv-peer/requirements.txt; then \

@@ -51,27 +51,27 @@ def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class GateStatistics:
-    """Mean and spread of gate values since the last `drain`, summed on the device: no synchronisation per step."""
+    """Mean and spread of the values of `gates` gates since the last look. Summed on the device and in place: no synchronisation per step, no
+    reference to a step's own tensors, which CUDA graphs write over."""
 
-    def __init__(self) -> None:
-        self.sums_3N: torch.Tensor | None = None  # count, sum, sum of squares
+    def __init__(self, gates: int, device: torch.device):
+        self.sums_3N = torch.zeros(3, gates, device=device)  # count, sum, sum of squares
 
     def add(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Adds one value per example; of per-token gates the mean over real tokens."""
         with torch.no_grad():
-            per_token = mask_BT if g_BTN.shape[1] > 1 else None
-            g_BN = pool(g_BTN.detach().float(), "masked", per_token)[:, 0]
-            sums = torch.stack([torch.ones_like(g_BN).sum(0), g_BN.sum(0), g_BN.square().sum(0)])
-            self.sums_3N = sums if self.sums_3N is None else self.sums_3N + sums
+            g_BTN = g_BTN.detach().float()
+            g_BN = (pool(g_BTN, "masked", mask_BT) if g_BTN.shape[1] > 1 else g_BTN)[:, 0]
+            self.sums_3N.add_(torch.stack([torch.ones_like(g_BN), g_BN, g_BN.square()]).sum(1))
 
     def drain(self) -> list[tuple[float, float]]:
         """(mean, standard deviation) per gate, and starts anew. Empty if nothing was seen."""
-        sums_3N = self.take()
-        return [] if sums_3N is None else self.moments(sums_3N)
+        return self.moments(self.take())
 
-    def take(self) -> torch.Tensor | None:
+    def take(self) -> torch.Tensor:
         """The sums since the last look, to be added to other processes'; starts anew."""
-        sums_3N, self.sums_3N = self.sums_3N, None
+        sums_3N = self.sums_3N.clone()
+        self.sums_3N.zero_()
         return sums_3N
 
     @staticmethod

@@ -22,22 +22,22 @@ from scaleup.runtime import World
 class GateLog:
     """Means of every gate of a model, by site and submodule, as collected since the last look, over all processes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, compiled: bool = False):
+        """compiled: the model runs through torch.compile, perhaps as CUDA graphs, which write to what they read only at addresses that stay."""
         self.gates: dict[str, LearnedGate] = {}
         self.last: dict[str, dict[str, dict[str, float]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
-                module.statistics = GateStatistics()
+                module.statistics = GateStatistics(len(module.names), module.bias.device)
+                if compiled:
+                    torch._dynamo.mark_static_address(module.statistics.sums_3N)
                 site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
                 self.gates[site] = module
 
     def drain(self) -> dict[str, dict[str, dict[str, float]]]:
         """site → submodule → mean and std over the examples that the processes have seen. The only synchronisation with the device.
         Every process must call it."""
-        sums = []
-        for gate in self.gates.values():
-            seen = gate.statistics.take()
-            sums.append(torch.zeros(3, len(gate.names), device=gate.bias.device) if seen is None else seen)
+        sums = [gate.statistics.take() for gate in self.gates.values()]
         if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             joined_3N = torch.cat(sums, 1)
             torch.distributed.all_reduce(joined_3N)

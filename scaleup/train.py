@@ -199,7 +199,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
 def _make_trainer(
     settings, args, model, tokenizer, examples: Examples, facts: dict, callbacks: Sequence[TrainerCallback], world: runtime.World, shared: bool
 ) -> RunTrainer:
-    gate_log, out = GateLog(model), pathlib.Path(settings.train.output_dir)
+    gate_log, out = GateLog(model, args.torch_compile), pathlib.Path(settings.train.output_dir)
     stop, task = StopInTime(), tasks.of(settings.data)
     try:
         trainer = RunTrainer(

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from transformers import BartForConditionalGeneration
 
 from scaleup.gate import GateStatistics, LearnedGate
 from tests.tiny import FAMILIES, adapt, backbone, inputs
@@ -60,7 +61,7 @@ def test_a_step_never_waits_for_the_gpu(family, flat):
         given = on_gpu(inputs(model, labels=True))
         for gate in model.modules():
             if isinstance(gate, LearnedGate):
-                gate.statistics = GateStatistics()
+                gate.statistics = GateStatistics(len(gate.names), gate.bias.device)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
                 model(**given).loss.backward()
@@ -97,16 +98,12 @@ def test_bfloat16_stays_near_float32(family):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", ["bert", "bart", "llama"])
-def test_the_compiled_model_is_one_graph_with_the_same_logits(family):
-    bare = backbone(family).cuda()
-    given = on_gpu(inputs(bare)) | ({} if family == "bert" else {"use_cache": False})
+# BART writes: its classification head picks tokens by their value, for which torch's compiler has no code.
+@pytest.mark.parametrize(("family", "cls"), [("bert", None), ("bart", BartForConditionalGeneration), ("llama", None)])
+def test_the_compiled_model_is_one_graph_with_the_same_logits(family, cls):
+    model = adapt(backbone(family, cls=cls).cuda(), prefix_reparameterization="none")
+    given = on_gpu(inputs(model)) | ({} if family == "bert" else {"use_cache": False})
     with torch.no_grad():
-        try:
-            torch.compile(bare, fullgraph=True, backend="eager")(**given)
-        except torch._dynamo.exc.Unsupported as error:  # transformers' own, with some versions of torch
-            pytest.skip(f"the bare backbone is no single graph: {str(error).splitlines()[0]}")
-        model = adapt(bare, prefix_reparameterization="none")
         expected = model(**given).logits
         torch._dynamo.reset()
         found = torch.compile(model, fullgraph=True)(**given).logits
@@ -141,7 +138,7 @@ def needs(*words: str) -> list:
 
 RUNS = [
     ("bert",), ("bert", "train.bf16=false"), ("bert", "train.fp16=true"), ("bert", "train.gradient_checkpointing=true"), ("bert", "method=full"),
-    ("bert", "train.torch_compile=true"), ("bert", "train.torch_compile=true", "train.torch_compile_mode=reduce-overhead"), ("bart", "train.deepspeed=zero2"), ("bert", "train.deepspeed=zero3"), ("bart", "model.quantization=8bit"),
+    ("bert", "train.torch_compile=true"), ("bart", "train.deepspeed=zero2"), ("bert", "train.deepspeed=zero3"), ("bart", "model.quantization=8bit"),
     ("bert", "model.quantization=nf4"), ("bert", "train.deepspeed=zero3", "model.quantization=8bit"),
 ]  # fmt: skip
 

@@ -385,7 +385,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
                     parameter.normal_(std=0.3)
         gates = {key.removeprefix("base_model.model.").split(".unipelt_")[0]: m for key, m in model.named_modules() if isinstance(m, LearnedGate)}
         for gate in gates.values():
-            gate.statistics = GateStatistics()
+            gate.statistics = GateStatistics(len(gate.names), gate.bias.device)
         encoded = data.tokenize(examples, tokenizer, settings.data).dev
         with torch.no_grad():
             for row in encoded:  # one by one
