@@ -1,6 +1,6 @@
 """Products with a narrow side, as the gates, LoRA and the adapter have them, near the cost of reading what is wide.
 
-    narrow   x W₁ᵀ, x W₂ᵀ, …            what reads one input, at once; few columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
+    narrow   x W₁ᵀ, x W₂ᵀ, …            what reads one input, at once; two or three columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
     add      result + gate · (W v + b)  the gate scales the narrow side, whose gradient is a narrow product too
     few      x Wᵀ + b                   of few rows and a wide W, as the prefix's MLP has them: also as (W xᵀ + b)ᵀ
 
@@ -13,33 +13,54 @@ Shapes: B examples, T tokens, M = B·T, D wide, R narrow.
 """
 
 import types
+from typing import Any
 
 import torch
 from torch import nn
 
-FEW = 32  # columns, or rows; from here on x Wᵀ is the faster way
+FEW_ROWS = 32  # from here on x Wᵀ is the faster way
+FEW_COLUMNS = 4  # the same
+
+
+class WithoutGradients:
+    """In the place of autograd's context where no gradient is wanted."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """Keeps nothing."""
+
+
+class Written(torch.autograd.Function):
+    """One whose gradients are written out. `run` is `apply`, without autograd's bookkeeping where no gradient is wanted."""
+
+    @classmethod
+    def run(cls, *args: object) -> Any:
+        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(WithoutGradients(), *args)
 
 
 def _computes(wide: torch.Tensor, *linears: nn.Module) -> torch.dtype | None:
     """The type of the products: autocast's, or the one that all have. None where each must be called by itself: not all are torch's own layers, types
     differ, or a compiler is at work, which fuses the formulas by itself. Under ZeRO-3 DeepSpeed replaces torch's linear function, gathers weights
     around a layer's call, and gives views that must not be changed."""
-    own = isinstance(nn.functional.linear, types.BuiltinFunctionType) and all(isinstance(linear, nn.Linear) for linear in linears)
-    if not own or torch.compiler.is_compiling() or not wide.is_contiguous():
+    if torch.compiler.is_compiling() or not isinstance(nn.functional.linear, types.BuiltinFunctionType) or not wide.is_contiguous():
         return None
-    found, kind = {wide.dtype, *(linear.weight.dtype for linear in linears)}, wide.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return dtype if found <= {dtype, torch.float32} else None
-    return wide.dtype if len(found) == 1 else None
+    given, kind = wide.dtype, wide.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    allowed = (given,) if autocast is None else (autocast, torch.float32)
+    for linear in linears:
+        if not isinstance(linear, nn.Linear) or linear.weight.dtype not in allowed:
+            return None
+    return given if autocast is None else autocast if given in allowed else None
 
 
 def _narrow(x_MD: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
     """x W, [M, R]."""
-    return (weight_DR.t() @ x_MD.t()).t() if weight_DR.shape[1] < FEW else x_MD @ weight_DR
+    if weight_DR.shape[1] < FEW_COLUMNS:
+        return (weight_DR.t() @ x_MD.t()).t()
+    # On a CPU a copy of the small one costs less than to read it across, 0.9 of the time at 2,048 rows.
+    return x_MD @ (weight_DR.contiguous() if x_MD.device.type == "cpu" else weight_DR)
 
 
-class _Narrow(torch.autograd.Function):
+class _Narrow(Written):
     @staticmethod
     def forward(ctx, x_BTD: torch.Tensor, dtype: torch.dtype, groups: list[int], *weights_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x_MD, rest, joined, found = x_BTD.flatten(0, -2).to(dtype), list(weights_RD), [], []
@@ -71,10 +92,10 @@ def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch
     dtype = _computes(x_BTD, *linears)
     if dtype is None or len({linear.weight.dtype for linear in linears}) > 1:
         return None
-    return list(_Narrow.apply(x_BTD, dtype, [len(group) for group in groups], *(linear.weight for linear in linears)))
+    return list(_Narrow.run(x_BTD, dtype, [len(group) for group in groups], *(linear.weight for linear in linears)))
 
 
-class _FewRows(torch.autograd.Function):
+class _FewRows(Written):
     @staticmethod
     def forward(ctx, x_LD: torch.Tensor, weight_RD: torch.Tensor, bias_R: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_LD, weight_RD)
@@ -89,12 +110,12 @@ class _FewRows(torch.autograd.Function):
 def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     """x Wᵀ + b, [L, R], of L rows."""
     x_LD = x_LD.contiguous()
-    if len(x_LD) >= FEW or x_LD.device.type != "cpu" or not x_LD.dtype == linear.weight.dtype == _computes(x_LD, linear):
+    if len(x_LD) >= FEW_ROWS or x_LD.device.type != "cpu" or not x_LD.dtype == linear.weight.dtype == _computes(x_LD, linear):
         return linear(x_LD)
-    return _FewRows.apply(x_LD, linear.weight, linear.bias)
+    return _FewRows.run(x_LD, linear.weight, linear.bias)
 
 
-class _AddGated(torch.autograd.Function):
+class _AddGated(Written):
     @staticmethod
     def forward(ctx, result_BTD, narrow_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
         """result + gate · (W v + b), [B, T, D], in the type of `result`; the product in that of v. bias_D: None for no bias."""
@@ -146,7 +167,7 @@ def add_lora(result_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Ten
     """
     if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or _computes(result_BTD, linear) != narrow_BTR.dtype:
         return result_BTD + linear(gate * narrow_BTR)
-    return _AddGated.apply(result_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, None, True)
+    return _AddGated.run(result_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, None, True)
 
 
 def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Linear, own: bool) -> torch.Tensor:
@@ -154,4 +175,4 @@ def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor 
     if _computes(z_BTD, linear) != narrow_BTR.dtype:
         wide_BTD = linear(narrow_BTR).to(z_BTD.dtype)
         return z_BTD.add(wide_BTD, alpha=gate) if isinstance(gate, float) else torch.addcmul(z_BTD, wide_BTD, gate.to(z_BTD.dtype))
-    return _AddGated.apply(z_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, linear.bias, own and not torch.is_grad_enabled())
+    return _AddGated.run(z_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, linear.bias, own and not torch.is_grad_enabled())

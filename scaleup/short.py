@@ -12,6 +12,7 @@ Shapes: B examples, T queries, S keys and the prefix's, H heads, E head size, L 
 
 import torch
 
+from scaleup.product import Written
 
 MOST_KEYS, MOST_KEYS_BESIDE_SLOW = 64, 192  # those of the prefix among them
 
@@ -53,7 +54,7 @@ def _dropped(weights_NTS: torch.Tensor, kept_NTS: torch.Tensor | None, dropout: 
     return weights_NTS.clone() if kept_NTS is None else (weights_NTS * kept_NTS).mul_(1 / (1 - dropout))
 
 
-class _Attend(torch.autograd.Function):
+class _Attend(Written):
     """A gate per example scales the prefix; a gate per query scales its scores and weights."""
 
     @staticmethod
@@ -127,4 +128,4 @@ def attend(
     """[B, T, H, E]. own: the prefix's keys and values [2, H, L, E]; gate: [B, 1 or T, 1] or a constant; mask: boolean or additive, over all S keys."""
     batch = query_BHTE.shape[0]
     gate_BT = gate.squeeze(2).to(query_BHTE.dtype).expand(batch, -1) if isinstance(gate, torch.Tensor) else query_BHTE.new_full((batch, 1), gate)
-    return _Attend.apply(query_BHTE, key_BHSE, value_BHSE, own.to(query_BHTE.dtype), gate_BT, mask, scaling, dropout)
+    return _Attend.run(query_BHTE, key_BHSE, value_BHSE, own.to(query_BHTE.dtype), gate_BT, mask, scaling, dropout)

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "scaleup"
 # In the order in which data flows. A new module gets its place here first.
 RANKS = [
     {"rules", "yamlfile", "int8", "quantised", "fresh", "meter"},
-    {"watchdog", "tokens", "product", "short"},
-    {"config", "gate", "runtime", "tuner", "weights"},
+    {"watchdog", "tokens", "product"},
+    {"config", "gate", "runtime", "tuner", "weights", "short"},
     {"arguments", "precision", "readers", "backbone", "adapter", "prefix"},
     {"sites", "data", "sequences"},
     {"attention", "lora", "tasks"},

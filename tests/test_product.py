@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaleup.product import FEW, add_gated, add_lora, few_rows, narrow_products
+from scaleup.product import FEW_ROWS, add_gated, add_lora, few_rows, narrow_products
 
 B, T, D, R = 2, 5, 16, 3
 
@@ -105,7 +105,7 @@ def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
     assert narrow_products(z, [nn.Linear(D, R)]) is None
 
 
-@pytest.mark.parametrize("rows", [3, FEW], ids=["few", "many"])
+@pytest.mark.parametrize("rows", [3, FEW_ROWS], ids=["few", "many"])
 def test_few_rows_equal_a_linear_layer_with_its_gradients(rows):
     torch.manual_seed(0)
     linear = nn.Linear(D, 40).double()
@@ -113,7 +113,7 @@ def test_few_rows_equal_a_linear_layer_with_its_gradients(rows):
     leaves, weight = [x, *linear.parameters()], torch.randn(rows, 40, dtype=torch.float64)
     found, wanted = few_rows(x, linear), linear(x)
     torch.testing.assert_close(found, wanted)
-    assert (type(found.grad_fn).__name__ == "_FewRowsBackward") == (rows < FEW)
+    assert (type(found.grad_fn).__name__ == "_FewRowsBackward") == (rows < FEW_ROWS)
     for one, other in zip(torch.autograd.grad((found * weight).sum(), leaves), torch.autograd.grad((wanted * weight).sum(), leaves)):
         torch.testing.assert_close(one, other)
 
