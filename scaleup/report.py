@@ -158,7 +158,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
 
 
 def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, Any]) -> tuple[Table, list[Panel]]:
-    """Points and curves for every task and K there."""
+    """Points and curves for every task and K there; a sweep that was given for its usual setting makes no panel of that one point."""
 
     def value(run: Run) -> float:
         return setting.value(run.results["method"])
@@ -169,10 +169,12 @@ def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, A
         if run.results["test"] is not None and not math.isnan(score := run.points("test")):
             points.setdefault(key[:3], {})[key[3]] = score
     others = tables.scores([run for run in runs if run.method in setting.beside], "test")
-    values = sorted({x for _, _, x in points})
+    places = sorted({(task, k) for task, k, _ in points}, key=str)
+    curved = sorted({(task, k) for task, k, x in points if x != setting.usual}, key=str) or places
+    values = sorted({x for *place, x in points if tuple(place) in curved})
     blocks, panels, missing = [], [], []
     seeds = set().union(*(set(found) for found in points.values()))
-    for task, k in sorted({(task, k) for task, k, _ in points}, key=str):
+    for task, k in curved:
         entries = [tables.summarise(points.get((task, k, x))) for x in values]
         missing += [f"{setting.x} {x:g} on {task} at K = {k}" for x in values if set(points.get((task, k, x), {})) != seeds]
         theirs = paper["table1"].get(k, {}).get(setting.method, {}).get(task)
@@ -195,4 +197,6 @@ def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, A
         panels.append(Panel(title, setting.x, f"{metric}, points", curves, levels))
     notes = [f"Backbone {one_backbone(runs)} in our rows, {THEIRS_ON}.", f"{len(own)} runs, {len(seeds)} seeds.",
              "The paper draws its points without numbers; the one shown is its table 1."]  # fmt: skip
+    if single := [f"{TASKS.get(task, task)}, K = {k}" for task, k in places if (task, k) not in curved]:
+        notes.append(f"Left out, as only the usual {setting.usual:g} is there: {'; '.join(single)}.")
     return Table(name, setting.title, setting.x, {str(x): f"{x:g}" for x in values}, blocks, missing, notes), panels

@@ -341,6 +341,9 @@ def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
     found = cells(tmp_path / "out" / "figure3.csv")
     assert found["RTE, K = 100", "ours", "ours", "2.0"]["mean"] == "16.0" and found["RTE, K = 500", "ours", "ours", "2.0"]["mean"] == ""
     assert found["RTE, K = 100", "paper", "paper", "2.0"]["mean"] == "55.02"
+    leave(tmp_path / "table" / "runs", "cola", 100, "lora", 0, 0.1, lora_alpha=16)  # of a sweep of all methods
+    screen = report.report("figure3", [str(tmp_path / "runs"), str(tmp_path / "table")], tmp_path / "out")
+    assert "Left out, as only the usual 2 is there: CoLA, K = 100." in screen and cells(tmp_path / "out" / "figure3.csv") == found
     with pytest.raises(ConfigError, match="no run there belongs in figure2"):
         report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
 
