@@ -131,8 +131,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=at_least_one, default=128)
     parser.add_argument("--ragged", action="store_true", help="inference, training: half of all tokens are padding")
     parser.add_argument("--texts", nargs=3, metavar=("TASK", "DATA", "TOKENIZER"), help="ragged: lengths of a GLUE task's texts (default: half padding)")
-    parser.add_argument("--examples", type=at_least_one, default=256, help="ragged: how many (default 256)")
-    parser.add_argument("--rounds", type=at_least_one, default=15)
+    parser.add_argument("--examples", type=at_least_one, help="ragged: how many (default 256)")
+    parser.add_argument("--rounds", type=at_least_one, help="inference, training, ragged: default 15")
     parser.add_argument("--only", nargs="*", default=[], help="these contenders")
     parser.add_argument("--reference", help="contender to divide by (default: the first)")
     parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
@@ -145,15 +145,21 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.profile and (options.peer or options.compile):
         parser.error("--profile looks into models of this process as they are; leave out --peer and --compile")
-    if options.peer and (options.device == "cuda" or options.dtype != "float32"):
-        parser.error("--peer works on the CPU and in float32; leave out --device and --dtype")
+    if options.peer and (options.device == "cuda" or options.dtype != "float32" or options.compile):
+        parser.error("--peer works on the CPU, in float32 and as it is; leave out --device, --dtype and --compile")
+    if options.geometry == "llama-8b" and options.dtype == "float32":
+        parser.error("--geometry llama-8b would take 32 GB in float32; add --dtype bfloat16")
+    if options.ragged and (options.batch < 2 or options.length < 8):
+        parser.error("--ragged spreads lengths over a batch; give it --batch 2 and --length 8 or more")
     if options.compile == "reduce-overhead" and options.device == "cpu":
         parser.error("--compile reduce-overhead makes CUDA graphs, a CPU has none; leave out the mode")
     steps = ("ragged", "compile", "profile", "peer")  # of one batch
-    without_effect = {"inference": ("texts",), "training": ("texts",), "ragged": ("only", *steps), "memory": ("texts", "reference", *steps)}
+    alone = ("texts", "examples")  # of what is ragged
+    without_effect = {"inference": alone, "training": alone, "ragged": ("only", *steps), "memory": (*alone, "rounds", "reference", *steps)}
     idle = [f"--{name}" for name in without_effect[options.what] if getattr(options, name)]
     if idle:
         parser.error(f"{', '.join(idle)} would have no effect on {options.what}; leave it out")
+    options.examples, options.rounds = options.examples or 256, options.rounds or 15
     if options.output is not None:  # known before anything is measured
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +180,7 @@ def text_lengths(task: str, data: str, tokenizer: str, count: int, most: int) ->
     from scaleup import data as texts
 
     try:
-        settings = config.load(None, [f"data.path={data}", f"data.name={task}", f"data.max_length={most}", f"data.k={count}", "model.name=unused"]).data
+        settings = config.load(None, [f"data.path={data}", f"data.name={task}", f"data.max_length={most}", f"data.k={count}", "data.dev_size=1", "model.name=unused"]).data
         found = texts.load(settings)
     except config.ConfigError as error:
         raise ValueError(f"--texts, --examples: {'; '.join(error.problems)}") from None
@@ -295,6 +301,8 @@ def main() -> int:
     import torch
     from transformers.utils import logging
 
+    from scaleup import journal
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -308,17 +316,25 @@ def main() -> int:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None}  # fmt: skip
     rounds = "" if options.what == "memory" else f", {options.rounds} rounds"
+    rounds += {None: "", "default": ", compiled", "reduce-overhead": ", compiled, as CUDA graphs"}[options.compile]
     print(f"{options.what}, {options.geometry}, {options.batch} x {options.length}{' half padding' if options.ragged else ''}{rounds}, "
           f"{machine['gpu'] or str(machine['threads']) + ' threads'}, {options.dtype}; over {reference}")  # fmt: skip
     width = max(map(len, rows))
     for name, row in rows.items():
         print(shown(name, row, width))
     if options.output is not None:
-        options.output.write_text(json.dumps({"settings": asked, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        try:
+            journal.write_json(options.output, {"settings": asked, "machine": machine, "rows": rows})
+        except OSError as error:
+            print(f"error: --output: {options.output} cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 
 if __name__ == "__main__":
     if not STEADY.keys() <= os.environ.keys():  # read by the C library when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], STEADY | os.environ)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

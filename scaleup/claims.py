@@ -91,14 +91,15 @@ class Claims:
         return found is not None and found.here and found.processes[0][0] == os.getpid()
 
     def of(self, name: str) -> Claim | None:
-        """The claim of a cell, live or not."""
+        """The claim of a cell, live or not; None also for one that a machine without power has left half written."""
         path, now = self.folder / f"{name}.json", self.folder / "now"
         try:
             found, seen = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
-        except FileNotFoundError:
+            host, processes = found["host"], tuple((int(pid), float(started)) for pid, started in found["processes"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         now.touch()  # by the clock of whoever keeps the files, as the claim's own time is
-        return Claim(found["host"], tuple((pid, started) for pid, started in found["processes"]), now.stat().st_mtime - seen)
+        return Claim(host, processes, now.stat().st_mtime - seen)
 
     def _write(self, name: str, pids: list[int]) -> None:
         processes = [[pid, psutil.Process(pid).create_time()] for pid in pids]

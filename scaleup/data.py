@@ -209,6 +209,11 @@ class _Collator(DataCollatorWithPadding):
         return super().__call__([{name: value for name, value in row.items() if name != "length"} for row in features])
 
 
+def provenance(examples: Examples) -> list[dict[str, Any]]:
+    """By which a run's data is known again, set by set: rows, and the file's hash or the hub's name for it."""
+    return [{key: source[key] for key in ("split", "rows", "sha256", "hub_id") if key in source} for source in examples.sources]
+
+
 def collator(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Examples to a batch of tensors [examples, tokens], padded to the longest of them or to max_length."""
     return _Collator(tokenizer, padding="max_length" if data.pad_to_max_length else "longest", max_length=data.max_length)

@@ -8,6 +8,7 @@ A gate stands in a row (its layer) and a column (its submodule, and its place wh
 
 import collections
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from scaleup import backbone, checkpoint, data, precision, tasks
+from scaleup import backbone, checkpoint, data, precision, tasks, weights
 from scaleup.config import ConfigError, DataSettings, Settings
 from scaleup.config import load as load_config
 from scaleup.gate import LearnedGate, pool
@@ -112,17 +113,21 @@ def from_pass(run: Run, name: str, which: str) -> View:
     lacks = [name for name in ("best/", "config.yaml") if not (folder / name).exists()]
     if lacks:
         raise ConfigError(f"--run: {folder} has no {' and no '.join(lacks)}, which a pass over data needs (a sweep keeps best/ with keep: best)")
-    settings = load_config(str(folder / "config.yaml"), ["train.resume=auto", f"train.output_dir={folder}"])
+    settings = load_config(str(folder / "config.yaml"), ["train.resume=auto", f"train.output_dir={json.dumps(str(folder), ensure_ascii=False)}"])
     if tasks.of(settings.data).writes:
         raise ConfigError(f"--run: {folder}: classes and examples are for classification and regression, not {tasks.name_of(settings.data)}")
     try:
-        labels = checkpoint.verify(folder / "best")["labels"]
+        manifest = checkpoint.verify(folder / "best")
     except checkpoint.BundleError as error:
         raise ConfigError(f"--run: {error}") from None
-    config = backbone.load_config(settings.model)
+    labels, then, config = manifest["labels"], manifest["backbone"], backbone.load_config(settings.model)
+    if weights.fingerprint(settings.model.name, getattr(config, "_commit_hash", None)) != then["fingerprint"]:
+        raise ConfigError(f"--run: {folder}: {settings.model.name} is not the backbone that was trained on ({then['name']}, {then['fingerprint'][:19]}…); put that one back")
     settings = backbone.fit_length(settings, config)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples, split = _examples(settings.data, which)
+    if which in SPLITS and data.provenance(examples) != manifest["data"]:
+        raise ConfigError(f"--run: {folder}: the run's data has changed since; put it back, or name a file with --data")
     chosen = getattr(examples, split)
     said = chosen["label"] if examples.labels is None else [examples.labels[i] for i in chosen["label"]]
     texts = [" | ".join(chosen[role][i] for role in ("text", "text_pair") if role in chosen.column_names) for i in range(len(chosen))]
@@ -182,4 +187,4 @@ def _pass(
 
 
 def _title(run: Run, name: str) -> str:
-    return f"{name}: {run.task}, K = {run.k}, {run.method}"
+    return f"{name}: {run.task}, K = {run.k}, {run.method}, {run.backbone}"

@@ -110,24 +110,30 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises ConfigError with all problems of the file and of all cells; those that many cells have are said once.
     """
-    file, output = _read(path), None
-    output = pathlib.Path(file.output).expanduser()
+    file = _read(path)
+    try:
+        output = pathlib.Path(file.output).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: output: there is no home of {file.output.partition('/')[0]} here; write the path out") from None
     first, base = _base(file, pathlib.Path(path).parent)
     problems = [f"{item}: the sweep decides {key}; leave it out" for item in _all_overrides(file, base, overrides)
                 for key in DECIDED if item.partition("=")[0] == key]  # fmt: skip
     if problems:
         raise ConfigError(problems)
-    cells, found = [], {}
+    cells, found, known = [], {}, {}
     for seed, k, task, method in itertools.product(file.seeds, file.k, file.tasks, file.methods):
         chosen = {"tasks": file.tasks[task], "k": file.k[k], "methods": file.methods[method], "seeds": file.seeds[seed]}
         axes = list(itertools.chain.from_iterable(chosen.values()))
         folder = output / f"{task}-{k}-{method}-{seed}"
-        said = [*base, "train.disable_tqdm=true", *_seeded(axes), *overrides, f"train.output_dir={folder}", "train.resume=auto"]
+        said = [*base, "train.disable_tqdm=true", *_seeded(axes), *overrides, f"train.output_dir={json.dumps(str(folder), ensure_ascii=False)}", "train.resume=auto"]
         for problem in _set_twice(chosen):
             found.setdefault(problem, []).append(folder.name)
         try:
             settings = load_config(first[1] if first else None, said, checks=CHECKS)
-            _same_run(settings, folder)
+            same_run(settings, folder)
+            alike = known.setdefault(_wanted(settings), folder)
+            if alike != folder:
+                found.setdefault("the same run as another cell: an override makes one of their names untrue; leave it out", []).append(folder.name)
             cells.append(Cell(task, k, method, seed, folder, (*first, *said), settings))
         except ConfigError as error:
             for problem in error.problems:
@@ -215,9 +221,19 @@ def _named(names: list[str], total: int) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _same_run(settings: Settings, folder: pathlib.Path) -> None:
-    """Raises ConfigError if the folder has a run of other settings: its results would be counted as this cell's."""
-    path = folder / "config.yaml"
+def _wanted(settings: Settings) -> str:
+    """What a run is, wherever it is."""
+    return json.dumps({name: {k: v for k, v in values.items() if f"{name}.{k}" not in DECIDED} for name, values in settings.dump().items()}, sort_keys=True, default=str)
+
+
+def same_run(settings: Settings, folder: pathlib.Path) -> None:
+    """Raises ConfigError if the folder has a run of other settings, whose results would be counted as this cell's, or damaged results."""
+    results, path = folder / "results.json", folder / "config.yaml"
+    try:
+        if results.is_file() and not isinstance(json.loads(results.read_text(encoding="utf-8")), dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise ConfigError(f"{results} is damaged; remove the folder to run it again") from None
     if not path.is_file():
         return
     try:

@@ -16,7 +16,7 @@ from scaleup import figures, tables
 from scaleup.config import ConfigError
 from scaleup.figures import THEIRS, Curve, Panel
 from scaleup.journal import write_text
-from scaleup.runs import Run, load, name_of, one_backbone, unique
+from scaleup.runs import Run, differences, load, name_of, one_backbone, one_metric, unique
 from scaleup.tables import TASKS, Block, Row, Table
 from scaleup.yamlfile import parse
 
@@ -75,21 +75,22 @@ def _table6(s: Sources) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A figure: the score of one method over one of its settings. usual: where the paper's table 1 stands on that axis. beside: methods
-    to compare with."""
+    """A figure: the score of one method over one of its settings. usual: where the paper's table 1 stands on that axis. drawn: the keys of that
+    setting. beside: methods to compare with."""
 
     title: str
     method: str
     x: str
     value: Callable[[dict[str, Any]], float]
     usual: float
+    drawn: tuple[str, ...]
     beside: tuple[str, ...] = ()
 
 
 TABLES = {"table1": _table1, "table2": _table2, "table3": _table3, "table4": _table4, "table5": _table5, "table6": _table6}
 FIGURES = {
-    "figure2": Setting("Figure 2: bottleneck size of the adapter", "adapter", "bottleneck size", lambda m: m["adapter_size"], 48, ("ap", "apl")),
-    "figure3": Setting("Figure 3: scaling factor of LoRA", "lora", "scaling factor (alpha / r)", lambda m: m["lora_alpha"] / m["r"], 2),
+    "figure2": Setting("Figure 2: bottleneck size of the adapter", "adapter", "bottleneck size", lambda m: m["adapter_size"], 48, ("method.adapter_size",), ("ap", "apl")),
+    "figure3": Setting("Figure 3: scaling factor of LoRA", "lora", "scaling factor (alpha / r)", lambda m: m["lora_alpha"] / m["r"], 2, ("method.lora_alpha", "method.r")),
 }
 RUNS = dict.fromkeys(("table1", "table2", "table4", "table6"), "runs/table1") | {n: f"runs/{n}" for n in ("table3", "table5", "figure2", "figure3")}
 
@@ -103,6 +104,9 @@ def report(name: str, folders: Sequence[str], output: pathlib.Path, bench: Seque
     paper = parse(PAPER.read_text(encoding="utf-8"), str(PAPER))
     runs = load(folders)
     one_backbone(runs)
+    one_metric(runs)
+    if several := sorted({name_of(run.method) for run in runs if run.variant}) if name == "table2" else []:
+        raise ConfigError(f"--runs: table 2 compares one setting of each method, and there are several of {', '.join(several)}; give the folders of one")
     if name in FIGURES:
         table, panels = _figure(name, FIGURES[name], runs, paper)
         draw = lambda path: figures.draw_panels(panels, table.title, path)  # noqa: E731
@@ -132,8 +136,10 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
     for path in files:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            asked, ratios = said["settings"], {name: row["ratio"] for name, row in said["rows"].items()}
-            kind, where = asked["what"], f"{asked['geometry']}, {asked['batch']} x {asked['length']} tokens, {asked['device']}"
+            asked, ratios = said["settings"], {name: float(row["ratio"]) for name, row in said["rows"].items()}
+            kind, where = asked["what"], f"{asked['geometry']}, {asked['batch']} x {asked['length']} tokens, {', '.join(asked[key] for key in ('device', 'dtype') if key in asked)}"
+            if not all(0 < ratio < math.inf for ratio in ratios.values()):
+                raise ValueError("a time is no time")
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path} is no file of launch/bench.py.")
             continue
@@ -163,7 +169,7 @@ def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, A
     def value(run: Run) -> float:
         return setting.value(run.results["method"])
 
-    own = [run for run in runs if run.method == setting.method]
+    own = [dataclasses.replace(run, variant="") for run in runs if run.method == setting.method]
     points: dict[tuple, dict[int, float]] = {}
     for key, run in unique(own, lambda run: (run.task, run.k, value(run), run.seed)).items():
         if run.results["test"] is not None and not math.isnan(score := run.points("test")):
@@ -199,4 +205,5 @@ def _figure(name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, A
              "The paper draws its points without numbers; the one shown is its table 1."]  # fmt: skip
     if single := [f"{TASKS.get(task, task)}, K = {k}" for task, k in places if (task, k) not in curved]:
         notes.append(f"Left out, as only the usual {setting.usual:g} is there: {'; '.join(single)}.")
+    notes += differences([run for run in own if (run.task, run.k) in curved], setting.drawn)
     return Table(name, setting.title, setting.x, {str(x): f"{x:g}" for x in values}, blocks, missing, notes), panels

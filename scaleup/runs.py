@@ -5,11 +5,13 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
+import pydantic
 import yaml
 
 from scaleup.config import GLUE_TASKS
@@ -21,21 +23,74 @@ NAMES = {
     "ap": "UniPELT (AP)", "ap_nogate": "UniPELT (AP), NoGate", "apl": "UniPELT (APL)", "apl_nogate": "UniPELT (APL), NoGate",
 }  # fmt: skip
 UNKNOWN = "unknown (no config.yaml)"
-CELL = re.compile(r"[\w.]+-\w+-([\w.]+)-\w+")  # a sweep's folder of a run: task, k, method, seed
+CELL = re.compile(r"[\w.]+-[\w.]+-([\w.]+)-[\w.]+")  # a sweep's folder of a run: task, k, method, seed
 AXES = ("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "train.resume")  # what runs of one table differ in
+
+
+class _Part(pydantic.BaseModel, strict=True):
+    """Of results.json, what reports read."""
+
+
+class _Moments(_Part):
+    mean: float
+    std: float
+
+
+class _Seeds(_Part):
+    data: int
+    train: int
+
+
+class _Examples(_Part):
+    train: int
+
+
+class _Method(_Part):
+    name: Literal["unipelt", "full", "bitfit"]
+    submodules: list[Literal[SUBMODULES]] = []
+    gates: str = ""
+
+
+class _Counts(_Part):
+    stored: int
+    stored_percent: float
+
+
+class _Results(_Part):
+    task: str
+    metric: str
+    dev: dict[str, Any] | None
+    test: dict[str, Any] | None
+    test_is_dev: bool
+    seeds: _Seeds
+    examples: _Examples
+    method: _Method
+    parameters: _Counts
+    gates: dict[str, dict[Literal[SUBMODULES], _Moments]]
+
+    @pydantic.model_validator(mode="after")
+    def _scored(self) -> "_Results":
+        for split, scores in (("dev", self.dev), ("test", self.test)):
+            score = None if scores is None else scores.get(self.metric)
+            if scores is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isinf(score)):
+                raise ValueError(f"{split} has no {self.metric} that is a number")
+        if self.method.name == "unipelt" and not (self.method.submodules and self.method.gates):
+            raise ValueError("method has no submodules or no gates")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One finished run. method: one of NAMES, or put together the same way. k: training examples, or "all". backbone: UNKNOWN where
     the run's config is not there. settings: `section.key` → value, empty without that config. variant: what a sweep calls this setting of
-    the method, where it has several."""
+    the method, where it has several. by_training: runs of the same examples are there that differ in the seed of training."""
 
     folder: pathlib.Path
     results: dict[str, Any]
     settings: dict[str, Any]
     seconds: float | None
     variant: str = ""
+    by_training: bool = False
 
     @property
     def row(self) -> str:
@@ -63,9 +118,10 @@ class Run:
         return self.settings.get("data.k", "all" if self.results["test_is_dev"] else self.results["examples"]["train"])
 
     @property
-    def seed(self) -> int:
-        """That of the choice of examples; with all of them, that of training."""
-        return self.results["seeds"]["train" if self.k == "all" else "data"]
+    def seed(self) -> int | str:
+        """That of the choice of examples; with all of them, that of training. Both, where the first does not tell runs apart."""
+        seeds = self.results["seeds"]
+        return f"{seeds['data']} (training {seeds['train']})" if self.by_training and self.k != "all" else seeds["train" if self.k == "all" else "data"]
 
     @property
     def backbone(self) -> str:
@@ -114,8 +170,15 @@ def load(folders: Iterable[str]) -> list[Run]:
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """With several settings of one method on the same examples, as sweeps over learning rates have, their runs go by the sweep's names."""
+    """With several settings of one method on the same examples, as sweeps over learning rates have, their runs go by the sweep's names; and with
+    several seeds of training, by those, too."""
     names: dict[tuple, set[str]] = {}
+    trained: dict[tuple, set[int]] = {}
+    for run in runs:
+        found = CELL.fullmatch(run.folder.name)
+        trained.setdefault((run.task, run.k, run.seed, run.method, found and found[1]), set()).add(run.results["seeds"]["train"])
+    if any(len(seeds) > 1 for seeds in trained.values()):
+        runs = [dataclasses.replace(run, by_training=True) for run in runs]
     for run in runs:
         if found := CELL.fullmatch(run.folder.name):
             names.setdefault((run.task, run.k, run.seed, run.method), set()).add(found[1])
@@ -128,21 +191,39 @@ def read(path: pathlib.Path) -> Run:
     damaged = path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("task", "metric", "dev", "test", "seeds", "method", "parameters", "gates", "examples") if key not in results]
+        missing = [key for key in _Results.model_fields if key not in results]
         if missing:
             raise ConfigError(f"{path} is no results file of a run: it has no {missing[0]}")
+        _Results.model_validate(results)
         own = path.name == "results.json"  # else what lies beside it belongs to nobody in particular
         config, timing = path.with_name("config.yaml"), path.with_name("timing.json")
         damaged = config
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if own and config.is_file() else {}
         flat = {f"{name}.{key}": value for name, values in settings.items() for key, value in values.items()}
+        if not isinstance(flat.get("data.k", 1), int | str) or not isinstance(flat.get("model.name", ""), str):
+            raise ValueError("data.k or model.name")
         damaged = timing
         seconds = json.loads(timing.read_text(encoding="utf-8"))["seconds"] if own and timing.is_file() else None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path} is damaged ({where}{': ' * bool(where)}{first['msg'].removeprefix('Value error, ')}); run it again, or leave it out") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{damaged} is damaged ({' '.join(str(error).split())[:100]})") from None
+        raise ConfigError(f"{damaged} is damaged ({' '.join(str(error).split())[:100]}); run it again, or leave it out") from None
     return Run(path.parent if own else path.with_suffix(""), results, flat, seconds)
+
+
+def one_metric(runs: Sequence[Run]) -> None:
+    """Raises ConfigError if a task's runs were scored by several metrics: their numbers cannot be compared."""
+    metrics: dict[str, set[str]] = {}
+    for run in runs:
+        if run.results["metric"] != "loss":  # which is no score at all, see `Run.points`
+            metrics.setdefault(run.task, set()).add(run.results["metric"])
+    problems = [f"--runs: runs of {task} were scored by {' and '.join(sorted(found))}; give those of one metric" for task, found in metrics.items() if len(found) > 1]
+    if problems:
+        raise ConfigError(problems)
 
 
 def one_backbone(runs: Sequence[Run]) -> str:
@@ -166,13 +247,22 @@ def unique(runs: Sequence[Run], key: Any) -> dict[Any, Run]:
     return found
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
-    """Settings that are not the same in all runs of one method, and so are no part of the method: `data.max_length (64, 96)`."""
-    values: dict[str, dict[str, set[str]]] = {}
+def differences(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[str]:
+    """What a reader must know of the runs' settings, sentences: those that are not the same in all runs of one method, and so are no part of the
+    method: `data.max_length (64, 96)`; and those in which methods differ on the same examples, but for the learning rate and the methods' own.
+    drawn: settings that a figure shows."""
     known = [run for run in runs if run.settings]
-    keys = sorted(set().union(*(run.settings for run in known)) - set(AXES))
-    for run in known:
-        for key in keys:
-            values.setdefault(key, {}).setdefault(run.row, set()).add(str(run.settings.get(key, "not set")))
-    found = {key: sorted(set().union(*by_method.values())) for key, by_method in values.items() if any(len(v) > 1 for v in by_method.values())}
-    return [f"{key} ({', '.join(shown)})" for key, shown in sorted(found.items())]
+    keys = sorted(set().union(*(run.settings for run in known)) - {*AXES, *drawn})
+
+    def differ(keys: Iterable[str], group: Callable[[Run], Any]) -> list[str]:
+        values: dict[str, dict[Any, set[str]]] = {}
+        for run in known:
+            for key in keys:
+                values.setdefault(key, {}).setdefault(group(run), set()).add(str(run.settings.get(key, "not set")))
+        several = {key: sorted(set().union(*(v for v in found.values() if len(v) > 1))) for key, found in values.items() if any(len(v) > 1 for v in found.values())}
+        return [f"{key} ({', '.join(shown)})" for key, shown in sorted(several.items())]
+
+    within = differ(keys, lambda run: run.row)
+    shared = [key for key in keys if not key.startswith("method.") and key != "train.learning_rate" and key not in {text.partition(" (")[0] for text in within}]
+    between = differ(shared, lambda run: (run.task, run.k))
+    return [f"Runs of one method differ in {'; '.join(within)}."] * bool(within) + [f"Methods differ in {'; '.join(between)}."] * bool(between)

@@ -24,10 +24,11 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from scaleup.claims import BEAT_S, Claims
-from scaleup.grid import Cell, Sweep
+from scaleup.grid import Cell, Sweep, same_run
 from scaleup.machine import Places, Slot, available_bytes, needed_bytes
 from scaleup.resume import checkpoints
 from scaleup.rules import LOCK
+from scaleup.yamlfile import ConfigError
 
 TRAIN = pathlib.Path(__file__).parents[1] / "launch" / "train.py"
 TRIES = 2
@@ -81,15 +82,16 @@ class Measured:
 
     def add(self, cell: Cell, seconds: float | None = None, whole: bool = True) -> None:
         """A finished one. seconds: with its start-up, where it was watched; whole: from its first step on. One that was killed before it
-        noted its time tells nothing."""
+        noted its time, or whose note was lost with the power, tells nothing."""
         try:
             timing = json.loads((cell.folder / "timing.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            noted, memory_mib = float(timing["seconds"]), float(timing["peak_memory_mib"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return
         for axes in self.SIMILAR if whole else ():
-            self.seconds.setdefault(_key(cell, axes), []).append(timing["seconds"] if seconds is None else seconds)
+            self.seconds.setdefault(_key(cell, axes), []).append(noted if seconds is None else seconds)
         key = _key(cell, self.SIMILAR[0])
-        self.memory_mib[key] = max(self.memory_mib.get(key, 0), timing["peak_memory_mib"])
+        self.memory_mib[key] = max(self.memory_mib.get(key, 0), memory_mib)
 
     def expected(self, cell: Cell) -> float | None:
         """Seconds; None before any has finished."""
@@ -185,6 +187,10 @@ class Sweeper:
             self.waiting.popleft()
             if not self.claims.take(cell.name):
                 self.elsewhere.append(cell)
+            elif why := self._stranger(cell):
+                self.claims.release(cell.name)
+                self.say(f"{cell.name}: {why}")
+                self.failed[cell.name] = why
             elif cell.finished:  # perhaps by a sweep that was killed before it could tidy up
                 self._finish(cell)
             else:
@@ -192,6 +198,14 @@ class Sweeper:
                 continue
             for file in place[1] if place else ():
                 file.close()
+
+    def _stranger(self, cell: Cell) -> str:
+        """Why what another sweep has left in the cell's folder since the start is not this cell's; nothing if it is."""
+        try:
+            same_run(cell.settings, cell.folder)
+        except ConfigError as error:
+            return "; ".join(error.problems)
+        return ""
 
     def _start(self, cell: Cell, slot: Slot, locks: list[IO]) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.sweep.threads), "TOKENIZERS_PARALLELISM": "false"}

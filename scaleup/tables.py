@@ -179,8 +179,7 @@ def _notes(runs: Sequence[Run], found: Scores, what: str, blocks: Sequence[Block
     if set(tasks) != set(TASKS):
         theirs = ", the paper's too (worked out from its cells)" * any(row.paper for block in blocks for row in block.rows)
         notes.append(f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}{theirs}.")
-    different = differences(runs)
-    return notes + [f"Runs of one method differ in {'; '.join(different)}."] * bool(different)
+    return notes + differences(runs)
 
 
 def _sorted_k(found: Scores) -> list[Any]:

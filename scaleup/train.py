@@ -74,7 +74,7 @@ def about(settings: Settings, examples: Examples, config: PretrainedConfig, args
         },
         "task": examples.task,
         "labels": examples.labels,
-        "data": [{key: source[key] for key in ("split", "rows", "sha256", "hub_id") if key in source} for source in examples.sources],
+        "data": data.provenance(examples),
         "run": {"processes": args.world_size, "zero_stage": stage},
     }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """The benchmark's own workings: whose turn it is, what a batch holds, what peaks are, and the script as a user starts it."""
 
+import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -190,6 +192,12 @@ def test_a_reference_that_does_not_take_part_and_idle_arguments_are_refused(monk
         (["inference", "--output", "/dev/null/rows.json"], "--output: /dev/null/rows.json cannot be written: "),
         (["inference", "--length", "5000"], "error: --length: bert-base has 512 positions, 5000 do not fit"),
         (["training", "--batch", "1", "--length", "4", "--only", "floor", "--peer", "nowhere/python"], "error: --peer: nowhere/python cannot be started (No such"),
+        (["inference", "--peer", "python", "--compile"], "--peer works on the CPU, in float32 and as it is; leave out --device, --dtype and --compile"),
+        (["inference", "--geometry", "llama-8b"], "--geometry llama-8b would take 32 GB in float32; add --dtype bfloat16"),
+        (["training", "--ragged", "--batch", "1"], "--ragged spreads lengths over a batch; give it --batch 2 and --length 8 or more"),
+        (["inference", "--examples", "3"], "--examples would have no effect on inference; leave it out"),
+        (["memory", "--rounds", "3"], "--rounds would have no effect on memory; leave it out"),
+        (["training", "--compile", "reduce-overhead"], "--compile reduce-overhead makes CUDA graphs, a CPU has none; leave out the mode"),
         (["ragged", "--texts", "colla", "nowhere", "nowhere"], "error: --texts, --examples: data.name: should be 'cola', 'sst2'"),
     ],
 )
@@ -200,6 +208,16 @@ def test_what_cannot_be_measured_is_refused_in_a_line_of_its_own(monkeypatch, ca
     except SystemExit as stop:  # argparse's way
         code = stop.code
     assert code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_no_half_of_a_file_and_says_so(monkeypatch, capsys, tiny, tmp_path):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "training", "--batch", "1", "--length", "4", "--rounds", "1", "--only", "floor", "--output", str(tmp_path / "rows.json")])
+    assert script.main() == 2 and not (tmp_path / "rows.json").exists()
+    assert capsys.readouterr().err == f"error: --output: {tmp_path / 'rows.json'} cannot be written: No space left on device\n"
 
 
 def test_live_bytes_leave_out_fake_tensors_that_a_compilation_left():

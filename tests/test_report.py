@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import launch.report
-from scaleup import backbone, checkpoint, config, data, gatereport, gateviews, report, runs, tables, tasks
+from scaleup import backbone, checkpoint, config, data, gatereport, gateviews, report, runs, tables, tasks, weights
 from scaleup.config import ConfigError
 from scaleup.gate import GateStatistics, LearnedGate
 from scaleup.unipelt import apply_method
@@ -318,6 +318,56 @@ def test_every_subset_of_submodules_has_a_name():
     assert {method: runs.name_of(method) for method in named} == named
 
 
+def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):
+    for seed, score in {43: 0.1, 44: 0.3}.items():
+        path = leave(tmp_path / "runs", "cola", 100, "apl", f"s0_{seed}", score) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seeds": {"data": 0, "train": seed}}))
+    screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    assert cells(tmp_path / "out" / "table1.csv")["[K = 100] Test Performance", "apl", "ours", "cola"]["mean"] == "20.0"
+    assert any("2 runs, seeds 0 (training 43), 0 (training 44)." in line for line in screen)
+
+
+def test_what_methods_differ_in_beside_themselves_is_said(small, tmp_path):
+    path = small / "cola-100-apl-0" / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"train": {"seed": 0, "learning_rate": 0.1, "num_train_epochs": 12}}))
+    screen = report.report("table1", [str(small)], tmp_path / "out")
+    assert any("Runs of one method differ in train.learning_rate (0.1, not set); train.num_train_epochs (12, not set)." in line for line in screen)
+    other = small / "cola-100-apl-1" / "config.yaml"
+    other.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"data": yaml.safe_load(other.read_text())["data"]}))
+    shutil.rmtree(small / "mrpc-100-apl-0")
+    screen = report.report("table1", [str(small)], tmp_path / "out")
+    assert any("Methods differ in train.num_train_epochs (12, not set)." in line for line in screen) and not any("Runs of one" in line for line in screen)
+
+
+def test_scores_of_two_metrics_are_not_compared(small, tmp_path):
+    path = small / "cola-100-apl-0" / "results.json"
+    path.write_text(path.read_text().replace("matthews", "accuracy"))
+    with pytest.raises(ConfigError, match="runs of cola were scored by accuracy and matthews; give those of one metric"):
+        report.report("table1", [str(small)], tmp_path / "out")
+
+
+def test_table_2_takes_one_setting_of_each_method(small, tmp_path):
+    shutil.copytree(small / "cola-100-adapter-0", small / "cola-100-adapter_long-0")
+    with pytest.raises(ConfigError, match="one setting of each method, and there are several of Adapter"):
+        report.report("table2", [str(small)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": {"train": 0}}, {"seeds": {"data": "0", "train": 0}}, {"examples": {}}, {"parameters": {}}, {"method": {"name": "unipelt"}}, {"method": {"name": "magic"}},
+        {"test": {"accuracy": 0.5}}, {"test": {"matthews": None}}, {"test": {"matthews": "high"}}, {"dev": {"matthews": float("inf")}}, {"test": 3},
+        {"gates": {"layer": {"lora": {"mean": 0.5}}}}, {"gates": {"layer": {"magic": {"mean": 0.5, "std": 0.1}}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_results_are_named_and_nothing_is_made_of_them(small, tmp_path, changes):
+    path = small / "cola-100-apl-0" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=f"{path} is damaged .*; run it again, or leave it out"):
+        report.report("table1", [str(small)], tmp_path / "out")
+
+
 # Figures
 
 
@@ -396,11 +446,14 @@ def gated(tmp_path_factory) -> pathlib.Path:
         drained = {site: {part: {"mean": m, "std": s} for part, (m, s) in zip(gate.names, gate.statistics.drain())} for site, gate in gates.items()}
         draft = checkpoint.draft(out / "best")
         model.save_pretrained(draft)
-        checkpoint.seal(draft, out / "best", checkpoint.expected_tensors(model), {"labels": examples.labels})
+        checkpoint.seal(draft, out / "best", checkpoint.expected_tensors(model), {
+            "labels": examples.labels, "data": data.provenance(examples),
+            "backbone": {"name": settings.model.name, "fingerprint": weights.fingerprint(settings.model.name, None)},
+        })  # fmt: skip
         (out / "config.yaml").write_text(config.to_yaml(settings))
         results = {
             "task": "sequence_classification", "metric": "accuracy", "test": {"accuracy": 0.5}, "dev": {"accuracy": 0.5}, "test_is_dev": False,
-            "method": settings.dump()["method"], "gates": drained, "seeds": {"data": 0, "train": 42}, "examples": {"train": 64}, "parameters": {},
+            "method": settings.dump()["method"], "gates": drained, "seeds": {"data": 0, "train": 42}, "examples": {"train": 64}, "parameters": {"stored": 1, "stored_percent": 1.0},
         }  # fmt: skip
         (out / "results.json").write_text(json.dumps(results))
     return folder
@@ -415,6 +468,27 @@ def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
     gates = run.results["gates"]
     assert own.mean[1, 2] == gates["bert.encoder.layer.1.attention.self"]["lora"]["mean"]
     assert own.spread[2, 0] == gates["bert.encoder.layer.2.output.LayerNorm"]["adapter"]["std"]
+
+
+def test_gates_are_not_looked_at_in_another_backbone_or_on_other_data(gated, tmp_path):
+    workspace = shutil.copytree(gated / "one", tmp_path / "one") and tmp_path
+    for name in ("bert", "train.csv", "test.csv"):
+        source = next(path for path in (gated, *gated.iterdir()) if (path / name).exists()) / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    config = workspace / "one" / "config.yaml"
+    was = yaml.safe_load(config.read_text())
+    moved = {"model": {"name": str(workspace / "bert")}, "data": {key: str(workspace / f"{key.partition('_')[0]}.csv") for key in ("train_file", "test_file")}}
+    config.write_text(yaml.safe_dump({name: values | moved.get(name, {}) for name, values in was.items()}))
+    run = runs.read(workspace / "one" / "results.json")
+    gateviews.from_pass(run, "one", "dev")  # the same under another path
+    rows = (workspace / "train.csv").read_text().splitlines(keepends=True)
+    (workspace / "train.csv").write_text("".join(rows[:-1]))
+    with pytest.raises(ConfigError, match="the run's data has changed since"):
+        gateviews.from_pass(run, "one", "dev")
+    shape = workspace / "bert" / "config.json"
+    shape.write_text(json.dumps(json.loads(shape.read_text()) | {"layer_norm_eps": 0.5}))
+    with pytest.raises(ConfigError, match="is not the backbone that was trained on"):
+        gateviews.from_pass(run, "one", "dev")
 
 
 def test_gates_by_class_and_example_are_those_of_the_right_examples(gated):

@@ -102,6 +102,8 @@ def test_problems_of_all_cells_are_said_together_and_once(workspace, tmp_path):
         ({"methods": {"a-b": []}}, "methods: 'a-b' cannot be part of a folder's name"),
         ({"tasks": {"films": ["train.output_dir=x"]}}, "the sweep decides train.output_dir"),
         ({"threads": 0}, "threads: should be greater than 0"),
+        ({"output": "~nobody-of-that-name/runs"}, "output: there is no home of ~nobody-of-that-name here; write the path out"),
+        ({"k": [64], "seeds": {"0": ["seed=0"], "zero": ["seed=0"]}}, "films-64-lora-zero and 1 more: the same run as another cell: an override makes"),
         ({"methods": {"full": ["method=full", "train.seed=7"]}}, "every run: train.seed: methods and seeds set it to different values"),
     ],
     ids=lambda value: str(value)[:30],
@@ -120,6 +122,20 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(workspace, tmp_path):
     assert grid.load(str(path)).cells[0] == cell
     with pytest.raises(ConfigError, match="has a run with another train.num_train_epochs; choose another output"):
         grid.load(str(path), ["train.num_train_epochs=2"])
+    (cell.folder / "results.json").write_text('{"task": "st')
+    with pytest.raises(ConfigError, match="results.json is damaged; remove the folder to run it again"):
+        grid.load(str(path))
+
+
+@pytest.mark.parametrize("name", ["my runs #2", "a: b", "{a}", "[a]", "'a' b", "Läufe"])
+def test_an_output_may_have_any_name(workspace, tmp_path, name):
+    cell = grid.load(str(sweep_file(workspace, tmp_path, output=str(tmp_path / name)))).cells[0]
+    assert cell.settings.train.output_dir == str(tmp_path / name / cell.name) == str(cell.folder)
+
+
+def test_an_override_of_an_axis_that_makes_cells_alike_is_refused(workspace, tmp_path):
+    with pytest.raises(ConfigError, match="films-64-lora-0 and 1 more: the same run as another cell: an override makes"):
+        grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64])), ["data.k=48"])
 
 
 def test_shards_share_the_grid_out_and_patterns_choose_from_it(workspace, tmp_path):
@@ -283,6 +299,29 @@ def test_runs_are_pinned_to_cores_of_their_own(fakes):
     used = [(tuple(cores), threads) for what, _, _, cores, threads in journal(made) if what == "start"]
     assert all(len(cores) == 1 and threads == "1" for cores, threads in used)
     assert len(set(used)) == min(4, len(os.sched_getaffinity(0))) == at_once(made)
+
+
+def test_what_a_power_cut_left_half_written_stops_nobody(fakes):
+    made = fakes(2)
+    assert sweeper(made).run()
+    for text in ("", '{"seconds": 1}'):
+        (made.cells[0].folder / "timing.json").write_text(text)
+        (made.output / ".claims" / "t-1-m-1.json").write_text(text)
+        shutil.rmtree(made.cells[1].folder)
+        assert sweeper(made).run() and made.cells[1].finished
+
+
+def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(workspace, tmp_path):
+    made = grid.load(str(sweep_file(workspace, tmp_path, methods={"lora": ["method.submodules=[lora]"]})))
+    other = grid.load(str(sweep_file(workspace, tmp_path, methods={"lora": ["method.submodules=[lora]"]})), ["train.learning_rate=0.01"])
+    said, cell = [], made.cells[0]
+    one = Sweeper(made, made.cells, 1, said.append)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(to_yaml(other.cells[0].settings))
+    (cell.folder / "results.json").write_text("{}")
+    assert not one.run() and not one.done
+    assert "has a run with another train.learning_rate" in one.failed[cell.name] and cell.name in said[0]
+    assert list((made.output / ".claims").glob("*.json")) == []
 
 
 def test_keep_best_keeps_the_best_bundle(fakes):
