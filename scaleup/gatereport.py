@@ -42,6 +42,8 @@ def report(folders: Sequence[str], which: str | None, output: pathlib.Path) -> l
                 raise
             views.append(gateviews.from_results(run, name))
             notes.append(f"No view by class or example: {error.problems[0]}")
+    if len({run.backbone for run in found}) > 1:
+        notes.append(f"The runs have different backbones: {', '.join(f'{run.folder.name} {run.backbone}' for run in found)}.")
     lines = ["# Gates", "", "Mean of each gate over the examples, its standard deviation over them as subscript.", *(f"\n{note}" for note in notes)]
     printed = []
     for view in views:

@@ -187,4 +187,4 @@ def _pass(
 
 
 def _title(run: Run, name: str) -> str:
-    return f"{name}: {run.task}, K = {run.k}, {run.method}, {run.backbone}"
+    return f"{name}: {run.task}, K = {run.k}, {run.method}"

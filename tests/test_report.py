@@ -508,6 +508,12 @@ def test_a_layer_that_is_called_many_times_has_the_mean_over_its_calls(gated):
     assert passed.each.shape[0] == 32 and np.allclose(own.mean, passed.mean, atol=1e-5)
 
 
+def test_runs_of_different_backbones_are_said_to_be(gated, tmp_path):
+    for other, said in ((gated / "other", 0), (gated / "albert" / "run", 1)):
+        screen = gatereport.report([str(gated / "one"), str(other)], None, tmp_path / "out")
+        assert sum(line.startswith("The runs have different backbones: one ") for line in screen) == said
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(gated, tmp_path):
     shutil.copytree(gated / "one", tmp_path / "one", ignore=shutil.ignore_patterns("best"))
     screen = gatereport.report([str(gated / "one"), str(tmp_path / "one")], None, tmp_path / "out")
