@@ -176,11 +176,11 @@ def text_lengths(task: str, data: str, tokenizer: str, count: int, most: int) ->
     """Tokens of `count` training texts, as a run with data.max_length=`most` would cut them."""
     from transformers import AutoTokenizer
 
-    from scaleup import config
+    from scaleup import config, yamlfile
     from scaleup import data as texts
 
     try:
-        settings = config.load(None, [f"data.path={data}", f"data.name={task}", f"data.max_length={most}", f"data.k={count}", "data.dev_size=1", "model.name=unused"]).data
+        settings = config.load(None, [yamlfile.override("data.path", data), yamlfile.override("data.name", task), f"data.max_length={most}", f"data.k={count}", "data.dev_size=1", "model.name=unused"]).data
         found = texts.load(settings)
     except config.ConfigError as error:
         raise ValueError(f"--texts, --examples: {'; '.join(error.problems)}") from None

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scaleup import quantised
+from scaleup import quantised, weights
 from scaleup.config import ConfigError, DataSettings, ModelSettings, Settings
 from scaleup.int8 import replace_linears
 from scaleup.weights import Weights, checkpoint_folder, load_sharded, set_values
@@ -141,6 +141,11 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _unreadable(settings.name, error) from error
+
+
+def fingerprint(settings: ModelSettings, config: PretrainedConfig) -> str:
+    """Identity of the backbone whose config was loaded, by which a run and its bundles know it again."""
+    return weights.fingerprint(settings.name, getattr(config, "_commit_hash", None))
 
 
 def load_model(

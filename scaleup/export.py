@@ -29,6 +29,7 @@ from scaleup.fresh import peak_mib
 from scaleup.journal import write_json
 from scaleup.proof import BATCH, ExportError, Job, Options, prepare, prove
 from scaleup.sites import find_sites
+from scaleup.yamlfile import override
 
 VERSION = "0.1.0"
 TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)[\w.-]*")
@@ -71,7 +72,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
     if manifest.get("export", "exact") != "exact":
         raise ConfigError([f"--checkpoint: {options.checkpoint} is an export itself ({manifest['export']}); name the run's best/ or final/"])
     own = ["train.resume=auto"]  # else a config refuses a folder that is not empty
-    settings = config.load(str(path), own if options.backbone is None else [*own, f"model.name={options.backbone}"])
+    settings = config.load(str(path), own if options.backbone is None else [*own, override("model.name", options.backbone)])
     method = manifest["method"]
     if method["name"] != "unipelt":
         raise ConfigError([f"--checkpoint: {options.checkpoint} was trained with method {method['name']}; it is a transformers folder already, load it as it is"])
@@ -80,7 +81,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
     if options.kind == "merged" and options.calibrate not in ("dev", "test") and settings.data.name is not None:
         raise ConfigError([f"--calibrate: the run's data is {settings.data.name} by name; use dev or test"])
     shape, then = backbone.load_config(settings.model), manifest["backbone"]
-    if weights.fingerprint(settings.model.name, getattr(shape, "_commit_hash", None)) != then["fingerprint"]:
+    if backbone.fingerprint(settings.model, shape) != then["fingerprint"]:
         advice = "name its folder with --backbone" if options.backbone is None else "--backbone takes the very folder, config.json included"
         raise ConfigError([f"model.name: {settings.model.name} is not the backbone that was trained on ({then['name']}, {then['fingerprint'][:19]}…); {advice}"])
     return settings, manifest

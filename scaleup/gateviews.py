@@ -8,7 +8,6 @@ A gate stands in a row (its layer) and a column (its submodule, and its place wh
 
 import collections
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from scaleup import backbone, checkpoint, data, precision, tasks, weights
+from scaleup import backbone, checkpoint, data, precision, tasks
 from scaleup.config import ConfigError, DataSettings, Settings
 from scaleup.config import load as load_config
 from scaleup.gate import LearnedGate, pool
@@ -27,6 +26,7 @@ from scaleup.journal import GateLog
 from scaleup.readers import Examples
 from scaleup.rules import SUBMODULES
 from scaleup.runs import Run
+from scaleup.yamlfile import override
 
 SPLITS = ("train", "dev", "test")
 
@@ -113,7 +113,7 @@ def from_pass(run: Run, name: str, which: str) -> View:
     lacks = [name for name in ("best/", "config.yaml") if not (folder / name).exists()]
     if lacks:
         raise ConfigError(f"--run: {folder} has no {' and no '.join(lacks)}, which a pass over data needs (a sweep keeps best/ with keep: best)")
-    settings = load_config(str(folder / "config.yaml"), ["train.resume=auto", f"train.output_dir={json.dumps(str(folder), ensure_ascii=False)}"])
+    settings = load_config(str(folder / "config.yaml"), ["train.resume=auto", override("train.output_dir", folder)])
     if tasks.of(settings.data).writes:
         raise ConfigError(f"--run: {folder}: classes and examples are for classification and regression, not {tasks.name_of(settings.data)}")
     try:
@@ -121,7 +121,7 @@ def from_pass(run: Run, name: str, which: str) -> View:
     except checkpoint.BundleError as error:
         raise ConfigError(f"--run: {error}") from None
     labels, then, config = manifest["labels"], manifest["backbone"], backbone.load_config(settings.model)
-    if weights.fingerprint(settings.model.name, getattr(config, "_commit_hash", None)) != then["fingerprint"]:
+    if backbone.fingerprint(settings.model, config) != then["fingerprint"]:
         raise ConfigError(f"--run: {folder}: {settings.model.name} is not the backbone that was trained on ({then['name']}, {then['fingerprint'][:19]}…); put that one back")
     settings = backbone.fit_length(settings, config)
     tokenizer = backbone.load_tokenizer(settings.model, config)

@@ -28,7 +28,7 @@ from pydantic import Field, PositiveInt
 from scaleup.checks import CHECKS
 from scaleup.config import ConfigError, Section, Settings
 from scaleup.config import load as load_config
-from scaleup.yamlfile import nearest, parse, shown
+from scaleup.yamlfile import flat, nearest, override, parse, shown
 
 AXES = ("task", "k", "method", "seed")
 DECIDED = ("train.output_dir", "train.resume")  # by the sweep
@@ -125,7 +125,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
         chosen = {"tasks": file.tasks[task], "k": file.k[k], "methods": file.methods[method], "seeds": file.seeds[seed]}
         axes = list(itertools.chain.from_iterable(chosen.values()))
         folder = output / f"{task}-{k}-{method}-{seed}"
-        said = [*base, "train.disable_tqdm=true", *_seeded(axes), *overrides, f"train.output_dir={json.dumps(str(folder), ensure_ascii=False)}", "train.resume=auto"]
+        said = [*base, "train.disable_tqdm=true", *_seeded(axes), *overrides, override("train.output_dir", folder), "train.resume=auto"]
         for problem in _set_twice(chosen):
             found.setdefault(problem, []).append(folder.name)
         try:
@@ -187,8 +187,7 @@ def _base(file: SweepFile, folder: pathlib.Path) -> tuple[tuple[str, ...], list[
     said = []
     for section, values in file.base.items():
         inner = values if isinstance(values, dict) else {"": values}
-        # JSON is YAML on one line.
-        said += [f"{section}{'.' * bool(key)}{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in inner.items()]
+        said += [override(f"{section}{'.' * bool(key)}{key}", value) for key, value in inner.items()]
     return (), said
 
 
@@ -223,7 +222,7 @@ def _named(names: list[str], total: int) -> str:
 
 def _wanted(settings: Settings) -> str:
     """What a run is, wherever it is."""
-    return json.dumps({name: {k: v for k, v in values.items() if f"{name}.{k}" not in DECIDED} for name, values in settings.dump().items()}, sort_keys=True, default=str)
+    return json.dumps({key: value for key, value in flat(settings.dump()).items() if key not in DECIDED}, sort_keys=True, default=str)
 
 
 def same_run(settings: Settings, folder: pathlib.Path) -> None:
@@ -237,10 +236,10 @@ def same_run(settings: Settings, folder: pathlib.Path) -> None:
     if not path.is_file():
         return
     try:
-        then = {f"{name}.{key}": value for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items() for key, value in values.items()}
+        then = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise ConfigError(f"{path} is damaged; remove the folder to run it again") from None
-    now = {f"{name}.{key}": value for name, values in settings.dump().items() for key, value in values.items()}
+    now = flat(settings.dump())
     free = {*DECIDED, "train.disable_tqdm"}
     if "max_length" not in settings.data.model_fields_set:
         free.add("data.max_length")  # a run cuts what nobody chose to what its model takes

@@ -49,6 +49,8 @@ def _table1(s: Sources) -> Table:
 
 def _table2(s: Sources) -> Table:
     title = "Table 2: average test performance of UniPELT and of the best of its submodules on each task"
+    if several := sorted({name_of(run.method) for run in s.runs if run.variant}):
+        raise ConfigError(f"--runs: table 2 compares one setting of each method, and there are several of {', '.join(several)}; give the folders of one")
     return tables.upper_bound("table2", title, s.runs, s.paper["table2"], THEIRS_ON)
 
 
@@ -105,8 +107,6 @@ def report(name: str, folders: Sequence[str], output: pathlib.Path, bench: Seque
     runs = load(folders)
     one_backbone(runs)
     one_metric(runs)
-    if several := sorted({name_of(run.method) for run in runs if run.variant}) if name == "table2" else []:
-        raise ConfigError(f"--runs: table 2 compares one setting of each method, and there are several of {', '.join(several)}; give the folders of one")
     if name in FIGURES:
         table, panels = _figure(name, FIGURES[name], runs, paper)
         draw = lambda path: figures.draw_panels(panels, table.title, path)  # noqa: E731

@@ -16,7 +16,7 @@ import yaml
 
 from scaleup.config import GLUE_TASKS
 from scaleup.rules import ASIDE, SUBMODULES
-from scaleup.yamlfile import ConfigError
+from scaleup.yamlfile import ConfigError, flat
 
 NAMES = {
     "full": "Fine-tuning", "bitfit": "BitFit", "adapter": "Adapter", "prefix": "Prefix-tuning", "lora": "LoRA",
@@ -172,18 +172,17 @@ def load(folders: Iterable[str]) -> list[Run]:
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
     """With several settings of one method on the same examples, as sweeps over learning rates have, their runs go by the sweep's names; and with
     several seeds of training, by those, too."""
+    called = [found[1] if (found := CELL.fullmatch(run.folder.name)) else "" for run in runs]
     names: dict[tuple, set[str]] = {}
     trained: dict[tuple, set[int]] = {}
-    for run in runs:
-        found = CELL.fullmatch(run.folder.name)
-        trained.setdefault((run.task, run.k, run.seed, run.method, found and found[1]), set()).add(run.results["seeds"]["train"])
-    if any(len(seeds) > 1 for seeds in trained.values()):
-        runs = [dataclasses.replace(run, by_training=True) for run in runs]
-    for run in runs:
-        if found := CELL.fullmatch(run.folder.name):
-            names.setdefault((run.task, run.k, run.seed, run.method), set()).add(found[1])
-    several = {cell[-1] for cell, own in names.items() if len(own) > 1}
-    return [dataclasses.replace(run, variant=found[1]) if run.method in several and (found := CELL.fullmatch(run.folder.name)) else run for run in runs]
+    for run, name in zip(runs, called):
+        examples = (run.task, run.k, run.seed, run.method)
+        trained.setdefault((*examples, name), set()).add(run.results["seeds"]["train"])
+        if name:
+            names.setdefault(examples, set()).add(name)
+    by_training = any(len(seeds) > 1 for seeds in trained.values())
+    several = {examples[-1] for examples, own in names.items() if len(own) > 1}
+    return [dataclasses.replace(run, variant=name if run.method in several else "", by_training=by_training) for run, name in zip(runs, called)]
 
 
 def read(path: pathlib.Path) -> Run:
@@ -198,9 +197,8 @@ def read(path: pathlib.Path) -> Run:
         own = path.name == "results.json"  # else what lies beside it belongs to nobody in particular
         config, timing = path.with_name("config.yaml"), path.with_name("timing.json")
         damaged = config
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if own and config.is_file() else {}
-        flat = {f"{name}.{key}": value for name, values in settings.items() for key, value in values.items()}
-        if not isinstance(flat.get("data.k", 1), int | str) or not isinstance(flat.get("model.name", ""), str):
+        settings = flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if own and config.is_file() else {}
+        if not isinstance(settings.get("data.k", 1), int | str) or not isinstance(settings.get("model.name", ""), str):
             raise ValueError("data.k or model.name")
         damaged = timing
         seconds = json.loads(timing.read_text(encoding="utf-8"))["seconds"] if own and timing.is_file() else None
@@ -212,7 +210,7 @@ def read(path: pathlib.Path) -> Run:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{damaged} is damaged ({' '.join(str(error).split())[:100]}); run it again, or leave it out") from None
-    return Run(path.parent if own else path.with_suffix(""), results, flat, seconds)
+    return Run(path.parent if own else path.with_suffix(""), results, settings, seconds)
 
 
 def one_metric(runs: Sequence[Run]) -> None:
@@ -254,15 +252,16 @@ def differences(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[str]:
     known = [run for run in runs if run.settings]
     keys = sorted(set().union(*(run.settings for run in known)) - {*AXES, *drawn})
 
-    def differ(keys: Iterable[str], group: Callable[[Run], Any]) -> list[str]:
+    def differ(keys: Iterable[str], group: Callable[[Run], Any]) -> dict[str, set[str]]:
+        """key → its values, where runs of one group do not agree."""
         values: dict[str, dict[Any, set[str]]] = {}
         for run in known:
             for key in keys:
                 values.setdefault(key, {}).setdefault(group(run), set()).add(str(run.settings.get(key, "not set")))
-        several = {key: sorted(set().union(*(v for v in found.values() if len(v) > 1))) for key, found in values.items() if any(len(v) > 1 for v in found.values())}
-        return [f"{key} ({', '.join(shown)})" for key, shown in sorted(several.items())]
+        return {key: set().union(*several) for key, found in values.items() if (several := [v for v in found.values() if len(v) > 1])}
 
     within = differ(keys, lambda run: run.row)
-    shared = [key for key in keys if not key.startswith("method.") and key != "train.learning_rate" and key not in {text.partition(" (")[0] for text in within}]
-    between = differ(shared, lambda run: (run.task, run.k))
-    return [f"Runs of one method differ in {'; '.join(within)}."] * bool(within) + [f"Methods differ in {'; '.join(between)}."] * bool(between)
+    shared = [key for key in keys if not key.startswith("method.") and key != "train.learning_rate" and key not in within]
+    found = {"Runs of one method": within, "Methods": differ(shared, lambda run: (run.task, run.k))}
+    words = {who: "; ".join(f"{key} ({', '.join(sorted(own))})" for key, own in several.items()) for who, several in found.items()}
+    return [f"{who} differ in {said}." for who, said in words.items() if said]

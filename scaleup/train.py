@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import backbone, data, precision, resume, runtime, tasks, watchdog, weights
+from scaleup import backbone, data, precision, resume, runtime, tasks, watchdog
 from scaleup.arguments import deepspeed_file, training_arguments
 from scaleup.checkpoint import BundleError
 from scaleup.checks import keeps_apart, reads_ahead
@@ -70,7 +70,7 @@ def about(settings: Settings, examples: Examples, config: PretrainedConfig, args
         "method": settings.dump()["method"],
         "backbone": {
             "name": model.name, "revision": model.revision, "quantization": model.quantization,
-            "fingerprint": weights.fingerprint(model.name, getattr(config, "_commit_hash", None)),
+            "fingerprint": backbone.fingerprint(model, config),
         },
         "task": examples.task,
         "labels": examples.labels,

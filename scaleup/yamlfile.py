@@ -1,6 +1,7 @@
 """Reading a config file: YAML in which 5e-4 is a number and no key stands twice, and `section.key=value` overrides."""
 
 import difflib
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,16 @@ def shown(value: Any) -> str:
         return f"{value!r:.80}"
     except ValueError:
         return "a very long number"
+
+
+def override(key: str, value: Any) -> str:
+    """The word of a command line that sets `key` to just this value, whatever YAML would make of its characters. JSON is YAML on one line."""
+    return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+
+
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`section.key` → value."""
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 class Loader(yaml.SafeLoader):

@@ -325,6 +325,10 @@ def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):
     screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
     assert cells(tmp_path / "out" / "table1.csv")["[K = 100] Test Performance", "apl", "ours", "cola"]["mean"] == "20.0"
     assert any("2 runs, seeds 0 (training 43), 0 (training 44)." in line for line in screen)
+    leave(tmp_path / "other", "cola", 100, "apl", 0, 0.9).rename(tmp_path / "other" / "cola-100-apl_slow-0")  # another setting, another seed: not in that mean
+    report.report("table1", [str(tmp_path / "runs"), str(tmp_path / "other")], tmp_path / "out")
+    found = cells(tmp_path / "out" / "table1.csv")
+    assert [found["[K = 100] Test Performance", row, "ours", "cola"]["mean"] for row in ("apl: apl", "apl: apl_slow")] == ["20.0", "90.0"]
 
 
 def test_what_methods_differ_in_beside_themselves_is_said(small, tmp_path):
