@@ -146,21 +146,29 @@ def draw_panels(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None
     _save(figure, path)
 
 
+def _wrapped(text: str, inches: float, points: float) -> str:
+    """In lines that are no wider: a letter is a good half of its size in points wide on average."""
+    return "\n".join(textwrap.fill(line, max(8, int(inches * 72 / (0.56 * points)))) for line in text.split("\n"))
+
+
 def draw_heats(heats: Sequence[Heat], title: str, path: pathlib.Path, signed: bool = False) -> None:
     """Heat maps side by side on one scale: 0 to 1, or around 0 for differences (`signed`)."""
     most = max(len(heat.rows) for heat in heats)
     names = max(len(name) for heat in heats for name in heat.rows)
     wide, high = (0.85, 0.34) if heats[0].notes is not None else (0.42, 0.16)
     widths = [0.085 * names + 0.4 + wide * len(heat.columns) for heat in heats]
-    figure = _figure(sum(widths) + 1.0, high * most + 1.5)
+    titles = [_wrapped(heat.title, width, 9) for heat, width in zip(heats, widths)]
+    title = _wrapped(title, sum(widths) + 1.0, 10)
+    lines = max(text.count("\n") for text in titles) + title.count("\n")
+    figure = _figure(sum(widths) + 1.0, high * most + 1.5 + 0.17 * lines)
     shared = np.concatenate([heat.values.ravel() for heat in heats])
     limit = max(float(np.nanmax(np.abs(shared))), 1e-9) if signed else 1.0
     grid = figure.subplots(1, len(heats), squeeze=False, width_ratios=widths)[0]
-    for axes, heat in zip(grid, heats):
+    for axes, heat, own_title in zip(grid, heats, titles):
         image = axes.imshow(heat.values, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-limit if signed else 0, vmax=limit)
         axes.set_xticks(range(len(heat.columns)), heat.columns, fontsize=8)
         axes.set_yticks(range(len(heat.rows)), heat.rows, fontsize=7)
-        axes.set_title(heat.title, fontsize=9)
+        axes.set_title(own_title, fontsize=9)
         for i, j in np.argwhere(~np.isnan(heat.values)) if heat.notes is not None else ():
             value = heat.values[i, j]
             pale = abs(value) < 0.6 * limit if signed else value > 0.6

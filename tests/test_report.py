@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import launch.report
-from scaleup import backbone, checkpoint, config, data, gatereport, gateviews, report, runs, tables, tasks, weights
+from scaleup import backbone, checkpoint, config, data, figures, gatereport, gateviews, report, runs, tables, tasks, weights
 from scaleup.config import ConfigError
 from scaleup.gate import GateStatistics, LearnedGate
 from scaleup.unipelt import apply_method
@@ -510,6 +510,20 @@ def test_a_layer_that_is_called_many_times_has_the_mean_over_its_calls(gated):
     run = runs.read(gated / "albert" / "run" / "results.json")
     own, passed = gateviews.from_results(run, "albert"), gateviews.from_pass(run, "albert", "dev")
     assert passed.each.shape[0] == 32 and np.allclose(own.mean, passed.mean, atol=1e-5)
+
+
+def test_no_title_of_a_heat_map_is_wider_than_the_picture(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    name = "quickstart-20261127-063015: quickstart, K = 1000, UniPELT (APL), dev set (500 examples)"
+    heat = figures.Heat(name, ["layer 0"], ["adapter", "prefix", "lora"], np.full((1, 3), 0.5), [["±0.1"] * 3])
+    for heats in ([heat], [heat, heat]):
+        figures.draw_heats(heats, f"{name}\nminus {name}", tmp_path / "heat.png")
+        figure = drawn.pop()
+        figure.draw_without_rendering()
+        titles = [figure._suptitle, *(axes.title for axes in figure.axes)]
+        boxes = [title.get_window_extent() for title in titles if title.get_text()]
+        assert len(boxes) == 1 + len(heats) and all(0 <= box.x0 and box.x1 <= figure.bbox.width for box in boxes)
 
 
 def test_runs_of_different_backbones_are_said_to_be(gated, tmp_path):
