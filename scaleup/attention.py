@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from scaleup.prefix import Prefix, PrefixBank, SoftmaxPrefix
-from scaleup.product import narrow_products
+from scaleup.product import narrow_products, scaled
 from scaleup.sites import ENCODER_ARGUMENTS, AttentionSite
 from scaleup.tokens import RunningMean, Tokens
 from scaleup.tuner import SideLayer
@@ -27,7 +27,7 @@ class Pass:
     prefix: Prefix | None = None
     lora: dict[str, torch.Tensor | float] = dataclasses.field(default_factory=dict)
     h_BTD: torch.Tensor | None = None
-    narrow: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # A h of LoRA, by projection
+    narrow: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # G_L · A h of LoRA, by projection
     states: torch.Tensor | None = None  # of the encoder
     dropout: float = 0.0
     softmax: SoftmaxPrefix | None = None
@@ -56,17 +56,17 @@ class AttentionGates(SideLayer):
         if not self.site.cross or projection == "query":
             self._down[projection] = (lora_a, dropout)
 
-    def _products(self, gate: nn.Module, h_BTD: torch.Tensor) -> torch.Tensor | None:
-        """W h of the gates [B, T, N], if one product made it and those of LoRA."""
-        found = {name: (self.active(lora_a), self.active(dropout)) for name, (lora_a, dropout) in self._down.items()}
-        ready = all(lora_a is not None and (dropout is None or isinstance(dropout, nn.Identity) or not dropout.training) for lora_a, dropout in found.values())
+    def _products(self, gate: nn.Module, h_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A h of all of LoRA that was lent [B, T, R], and W h of the gates [B, T, N], if one product can make them."""
+        found = [(self.active(lora_a), self.active(dropout)) for lora_a, dropout in self._down.values()]
+        ready = all(lora_a is not None and (dropout is None or isinstance(dropout, nn.Identity) or not dropout.training) for lora_a, dropout in found)
         if not found or not ready or not isinstance(gate, nn.Linear):
             return None
-        products = narrow_products(h_BTD, [*(lora_a for lora_a, _ in found.values()), gate])
+        products = narrow_products(h_BTD, [*(lora_a for lora_a, _ in found), gate])
         if products is None:
             return None
-        self._pass.h_BTD, self._pass.narrow = h_BTD, dict(zip(found, products))
-        return products[-1]
+        gates = gate.out_features
+        return products[0].split_with_sizes([products[0].shape[-1] - gates, gates], dim=-1)
 
     def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the attention. Raises ValueError where gradients would be lost."""
@@ -74,7 +74,8 @@ class AttentionGates(SideLayer):
         if gate is None:
             return
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running, wh_BTN=self._products(gate, h_BTD))
+        ah_BTR, wh_BTN = self._products(gate, h_BTD) or (None, None)
+        gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running, wh_BTN=wh_BTN)
         if self.site.softmax_scale is not None and attention.training:
             self._pass.dropout = attention.dropout.p
         if "lora" in gates:
@@ -82,6 +83,9 @@ class AttentionGates(SideLayer):
             if self.site.cross:
                 del self._pass.lora["value"]
                 self._pass.states = next(kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
+            if ah_BTR is not None:
+                sizes = [self.active(lora_a).out_features for lora_a, _ in self._down.values()]
+                self._pass.h_BTD, self._pass.narrow = h_BTD, dict(zip(self._down, scaled(gates["lora"], ah_BTR).split_with_sizes(sizes, dim=-1)))
         kv = self._bank[0].layer(self.site.layer) if self._bank[0] is not None else None
         if kv is not None and "prefix" in gates:
             if kv.requires_grad and not torch.is_grad_enabled():
@@ -115,7 +119,7 @@ class AttentionGates(SideLayer):
         return self._pass.lora[projection]
 
     def lora_product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
-        """A x [B, T, r] if x is what the attention was called with and the product is there."""
+        """G_L · A x [B, T, r] if x is what the attention was called with and the product is there."""
         return self._pass.narrow.get(projection) if x_BTD is self._pass.h_BTD else None
 
     def after_query(self, projection: nn.Module, args: tuple, query_BTD: torch.Tensor) -> None:

@@ -15,13 +15,13 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from scaleup.gate import cast_to_weight
-from scaleup.product import add_lora
+from scaleup.product import add_lora, scaled
 from scaleup.sites import Rows
 
 
 class GateSource(Protocol):
-    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update; and A x, if it made it with the
-    gates, from what it was lent."""
+    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update; and G_L · A x, if it
+    made that with the gates, from what it was lent."""
 
     def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
 
@@ -43,9 +43,10 @@ class GatedLora(LoraVariant):
         if gate is None:
             return result
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        narrow = self.source.lora_product(self.projection, x)
-        narrow = lora_a(module.lora_dropout[active_adapter](cast_to_weight(x, lora_a.weight))) if narrow is None else narrow
-        return add_lora(result, narrow, gate, lora_b, module.get_base_layer())
+        gated = self.source.lora_product(self.projection, x)
+        if gated is None:
+            gated = scaled(gate, lora_a(module.lora_dropout[active_adapter](cast_to_weight(x, lora_a.weight))))
+        return add_lora(result, gated, lora_b, module.get_base_layer())
 
     def supports_lora_conversion(self) -> bool:
         return False

@@ -1,7 +1,7 @@
 """Products with a narrow side, as the gates, LoRA and the adapter have them, near the cost of reading what is wide.
 
-    narrow   x W₁ᵀ, x W₂ᵀ, …            what reads one input, at once; two or three columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
-    add      result + gate · (W v + b)  the gate scales the narrow side, whose gradient is a narrow product too
+    narrow   x [W₁; W₂; …]ᵀ             what reads one input, at once; two or three columns are computed as (W xᵀ)ᵀ, up to four times as fast in BLAS
+    add      result + W v, + g b        a gate scales the narrow side: v is g times what was narrow, whose gradient is a narrow product too
     few      x Wᵀ + b                   of few rows and a wide W, as the prefix's MLP has them: also as (W xᵀ + b)ᵀ
 
 At the sizes of a backbone these take the time of reading and writing [B, T, D]; the arithmetic is nothing beside it. Gradients are written
@@ -69,17 +69,15 @@ class _Narrow(Written):
             group, rest = rest[:count], rest[count:]
             joined.append((torch.cat(group) if count > 1 else group[0]).to(dtype))
             ctx.sizes.append([len(weight_RD) for weight_RD in group])
-            product_BTR = _narrow(x_MD, joined[-1].t()).unflatten(0, ctx.shape[:-1])
-            found += product_BTR.split_with_sizes(ctx.sizes[-1], dim=-1)
+            found.append(_narrow(x_MD, joined[-1].t()).unflatten(0, ctx.shape[:-1]))
         ctx.save_for_backward(x_MD, *joined)
         return tuple(found)
 
     @staticmethod
     def backward(ctx, *grads_BTR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x_MD, *joined), rest, grad_MD, grad_weights = ctx.saved_tensors, list(grads_BTR), None, []
-        for weight_RD, sizes in zip(joined, ctx.sizes):
-            group, rest = rest[: len(sizes)], rest[len(sizes) :]
-            grad_MR = (torch.cat(group, dim=-1) if len(group) > 1 else group[0]).flatten(0, -2)
+        (x_MD, *joined), grad_MD, grad_weights = ctx.saved_tensors, None, []
+        for grad_BTR, weight_RD, sizes in zip(grads_BTR, joined, ctx.sizes):
+            grad_MR = grad_BTR.flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 grad_MD = grad_MR @ weight_RD if grad_MD is None else grad_MD.addmm_(grad_MR, weight_RD)
             grad_weights += (grad_MR.t() @ x_MD).to(ctx.types[1]).split_with_sizes(sizes)
@@ -87,7 +85,7 @@ class _Narrow(Written):
 
 
 def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch.Tensor] | None:
-    """x Wᵀ, [B, T, R], of each linear layer, without biases; those of a group as one product. None where each must be called by itself."""
+    """For each group of linear layers x [W₁; W₂; …]ᵀ, [B, T, R of all of them], without biases. None where each must be called by itself."""
     linears = [linear for group in groups for linear in group]
     dtype = _computes(x_BTD, *linears)
     if dtype is None or len({linear.weight.dtype for linear in linears}) > 1:
@@ -115,22 +113,22 @@ def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     return _FewRows.run(x_LD, linear.weight, linear.bias)
 
 
-class _AddGated(Written):
+class _Add(Written):
     @staticmethod
-    def forward(ctx, result_BTD, narrow_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
-        """result + gate · (W v + b), [B, T, D], in the type of `result`; the product in that of v. bias_D: None for no bias."""
-        dtype, ctx.type = narrow_BTR.dtype, weight_DR.dtype
-        gated_MR, weight_DR = (gate_BT1 * narrow_BTR).flatten(0, -2), weight_DR.to(dtype)
-        gate_M1 = None if bias_D is None else gate_BT1.expand(*narrow_BTR.shape[:-1], 1).reshape(-1, 1)
+    def forward(ctx, result_BTD, v_BTR, gate_BT1, weight_DR, bias_D, in_place: bool) -> torch.Tensor:
+        """result + W v + gate · b, [B, T, D], in the type of `result`; the product in that of v. gate_BT1, bias_D: None for no bias."""
+        dtype, ctx.type, ctx.shapes = v_BTR.dtype, weight_DR.dtype, (v_BTR.shape, None if gate_BT1 is None else gate_BT1.shape)
+        v_MR, weight_DR = v_BTR.flatten(0, -2), weight_DR.to(dtype)
+        gate_M1 = None if bias_D is None else gate_BT1.expand(*v_BTR.shape[:-1], 1).reshape(-1, 1)
         bias_D = None if bias_D is None else bias_D.to(dtype)
-        ctx.save_for_backward(narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D)
+        ctx.save_for_backward(v_MR, gate_M1, weight_DR, bias_D)
         same = result_BTD.dtype == dtype
         if in_place and same:
             # Behind autograd's back, which would copy every gradient of a changed view; whoever had saved `result` finds its version changed.
             out_BTD = result_BTD.detach()
-            out_MD = out_BTD.view(-1, out_BTD.shape[-1]).addmm_(gated_MR, weight_DR.t())
+            out_MD = out_BTD.view(-1, out_BTD.shape[-1]).addmm_(v_MR, weight_DR.t())
         else:
-            out_MD = torch.addmm(result_BTD.flatten(0, -2), gated_MR, weight_DR.t()) if same else gated_MR @ weight_DR.t()
+            out_MD = torch.addmm(result_BTD.flatten(0, -2), v_MR, weight_DR.t()) if same else v_MR @ weight_DR.t()
             out_BTD = out_MD.view_as(result_BTD)
         if bias_D is not None:
             out_MD.addmm_(gate_M1, bias_D.unsqueeze(0))
@@ -139,40 +137,36 @@ class _AddGated(Written):
     @staticmethod
     def backward(ctx, grad_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of result, v, gate, W and b."""
-        narrow_BTR, gated_MR, gate_BT1, gate_M1, weight_DR, bias_D = ctx.saved_tensors
-        grad_MD = grad_BTD.flatten(0, -2).to(narrow_BTR.dtype)
-        grad_gated_BTR = _narrow(grad_MD, weight_DR).unflatten(0, narrow_BTR.shape[:-1])
-        grad_gate = None
-        if ctx.needs_input_grad[2]:
-            product_BTR = grad_gated_BTR * narrow_BTR
-            if bias_D is None:
-                grad_gate = product_BTR.sum((1, 2) if gate_BT1.shape[1] == 1 else 2, keepdim=True)
-            else:
-                grad_gate = product_BTR.sum(2, keepdim=True)
-                grad_gate += (grad_MD @ bias_D).view_as(grad_gate)
-            grad_gate = grad_gate.sum_to_size(gate_BT1.shape)
-        grad_weight = (gated_MR.t() @ grad_MD).t().to(ctx.type)
-        grad_bias = None if bias_D is None else (gate_M1.t() @ grad_MD).squeeze(0).to(ctx.type)
-        return grad_BTD, gate_BT1 * grad_gated_BTR, grad_gate, grad_weight, grad_bias, None
+        (v_MR, gate_M1, weight_DR, bias_D), (shape, gate_shape), grad_gate, grad_bias = ctx.saved_tensors, ctx.shapes, None, None
+        grad_MD = grad_BTD.flatten(0, -2).to(v_MR.dtype)
+        if bias_D is not None:
+            grad_gate = (grad_MD @ bias_D).view(*shape[:-1], 1).sum_to_size(gate_shape) if ctx.needs_input_grad[2] else None
+            grad_bias = (gate_M1.t() @ grad_MD).squeeze(0).to(ctx.type)
+        # The other way round BLAS is slower; a weight takes its gradient without a copy only if that is laid out as itself.
+        grad_weight = (v_MR.t() @ grad_MD).t().to(ctx.type, memory_format=torch.contiguous_format)
+        return grad_BTD, _narrow(grad_MD, weight_DR).view(shape), grad_gate, grad_weight, grad_bias, None
 
 
-def _as_tensor(gate: torch.Tensor | float, narrow_BTR: torch.Tensor) -> torch.Tensor:
-    return gate.to(narrow_BTR.dtype) if isinstance(gate, torch.Tensor) else narrow_BTR.new_full((1, 1, 1), gate)
+def scaled(gate: torch.Tensor | float, narrow_BTR: torch.Tensor) -> torch.Tensor:
+    """gate · narrow, in the type of `narrow`; gate [B, 1 or T, 1] or a constant."""
+    return (gate.to(narrow_BTR.dtype) if isinstance(gate, torch.Tensor) else gate) * narrow_BTR
 
 
-def add_lora(result_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Module, projection: nn.Module) -> torch.Tensor:
-    """result + gate · W v; `result` is the output of the frozen `projection`, which does not need it again: it is written to.
+def add_lora(result_BTD: torch.Tensor, v_BTR: torch.Tensor, linear: nn.Module, projection: nn.Module) -> torch.Tensor:
+    """result + W v; `result` is the output of the frozen `projection`, which does not need it again: it is written to.
 
     Not where the projection is quantised: its output may be a view that must not be changed.
     """
-    if type(projection) is not nn.Linear or narrow_BTR.dtype != result_BTD.dtype or _computes(result_BTD, linear) != narrow_BTR.dtype:
-        return result_BTD + linear(gate * narrow_BTR)
-    return _AddGated.run(result_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, None, True)
+    if type(projection) is not nn.Linear or v_BTR.dtype != result_BTD.dtype or _computes(result_BTD, linear) != v_BTR.dtype:
+        return result_BTD + linear(v_BTR)
+    return _Add.run(result_BTD, v_BTR, None, linear.weight, None, True)
 
 
 def add_gated(z_BTD: torch.Tensor, narrow_BTR: torch.Tensor, gate: torch.Tensor | float, linear: nn.Linear, own: bool) -> torch.Tensor:
     """z + gate · (W v + b); gate [B, 1 or T, 1] or a constant. `own`: nobody else reads z, so that it may be written to outside of training."""
-    if _computes(z_BTD, linear) != narrow_BTR.dtype:
+    dtype = narrow_BTR.dtype
+    if _computes(z_BTD, linear) != dtype:
         wide_BTD = linear(narrow_BTR).to(z_BTD.dtype)
         return z_BTD.add(wide_BTD, alpha=gate) if isinstance(gate, float) else torch.addcmul(z_BTD, wide_BTD, gate.to(z_BTD.dtype))
-    return _AddGated.run(z_BTD, narrow_BTR, _as_tensor(gate, narrow_BTR), linear.weight, linear.bias, own and not torch.is_grad_enabled())
+    gate_BT1 = gate.to(dtype) if isinstance(gate, torch.Tensor) else narrow_BTR.new_full((1, 1, 1), gate)
+    return _Add.run(z_BTD, gate_BT1 * narrow_BTR, gate_BT1, linear.weight, linear.bias, own and not torch.is_grad_enabled())

@@ -21,7 +21,7 @@ from scaleup.attention import AttentionGates
 from scaleup.gate import ConstantGate, LearnedGate, cast_to_weight
 from scaleup.lora import FusedUpdate, GateSource
 from scaleup.prefix import CHILD, WideMasks
-from scaleup.product import add_lora
+from scaleup.product import add_lora, scaled
 from scaleup.sites import AttentionSite, BlockSite, Rows
 from scaleup.tokens import Tokens
 
@@ -76,9 +76,9 @@ class LoraUpdate(nn.Module):
         gate = self._source[0].lora_gate(self.role)
         if gate is None:
             return output
-        narrow = self._source[0].lora_product(self.role, args[0])
-        narrow = self.lora_A(cast_to_weight(args[0], self.lora_A.weight)) if narrow is None else narrow
-        return add_lora(output, narrow, gate, self.lora_B, projection).to(output.dtype)
+        gated = self._source[0].lora_product(self.role, args[0])
+        gated = scaled(gate, self.lora_A(cast_to_weight(args[0], self.lora_A.weight))) if gated is None else gated
+        return add_lora(output, gated, self.lora_B, projection).to(output.dtype)
 
 
 class AllReal:

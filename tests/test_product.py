@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaleup.product import FEW_ROWS, add_gated, add_lora, few_rows, narrow_products
+from scaleup.product import FEW_ROWS, add_gated, add_lora, few_rows, narrow_products, scaled
 
 B, T, D, R = 2, 5, 16, 3
 
@@ -63,7 +63,7 @@ def test_a_product_is_added_to_a_frozen_layers_output_with_the_gradients_of_the_
         leaf.requires_grad_()
     wanted = torch.autograd.grad((frozen(z) + leaves[-1] * (narrow @ linear.weight.t())).square().sum(), leaves)
     output = frozen(z)
-    found = add_lora(output, narrow, leaves[-1], linear, frozen)
+    found = add_lora(output, scaled(leaves[-1], narrow), linear, frozen)
     assert found.data_ptr() == output.data_ptr()
     for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), wanted):
         torch.testing.assert_close(one, other)
@@ -73,19 +73,24 @@ def test_whoever_needs_what_was_written_over_is_told():
     z, narrow, linear = given()
     output = nn.Linear(D, D)(z)
     kept = output.square()
-    add_lora(output, narrow, 1.0, linear, nn.Linear(D, D))
+    add_lora(output, narrow, linear, nn.Linear(D, D))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
 
 
-@pytest.mark.parametrize("groups", [(3,), (1, 2), (1, 1, 1)], ids=str)
+SPLITS = {(3,): [[40, 2, 1]], (1, 2): [[40], [2, 1]], (1, 1, 1): [[40], [2], [1]]}
+
+
+@pytest.mark.parametrize("groups", SPLITS, ids=str)
 def test_products_of_one_input_are_made_together_with_the_gradients_of_each(groups):
     x, _, _ = given(dtype=torch.float64)
     linears = [nn.Linear(D, rows).double() for rows in (40, 2, 1)]  # 40: beyond what are few columns
     leaves = [x.requires_grad_(), *(linear.weight for linear in linears)]
     wanted = [x @ linear.weight.t() for linear in linears]
     rest = iter(linears)
-    found = narrow_products(x, *[[next(rest) for _ in range(count)] for count in groups])
+    joined = narrow_products(x, *[[next(rest) for _ in range(count)] for count in groups])
+    assert [part.shape[-1] for part in joined] == [sum(rows for rows in split) for split in SPLITS[groups]]
+    found = [part for whole, rows in zip(joined, SPLITS[groups]) for part in whole.split(rows, dim=-1)]
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other)
     wanted, found = (torch.autograd.grad(sum((1 + i) * part.square().sum() for i, part in enumerate(parts)), leaves) for parts in (wanted, found))
@@ -100,7 +105,7 @@ def test_a_linear_function_put_in_place_of_torchs_is_used(monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or plain(*args))
     z, narrow, linear = given()
     add_gated(z, narrow, 0.5, linear, own=False)
-    add_lora(z, narrow, 0.5, nn.Linear(R, D, bias=False), nn.Linear(D, D))
+    add_lora(z, narrow, nn.Linear(R, D, bias=False), nn.Linear(D, D))
     assert len(calls) == 2
     assert narrow_products(z, [nn.Linear(D, R)]) is None
 
@@ -131,7 +136,7 @@ def test_under_autocast_products_are_of_its_type_and_gradients_of_the_weights(wi
         x = z.to(wide)
         (narrow,) = narrow_products(x, [down])
         found_out = add_gated(x, narrow, gate, up, own=False)
-    assert narrow.dtype == torch.bfloat16 and found_out.dtype == wide and type(found_out.grad_fn).__name__ == "_AddGatedBackward"
+    assert narrow.dtype == torch.bfloat16 and found_out.dtype == wide and type(found_out.grad_fn).__name__ == "_AddBackward"
     found = torch.autograd.grad(found_out.float().square().sum(), leaves)
     assert ((found_out - wanted_out).norm() / wanted_out.norm()) < 0.01
     for one, other in zip(found, wanted):
