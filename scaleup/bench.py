@@ -256,27 +256,28 @@ def ragged(geometry: str, lengths: list[int], size: int, width: int, device: str
     return {name: contender(*how) for name, how in orders.items()}
 
 
-# name → (trained as a whole, frozen weights, gradient checkpointing)
+# name → (what is trained, frozen weights, gradient checkpointing)
 MEMORY = {
-    "full fine-tuning": (True, "none", False), "full fine-tuning, checkpointing": (True, "none", True),
-    "APL": (False, "none", False), "APL, checkpointing": (False, "none", True),
-    "APL, 8 bit": (False, "8bit", False), "APL, 8 bit, checkpointing": (False, "8bit", True),
+    "full fine-tuning": ("all", "none", False), "full fine-tuning, checkpointing": ("all", "none", True), "floor": ("head", "none", False),
+    "APL": ("APL", "none", False), "APL, checkpointing": ("APL", "none", True),
+    "APL, 8 bit": ("APL", "8bit", False), "APL, 8 bit, checkpointing": ("APL", "8bit", True),
 }  # fmt: skip
+TRAINED: dict[str, Callable[[PreTrainedModel], nn.Module]] = {"all": lambda base: base, "head": _floor, "APL": lambda base: _unipelt(base, {})}
 
 
 def memory(name: str, geometry: str, given: dict[str, torch.Tensor], device: str, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Bytes of one of MEMORY: `rest` between steps (weights, optimizer), `peak` during the second step. In a process of its own."""
-    whole, quantization, checkpointing = MEMORY[name]
+    trained, quantization, checkpointing = MEMORY[name]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if quantization == "none":
-            base = backbone(geometry, torch.float32 if whole else dtype, device)
+            base = backbone(geometry, torch.float32 if trained == "all" else dtype, device)
         else:  # quantised while they are loaded
             saved = backbone(geometry)
             saved.save_pretrained(folder)
             settings = ModelSettings(name=folder, quantization=quantization)
             base, _ = load_model(settings, saved.config, model_class(geometry), dtype, torch.device(device))
             del saved
-    model = base if whole else _unipelt(base, {})
+    model = TRAINED[trained](base)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     contender = _contender(model, _training_step(model, [given], device, dtype=dtype))
