@@ -56,8 +56,8 @@ class AttentionGates(SideLayer):
         if not self.site.cross or projection == "query":
             self._down[projection] = (lora_a, dropout)
 
-    def _products(self, gate: nn.Module, h_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A h of all of LoRA that was lent [B, T, R], and W h of the gates [B, T, N], if one product can make them."""
+    def _products(self, gate: nn.Module, h_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
+        """A h of all of LoRA that was lent [B, T, R], W h of the gates [B, T, N], and the rank of each LoRA, if one product can make them."""
         found = [(self.active(lora_a), self.active(dropout)) for lora_a, dropout in self._down.values()]
         ready = all(lora_a is not None and (dropout is None or isinstance(dropout, nn.Identity) or not dropout.training) for lora_a, dropout in found)
         if not found or not ready or not isinstance(gate, nn.Linear):
@@ -65,8 +65,8 @@ class AttentionGates(SideLayer):
         products = narrow_products(h_BTD, [*(lora_a for lora_a, _ in found), gate])
         if products is None:
             return None
-        gates = gate.out_features
-        return products[0].split_with_sizes([products[0].shape[-1] - gates, gates], dim=-1)
+        ranks = [lora_a.out_features for lora_a, _ in found]
+        return *products[0].split_with_sizes([sum(ranks), gate.out_features], dim=-1), ranks
 
     def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the attention. Raises ValueError where gradients would be lost."""
@@ -74,7 +74,7 @@ class AttentionGates(SideLayer):
         if gate is None:
             return
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        ah_BTR, wh_BTN = self._products(gate, h_BTD) or (None, None)
+        ah_BTR, wh_BTN, ranks = self._products(gate, h_BTD) or (None, None, [])
         gates = gate(h_BTD, self._tokens[0].real(h_BTD.shape[1]), running=self.running, wh_BTN=wh_BTN)
         if self.site.softmax_scale is not None and attention.training:
             self._pass.dropout = attention.dropout.p
@@ -84,8 +84,7 @@ class AttentionGates(SideLayer):
                 del self._pass.lora["value"]
                 self._pass.states = next(kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
             if ah_BTR is not None:
-                sizes = [self.active(lora_a).out_features for lora_a, _ in self._down.values()]
-                self._pass.h_BTD, self._pass.narrow = h_BTD, dict(zip(self._down, scaled(gates["lora"], ah_BTR).split_with_sizes(sizes, dim=-1)))
+                self._pass.h_BTD, self._pass.narrow = h_BTD, dict(zip(self._down, scaled(gates["lora"], ah_BTR).split_with_sizes(ranks, dim=-1)))
         kv = self._bank[0].layer(self.site.layer) if self._bank[0] is not None else None
         if kv is not None and "prefix" in gates:
             if kv.requires_grad and not torch.is_grad_enabled():

@@ -79,7 +79,7 @@ def operations(step: Callable[[], object], rounds: int) -> list[tuple[str, str, 
         for event in record.key_averages(group_by_input_shape=True):
             key = (event.key, str(event.input_shapes), event.count)
             best[key] = min(best.get(key, float("inf")), event.self_cpu_time_total / 1000)
-        del record, event
+        del record
         gc.collect()  # events lie between the tensors, whose places would not be used again: each large one would be of new pages, at thrice the time
     return sorted(((*key, round(ms, 3)) for key, ms in best.items()), key=lambda row: -row[3])
 
