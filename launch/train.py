@@ -14,16 +14,20 @@ import signal
 import sys
 import warnings
 
+from scaleup import errors
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between torch and DeepSpeed
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, module="torch.distributed"
+)  # between torch and DeepSpeed
 
 
 class _Help(argparse.Action):
     """--help with every setting: needs the package, which is slow to import, so only when asked."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        from scaleup.config import describe
+        from scaleup.settings.schema import describe
 
         print(parser.format_help() + describe())
         parser.exit()
@@ -32,12 +36,19 @@ class _Help(argparse.Action):
 def main() -> int:
     """Command line; the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file with the sections model, method, data, train")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the resolved config and stop"
+    )
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"
+    )
     options = parser.parse_intermixed_args()  # overrides before and after --config
     parent = os.getppid()
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -51,15 +62,21 @@ def main() -> int:
 
 def _run(options: argparse.Namespace, parent: int) -> int:
     """The run, its watchdog and its processes, in good order; the exit code."""
-    from scaleup import runtime, watchdog
+    from scaleup.training import distributed as runtime
+    from scaleup.training import watchdog
 
     runtime.die_with_launcher(parent)
     code = 1
     try:
         code = _train(options)
     finally:
-        watchdog.stop(0 if code == _stopped_code() else code)  # a rank that has saved is no failure to the others
-    if code in (0, _stopped_code()):  # after a failure others may be gone, and leaving in good order could wait for them
+        watchdog.stop(
+            0 if code == _stopped_code() else code
+        )  # a rank that has saved is no failure to the others
+    if code in (
+        0,
+        _stopped_code(),
+    ):  # after a failure others may be gone, and leaving in good order could wait for them
         runtime.leave()
     return code
 
@@ -78,8 +95,11 @@ def _stopped_code() -> int:
 
 def _train(options: argparse.Namespace) -> int:
     """The run; its exit code."""
-    from scaleup import checkpoint, config, loop, runtime, train, watchdog
-    from scaleup.checks import CHECKS
+    from scaleup.settings import schema as config
+    from scaleup.training import distributed as runtime
+    from scaleup.training import run as train
+    from scaleup.training import watchdog
+    from scaleup.training.preflight import CHECKS
 
     try:
         settings = config.load(options.config, options.overrides, checks=CHECKS)
@@ -88,15 +108,21 @@ def _train(options: argparse.Namespace) -> int:
             return 0
         runtime.respawn(__file__, sys.argv[1:])
         train.run(settings)
-    except config.ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host: what is wrong may be wrong on one only
+    except errors.ConfigError as error:
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # once on each host: what is wrong may be wrong on one only
             count = len(error.problems)
-            print(f"error: {count} problem{'s' * (count > 1)}:" + "".join(f"\n  - {p}" for p in error.problems), file=sys.stderr)
+            print(
+                f"error: {count} problem{'s' * (count > 1)}:"
+                + "".join(f"\n  - {p}" for p in error.problems),
+                file=sys.stderr,
+            )
         return 2
-    except (loop.RunError, checkpoint.BundleError) as error:
+    except (errors.RunError, errors.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except loop.Preempted as stopped:
+    except errors.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         return _stopped_code()
@@ -107,7 +133,10 @@ def _train(options: argparse.Namespace) -> int:
         print(f"error: {lost}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; continue with train.resume=auto", file=sys.stderr)

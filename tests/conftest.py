@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # No test may reach a hub, and forks after a tokenizer has started threads would warn. One thread: the models are tiny, and two
 # test processes with two threads each would only wait for each other.
@@ -26,7 +26,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     # A test of several processes waits for the other worker's: four processes at once on two cores are much slower than two after two.
     if not item.get_closest_marker("distributed") or not hasattr(item.config, "workerinput"):
         return (yield)
-    with open(pathlib.Path(tempfile.gettempdir(), f"scaleup-{item.config.workerinput['testrunuid']}.lock"), "w") as lock:
+    with open(
+        pathlib.Path(
+            tempfile.gettempdir(), f"scaleup-{item.config.workerinput['testrunuid']}.lock"
+        ),
+        "w",
+    ) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return (yield)
 
@@ -53,6 +58,6 @@ def quickstart_dir() -> pathlib.Path:
 def keys(request, monkeypatch) -> str:
     """Both ways of the sdpa attention with a prefix on a CPU: tiny models have few keys, which torch's kernels do not see."""
     if request.param == "many keys":
-        monkeypatch.setattr("scaleup.short.MOST_KEYS", 0)
-        monkeypatch.setattr("scaleup.short.MOST_KEYS_BESIDE_SLOW", 0)
+        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
+        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_BESIDE_SLOW", 0)
     return request.param

@@ -1,0 +1,1 @@
+"""The frozen backbone: loading, precision, quantization and ZeRO-3 shards."""

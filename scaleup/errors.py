@@ -1,0 +1,33 @@
+"""Errors that a command reports to its user in plain sentences."""
+
+
+class ScaleupError(Exception):
+    """Base class of the errors that a command prints without a traceback."""
+
+
+class ConfigError(ScaleupError, ValueError):
+    """A problem that the user must solve before the command can start.
+
+    Args:
+        problems: one plain sentence per problem.
+    """
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(ScaleupError, ValueError):
+    """A folder that is not a whole, unaltered checkpoint."""
+
+
+class RunError(ScaleupError, RuntimeError):
+    """A run that cannot continue. The checkpoints that it saved remain."""
+
+
+class Preempted(ScaleupError):
+    """A run that was asked to stop and has saved its state."""
+
+
+class ExportError(ScaleupError, RuntimeError):
+    """An export that cannot be made or failed its verification. Nothing is left under its name."""

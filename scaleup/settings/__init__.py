@@ -1,0 +1,1 @@
+"""Settings of a run: schema, loading, and rules that need no files."""

@@ -1,0 +1,1 @@
+"""UniPELT as a PEFT method; depends on nothing else in scaleup except errors."""

@@ -1,0 +1,1 @@
+"""Fused operations of UniPELT and the choice between them."""

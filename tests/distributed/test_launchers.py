@@ -1,0 +1,276 @@
+"""launch/: the scripts for several nodes. What they derive, with stand-ins for the programs of a cluster."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.utils.workspace import ROOT, environment, make_workspace, overrides
+
+TORCHRUN, SBATCH, JOB = (
+    ROOT / "launch" / "torchrun.sh",
+    ROOT / "launch" / "slurm" / "train.sbatch",
+    ROOT / "launch" / "k8s" / "job.yaml",
+)
+# Stands in for the interpreter: what it is started with, and the ranks it sees.
+PYTHON = '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS:" "$@"\n'
+SCONTROL = (
+    '#!/bin/sh\nif [ "$1" = show ]; then printf "gpu07\\ngpu08\\n"; else echo "scontrol $*"; fi\n'
+)
+# Two nodes with two tasks each, one after the other; its own options come before "bash".
+SRUN = """#!/bin/bash
+echo "srun $1 $2 $3 $4"
+while [ "$1" != bash ]; do shift; done
+for task in 0 1 2 3; do
+  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 SLURM_STEP_TASKS_PER_NODE="2(x2)" "$@"
+done
+"""
+
+
+def run(
+    command: list, folder: pathlib.Path | None = None, **more: str
+) -> subprocess.CompletedProcess:
+    drop = (
+        "NNODES",
+        "NODE_RANK",
+        "NPROC",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "LOCAL_WORLD_SIZE",
+        "OMP_NUM_THREADS",
+    )
+    env = {k: v for k, v in environment().items() if k not in drop}
+    if folder is not None:
+        env["PATH"] = f"{folder}:{env['PATH']}"
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env | more,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def programs(tmp_path) -> pathlib.Path:
+    """A folder for PATH with scontrol, srun and an interpreter that do as told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (
+        ("scontrol", SCONTROL),
+        ("srun", SRUN),
+        ("python", PYTHON),
+        ("nvidia-smi", "#!/bin/sh\nexit 9\n"),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("script", [TORCHRUN, SBATCH], ids=lambda p: p.name)
+def test_scripts_are_bash_and_say_how_they_are_used(script):
+    assert run(["bash", "-n", script]).returncode == 0
+    result = run(["bash", script])
+    assert result.returncode == 2 and "CONFIG [section.key=value" in result.stderr
+
+
+def slurm(programs, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    job = {
+        "SLURM_JOB_ID": "71234",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "6",
+    }
+    return run(
+        ["bash", SBATCH, *arguments], programs, PYTHON=str(programs / "python"), **(job | more)
+    )
+
+
+def test_every_slurm_task_derives_its_rank_inside_srun(programs):
+    result = slurm(
+        programs, "configs/bart_large.yaml", "train.deepspeed=zero2", "data.text_column=two words"
+    )
+    assert result.returncode == 0, result.stderr
+    first, *tasks = result.stdout.splitlines()
+    assert first.startswith(
+        "srun --kill-on-bad-exit=0 --wait=120 --gpu-bind=none --distribution=block"
+    )
+    command = "launch/train.py --config configs/bart_large.yaml train.deepspeed=zero2 data.text_column=two words"
+    assert tasks == [f"{rank} {rank % 2} 4 2 gpu07 21234 6: {command}" for rank in range(4)]
+
+
+def test_a_requeued_slurm_job_continues_its_run(programs):
+    assert "train.resume" not in slurm(programs, "c.yaml").stdout
+    assert (
+        slurm(programs, "c.yaml", SLURM_RESTART_COUNT="1")
+        .stdout.splitlines()[1]
+        .endswith("c.yaml train.resume=auto")
+    )
+
+
+def test_a_slurm_job_near_its_time_limit_stops_its_step_and_goes_back_into_the_queue(programs):
+    (programs / "srun").write_text(
+        "#!/bin/bash\ntrap 'echo the step was told; exit 0' USR1\ntrap 'echo killed; exit 1' TERM\nkill -USR1 $PPID\nfor i in $(seq 100); do sleep 0.1; done\n"
+    )
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 0
+    assert (
+        "the step was told" in result.stdout
+        and "killed" not in result.stdout
+        and "scontrol requeue 71234" in result.stdout
+    )
+
+
+def test_a_slurm_step_that_saved_and_stopped_is_queued_again(programs):
+    (programs / "srun").write_text("#!/bin/sh\nexit 75\n")
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 0 and "scontrol requeue 71234" in result.stdout
+
+
+def test_a_failed_slurm_step_fails_the_job(programs):
+    (programs / "srun").write_text("#!/bin/sh\nexit 7\n")
+    assert slurm(programs, "c.yaml").returncode == 7
+
+
+def test_slurm_directives_ask_for_requeueing_and_a_signal():
+    lines = SBATCH.read_text().splitlines()
+    for directive in ("--requeue", "--signal=B:USR1@120", "--open-mode=append"):
+        assert f"#SBATCH {directive}" in lines
+
+
+TORCH = "-m torch.distributed.run"
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        (
+            {},
+            "--nnodes 1 --nproc_per_node 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29500",
+        ),
+        (
+            {
+                "NNODES": "4",
+                "NODE_RANK": "3",
+                "MASTER_ADDR": "n01",
+                "MASTER_PORT": "1234",
+                "NPROC": "8",
+            },
+            "--nnodes 4 --nproc_per_node 8 --node_rank 3 --master_addr n01 --master_port 1234",
+        ),
+        (
+            {
+                "PET_NNODES": "2",
+                "PET_NODE_RANK": "1",
+                "PET_MASTER_ADDR": "p-0",
+                "PET_MASTER_PORT": "99",
+                "PET_NPROC_PER_NODE": "gpu",
+            },
+            "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr p-0 --master_port 99",
+        ),
+        (
+            {"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "p-0:99", "PET_RDZV_BACKEND": "c10d"},
+            "--nnodes 1:4 --nproc_per_node 1",
+        ),
+        (
+            {"JOB_COMPLETION_INDEX": "1", "NNODES": "2", "MASTER_ADDR": "scaleup-0.scaleup"},
+            "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr scaleup-0.scaleup --master_port 29500",
+        ),
+    ],
+    ids=["alone", "plain", "kubeflow", "kubeflow elastic", "indexed job"],
+)
+def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
+    result = run(
+        ["bash", TORCHRUN, "c.yaml", "a.b=two words"],
+        programs,
+        PYTHON=str(programs / "python"),
+        **env,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (
+        result.stdout.partition(": ")[2]
+        == f"{TORCH} {words} --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
+    )
+
+
+def test_torchrun_counts_gpus(programs):
+    (programs / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: H200\\nGPU 1: H200\\n'\n")
+    assert (
+        "--nproc_per_node 2 "
+        in run(["bash", TORCHRUN, "c.yaml"], programs, PYTHON=str(programs / "python")).stdout
+    )
+
+
+def test_torchrun_inside_a_launched_process_becomes_it(programs):
+    result = run(
+        ["bash", TORCHRUN, "c.yaml"],
+        programs,
+        PYTHON=str(programs / "python"),
+        RANK="3",
+        LOCAL_RANK="1",
+    )
+    assert result.stdout.partition(": ")[2] == f"{ROOT}/launch/train.py --config c.yaml\n"
+
+
+def test_torchrun_refuses_several_nodes_without_an_address(programs):
+    result = run(["bash", TORCHRUN, "c.yaml"], programs, NNODES="2")
+    assert result.returncode == 2 and "MASTER_ADDR" in result.stderr
+
+
+@pytest.mark.distributed
+def test_torchrun_trains_on_one_host(tmp_path):
+    words = overrides(make_workspace(tmp_path), tmp_path / "run", "train.max_steps=2")
+    (tmp_path / "empty.yaml").write_text("")
+    port = str(20000 + os.getpid() % 10000)
+    result = run(
+        [TORCHRUN, tmp_path / "empty.yaml", *words],
+        NPROC="2",
+        MASTER_PORT=port,
+        PYTHON=sys.executable,
+        OMP_NUM_THREADS="1",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (
+        "world      2 processes on 1 host\n" in result.stdout
+        and (tmp_path / "run" / "results.json").exists()
+    )
+
+
+def test_the_kubernetes_job_has_what_several_nodes_need():
+    service, job = yaml.safe_load_all(JOB.read_text())
+    name, spec = job["metadata"]["name"], job["spec"]
+    assert (service["kind"], service["spec"]["clusterIP"], service["metadata"]["name"]) == (
+        "Service",
+        "None",
+        name,
+    )
+    assert service["spec"]["publishNotReadyAddresses"] and service["spec"]["selector"] == {
+        "job-name": name
+    }
+    assert (job["apiVersion"], job["kind"], spec["completionMode"]) == (
+        "batch/v1",
+        "Job",
+        "Indexed",
+    )
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(env["NNODES"]) > 1
+    assert pod["subdomain"] == name and env["MASTER_ADDR"] == f"{name}-0.{name}"
+    assert int(env["MASTER_PORT"]) == service["spec"]["ports"][0]["port"]
+    assert "job-completion-index" in env["NODE_RANK"]["fieldRef"]["fieldPath"]
+    assert (
+        container["command"] == ["launch/torchrun.sh"] and (ROOT / container["args"][0]).is_file()
+    )
+    assert "train.resume=auto" in container["args"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts["shm"] == "/dev/shm" and {volume["name"] for volume in pod["volumes"]} == set(
+        mounts
+    )

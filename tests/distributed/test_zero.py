@@ -1,0 +1,103 @@
+"""DeepSpeed on two real processes (gloo): every ZeRO stage equals one process, and ZeRO-3 really shares the frozen weights out."""
+
+import json
+import pathlib
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks.cases import start_cases
+from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
+
+pytestmark = pytest.mark.distributed
+VARIANTS = {
+    "plain": ["train.per_device_train_batch_size=8"],
+    "accumulation": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"],
+    "checkpointing": ["train.per_device_train_batch_size=8", "train.gradient_checkpointing=true"],
+    "both": [
+        "train.per_device_train_batch_size=4",
+        "train.gradient_accumulation_steps=2",
+        "train.gradient_checkpointing=true",
+    ],
+}
+# One at a time only where weights are shared out, too.
+CASES = [("zero1", "plain"), ("zero2", "both"), *(("zero3", variant) for variant in VARIANTS)]
+BART = [("zero2", "both"), ("zero3", "both"), ("zero2", "8bit"), ("zero3", "8bit")]
+
+
+def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
+    """launch/cases.py; every case must succeed."""
+    found = start_cases(
+        cases,
+        folder / f"cases{processes}.json",
+        processes,
+        timeout=900,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert found == dict.fromkeys(cases)
+
+
+@pytest.fixture(scope="module", params=["bert", pytest.param("bart", marks=pytest.mark.slow)])
+def runs(request, tmp_path_factory) -> pathlib.Path:
+    """Runs of one family: `one` alone, and `<stage>-<variant>` on two processes, all with a global batch of 16."""
+    folder = tmp_path_factory.mktemp(request.param)
+    workspace = make_workspace(folder)
+    # Parameters below the default threshold are never shared out, and all of a tiny model's are.
+    config = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(config))
+    stages = {"zero1": "zero1", "zero2": "zero2", "zero3": str(folder / "zero3.json")}
+
+    def case(name: str, *more: str) -> list[str]:
+        shared = ("train.max_steps=6", "train.group_by_length=false", "model.head_bias=prior")
+        return overrides(workspace, folder / name, *shared, *more, family=request.param)
+
+    run_cases(
+        {"one": case("one"), "one-8bit": case("one-8bit", "model.quantization=8bit")}, 1, folder
+    )
+    changes = VARIANTS | {
+        kind: [f"model.quantization={kind}", *VARIANTS["plain"]] for kind in ("8bit", "nf4")
+    }
+    pairs = (
+        BART
+        if request.param == "bart"
+        else [*CASES, *((stage, kind) for stage in ("zero2", "zero3") for kind in ("8bit", "nf4"))]
+    )
+    run_cases(
+        {
+            f"{stage}-{name}": case(
+                f"{stage}-{name}", f"train.deepspeed={stages[stage]}", *changes[name]
+            )
+            for stage, name in pairs
+        },
+        2,
+        folder,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("stage, variant", CASES)
+def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
+    if not (runs / f"{stage}-{variant}").exists():
+        pytest.skip("of BART only the fullest variant, to save time")
+    assert losses(runs / f"{stage}-{variant}") == pytest.approx(losses(runs / "one"), abs=1e-5)
+    one, many = (
+        load_file(runs / name / "final" / "adapter_model.safetensors")
+        for name in ("one", f"{stage}-{variant}")
+    )
+    assert one.keys() == many.keys()
+    worst = max((one[name] - many[name]).abs().max().item() for name in one)
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_a_quantised_backbone_gives_the_same_losses_under_zero2_and_zero3(runs, kind):
+    """8 bit: bitsandbytes' own layer against ours."""
+    if not (runs / f"zero3-{kind}").exists():
+        pytest.skip("of BART only 8 bit, to save time")
+    assert losses(runs / f"zero3-{kind}") == pytest.approx(losses(runs / f"zero2-{kind}"), abs=1e-5)
+
+
+def test_bitsandbytes_in_one_process_gives_the_losses_of_zero3(runs):
+    assert losses(runs / "zero3-8bit") == pytest.approx(losses(runs / "one-8bit"), abs=1e-5)

@@ -1,0 +1,338 @@
+"""The real entry script on tiny models: what a run leaves, repeats, resumes and refuses; one process and two."""
+
+import csv
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from scaleup.training.checkpoint import verify
+from scaleup.training.trainer import RunTrainer
+from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> pathlib.Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def train(
+    *arguments: str, launcher: tuple[str, ...] = (), env: dict | None = None
+) -> subprocess.CompletedProcess:
+    """launch/train.py as a user starts it: by itself, or through a launcher."""
+    command = [*(launcher or [sys.executable]), str(ROOT / "launch" / "train.py"), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=420,
+        cwd=ROOT,
+        env=environment() | (env or {}),
+    )
+
+
+def done(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """One finished run, and its screen."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, done(train(*overrides(workspace, out)))
+
+
+def test_a_run_leaves_every_file_of_the_design(finished):
+    out, _ = finished
+    found = {path.name for path in out.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "log.jsonl",
+        "best",
+        "final",
+        "results.json",
+        "timing.json",
+    } <= found
+    assert [name for name in found if name.startswith(".")] == [".lock"]
+    for bundle in ("best", "final"):
+        manifest = verify(out / bundle)
+        assert manifest["labels"] == ["bad", "good"] and len(manifest["tensors"]) > 20
+        assert not list((out / bundle).glob("*.bin")) and not list((out / bundle).glob("*.pt"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["examples"] == {"train": 64, "dev": 32, "test": 40} and results["seeds"] == {
+        "data": 0,
+        "train": 42,
+    }
+    assert (
+        0 <= results["test"]["accuracy"] <= 1
+        and results["parameters"]["trained"] > results["parameters"]["stored"] > 0
+    )
+
+
+def test_the_screen_says_what_matters(finished):
+    out, screen = finished
+    for words in (
+        "test accuracy",
+        "trained",
+        "stored",
+        str(out / "results.json"),
+        "adapter",
+        "prefix",
+        "lora",
+        "gates",
+    ):
+        assert words in screen
+
+
+def test_the_log_has_loss_rate_speed_and_every_gate(finished):
+    lines = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert all(line["tokens_per_second"] > 0 and line["learning_rate"] >= 0 for line in steps)
+    for line in steps:
+        parts = [part for site in line["gates"].values() for part in site]
+        assert sorted(parts) == ["adapter"] * 3 + ["lora"] * 3 + ["prefix"] * 3
+        assert all(
+            0 < value["mean"] < 1 for site in line["gates"].values() for value in site.values()
+        )
+    assert len([line for line in lines if "eval_accuracy" in line]) == 3
+
+
+def test_evaluation_puts_examples_of_like_length_together_and_the_longest_first():
+    """Trainer's own groups need more than four batches to do anything."""
+    args = types.SimpleNamespace(
+        train_sampling_strategy="group_by_length", length_column_name="length"
+    )
+    trainer = types.SimpleNamespace(args=args)
+    assert RunTrainer._get_eval_sampler(trainer, {"length": [3, 9, 4, 9, 1]}) == [1, 3, 2, 0, 4]
+
+
+def test_the_resolved_config_starts_the_same_run_and_gives_the_same_results(finished, tmp_path):
+    out, _ = finished
+    done(train("--config", str(out / "config.yaml"), f"train.output_dir={tmp_path / 'again'}"))
+    assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
+    assert losses(tmp_path / "again") == losses(out)
+
+
+def test_the_best_bundle_gives_the_reported_test_score(finished, workspace):
+    out, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(out / "best")
+    base = AutoModelForSequenceClassification.from_pretrained(workspace / "bert", num_labels=2)
+    model = PeftModel.from_pretrained(base, out / "best").eval()
+    rows = list(csv.DictReader((workspace / "test.csv").open()))
+    with torch.no_grad():
+        logits = model(
+            **tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+        ).logits
+    right = [["bad", "good"][i] == row["label"] for i, row in zip(logits.argmax(-1), rows)]
+    assert json.loads((out / "results.json").read_text())["test"]["accuracy"] == pytest.approx(
+        sum(right) / len(right)
+    )
+
+
+def test_a_second_run_never_overwrites_the_first(finished, workspace):
+    out, _ = finished
+    before = (out / "results.json").read_bytes()
+    result = train(*overrides(workspace, out))
+    assert (
+        result.returncode == 2
+        and "is not empty; choose another, or set train.resume=auto" in result.stderr
+    )
+    assert "Traceback" not in result.stderr and (out / "results.json").read_bytes() == before
+
+
+def test_resume_continues_to_the_same_weights(workspace, tmp_path):
+    """Stopped after one epoch by max_steps, continued to three: as if never stopped (constant rate, so the schedule agrees)."""
+    same = ("train.lr_scheduler_type=constant", "train.warmup_steps=0")
+    done(train(*overrides(workspace, tmp_path / "whole", *same)))
+    done(train(*overrides(workspace, tmp_path / "parts", *same, "train.max_steps=4")))
+    done(train(*overrides(workspace, tmp_path / "parts", *same, "train.resume=auto")))
+    whole, parts = (verify(tmp_path / name / "final")["tensors"] for name in ("whole", "parts"))
+    assert whole == parts
+    other = train(
+        *overrides(workspace, tmp_path / "parts", *same, "train.resume=auto", "method.r=4")
+    )
+    assert other.returncode == 2 and "has another method." in other.stderr
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("method=full",),
+        ("method=bitfit",),
+        ("method.gates=none",),
+        ("method.submodules=[adapter]", "data.pad_to_max_length=true", "data.max_length=16"),
+        ("data.task=regression", "data.label_column=score", "model.head_bias=prior"),
+        ("model.quantization=8bit",),
+        ("model.attention=eager", "train.gradient_checkpointing=true", "train.bf16=true"),
+    ],
+    ids=lambda more: more[0],
+)
+def test_other_methods_tasks_and_precisions_run(workspace, tmp_path, more):
+    out = tmp_path / "run"
+    screen = done(train(*overrides(workspace, out, "train.max_steps=3", *more)))
+    assert ("where the head starts" in screen) == ("model.head_bias=prior" in more)
+    verify(out / "best")
+    assert all(loss == loss for loss in losses(out))
+    if "train.bf16=true" in more:  # beside a backbone in bfloat16; the head, too
+        kinds = {
+            name: tensor.dtype
+            for name, tensor in load_file(out / "best" / "adapter_model.safetensors").items()
+        }
+        assert set(kinds.values()) == {torch.float32} and any(
+            "classifier" in name for name in kinds
+        )
+
+
+def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
+    out = tmp_path / "run"
+    done(
+        train(
+            *overrides(
+                workspace,
+                out,
+                "train.num_train_epochs=20",
+                "train.learning_rate=1e-2",
+                "data.k=88",
+                family="bart",
+            )
+        )
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["test"]["accuracy"] > 0.7
+    assert results["dev"]["accuracy"] == pytest.approx(max(losses(out, "eval_accuracy")))
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(workspace, tmp_path):
+    """The same global batch of 16, without dropout: losses of one process and of DDP on two (gloo) agree to 1e-5.
+
+    ZeRO, and BART on two processes, are tests/test_zero.py's.
+    """
+    shared = ("train.max_steps=6", "train.group_by_length=false")
+    done(train(*overrides(workspace, tmp_path / "one", *shared)))
+    accelerate, port = (
+        str(pathlib.Path(sys.executable).with_name("accelerate")),
+        str(random.randint(20000, 40000)),
+    )
+    screen = done(
+        train(
+            *overrides(workspace, tmp_path / "two", *shared, "train.per_device_train_batch_size=8"),
+            launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+        )
+    )
+    assert "8 per process x 2 processes" in screen
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, many = (
+        json.loads((tmp_path / n / "results.json").read_text())["test"] for n in ("one", "two")
+    )
+    assert many["accuracy"] == one["accuracy"]
+    one, many = (
+        json.loads((tmp_path / n / "results.json").read_text())["gates"] for n in ("one", "two")
+    )  # of all processes' dev examples
+    flat = lambda gates: [
+        value for parts in gates.values() for part in parts.values() for value in part.values()
+    ]  # noqa: E731
+    assert flat(many) == pytest.approx(flat(one), abs=1e-5) and any(
+        value["std"] > 1e-4 for parts in one.values() for value in parts.values()
+    )
+    verify(tmp_path / "two" / "best")
+
+
+@pytest.mark.distributed
+def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, data_dir, tmp_path):
+    """The command of the README with two processes: ZeRO-2 on gloo, real RTE sentences."""
+    accelerate = str(pathlib.Path(sys.executable).with_name("accelerate"))
+    port = str(random.randint(20000, 40000))
+    screen = done(
+        train(
+            "--config",
+            "configs/bart_large.yaml",
+            f"model.name={workspace / 'bart'}",
+            f"data.path={data_dir / 'glue'}",
+            "train.max_steps=20",
+            f"train.output_dir={tmp_path / 'run'}",
+            "data.dev_size=64",
+            launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+        )
+    )
+    assert (
+        "16 per process x 2 processes" in screen
+        and "deepspeed, zero2" in screen
+        and "test 277" in screen
+    )
+    assert len(losses(tmp_path / "run", "eval_accuracy")) == 2
+    verify(tmp_path / "run" / "best")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(workspace, tmp_path):
+    result = train(
+        *overrides(
+            workspace,
+            tmp_path / "run",
+            "train.learning_rate=1e30",
+            "train.max_grad_norm=0",
+            "method=full",
+        )
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: the loss is" in result.stderr and "at step" in result.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_an_unknown_tracker_is_a_plain_error(workspace, tmp_path):
+    result = train(*overrides(workspace, tmp_path / "run", "train.report_to=nope"))
+    assert (
+        result.returncode == 2
+        and "nope is not supported" in result.stderr
+        and "Traceback" not in result.stderr
+    )
+
+
+def test_print_config_shows_the_resolved_run(workspace, tmp_path):
+    shown = yaml.safe_load(done(train("--print-config", *overrides(workspace, tmp_path / "x"))))
+    assert (
+        shown["train"]["learning_rate"] == 5e-4
+        and shown["method"]["gates"] == "learned"
+        and not (tmp_path / "x").exists()
+    )
+
+
+def test_help_shows_every_setting():
+    screen = done(train("--help"))
+    assert (
+        "method.prefix_length [10]" in screen
+        and "train.deepspeed" in screen
+        and "data.text_column [text]" in screen
+    )
+
+
+def test_everything_wrong_is_said_at_once_with_exit_code_2(workspace, tmp_path):
+    result = train(
+        f"data.train_file={workspace / 'train.csv'}",
+        "data.label_column=lable",
+        "model.name=/no/such/folder",
+        "train.lerning_rate=1",
+        "method.adapter_size=many",
+        f"train.output_dir={tmp_path / 'run'}",
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for words in (
+        "did you mean learning_rate",
+        "adapter_size: should be a valid integer",
+        "no folder /no/such/folder",
+        "lable",
+    ):
+        assert words in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()

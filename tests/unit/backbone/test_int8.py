@@ -1,0 +1,103 @@
+"""Our int8 linear against bitsandbytes' and against plain arithmetic."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from scaleup.backbone.int8 import Int8Linear, dequantise, quantise, replace_linears
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(48, 24)
+
+
+@pytest.fixture
+def ours(linear) -> Int8Linear:
+    layer = Int8Linear(48, 24, True, torch.float32)
+    weight, scale = quantise(linear.weight.data)
+    layer.weight, layer.scale = (
+        nn.Parameter(weight, requires_grad=False),
+        nn.Parameter(scale, requires_grad=False),
+    )
+    layer.bias = nn.Parameter(linear.bias.data.clone())
+    return layer
+
+
+def test_forward_and_gradient_equal_bitsandbytes_in_training(linear, ours):
+    theirs = bnb.nn.Linear8bitLt(48, 24, has_fp16_weights=False, threshold=6.0)
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu").train()
+    x, y = (
+        torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        for _ in range(2)
+    )
+    one, other = ours(x), theirs(y)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    one.square().sum().backward()
+    other.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_outside_those_left_out_are_counted():
+    model = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2))
+    assert (
+        replace_linears(model, ("1",), torch.float32) == 0
+        and replace_linears(model, (), torch.float32) == 1
+    )
+
+
+def test_the_error_is_that_of_int8_rounding(linear, ours):
+    restored = dequantise(ours.weight, ours.scale, torch.float32)
+    step = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((restored - linear.weight).abs() <= 0.51 * step + 1e-4).all()
+
+
+def test_the_gradient_is_exact_for_the_dequantised_weight(ours):
+    plain = nn.Linear(48, 24).double()
+    plain.weight.data, plain.bias.data = (
+        dequantise(ours.weight, ours.scale, torch.float64),
+        ours.bias.data.double(),
+    )
+    x = torch.randn(4, 48, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    ours(x).sin().sum().backward()
+    plain(y).sin().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_but_the_parameter_itself_is_kept_for_the_backward_pass(ours):
+    """Else ZeRO-3 could not free the gathered weight between forward and backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        out = ours(torch.randn(2, 48, requires_grad=True))
+    assert not [tensor for tensor in kept if tensor.numel() >= ours.weight.numel()]
+    empty, whole = torch.empty(0, dtype=torch.int8), ours.weight.data
+    ours.weight.data = empty
+    ours.weight.data = whole  # gathered again, as ZeRO-3 does before the backward pass
+    out.sum().backward()
+
+
+def test_under_autocast_it_computes_in_bfloat16(ours):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(2, 48)).dtype == torch.bfloat16
+
+
+def test_only_plain_linears_outside_the_skipped_modules_are_replaced():
+    model = nn.ModuleDict(
+        {"a": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 2)), "emb": nn.Embedding(3, 4)}
+    )
+    before = copy.deepcopy(model)
+    replace_linears(model, ("head",), torch.float32)
+    assert (
+        isinstance(model["a"], Int8Linear)
+        and model["a"].weight.dtype == torch.int8
+        and model["a"].in_features == 4
+    )
+    assert type(model["head"][0]) is nn.Linear and type(model["emb"]) is type(before["emb"])

@@ -1,0 +1,100 @@
+"""A bundle is whole or it is refused, and nothing half written gets a final name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scaleup.errors import CheckpointError
+from scaleup.training.checkpoint import draft, expected_tensors, seal, verify
+from tests.utils.tiny import adapt, backbone
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    model = adapt(backbone("bert"))
+    written = draft(tmp_path / "best")
+    model.save_pretrained(written)
+    (written / "training_args.bin").write_bytes(b"pickle")
+    seal(written, tmp_path / "best", expected_tensors(model), {"labels": ["a", "b"]})
+    return tmp_path / "best"
+
+
+def rewrite(bundle, change) -> None:
+    path = bundle / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_sealed_bundle_verifies_and_holds_no_pickle(bundle):
+    manifest = verify(bundle)
+    assert (
+        manifest["labels"] == ["a", "b"]
+        and manifest["tensors"].keys() == load_file(bundle / "adapter_model.safetensors").keys()
+    )
+    assert [path.name for path in bundle.parent.iterdir()] == ["best"] and not list(
+        bundle.glob("*.bin")
+    )
+
+
+def test_every_trained_tensor_is_expected():
+    model = adapt(backbone("bart"))
+    sizes = [torch.Size(shape).numel() for shape in expected_tensors(model).values()]
+    assert sum(sizes) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(sorted(t)[0]), "the bundle was altered"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]] + 1}), "the bundle was altered"),
+        (lambda t: t[sorted(t)[0]].fill_(float("nan")), "not finite"),
+    ],
+    ids=["missing", "changed", "nan"],
+)
+def test_an_altered_bundle_is_refused(bundle, change, words):
+    rewrite(bundle, change)
+    with pytest.raises(CheckpointError, match=words):
+        verify(bundle)
+
+
+def test_a_truncated_file_is_refused(bundle):
+    path = bundle / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        verify(bundle)
+
+
+def test_another_format_and_a_foreign_folder_are_refused(bundle, tmp_path):
+    with pytest.raises(CheckpointError, match="no manifest.json"):
+        verify(tmp_path)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan"])
+def test_what_was_not_written_whole_never_gets_the_name(tmp_path, damage):
+    expected = {"weight": [2, 3]}
+    tensors = {
+        "missing": {"other": torch.ones(1)},
+        "shape": {"weight": torch.ones(0, 3)},
+        "nan": {"weight": torch.full((2, 3), torch.nan)},
+    }
+    written = draft(tmp_path / "best")
+    save_file(tensors[damage], written / "model.safetensors")
+    with pytest.raises(CheckpointError, match="nothing was kept"):
+        seal(written, tmp_path / "best", expected, {})
+    assert not (tmp_path / "best").exists()
+
+
+def test_sealing_again_replaces_the_older_bundle(tmp_path):
+    for value in (1.0, 2.0):
+        written = draft(tmp_path / "best")
+        save_file({"weight": torch.full((2,), value)}, written / "model.safetensors")
+        seal(written, tmp_path / "best", {"weight": [2]}, {})
+    assert load_file(tmp_path / "best" / "model.safetensors")["weight"][0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

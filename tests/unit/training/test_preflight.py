@@ -1,0 +1,152 @@
+"""What is said of model and data before weights are loaded."""
+
+import json
+
+import pytest
+
+from scaleup import errors
+from scaleup.settings import schema as config
+from scaleup.training.preflight import CHECKS
+from tests.utils.workspace import make_workspace, overrides
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def problems(*arguments: str) -> list[str]:
+    try:
+        config.load(None, list(arguments), checks=CHECKS)
+    except errors.ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model_type": "mpnet"}, "its attention cannot be exchanged"),
+        ({"model_type": "mamba"}, "no mamba model for data.task sequence_classification"),
+        (
+            {"model_type": "umt5"},
+            "lets the decoder of umt5 see later tokens); set model.attention=eager",
+        ),
+    ],
+)
+def test_a_model_without_the_structure_is_refused(workspace, tmp_path, content, words):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").touch()
+    own = [
+        f"model.name={tmp_path}" if o.startswith("model.name") else o
+        for o in overrides(workspace, tmp_path / "out")
+    ]
+    assert any(words in problem for problem in problems(*own)), problems(*own)
+    if content["model_type"] != "mamba":
+        full = [o for o in own if "method" not in o]
+        assert problems(*full, "method=full") == []
+
+
+@pytest.mark.parametrize(
+    "model_type, words",
+    [
+        ("bert", "reads in both directions"),
+        ("roberta", "reads in both directions"),
+        ("mamba", "found none"),
+        ("gpt2", None),
+    ],
+)
+@pytest.mark.parametrize("method", [[], ["method=full"]], ids=["unipelt", "full"])
+def test_completing_texts_needs_a_model_that_does_not_read_ahead(
+    workspace, tmp_path, model_type, words, method
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "model.safetensors").touch()
+    data = [
+        "data.task=causal_lm",
+        f"data.train_file={workspace / 'train.csv'}",
+        "data.target_column=label",
+        "data.k=40",
+        "data.dev_size=20",
+    ]
+    found = problems(
+        f"model.name={tmp_path}", *data, f"train.output_dir={tmp_path / 'out'}", *method
+    )
+    if words is None or (method and model_type == "mamba"):
+        assert found == []
+    else:
+        assert len(found) == 1 and words in found[0], found
+
+
+def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").touch()
+    own = [o for o in overrides(workspace, tmp_path / "out") if not o.startswith("model.name")]
+    assert problems(*own, f"model.name={tmp_path}", "model.head_bias=prior") == [
+        "model.head_bias: the head of GPT2ForSequenceClassification has no bias; leave the setting out"
+    ]
+    assert problems(*own, f"model.name={workspace / 'bert'}", "model.head_bias=prior") == []
+
+
+@pytest.mark.parametrize("model_type, packs", [("gpt2", True), ("opt", False), ("biogpt", False)])
+def test_packing_needs_a_model_that_keeps_texts_apart(workspace, tmp_path, model_type, packs):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "model.safetensors").touch()
+    data = [
+        "data.task=causal_lm",
+        f"data.train_file={workspace / 'train.csv'}",
+        "data.target_column=label",
+        "data.k=40",
+        "data.dev_size=20",
+    ]
+    found = problems(
+        f"model.name={tmp_path}",
+        *data,
+        f"train.output_dir={tmp_path / 'out'}",
+        "method=full",
+        "data.packing=true",
+    )
+    assert packs == (
+        not any(
+            problem.startswith(f"data.packing: {model_type} is not known to keep")
+            for problem in found
+        )
+    ), found
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (
+            ["data.task=causal_lm", "data.metric=bleu", "data.max_length=1000"],
+            "prompts of up to 1000 tokens and data.max_target_length 128 written after them",
+        ),
+        (["data.task=causal_lm", "data.max_length=1000"], None),
+        (["data.task=causal_lm", "data.metric=bleu", "data.max_length=800"], None),
+    ],
+)
+def test_what_is_written_needs_positions_too(workspace, tmp_path, more, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").touch()
+    data = [
+        f"data.train_file={workspace / 'train.csv'}",
+        "data.target_column=label",
+        "data.k=40",
+        "data.dev_size=20",
+    ]
+    found = problems(
+        f"model.name={tmp_path}",
+        *data,
+        *more,
+        f"train.output_dir={tmp_path / 'out'}",
+        "method=full",
+    )
+    assert found == [] if words is None else any(words in problem for problem in found), found
+
+
+def test_the_task_needs_a_model_for_it(workspace, tmp_path):
+    own = [o for o in overrides(workspace, tmp_path / "out")]
+    found = problems(
+        *own, "data.task=seq2seq", "data.target_column=label", "data.k=40", "data.dev_size=20"
+    )
+    assert found == ["model.name: transformers has no bert model for data.task seq2seq"]

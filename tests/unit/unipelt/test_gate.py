@@ -1,0 +1,86 @@
+"""Pooling against plain loops, the fused projection, statistics."""
+
+import pytest
+import torch
+
+from scaleup.unipelt.gate import (
+    ConstantGate,
+    GateStatistics,
+    LearnedGate,
+    gate_factory,
+    pool,
+    resolve_pooling,
+)
+
+G = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+
+
+def test_paper_pooling_is_the_mean_over_every_position():
+    torch.testing.assert_close(pool(G, "paper", MASK), torch.stack([g.mean(0) for g in G])[:, None])
+
+
+def test_masked_pooling_is_the_mean_over_real_tokens():
+    expected = torch.stack([g[m.bool()].mean(0) for g, m in zip(G, MASK)])[:, None]
+    torch.testing.assert_close(pool(G, "masked", MASK), expected)
+    torch.testing.assert_close(pool(G, "masked", None), pool(G, "paper", None))
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_causal_pooling_is_the_mean_over_real_tokens_so_far(mask):
+    out = pool(G, "causal", mask)
+    for b in range(3):
+        for t in range(5):
+            seen = [s for s in range(t + 1) if mask is None or mask[b, s]]
+            expected = G[b, seen].mean(0) if seen else torch.zeros(2)
+            torch.testing.assert_close(out[b, t], expected)
+
+
+def test_an_example_without_real_tokens_has_a_finite_gate():
+    assert torch.isfinite(pool(G, "masked", torch.zeros(3, 5))).all()
+
+
+def test_masked_never_shows_a_decoder_its_future():
+    kinds = {
+        (name, causal): resolve_pooling(name, causal)
+        for name in ("auto", "masked", "paper", "causal")
+        for causal in (False, True)
+    }
+    assert kinds["auto", False] == kinds["masked", False] == "masked"
+    assert kinds["auto", True] == kinds["masked", True] == "causal"
+    assert kinds["paper", True] == "paper" and kinds["causal", False] == "causal"
+
+
+def test_one_projection_serves_several_gates():
+    gate = LearnedGate(4, ("prefix", "lora"), "masked")
+    torch.nn.init.normal_(gate.weight)
+    h = torch.randn(3, 5, 4)
+    out = gate(h, MASK)
+    for i, name in enumerate(("prefix", "lora")):
+        single = torch.sigmoid(h @ gate.weight[i] + gate.bias[i])
+        expected = torch.stack([s[m.bool()].mean() for s, m in zip(single, MASK)])
+        torch.testing.assert_close(out[name].flatten(), expected)
+    assert out["lora"].shape == (3, 1, 1)
+
+
+def test_an_ungated_site_is_a_constant_gate():
+    make = gate_factory(False, "auto", lora_scaling=2.0)
+    gate = make(4, ("prefix", "lora"), True)
+    assert isinstance(gate, ConstantGate) and gate(torch.randn(1, 2, 4), None) == {
+        "prefix": 1.0,
+        "lora": 2.0,
+    }
+    assert not list(gate.parameters())
+
+
+def test_statistics_are_those_of_the_examples():
+    statistics = GateStatistics(2, torch.device("cpu"))
+    values = torch.rand(4, 3, 1, 2)
+    for part in values:
+        statistics.add(part, None)
+    flat = values.reshape(-1, 2)
+    for (mean, std), column in zip(statistics.drain(), flat.T):
+        assert mean == pytest.approx(column.mean().item()) and std == pytest.approx(
+            column.std(correction=0).item(), abs=1e-6
+        )
+    assert statistics.drain() == []

@@ -1,0 +1,70 @@
+"""Which tokens are real, where packed texts begin, and running means that go on from a cache."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from scaleup.unipelt.pooling import RunningMean, Tokens, _starts
+from tests.utils.tiny import backbone
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+
+
+def test_the_mask_is_found_by_name_and_by_position():
+    tokens = Tokens({"attention_mask": 1})
+    tokens.capture(tokens, (torch.ones(3, 5), MASK), {})
+    assert tokens.mask_BT is MASK and tokens.encoder_mask_BS is None
+    tokens.capture(tokens, (), {"attention_mask": None, "encoder_attention_mask": MASK})
+    assert tokens.mask_BT is None and tokens.encoder_mask_BS is MASK
+
+
+def test_a_mask_per_query_tells_which_queries_are_padding():
+    tokens = Tokens({})
+    tokens.kv_layers = 2  # of a decoder
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & MASK.bool()[:, None]
+    for mask in (
+        seen[:, None],
+        torch.where(seen, 0.0, torch.finfo().min)[:, None],
+        {"sliding": None, "full": seen[:, None]},
+    ):
+        tokens.capture(tokens, (), {"attention_mask": mask})
+        assert torch.equal(tokens.mask_BT, seen.any(-1))
+    with pytest.raises(ValueError, match="padding mask of shape"):
+        tokens.capture(tokens, (), {"attention_mask": torch.ones(1, 2, 3)})
+
+
+def test_only_the_last_tokens_of_a_longer_mask_are_this_passs():
+    tokens = Tokens({})
+    tokens.capture(tokens, (), {"attention_mask": MASK})
+    assert torch.equal(tokens.real(2), MASK[:, -2:]) and tokens.real(5).shape == (3, 5)
+
+
+def test_texts_in_one_row_begin_where_positions_do_not_count_on():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 5, 6], [3, 4, 5, 6, 7, 8, 9]])
+    assert _starts(positions).tolist() == [[0, 0, 0, 3, 3, 5, 5], [0, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_running_mean_in_pieces_is_that_of_the_whole(static):
+    config = backbone("llama").config
+    cache = StaticCache(config=config, max_cache_len=8) if static else DynamicCache(config=config)
+    g, tokens = torch.rand(3, 5, 2), Tokens({})
+    running = RunningMean(tokens)
+    tokens.capture(tokens, (), {"attention_mask": MASK})
+    whole = running(g)
+    tokens.kv_layers = config.num_hidden_layers
+    tokens.new_slot(1)  # of a site that is silent
+    running.slots[2] = tokens.new_slot(2)
+    pieces = []
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        tokens.capture(tokens, (), {"attention_mask": MASK[:, :end]})
+        tokens.note_cache(tokens, (), {"past_key_values": cache})
+        pieces.append(running(g[:, start:end]))
+        for layer in cache.layers[: config.num_hidden_layers]:
+            layer.update(torch.zeros(3, 2, end - start, 8), torch.zeros(3, 2, end - start, 8))
+        tokens.store(tokens, (), None)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    order = torch.tensor([2, 0, 1])
+    before = cache.layers[-1].last()[0].clone()
+    cache.reorder_cache(order)
+    assert torch.equal(cache.layers[-1].last()[0], before[order])
