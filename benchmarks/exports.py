@@ -190,7 +190,7 @@ def large(
                 "train.resume=auto",
             ],
         )
-        written = checkpoint.draft(bundle)
+        written = checkpoint.create_staging_folder(bundle)
         adapted.save_pretrained(written)
         tokenizer.save_pretrained(written)
         (bundle.parent / "config.yaml").write_text(config.to_yaml(settings))
@@ -207,7 +207,7 @@ def large(
             "data": [],
             "run": {"processes": 1, "zero_stage": 0},
         }
-        checkpoint.seal(written, bundle, checkpoint.expected_tensors(adapted), about)
+        checkpoint.commit_checkpoint(written, bundle, checkpoint.expected_tensors(adapted), about)
     found = {}
     for kind in ("exact", "standalone"):
         out = work / f"large-{kind}"

@@ -397,7 +397,7 @@ def peers(options: argparse.Namespace, given: dict) -> dict:
         torch.save(given, file)
         peer = Peer(options.peer, options.what, options.geometry, file)
     return {
-        name: bench.Contender(PeerStep(peer, name), trained, None)
+        name: bench.Variant(PeerStep(peer, name), trained, None)
         for name, trained in peer.trained.items()
     }
 

@@ -14,7 +14,7 @@ source archive of vaderSentiment 3.3.2. Licence: MIT (unpacked with it). Of the 
 - cleaned: HTML entities decoded (22 sentences), runs of spaces made one;
 - of sentences that differ only in case, punctuation or spaces one is kept (2 dropped), so no text is in both files; were their
   labels to differ, all would be dropped (there are none such);
-- test: the sentences whose hash is divisible by 5, wherever they stand. Rows are in the order of that hash, so the classes are mixed.
+- test: the sentences whose hash is divisible by 5, wherever they stand. FusedQKVLayout are in the order of that hash, so the classes are mixed.
 That leaves 7,339 for training (3,645 positive, 3,694 negative) and 1,832 for test (952 positive, 880 negative).
 """
 

@@ -60,7 +60,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="only cells with such a name, like 'cola-100-*' (repeatable)",
+        help="only trials with such a name, like 'cola-100-*' (repeatable)",
     )
     parser.add_argument(
         "--shard",
@@ -102,21 +102,21 @@ def _run(options: argparse.Namespace) -> int:
         if options.jobs is not None and options.jobs < 1:
             raise errors.ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
         checked = grid.load(options.file, options.overrides)
-        cells = grid.select(checked.cells, options.only, options.shard)
-        missing = [cell for cell in cells if not cell.finished]
+        trials = grid.select(checked.trials, options.only, options.shard)
+        missing = [trial for trial in trials if not trial.finished]
         places = machine.Places(options.jobs, checked.threads)
         screen.say(
-            f"sweep      {options.file}: {len(checked.cells)} runs, {len(cells)} of them here, {len(cells) - len(missing)} done"
+            f"sweep      {options.file}: {len(checked.trials)} runs, {len(trials)} of them here, {len(trials) - len(missing)} done"
         )
         screen.say(
             f"machine    {places.count} at once, {checked.threads} core{'s' * (checked.threads > 1)} each, while memory holds"
         )
         screen.say(f"output     {checked.output}")
         if options.dry_run:
-            for cell in missing:
-                print(f"missing    {cell.name}")
+            for trial in missing:
+                print(f"missing    {trial.name}")
             return 0
-        sweeper = sweep.Sweeper(checked, cells, options.jobs, screen.say, screen.show)
+        sweeper = sweep.Sweeper(checked, trials, options.jobs, screen.say, screen.show)
         whole = sweeper.run()
     except errors.ConfigError as error:
         count = len(error.problems)
@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
         screen.say(sweeper.progress())
     if sweeper.elsewhere:
         screen.say(
-            f"elsewhere  {', '.join(cell.name for cell in sweeper.elsewhere)}: another sweep has them ({checked.output / '.claims'})"
+            f"elsewhere  {', '.join(trial.name for trial in sweeper.elsewhere)}: another sweep has them ({checked.output / '.claims'})"
         )
     for name, why in sweeper.failed.items():
         print(f"failed     {name}: {why}", file=sys.stderr)

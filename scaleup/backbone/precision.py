@@ -14,7 +14,7 @@ def half_dtype(settings: Settings, has_bf16: bool) -> torch.dtype | None:
     return torch.bfloat16 if (has_bf16 if train.bf16 == "auto" else train.bf16) else None
 
 
-def frozen_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype:
+def backbone_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype:
     """Storage type of the backbone. auto: bfloat16 with bf16 training of a frozen backbone, else float32."""
     if settings.model.dtype != "auto":
         return getattr(torch, settings.model.dtype)

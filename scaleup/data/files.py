@@ -189,7 +189,9 @@ def judge_cells(
     """Values of a column as `judge` gives them (value, what is wrong or None), and a line on each kind of mistake, five at most."""
     values, bad = [], {}
     cells = columns[column]
-    for row, cell in enumerate(cells.to_pylist() if isinstance(cells, pa.ChunkedArray) else cells):
+    for row, cell in enumerate(
+        cells.to_pylist() if isinstance(cells, pa.ChunkedArray) else cells
+    ):
         value, reason = judge(cell)
         if reason is not None:
             bad.setdefault(reason, []).append(
@@ -204,7 +206,7 @@ def judge_cells(
 
 
 def cut(data: DataSettings, rows: int, file: str) -> tuple[list[int], list[int]]:
-    """Rows of the training set to train on, and those to develop on (none where a development set is given)."""
+    """FusedQKVLayout of the training set to train on, and those to develop on (none where a development set is given)."""
     given = data.k == "all" if data.name is not None else data.validation_file is not None
     dev = 0 if given else data.dev_size
     k = max(rows - dev, 1) if data.k == "all" else data.k

@@ -1,6 +1,6 @@
 """Examples of text to write: a target for a source (seq2seq), or a completion of a prompt or a chat (causal_lm).
 
-Rows come from your own files. The loss counts the target's tokens only. Development and test sets are scored by writing an
+FusedQKVLayout come from your own files. The loss counts the target's tokens only. Development and test sets are scored by writing an
 answer for every different source and comparing it with all targets that the set has for it.
 
 Shapes of a batch: B examples, T tokens.

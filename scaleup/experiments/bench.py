@@ -33,7 +33,7 @@ from scaleup.experiments.meter import allocated_peak, live_bytes
 from scaleup.export import fold
 from scaleup.export import folder as ship
 from scaleup.settings.schema import ModelSettings
-from scaleup.training.trainer import EpochOrder
+from scaleup.training.trainer import ResumableSampler
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites, head_names
 
@@ -78,7 +78,7 @@ EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Variant:
     """step: one training step or forward pass. trained: parameters with gradients. model: for what is counted beside time."""
 
     step: Callable[[], object]
@@ -206,7 +206,7 @@ def inference(
     only: list[str],
     compiled: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Contender]:
+) -> dict[str, Variant]:
     """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
     inputs = {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
     names = chosen(
@@ -245,7 +245,7 @@ def inference(
 
         return run
 
-    return {name: Contender(step(models[name]), 0, models[name]) for name in names}
+    return {name: Variant(step(models[name]), 0, models[name]) for name in names}
 
 
 def _training_step(
@@ -286,8 +286,8 @@ def _training_step(
     return run
 
 
-def _contender(model: nn.Module, step: Callable[[], object]) -> Contender:
-    return Contender(step, sum(p.numel() for p in model.parameters() if p.requires_grad), model)
+def _contender(model: nn.Module, step: Callable[[], object]) -> Variant:
+    return Variant(step, sum(p.numel() for p in model.parameters() if p.requires_grad), model)
 
 
 def training(
@@ -297,7 +297,7 @@ def training(
     only: list[str],
     compiled: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Contender]:
+) -> dict[str, Variant]:
     """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
 
     def frozen() -> PreTrainedModel:
@@ -326,11 +326,11 @@ def ragged(
     width: int,
     device: str,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Contender]:
+) -> dict[str, Variant]:
     """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
     (`train.group_by_length`)."""
     count, vocabulary = len(lengths), GEOMETRIES[geometry]().vocab_size
-    grouped = list(EpochOrder(count, 0, lambda: 0, lengths, size))
+    grouped = list(ResumableSampler(count, 0, lambda: 0, lengths, size))
     orders = {
         f"padded to {width}": (range(count), width),
         "padded to the longest": (range(count), None),
@@ -343,7 +343,7 @@ def ragged(
         ]
         return [batch(part, fixed or max(part), vocabulary) for part in parts]
 
-    def contender(order: Sequence[int], fixed: int | None) -> Contender:
+    def contender(order: Sequence[int], fixed: int | None) -> Variant:
         model = _unipelt(backbone(geometry, dtype, device), FLAT)
         return _contender(model, _training_step(model, batches(order, fixed), device, dtype=dtype))
 

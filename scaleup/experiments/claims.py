@@ -1,4 +1,4 @@
-"""Who runs what: a claim for each cell of a sweep, so that no two sweeps on the same folder run the same one.
+"""Who runs what: a claim for each trial of a sweep, so that no two sweeps on the same folder run the same one.
 
     claims = Claims(output)
     if claims.take(name): …                  the claim names this process
@@ -60,7 +60,7 @@ class Claims:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, name: str) -> bool:
-        """Whether the cell is this process's now. False: somebody else has it."""
+        """Whether the trial is this process's now. False: somebody else has it."""
         with self._alone():
             before = self.of(name)
             if before is not None and before.live:
@@ -91,7 +91,7 @@ class Claims:
         return found is not None and found.here and found.processes[0][0] == os.getpid()
 
     def of(self, name: str) -> Claim | None:
-        """The claim of a cell, live or not; None also for one that a machine without power has left half written."""
+        """The claim of a trial, live or not; None also for one that a machine without power has left half written."""
         path, now = self.folder / f"{name}.json", self.folder / "now"
         try:
             found, seen = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime

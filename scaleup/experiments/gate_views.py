@@ -30,7 +30,7 @@ from scaleup.settings.loading import override
 from scaleup.settings.schema import DataSettings, Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training import checkpoint
-from scaleup.training.console import GateLog
+from scaleup.training.console import GateStatistics
 from scaleup.unipelt.config import SUBMODULES
 from scaleup.unipelt.gate import LearnedGate, pool
 
@@ -64,7 +64,7 @@ class View:
 def places(
     sites: Sequence[tuple[str, str]],
 ) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[int, int]]]:
-    """Rows, columns, and where each gate stands. sites: (module, submodule), in the model's order.
+    """FusedQKVLayout, columns, and where each gate stands. sites: (module, submodule), in the model's order.
 
     The layer is the first number in a module's name; what stands before it tells stacks apart, what follows places in a layer.
     """
@@ -116,7 +116,7 @@ def from_results(run: Run, name: str) -> View:
 
 
 class _Values:
-    """In the place of GateStatistics: keeps every example's value instead of their sum."""
+    """In the place of GateMoments: keeps every example's value instead of their sum."""
 
     def __init__(self) -> None:
         self.found: list[torch.Tensor] = []
@@ -257,11 +257,11 @@ def _pass(
         settings.model,
         config,
         tasks.of(settings.data).auto,
-        precision.frozen_dtype(settings, half),
+        precision.backbone_dtype(settings, half),
         device,
     )
     model = PeftModel.from_pretrained(model, str(bundle)).to(device).eval()
-    gates: dict[str, LearnedGate] = GateLog(model).gates
+    gates: dict[str, LearnedGate] = GateStatistics(model).gates
     for gate in gates.values():
         gate.statistics = _Values()
     tokens = getattr(data.tokenize(examples, tokenizer, settings.data), split)

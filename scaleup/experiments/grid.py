@@ -1,6 +1,6 @@
-"""A sweep's file: a base config and named lists of overrides along four axes. Every combination is a cell, one run of launch/train.py.
+"""A sweep's file: a base config and named lists of overrides along four axes. Every combination is a trial, one run of launch/train.py.
 
-sweep = load("configs/sweeps/table1.yaml", overrides)       every cell's config is checked, all problems are said together
+sweep = load("configs/sweeps/table1.yaml", overrides)       every trial's config is checked, all problems are said together
 
 output: runs/table1                      folder of the runs; each has its own, <task>-<k>-<method>-<seed>
 base: ../bert.yaml                       a config file (relative to this one), or its sections written out here
@@ -93,7 +93,7 @@ class SweepFile(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run. arguments: of launch/train.py."""
 
     task: str
@@ -116,10 +116,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. cells: the first seed's first, so that whole tables come early."""
+    """A checked sweep. trials: the first seed's first, so that whole tables come early."""
 
     output: pathlib.Path
-    cells: list[Cell]
+    trials: list[Trial]
     keep: bool | Literal["best"]
     threads: int
 
@@ -127,7 +127,7 @@ class Sweep:
 def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep that a file describes. overrides: `section.key=value`, for every run and over everything in the file.
 
-    Raises ConfigError with all problems of the file and of all cells; those that many cells have are said once.
+    Raises ConfigError with all problems of the file and of all trials; those that many trials have are said once.
     """
     file = _read(path)
     try:
@@ -145,7 +145,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
     ]
     if problems:
         raise ConfigError(problems)
-    cells, found, known = [], {}, {}
+    trials, found, known = [], {}, {}
     for seed, k, task, method in itertools.product(file.seeds, file.k, file.tasks, file.methods):
         chosen = {
             "tasks": file.tasks[task],
@@ -171,10 +171,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
             alike = known.setdefault(_wanted(settings), folder)
             if alike != folder:
                 found.setdefault(
-                    "the same run as another cell: an override makes one of their names untrue; leave it out",
+                    "the same run as another trial: an override makes one of their names untrue; leave it out",
                     [],
                 ).append(folder.name)
-            cells.append(Cell(task, k, method, seed, folder, (*first, *said), settings))
+            trials.append(Trial(task, k, method, seed, folder, (*first, *said), settings))
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem.replace(str(folder), str(output / "…")), []).append(
@@ -185,20 +185,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(
             [f"{_named(names, total)}: {problem}" for problem, names in found.items()]
         )
-    return Sweep(output, cells, file.keep, file.threads)
+    return Sweep(output, trials, file.keep, file.threads)
 
 
 def select(
-    cells: Sequence[Cell], patterns: Sequence[str] = (), shard: str | None = None
-) -> list[Cell]:
-    """The cells whose name fits one of the patterns (`cola-100-*`), of those every n-th from the i-th on, for a shard `i/n`.
+    trials: Sequence[Trial], patterns: Sequence[str] = (), shard: str | None = None
+) -> list[Trial]:
+    """The trials whose name fits one of the patterns (`cola-100-*`), of those every n-th from the i-th on, for a shard `i/n`.
 
     Raises ConfigError for a pattern that fits none and for what is no shard.
     """
     problems = [
-        f"--only: no cell is called {pattern}{nearest(pattern, [cell.name for cell in cells])}"
+        f"--only: no trial is called {pattern}{nearest(pattern, [trial.name for trial in trials])}"
         for pattern in patterns
-        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells)
+        if not any(fnmatch.fnmatchcase(trial.name, pattern) for trial in trials)
     ]
     part = re.fullmatch(r"(?a)(\d{1,6})/(\d{1,6})", shard) if shard is not None else None
     if shard is not None and (part is None or not 1 <= int(part[1]) <= int(part[2])):
@@ -206,9 +206,9 @@ def select(
     if problems:
         raise ConfigError(problems)
     chosen = [
-        cell
-        for cell in cells
-        if not patterns or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)
+        trial
+        for trial in trials
+        if not patterns or any(fnmatch.fnmatchcase(trial.name, pattern) for pattern in patterns)
     ]
     return chosen[int(part[1]) - 1 :: int(part[2])] if part else chosen
 
@@ -281,7 +281,7 @@ def _seeded(axes: list[str]) -> list[str]:
 
 
 def _set_twice(chosen: dict[str, list[str]]) -> list[str]:
-    """Of a cell: what two axes set to different values, of which one would have no effect."""
+    """Of a trial: what two axes set to different values, of which one would have no effect."""
     axes = {
         name: dict(item.partition("=")[::2] for item in _seeded(overrides))
         for name, overrides in chosen.items()
@@ -315,7 +315,7 @@ def _wanted(settings: Settings) -> str:
 
 
 def same_run(settings: Settings, folder: pathlib.Path) -> None:
-    """Raises ConfigError if the folder has a run of other settings, whose results would be counted as this cell's, or damaged results."""
+    """Raises ConfigError if the folder has a run of other settings, whose results would be counted as this trial's, or damaged results."""
     results, path = folder / "results.json", folder / "config.yaml"
     try:
         if results.is_file() and not isinstance(

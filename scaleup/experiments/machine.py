@@ -181,7 +181,7 @@ def needed_bytes(settings: Settings) -> int:
     file = deepspeed_file(settings.train.deepspeed)
     config = backbone.load_config(settings.model)
     states = estimate(
-        settings, config, precision.frozen_dtype(settings, half), file, 1, half if file else None
+        settings, config, precision.backbone_dtype(settings, half), file, 1, half if file else None
     )
     return OVERHEAD + max(
         states.load, states.resident + states.gathered + states.gradients + states.host

@@ -309,7 +309,7 @@ def unique(runs: Sequence[Run], key: Any) -> dict[Any, Run]:
         other = found.setdefault(key(run), run)
         if other is not run:
             problems.append(
-                f"--runs: {run.folder} and {other.folder} are the same cell ({', '.join(map(str, key(run)))}); leave one out"
+                f"--runs: {run.folder} and {other.folder} are the same trial ({', '.join(map(str, key(run)))}); leave one out"
             )
     if problems:
         raise ConfigError(problems)

@@ -1,10 +1,10 @@
-"""Runs the cells of a sweep that have no results yet, several at once, each as a process of launch/train.py on cores of its own.
+"""Runs the trials of a sweep that have no results yet, several at once, each as a process of launch/train.py on cores of its own.
 
-    whole = Sweeper(sweep, cells, jobs).run()
+    whole = Sweeper(sweep, trials, jobs).run()
 
-A cell is done when its results.json is there; nothing else is remembered, so a sweep that was killed starts again where it was
+A trial is done when its results.json is there; nothing else is remembered, so a sweep that was killed starts again where it was
 (a run continues from its newest checkpoint). A run that ends without results is tried once more, then reported, and never
-counted. Another sweep on the same folder takes other cells (scaleup.experiments.claims).
+counted. Another sweep on the same folder takes other trials (scaleup.experiments.claims).
 
 How many at once: as many as `jobs` allows, as cores suffice and as memory holds. What a run needs is measured by those that are
 finished, and estimated (scaleup.memory.states) before. With GPUs each run has one to itself. Runs of other sweeps keep their cores and GPUs.
@@ -25,7 +25,7 @@ from typing import IO
 
 from scaleup.errors import ConfigError
 from scaleup.experiments.claims import BEAT_S, Claims
-from scaleup.experiments.grid import Cell, Sweep, same_run
+from scaleup.experiments.grid import Trial, Sweep, same_run
 from scaleup.experiments.machine import Places, Slot, available_bytes, needed_bytes
 from scaleup.io import LOCK
 from scaleup.training.resume import checkpoints
@@ -54,7 +54,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 class Running:
     """A run in its place. locks: of the place. since: of time.monotonic, s. goes_on: from a checkpoint of an earlier start."""
 
-    cell: Cell
+    trial: Trial
     slot: Slot
     locks: list[IO]
     process: subprocess.Popen
@@ -85,36 +85,36 @@ class Measured:
         self.seconds: dict[tuple, list[float]] = {}
         self.memory_mib: dict[tuple, float] = {}
 
-    def add(self, cell: Cell, seconds: float | None = None, whole: bool = True) -> None:
+    def add(self, trial: Trial, seconds: float | None = None, whole: bool = True) -> None:
         """A finished one. seconds: with its start-up, where it was watched; whole: from its first step on. One that was killed before it
         noted its time, or whose note was lost with the power, tells nothing."""
         try:
-            timing = json.loads((cell.folder / "timing.json").read_text(encoding="utf-8"))
+            timing = json.loads((trial.folder / "timing.json").read_text(encoding="utf-8"))
             noted, memory_mib = float(timing["seconds"]), float(timing["peak_memory_mib"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return
         for axes in self.SIMILAR if whole else ():
-            self.seconds.setdefault(_key(cell, axes), []).append(
+            self.seconds.setdefault(_key(trial, axes), []).append(
                 noted if seconds is None else seconds
             )
-        key = _key(cell, self.SIMILAR[0])
+        key = _key(trial, self.SIMILAR[0])
         self.memory_mib[key] = max(self.memory_mib.get(key, 0), memory_mib)
 
-    def expected(self, cell: Cell) -> float | None:
+    def expected(self, trial: Trial) -> float | None:
         """Seconds; None before any has finished."""
         times = next(
             (
                 self.seconds[key]
                 for axes in self.SIMILAR
-                if (key := _key(cell, axes)) in self.seconds
+                if (key := _key(trial, axes)) in self.seconds
             ),
             None,
         )
         return sum(times) / len(times) if times else None
 
-    def need(self, cell: Cell) -> int | None:
+    def need(self, trial: Trial) -> int | None:
         """Bytes, from runs that differ in the seed only."""
-        found = self.memory_mib.get(_key(cell, self.SIMILAR[0]))
+        found = self.memory_mib.get(_key(trial, self.SIMILAR[0]))
         return int(MARGIN * found * 2**20) if found is not None else None
 
 
@@ -124,17 +124,17 @@ class Sweeper:
     def __init__(
         self,
         sweep: Sweep,
-        cells: Sequence[Cell],
+        trials: Sequence[Trial],
         jobs: int | None = None,
         say: Callable[[str], None] = print,
         show: Callable[[str], None] = lambda line: None,
         entry: pathlib.Path = TRAIN,
     ):
-        """cells: those of the sweep to run here. jobs: most at once. say: hears what happens; show: the line of progress, often.
-        entry: the script that is started with a cell's arguments. Raises OSError where the output cannot be written."""
-        self.sweep, self.cells, self.say, self.show, self.entry = (
+        """trials: those of the sweep to run here. jobs: most at once. say: hears what happens; show: the line of progress, often.
+        entry: the script that is started with a trial's arguments. Raises OSError where the output cannot be written."""
+        self.sweep, self.trials, self.say, self.show, self.entry = (
             sweep,
-            list(cells),
+            list(trials),
             say,
             show,
             entry,
@@ -143,11 +143,11 @@ class Sweeper:
         self.places = Places(jobs, sweep.threads)
         self.on_gpus = self.places.slots[0].gpu is not None
         self.waiting = collections.deque(
-            sorted(self.cells, key=lambda cell: not cell.finished)
+            sorted(self.trials, key=lambda trial: not trial.finished)
         )  # what is done is counted at once
         self.running: list[Running] = []
         self.done: set[str] = set()
-        self.elsewhere: list[Cell] = []
+        self.elsewhere: list[Trial] = []
         self.failed: dict[str, str] = {}
         self.tries: collections.Counter[str] = collections.Counter()
         self.measured = Measured()
@@ -155,12 +155,12 @@ class Sweeper:
         self.short = ""  # what keeps further runs from starting
         self.last_beat = 0.0
         self.stopping: signal.Signals | None = None
-        for cell in sweep.cells:
-            if cell.finished:
-                self.measured.add(cell)
+        for trial in sweep.trials:
+            if trial.finished:
+                self.measured.add(trial)
 
     def run(self) -> bool:
-        """Until every cell is done, has failed for good or belongs to another sweep. True if all are done, here or there."""
+        """Until every trial is done, has failed for good or belongs to another sweep. True if all are done, here or there."""
         before = {
             number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -179,17 +179,19 @@ class Sweeper:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return (
-            not self.failed and not self.stopping and all(cell.finished for cell in self.elsewhere)
+            not self.failed
+            and not self.stopping
+            and all(trial.finished for trial in self.elsewhere)
         )
 
     def progress(self) -> str:
         """One line: what is done, what runs, and for how long still."""
         left, running = (
             self.seconds_left(),
-            ", ".join(f"{run.cell.name} {duration(run.seconds)}" for run in self.running),
+            ", ".join(f"{run.trial.name} {duration(run.seconds)}" for run in self.running),
         )
         parts = [
-            f"{len(self.done)}/{len(self.cells)} done",
+            f"{len(self.done)}/{len(self.trials)} done",
             "time left not known yet" if left is None else f"about {duration(left)} left",
         ]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed) + [
@@ -207,8 +209,8 @@ class Sweeper:
         """By the mean of the most similar runs that have finished; None before the first."""
         if not self.measured.seconds:
             return None
-        left = [max(self.measured.expected(run.cell) - run.seconds, 0) for run in self.running]
-        left += [self.measured.expected(cell) for cell in self.waiting if not cell.finished]
+        left = [max(self.measured.expected(run.trial) - run.seconds, 0) for run in self.running]
+        left += [self.measured.expected(trial) for trial in self.waiting if not trial.finished]
         return max(
             sum(left) / (max(len(self.running), 1) if self.short else self.places.count),
             max(left, default=0),
@@ -225,9 +227,9 @@ class Sweeper:
     def _start_each(self) -> None:
         self.short = ""
         while self.waiting and len(self.running) < self.places.count and not self.stopping:
-            cell, place = self.waiting[0], None
-            if not cell.finished:
-                if not self._fits(cell):
+            trial, place = self.waiting[0], None
+            if not trial.finished:
+                if not self._fits(trial):
                     self.short = "no memory for more"
                     return
                 place = self.places.take()
@@ -235,44 +237,44 @@ class Sweeper:
                     self.short = "other sweeps' runs have the rest of the machine"
                     return
             self.waiting.popleft()
-            if not self.claims.take(cell.name):
-                self.elsewhere.append(cell)
-            elif why := self._stranger(cell):
-                self.claims.release(cell.name)
-                self.say(f"{cell.name}: {why}")
-                self.failed[cell.name] = why
-            elif cell.finished:  # perhaps by a sweep that was killed before it could tidy up
-                self._finish(cell)
+            if not self.claims.take(trial.name):
+                self.elsewhere.append(trial)
+            elif why := self._stranger(trial):
+                self.claims.release(trial.name)
+                self.say(f"{trial.name}: {why}")
+                self.failed[trial.name] = why
+            elif trial.finished:  # perhaps by a sweep that was killed before it could tidy up
+                self._finish(trial)
             else:
-                self._start(cell, *place)
+                self._start(trial, *place)
                 continue
             for file in place[1] if place else ():
                 file.close()
 
-    def _stranger(self, cell: Cell) -> str:
-        """Why what another sweep has left in the cell's folder since the start is not this cell's; nothing if it is."""
+    def _stranger(self, trial: Trial) -> str:
+        """Why what another sweep has left in the trial's folder since the start is not this trial's; nothing if it is."""
         try:
-            same_run(cell.settings, cell.folder)
+            same_run(trial.settings, trial.folder)
         except ConfigError as error:
             return "; ".join(error.problems)
         return ""
 
-    def _start(self, cell: Cell, slot: Slot, locks: list[IO]) -> None:
+    def _start(self, trial: Trial, slot: Slot, locks: list[IO]) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.sweep.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment |= {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {}
-        cell.folder.mkdir(parents=True, exist_ok=True)
+        trial.folder.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
             "-c",
             START,
             ",".join(map(str, slot.cores)),
             str(self.entry),
-            *cell.arguments,
+            *trial.arguments,
         ]
-        with (cell.folder / LOG).open("ab") as log:
+        with (trial.folder / LOG).open("ab") as log:
             # A group of its own: Ctrl-C is meant for the sweep, which then asks its runs to save.
             process = subprocess.Popen(
                 command,
@@ -283,12 +285,12 @@ class Sweeper:
                 process_group=0,
                 pass_fds=[file.fileno() for file in locks],
             )
-        self.tries[cell.name] += 1
-        self.places.note(locks, process.pid, self._need(cell))
+        self.tries[trial.name] += 1
+        self.places.note(locks, process.pid, self._need(trial))
         self.running.append(
-            Running(cell, slot, locks, process, time.monotonic(), bool(checkpoints(cell.folder)))
+            Running(trial, slot, locks, process, time.monotonic(), bool(checkpoints(trial.folder)))
         )
-        self.claims.hand_over(cell.name, process.pid)
+        self.claims.hand_over(trial.name, process.pid)
         try:
             process.stdin.write(b"g")
             process.stdin.close()
@@ -300,60 +302,60 @@ class Sweeper:
             self.running.remove(run)
             for file in run.locks:
                 file.close()
-            cell, code = run.cell, run.process.returncode
-            if cell.finished:
-                self._finish(cell)
-                self.measured.add(cell, run.seconds, not run.goes_on)
-                self.say(f"{cell.name}: done in {duration(run.seconds)}; {self.progress()}")
+            trial, code = run.trial, run.process.returncode
+            if trial.finished:
+                self._finish(trial)
+                self.measured.add(trial, run.seconds, not run.goes_on)
+                self.say(f"{trial.name}: done in {duration(run.seconds)}; {self.progress()}")
                 continue
-            self.claims.release(cell.name)
-            why = f"{_ended(code)}: {_last_line(cell.folder / LOG)}"
+            self.claims.release(trial.name)
+            why = f"{_ended(code)}: {_last_line(trial.folder / LOG)}"
             if self.stopping:
                 continue
-            if self.tries[cell.name] < TRIES:
-                self.say(f"{cell.name}: {why}; it will be tried once more")
-                self.waiting.append(cell)
+            if self.tries[trial.name] < TRIES:
+                self.say(f"{trial.name}: {why}; it will be tried once more")
+                self.waiting.append(trial)
             else:
-                self.say(f"{cell.name}: failed again, {why}; see {cell.folder / LOG}")
-                self.failed[cell.name] = why
+                self.say(f"{trial.name}: failed again, {why}; see {trial.folder / LOG}")
+                self.failed[trial.name] = why
 
     def _beat(self) -> None:
         """Tells sweeps on other hosts that this one lives."""
         if time.monotonic() - self.last_beat > BEAT_S:
             self.last_beat = time.monotonic()
-            self.claims.beat([run.cell.name for run in self.running])
+            self.claims.beat([run.trial.name for run in self.running])
 
-    def _finish(self, cell: Cell) -> None:
-        if self.claims.own(cell.name):
-            tidy(cell.folder, self.sweep.keep)
-        self.claims.release(cell.name)
-        self.done.add(cell.name)
+    def _finish(self, trial: Trial) -> None:
+        if self.claims.own(trial.name):
+            tidy(trial.folder, self.sweep.keep)
+        self.claims.release(trial.name)
+        self.done.add(trial.name)
 
     def _look_elsewhere(self) -> bool:
-        """Whether to go on for cells that others have. A run whose sweep was killed comes to us; those of a live sweep do not."""
+        """Whether to go on for trials that others have. A run whose sweep was killed comes to us; those of a live sweep do not."""
         wait = False
-        for cell in list(self.elsewhere):
-            claim = self.claims.of(cell.name)
+        for trial in list(self.elsewhere):
+            claim = self.claims.of(trial.name)
             if claim is None or not claim.live:
-                self.elsewhere.remove(cell)
-                self.waiting.append(cell)
+                self.elsewhere.remove(trial)
+                self.waiting.append(trial)
                 wait = True
             elif claim.orphan:
                 wait = True
         return wait
 
-    def _fits(self, cell: Cell) -> bool:
+    def _fits(self, trial: Trial) -> bool:
         """Whether memory suffices for one more beside what the runs on this machine have not taken yet; where none runs nothing would
         become free, and it is tried."""
         to_come = self.places.to_come()
-        return to_come is None or self._need(cell) + to_come <= available_bytes()
+        return to_come is None or self._need(trial) + to_come <= available_bytes()
 
-    def _need(self, cell: Cell) -> int:
+    def _need(self, trial: Trial) -> int:
         """Bytes on the host. What a run measures on a GPU is the GPU's memory, of which each run has its own."""
-        found = self.measured.need(cell) if not self.on_gpus else None
-        if found is None and cell.method not in self.estimates:
-            self.estimates[cell.method] = needed_bytes(cell.settings)
-        return found if found is not None else self.estimates[cell.method]
+        found = self.measured.need(trial) if not self.on_gpus else None
+        if found is None and trial.method not in self.estimates:
+            self.estimates[trial.method] = needed_bytes(trial.settings)
+        return found if found is not None else self.estimates[trial.method]
 
     def _stop(self, number: int, frame: object) -> None:
         if self.stopping:  # asked twice: at once
@@ -399,8 +401,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def _key(cell: Cell, axes: tuple[str, ...]) -> tuple:
-    return tuple((axis, getattr(cell, axis)) for axis in axes)
+def _key(trial: Trial, axes: tuple[str, ...]) -> tuple:
+    return tuple((axis, getattr(trial, axis)) for axis in axes)
 
 
 def _ended(code: int) -> str:

@@ -502,7 +502,7 @@ def text(table: Table) -> list[str]:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under a header; None is an empty cell."""
+    """FusedQKVLayout under a header; None is an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)

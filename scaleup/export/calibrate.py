@@ -51,7 +51,7 @@ def load(job: dict) -> nn.Module:
         else settings.model
     )
     dtype = (
-        precision.frozen_dtype(settings, half)
+        precision.backbone_dtype(settings, half)
         if job["dtype"] is None
         else getattr(torch, job["dtype"])
     )

@@ -35,7 +35,12 @@ from scaleup.io import write_json
 from scaleup.settings import schema as config
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
-from scaleup.training.checkpoint import draft, draft_name, seal, verify
+from scaleup.training.checkpoint import (
+    create_staging_folder,
+    staging_folder,
+    commit_checkpoint,
+    verify,
+)
 from scaleup.unipelt.sites import find_sites
 
 VERSION = "0.1.0"
@@ -51,10 +56,10 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
     its proof.
     """
     settings, manifest = _read_run(options)
-    written = draft_name(options.output)
+    written = staging_folder(options.output)
     if written.is_dir():  # of an export that is still running, or was killed
         io.hold(written, "--output: another export", lock="")
-    written = draft(options.output)
+    written = create_staging_folder(options.output)
     io.hold(written, "--output: another export", lock="")
     try:
         with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:
@@ -186,7 +191,7 @@ def _export(job: Job, written: pathlib.Path) -> dict:
     )
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared meanwhile; nothing was kept")
-    seal(
+    commit_checkpoint(
         written,
         options.output,
         {},

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
 
-from scaleup.unipelt.attach import BANK_CHILD, BLOCK_CHILD
+from scaleup.unipelt.attach import PREFIX_CHILD, BLOCK_CHILD
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import LORA_CHILD
 from scaleup.unipelt.gate import resolve_pooling
@@ -109,7 +109,7 @@ def fold(
         if "adapter" in config.submodules and (place(site), "adapter") not in dropped
     ]
     for (host, cross), layers in banks.items():
-        folding.tensors[f"{host}.{BANK_CHILD[cross]}.unipelt_prefix"] = torch.stack(layers)
+        folding.tensors[f"{host}.{PREFIX_CHILD[cross]}.unipelt_prefix"] = torch.stack(layers)
     heads = {
         name: tensor
         for name, tensor in tensors.items()
@@ -199,7 +199,9 @@ class _Folding:
 
     def _prefix(self, site: AttentionSite) -> torch.Tensor:
         """[2, G, L, E]"""
-        whole = self.bundle[f"{site.host}.{BANK_CHILD[site.cross]}.unipelt_prefix.embedding.weight"]
+        whole = self.bundle[
+            f"{site.host}.{PREFIX_CHILD[site.cross]}.unipelt_prefix.embedding.weight"
+        ]
         layers_NLE = whole.view(
             self.config.prefix_length, -1, 2, site.kv_heads, site.head_size
         ).permute(1, 2, 3, 0, 4)

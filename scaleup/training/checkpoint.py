@@ -1,6 +1,6 @@
 """The bundle on disk: the trained tensors as safetensors, the adapter config, the tokenizer and a manifest.
 
-Whoever writes one saves into `draft(folder)` and then calls `seal`: every expected tensor is read back and checked
+Whoever writes one saves into `create_staging_folder(folder)` and then calls `seal`: every expected tensor is read back and checked
 (present, right shape, finite), every file hashed into manifest.json and synced to disk, and only then does the folder get
 its name. `best/` and `final/` are bundles; `checkpoint-N/` is one with the optimizer's state beside it. What resuming needs
 of them is in scaleup.training.resume.
@@ -23,16 +23,16 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
-def draft(folder: pathlib.Path) -> pathlib.Path:
+def create_staging_folder(folder: pathlib.Path) -> pathlib.Path:
     """The empty folder beside `folder` to write into before it is sealed."""
-    path = draft_name(folder)
+    path = staging_folder(folder)
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
 
 
-def draft_name(folder: pathlib.Path) -> pathlib.Path:
+def staging_folder(folder: pathlib.Path) -> pathlib.Path:
     """Where `draft` puts it."""
     return folder.with_name(f".{folder.name}.draft")
 
@@ -93,7 +93,7 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def seal(
+def commit_checkpoint(
     written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[int]], about: dict
 ) -> None:
     """Checks what was written, adds the manifest and gives the folder its name, replacing an older one.

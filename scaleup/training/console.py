@@ -16,10 +16,10 @@ from scaleup.io import write_text
 from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
 from scaleup.training.distributed import World
-from scaleup.unipelt.gate import GateStatistics, LearnedGate
+from scaleup.unipelt.gate import GateMoments, LearnedGate
 
 
-class GateLog:
+class GateStatistics:
     """Means of every gate of a model, by site and submodule, as collected since the last look, over all processes."""
 
     def __init__(self, model: nn.Module, compiled: bool = False):
@@ -28,7 +28,7 @@ class GateLog:
         self.last: dict[str, dict[str, dict[str, float]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
-                module.statistics = GateStatistics(len(module.names), module.bias.device)
+                module.statistics = GateMoments(len(module.names), module.bias.device)
                 if compiled:
                     torch._dynamo.mark_static_address(module.statistics.sums_3N)
                 site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
@@ -45,7 +45,7 @@ class GateLog:
         self.last = {
             site: {
                 part: {"mean": round(mean, 6), "std": round(std, 6)}
-                for part, (mean, std) in zip(gate.names, GateStatistics.moments(found_3N))
+                for part, (mean, std) in zip(gate.names, GateMoments.moments(found_3N))
             }
             for (site, gate), found_3N in zip(self.gates.items(), sums)
         }

@@ -43,9 +43,9 @@ from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training import distributed as runtime
 from scaleup.training import resume, watchdog
 from scaleup.training.arguments import deepspeed_file, training_arguments
-from scaleup.training.console import GateLog, header, memory_line, placement, summary
+from scaleup.training.console import GateStatistics, header, memory_line, placement, summary
 from scaleup.training.preflight import keeps_apart, reads_ahead
-from scaleup.training.trainer import Journal, RunTrainer, StopInTime
+from scaleup.training.trainer import JsonlLogger, RunTrainer, GracefulShutdown
 from scaleup.unipelt.model import parameter_counts
 from scaleup.unipelt.sites import find_sites
 
@@ -130,7 +130,7 @@ def _attach(
     half: torch.dtype | None,
 ) -> nn.Module:
     """The backbone with what the method adds, on this process's device, in the types it trains in."""
-    frozen = precision.frozen_dtype(settings, half)
+    frozen = precision.backbone_dtype(settings, half)
     auto = tasks.of(settings.data).auto
     if not tasks.of(settings.data).writes:
         backbone.set_labels(config, examples.labels)
@@ -175,7 +175,7 @@ def _announce(
     if world.main:
         file, frozen = (
             deepspeed_file(settings.train.deepspeed),
-            precision.frozen_dtype(settings, half),
+            precision.backbone_dtype(settings, half),
         )
         _say(
             world,
@@ -304,8 +304,11 @@ def _make_trainer(
     world: runtime.World,
     shared: bool,
 ) -> RunTrainer:
-    gate_log, out = GateLog(model, args.torch_compile), pathlib.Path(settings.train.output_dir)
-    stop, task = StopInTime(), tasks.of(settings.data)
+    gate_log, out = (
+        GateStatistics(model, args.torch_compile),
+        pathlib.Path(settings.train.output_dir),
+    )
+    stop, task = GracefulShutdown(), tasks.of(settings.data)
     try:
         trainer = RunTrainer(
             model=model,
@@ -319,7 +322,7 @@ def _make_trainer(
             generation=tasks.generation(settings.data, examples.metric),
             callbacks=[
                 stop,
-                Journal(out / "log.jsonl", examples.metric, gate_log, world.writes(shared)),
+                JsonlLogger(out / "log.jsonl", examples.metric, gate_log, world.writes(shared)),
                 *callbacks,
             ],
             gate_log=gate_log,

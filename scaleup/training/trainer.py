@@ -22,8 +22,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from scaleup.errors import RunError
 from scaleup.training import distributed as runtime
 from scaleup.training import resume, watchdog
-from scaleup.training.checkpoint import draft, draft_name, expected_tensors, seal
-from scaleup.training.console import GateLog, rewind
+from scaleup.training.checkpoint import (
+    create_staging_folder,
+    staging_folder,
+    expected_tensors,
+    commit_checkpoint,
+)
+from scaleup.training.console import GateStatistics, rewind
 
 BATCHES = 1 << 20  # more than a step ever has
 FOR_WRITING = (
@@ -33,7 +38,7 @@ FOR_WRITING = (
 )  # what a batch has for its answers, and models do not take
 
 
-class EpochOrder(torch.utils.data.Sampler):
+class ResumableSampler(torch.utils.data.Sampler):
     """The order of examples, from seed and epoch alone, so that a run resumed in the middle of an epoch meets the same batches.
 
     transformers' length groups take their order from the global random state; and on several processes, with some batches
@@ -77,7 +82,7 @@ class RunTrainer(Trainer):
     def __init__(
         self,
         *args,
-        gate_log: GateLog,
+        gate_log: GateStatistics,
         out: pathlib.Path,
         about: dict,
         keep: int,
@@ -176,7 +181,7 @@ class RunTrainer(Trainer):
         grouped = self.args.train_sampling_strategy == "group_by_length"
         lengths = list(self.train_dataset[self.args.length_column_name]) if grouped else None
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochOrder(
+        return ResumableSampler(
             len(self.train_dataset), self.args.seed, self.current_epoch, lengths, batch_size
         )
 
@@ -250,9 +255,9 @@ class RunTrainer(Trainer):
         """`out/name`: the model as it is now. Every rank takes part; those that write seal."""
         folder = self.out / name
         if self.writes:
-            draft(folder)
+            create_staging_folder(folder)
         self.accelerator.wait_for_everyone()
-        self._write(folder, lambda: self.save_model(str(draft_name(folder))))
+        self._write(folder, lambda: self.save_model(str(staging_folder(folder))))
         self._seal(folder)
 
     def _write(self, folder: pathlib.Path, save) -> None:
@@ -269,7 +274,7 @@ class RunTrainer(Trainer):
             )
             if shutil.disk_usage(self.out).free < 2**20:  # torch says "unexpected pos"
                 cause = "the disk is full"
-            shutil.rmtree(draft_name(folder), ignore_errors=True)
+            shutil.rmtree(staging_folder(folder), ignore_errors=True)
             raise RunError(
                 f"{folder} could not be written: {cause}. {self._last_good()}"
             ) from error
@@ -277,27 +282,30 @@ class RunTrainer(Trainer):
     def _seal(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.writes:
-            (draft_name(folder) / "README.md").unlink(
+            (staging_folder(folder) / "README.md").unlink(
                 missing_ok=True
             )  # PEFT's model card, with nothing filled in
             expected = expected_tensors(self.accelerator.unwrap_model(self.model))
-            self._write(folder, lambda: seal(draft_name(folder), folder, expected, self.about))
+            self._write(
+                folder,
+                lambda: commit_checkpoint(staging_folder(folder), folder, expected, self.about),
+            )
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: object) -> str:
         """Where Trainer puts checkpoint-N: into the draft of ours."""
-        return str(draft_name(self.out / f"checkpoint-{self.state.global_step}"))
+        return str(staging_folder(self.out / f"checkpoint-{self.state.global_step}"))
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """checkpoint-N, written under a temporary name, sealed, and only then one of the checkpoints."""
         folder = self.out / f"checkpoint-{self.state.global_step}"
         self.refuse_bad_loss()
         if self.writes:
-            draft(folder)
+            create_staging_folder(folder)
         self.accelerator.wait_for_everyone()
         self._write(folder, lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
         self.accelerator.wait_for_everyone()
-        inner = draft_name(folder) / folder.name
+        inner = staging_folder(folder) / folder.name
         best = f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
         assert (
             best is None or best == folder.name or (self.out / best).is_dir() or not self.writes
@@ -306,7 +314,7 @@ class RunTrainer(Trainer):
         if self.writes:
             self._write(folder, lambda: self.state.save_to_json(str(inner / "trainer_state.json")))
             for path in list(inner.iterdir()):
-                path.rename(draft_name(folder) / path.name)
+                path.rename(staging_folder(folder) / path.name)
             inner.rmdir()
         self._seal(folder)
         if self.writes:
@@ -331,7 +339,7 @@ class RunTrainer(Trainer):
         super()._load_best_model()
 
 
-class StopInTime(TrainerCallback):
+class GracefulShutdown(TrainerCallback):
     """SIGTERM (preemption, `scancel`, a pod's eviction) and SIGUSR1: finish the step, save, stop. All ranks stop at the same step.
 
     Also logs whenever it saves, so that a resumed run's log has the same windows as an uninterrupted one's.
@@ -373,10 +381,10 @@ class StopInTime(TrainerCallback):
         control.should_log |= control.should_save
 
 
-class Journal(TrainerCallback):
+class JsonlLogger(TrainerCallback):
     """log.jsonl and the one progress bar, on the processes that write."""
 
-    def __init__(self, path: pathlib.Path, metric: str, gate_log: GateLog, writes: bool):
+    def __init__(self, path: pathlib.Path, metric: str, gate_log: GateStatistics, writes: bool):
         self.path, self.metric, self.gate_log, self.writes = path, metric, gate_log, writes
         self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from scaleup.unipelt.gate import cast_to_weight
 from scaleup.unipelt.kernels.narrow import add_gated, narrow_products
-from scaleup.unipelt.layer import SideLayer
+from scaleup.unipelt.layer import AuxiliaryLayer
 from scaleup.unipelt.pooling import RunningMean, Tokens
 
 
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
         return self.activation(wn_BTM + self.down.bias.to(wn_BTM.dtype))
 
 
-class AdapterLayer(SideLayer):
+class AdapterLayer(AuxiliaryLayer):
     """What both placements share: adapters and their gates by PEFT adapter name."""
 
     adapter_layer_names = ("unipelt_adapter", "unipelt_gate")

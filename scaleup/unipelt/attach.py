@@ -14,11 +14,11 @@ from scaleup.unipelt.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
 from scaleup.unipelt.attention_site import AttentionGates
 from scaleup.unipelt.gate import GateFactory, LearnedGate, gate_factory
 from scaleup.unipelt.pooling import RunningMean, Tokens
-from scaleup.unipelt.prefix import ATTENTION, CHILD, PrefixBank
+from scaleup.unipelt.prefix import ATTENTION, CHILD, PrefixTuning
 from scaleup.unipelt.sites import AttentionSite, BlockSite, mask_arguments
 
 TOKENS_CHILD, BLOCK_CHILD = "unipelt_tokens", "unipelt_block"
-BANK_CHILD = {False: "unipelt_bank_self", True: "unipelt_bank_cross"}
+PREFIX_CHILD = {False: "unipelt_bank_self", True: "unipelt_bank_cross"}
 
 
 def use_prefix_attention(model: PreTrainedModel) -> None:
@@ -117,7 +117,7 @@ def _use_slot(running: RunningMean, gate: nn.Module, tokens: Tokens) -> None:
         running.slots[len(gate.names)] = tokens.new_slot(len(gate.names))
 
 
-def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], PrefixBank]:
+def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], PrefixTuning]:
     """One bank per model and kind of attention: BART gets encoder self, decoder self and cross."""
     banks = {}
     for key in dict.fromkeys((site.host, site.cross) for site in attentions):
@@ -125,8 +125,8 @@ def _attach_prefixes(model, name, config, attentions) -> dict[tuple[str, bool], 
         first = sites[0]
         bank = _child(
             model.get_submodule(first.host),
-            BANK_CHILD[first.cross],
-            lambda: PrefixBank(
+            PREFIX_CHILD[first.cross],
+            lambda: PrefixTuning(
                 model.get_submodule(first.value), len(sites), first.kv_heads, first.head_size
             ),
             {"before": "before_forward"},
@@ -147,7 +147,7 @@ def _attach_attention(
     site: AttentionSite,
     names: tuple[str, ...],
     tokens: Tokens,
-    bank: PrefixBank | None,
+    bank: PrefixTuning | None,
     gates: GateFactory,
 ) -> None:
     child = _child(

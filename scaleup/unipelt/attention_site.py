@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from scaleup.unipelt.kernels.narrow import narrow_products, scaled
-from scaleup.unipelt.layer import SideLayer
+from scaleup.unipelt.layer import AuxiliaryLayer
 from scaleup.unipelt.pooling import RunningMean, Tokens
-from scaleup.unipelt.prefix import Prefix, PrefixBank, SoftmaxPrefix
+from scaleup.unipelt.prefix import Prefix, PrefixTuning, SoftmaxPrefix
 from scaleup.unipelt.sites import ENCODER_ARGUMENTS, AttentionSite
 
 
@@ -35,13 +35,13 @@ class Pass:
     softmax: SoftmaxPrefix | None = None
 
 
-class AttentionGates(SideLayer):
+class AttentionGates(AuxiliaryLayer):
     """A child of one attention."""
 
     adapter_layer_names = ("unipelt_gate",)
 
     def __init__(
-        self, neighbour: nn.Module, site: AttentionSite, tokens: Tokens, bank: PrefixBank | None
+        self, neighbour: nn.Module, site: AttentionSite, tokens: Tokens, bank: PrefixTuning | None
     ):
         super().__init__(neighbour)
         self.site = site
@@ -54,7 +54,7 @@ class AttentionGates(SideLayer):
         self._down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
         self._pass = Pass()
 
-    def use_bank(self, bank: PrefixBank | None) -> None:
+    def use_bank(self, bank: PrefixTuning | None) -> None:
         """A second adapter may be the first one with a prefix."""
         self._bank = (bank or self._bank[0],)
 

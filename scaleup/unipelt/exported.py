@@ -4,7 +4,7 @@
 for word: what a user loads there is what was trained here. Only three things differ: a side layer has one set of weights
 instead of PEFT's many, prefixes are keys and values instead of PEFT's encoder, LoRA is a hook instead of PEFT's layer.
 
-Names that other modules of scaleup define too (SideLayer, ATTENTION) replace theirs in the folder.
+Names that other modules of scaleup define too (AuxiliaryLayer, ATTENTION) replace theirs in the folder.
 
 Shapes: N attentions of one model and kind, G key-value heads, L prefix length, E head size.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from scaleup.unipelt.adapter import Bottleneck, PostNormAdapter, PreNormAdapter
 from scaleup.unipelt.attach import (
-    BANK_CHILD,
+    PREFIX_CHILD,
     BLOCK_CHILD,
     _child,
     _hook,
@@ -30,14 +30,14 @@ from scaleup.unipelt.kernels.narrow import add_lora, scaled
 from scaleup.unipelt.lora import FusedUpdate, GateSource
 from scaleup.unipelt.pooling import Tokens
 from scaleup.unipelt.prefix import CHILD, WideMasks
-from scaleup.unipelt.sites import AttentionSite, BlockSite, Rows
+from scaleup.unipelt.sites import AttentionSite, BlockSite, FusedQKVLayout
 
 # Names of their own: a process may have scaleup and several exported models.
 ATTENTION = {"sdpa": "unipelt_exported_sdpa", "eager": "unipelt_exported_eager"}
 LORA_CHILD = "unipelt_lora"
 
 
-class SideLayer(nn.Module):
+class AuxiliaryLayer(nn.Module):
     """A module beside another one, with one entry under each of `adapter_layer_names`."""
 
     def __init__(self, neighbour: nn.Module):
@@ -69,7 +69,12 @@ class LoraUpdate(nn.Module):
     """G_L · B(A x) on top of a projection, where it is not folded into the weight."""
 
     def __init__(
-        self, projection: nn.Module, rows: Rows | None, rank: int, source: GateSource, role: str
+        self,
+        projection: nn.Module,
+        rows: FusedQKVLayout | None,
+        rank: int,
+        source: GateSource,
+        role: str,
     ):
         super().__init__()
         if rows is None:
@@ -138,7 +143,7 @@ def attach_exported(
     sites = [
         AttentionSite(
             **entry["site"]
-            | {"rows": Rows(**entry["site"]["rows"]) if entry["site"]["rows"] else None}
+            | {"rows": FusedQKVLayout(**entry["site"]["rows"]) if entry["site"]["rows"] else None}
         )
         for entry in spec["attentions"]
     ]
@@ -155,7 +160,7 @@ def attach_exported(
     for (host, cross), sizes in spec["prefixes"]:
         _child(
             model.get_submodule(host),
-            BANK_CHILD[cross],
+            PREFIX_CHILD[cross],
             lambda: Prefixes(*sizes),
             {"before": "before_forward"},
         )
@@ -171,7 +176,7 @@ def _attach_to_attention(
 ) -> None:
     attention, query = model.get_submodule(site.name), model.get_submodule(site.query)
     bank = (
-        model.get_submodule(site.host)._modules[BANK_CHILD[site.cross]]
+        model.get_submodule(site.host)._modules[PREFIX_CHILD[site.cross]]
         if "prefix" in entry["gates"]
         else None
     )

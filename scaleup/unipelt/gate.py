@@ -55,7 +55,7 @@ def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.to(weight.dtype)
 
 
-class GateStatistics:
+class GateMoments:
     """Mean and spread of the values of `gates` gates since the last look. Summed on the device and in place: no synchronisation per step, no
     reference to a step's own tensors, which CUDA graphs write over."""
 
@@ -100,7 +100,7 @@ class LearnedGate(nn.Linear):
         super().__init__(hidden_size, len(names))
         self.names = names
         self.pooling = pooling
-        self.statistics: GateStatistics | None = None  # set by whoever wants to log gates
+        self.statistics: GateMoments | None = None  # set by whoever wants to log gates
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)

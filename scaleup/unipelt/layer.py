@@ -4,7 +4,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-class SideLayer(nn.Module, BaseTunerLayer):
+class AuxiliaryLayer(nn.Module, BaseTunerLayer):
     """Entries by PEFT adapter name in the ModuleDicts of `adapter_layer_names`. PEFT saves, freezes and switches them.
 
     `neighbour`: the module whose device and type new entries take; beside quantised weights they stay float32.

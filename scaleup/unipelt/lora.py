@@ -16,7 +16,7 @@ from torch import nn
 
 from scaleup.unipelt.gate import cast_to_weight
 from scaleup.unipelt.kernels.narrow import add_lora, scaled
-from scaleup.unipelt.sites import Rows
+from scaleup.unipelt.sites import FusedQKVLayout
 
 
 class GateSource(Protocol):
@@ -79,7 +79,7 @@ class FusedUpdate(nn.Module):
     the values, nothing for the keys. As two LoRA layers would, for one pass through the frozen weights.
     """
 
-    def __init__(self, rank: int, rows: Rows):
+    def __init__(self, rank: int, rows: FusedQKVLayout):
         super().__init__()
         self.rows = rows
         self.sizes = (rows.heads * rows.head_size, rows.kv_heads * rows.head_size)
@@ -103,7 +103,9 @@ class FusedUpdate(nn.Module):
         return torch.stack(per_head, dim=-2).flatten(-3)
 
 
-def attach_fused(projection: nn.Module, adapter_name: str, source: GateSource, rows: Rows) -> None:
+def attach_fused(
+    projection: nn.Module, adapter_name: str, source: GateSource, rows: FusedQKVLayout
+) -> None:
     """As `attach` for query and value at once: A [2r, in], B [query rows + value rows, r]."""
     assert isinstance(projection, LoraLayer), type(projection)
     rank = projection.r[adapter_name]

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scaleup.unipelt.attach import (
-    BANK_CHILD,
+    PREFIX_CHILD,
     BLOCK_CHILD,
     TOKENS_CHILD,
     attach,
@@ -28,8 +28,8 @@ from scaleup.unipelt.attach import (
     with_own_config,
 )
 from scaleup.unipelt.config import UniPeltConfig
-from scaleup.unipelt.layer import SideLayer
-from scaleup.unipelt.prefix import ATTENTION, CHILD, PrefixBank
+from scaleup.unipelt.layer import AuxiliaryLayer
+from scaleup.unipelt.prefix import ATTENTION, CHILD, PrefixTuning
 from scaleup.unipelt.sites import find_sites, head_names
 
 
@@ -38,7 +38,7 @@ class UniPeltModel(LoraModel):
 
     # `inject_adapter_in_model` and `model.add_adapter` would skip the shared prefixes; PEFT refuses them for this flag.
     uses_shared_state = True
-    tuner_layer_cls = (LoraLayer, SideLayer)
+    tuner_layer_cls = (LoraLayer, AuxiliaryLayer)
 
     def inject_adapter(
         self,
@@ -89,7 +89,7 @@ class UniPeltModel(LoraModel):
             )
         unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for module in list(unloaded.modules()):
-            for name in (TOKENS_CHILD, *BANK_CHILD.values(), CHILD, BLOCK_CHILD):
+            for name in (TOKENS_CHILD, *PREFIX_CHILD.values(), CHILD, BLOCK_CHILD):
                 child = module._modules.pop(name, None)
                 for handle in child.handles if child is not None else ():
                     handle.remove()
@@ -148,7 +148,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int | float | dict[str, int]
             added += count
             parts[part] += count if part != "prefix" else 0
     for module in base.modules():
-        if isinstance(module, PrefixBank):
+        if isinstance(module, PrefixTuning):
             parts["prefix"] += module.stored()
     adapted = isinstance(model, PeftModel)
     stored = sum(parts.values()) if adapted else trained

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from scaleup.unipelt.kernels.narrow import few_rows
 from scaleup.unipelt.kernels.short_attention import attend, is_short
-from scaleup.unipelt.layer import SideLayer
+from scaleup.unipelt.layer import AuxiliaryLayer
 
 CHILD = "unipelt_attention"  # where an attention keeps what is handed to it (scaleup.unipelt.attention_site)
 ATTENTION = {
@@ -37,7 +37,7 @@ PROBE = "unipelt_probe"  # takes notes of who calls it, see `probing`
 Prefix = tuple[torch.Tensor, torch.Tensor | float]  # keys and values [2, G, L, E], gate
 
 
-class PrefixBank(SideLayer):
+class PrefixTuning(AuxiliaryLayer):
     """The prefixes of one model's attentions, of one kind ("self" or "cross"): a child of that model."""
 
     adapter_layer_names = ("unipelt_prefix",)

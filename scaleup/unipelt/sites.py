@@ -85,7 +85,7 @@ SDPA = ("sdpa", ATTENTION["sdpa"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class FusedQKVLayout:
     """What a fused projection's rows are: `order` as in FUSED, heads of queries and of keys, size of a head."""
 
     order: str
@@ -104,7 +104,7 @@ class AttentionSite:
     layer: int
     query: str  # path of the projection; the same for query and value where they are fused
     value: str
-    rows: Rows | None  # of a fused projection
+    rows: FusedQKVLayout | None  # of a fused projection
     hidden_size: int
     kv_heads: int
     head_size: int
@@ -343,7 +343,7 @@ def _attention_site(
         layer=layer,
         query=f"{name}.{query}",
         value=f"{name}.{value}",
-        rows=Rows(fused[1], call.heads, call.kv_heads, call.head_size)
+        rows=FusedQKVLayout(fused[1], call.heads, call.kv_heads, call.head_size)
         if fused is not None
         else None,
         hidden_size=projection.nx if isinstance(projection, Conv1D) else projection.in_features,

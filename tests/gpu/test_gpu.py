@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BartForConditionalGeneration
 
-from scaleup.unipelt.gate import GateStatistics, LearnedGate
+from scaleup.unipelt.gate import GateMoments, LearnedGate
 from tests.utils.tiny import FAMILIES, adapt, backbone, inputs
 from tests.utils.workspace import (
     ROOT,
@@ -82,7 +82,7 @@ def test_a_step_never_waits_for_the_gpu(family, flat):
         given = on_gpu(inputs(model, labels=True))
         for gate in model.modules():
             if isinstance(gate, LearnedGate):
-                gate.statistics = GateStatistics(len(gate.names), gate.bias.device)
+                gate.statistics = GateMoments(len(gate.names), gate.bias.device)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
                 model(**given).loss.backward()

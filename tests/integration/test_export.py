@@ -217,7 +217,11 @@ def test_the_folders_code_has_only_what_it_uses():
     classes = [
         {node.name for node in tree.body if isinstance(node, ast.ClassDef)} for tree in trees
     ]
-    assert "LearnedGate" in classes[1] and not classes[0] & {"LearnedGate", "Tokens", "PrefixBank"}
+    assert "LearnedGate" in classes[1] and not classes[0] & {
+        "LearnedGate",
+        "Tokens",
+        "PrefixTuning",
+    }
 
 
 @pytest.fixture(scope="module")

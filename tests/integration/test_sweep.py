@@ -1,4 +1,4 @@
-"""Sweeps: what a file says, who runs which cell, failures, stops and kills; with real runs where they are the point."""
+"""Sweeps: what a file says, who runs which trial, failures, stops and kills; with real runs where they are the point."""
 
 import collections
 import json
@@ -21,7 +21,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments import claims as claiming
 from scaleup.experiments import grid, machine, sweep
 from scaleup.experiments.claims import Claims
-from scaleup.experiments.grid import Cell, Sweep
+from scaleup.experiments.grid import Trial, Sweep
 from scaleup.experiments.sweep import Sweeper
 from scaleup.settings import schema as config
 from scaleup.settings.schema import to_yaml
@@ -72,10 +72,10 @@ def test_every_combination_is_a_cell_with_its_own_settings_and_the_first_seed_co
     made = grid.load(
         str(sweep_file(workspace, tmp_path, k=[32, 64], seeds=[0, 5])), ["train.max_steps=3"]
     )
-    assert [cell.name for cell in made.cells] == [
+    assert [trial.name for trial in made.trials] == [
         f"films-{k}-{m}-{s}" for s in (0, 5) for k in (32, 64) for m in ("lora", "apl")
     ]
-    settings = made.cells[-2].settings
+    settings = made.trials[-2].settings
     assert (
         settings.data.k,
         settings.data.seed,
@@ -83,11 +83,11 @@ def test_every_combination_is_a_cell_with_its_own_settings_and_the_first_seed_co
         settings.method.submodules,
     ) == (64, 5, 5, ["lora"])
     assert all(
-        cell.settings.train.max_steps == 3 and cell.settings.train.resume == "auto"
-        for cell in made.cells
+        trial.settings.train.max_steps == 3 and trial.settings.train.resume == "auto"
+        for trial in made.trials
     )
-    assert {cell.settings.train.output_dir for cell in made.cells} == {
-        str(tmp_path / "runs" / cell.name) for cell in made.cells
+    assert {trial.settings.train.output_dir for trial in made.trials} == {
+        str(tmp_path / "runs" / trial.name) for trial in made.trials
     }
 
 
@@ -97,9 +97,11 @@ def test_with_all_examples_the_seed_is_that_of_training_alone(workspace, tmp_pat
         "train_file": str(workspace / "train.csv"),
     }
     base = {"model": {"name": str(workspace / "bert")}, "data": validation}
-    cell = grid.load(str(sweep_file(workspace, tmp_path, base=base, k=["all"], seeds=[7]))).cells[0]
+    trial = grid.load(str(sweep_file(workspace, tmp_path, base=base, k=["all"], seeds=[7]))).trials[
+        0
+    ]
     assert (
-        cell.settings.train.seed == 7 and "data.seed=7" not in cell.arguments
+        trial.settings.train.seed == 7 and "data.seed=7" not in trial.arguments
     )  # it would be refused: nothing is sampled
 
 
@@ -107,10 +109,10 @@ def test_the_base_may_be_a_config_file_beside_the_sweep(workspace, tmp_path):
     (tmp_path / "base.yaml").write_text(
         f"model: {{name: {workspace / 'bert'}}}\ndata: {{train_file: {workspace / 'train.csv'}, dev_size: 32}}\n"
     )
-    cell = grid.load(str(sweep_file(workspace, tmp_path, base="base.yaml"))).cells[0]
+    trial = grid.load(str(sweep_file(workspace, tmp_path, base="base.yaml"))).trials[0]
     assert (
-        cell.arguments[:2] == ("--config", str(tmp_path / "base.yaml"))
-        and cell.settings.data.dev_size == 32
+        trial.arguments[:2] == ("--config", str(tmp_path / "base.yaml"))
+        and trial.settings.data.dev_size == 32
     )
 
 
@@ -150,7 +152,7 @@ def test_problems_of_all_cells_are_said_together_and_once(workspace, tmp_path):
         ),
         (
             {"k": [64], "seeds": {"0": ["seed=0"], "zero": ["seed=0"]}},
-            "films-64-lora-zero and 1 more: the same run as another cell: an override makes",
+            "films-64-lora-zero and 1 more: the same run as another trial: an override makes",
         ),
         (
             {"methods": {"full": ["method=full", "train.seed=7"]}},
@@ -167,15 +169,15 @@ def test_a_wrong_file_is_refused_in_plain_words(workspace, tmp_path, changes, wo
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(workspace, tmp_path):
     path = sweep_file(workspace, tmp_path)
-    cell = grid.load(str(path)).cells[0]
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text(to_yaml(cell.settings))
-    assert grid.load(str(path)).cells[0] == cell
+    trial = grid.load(str(path)).trials[0]
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
+    assert grid.load(str(path)).trials[0] == trial
     with pytest.raises(
         ConfigError, match="has a run with another train.num_train_epochs; choose another output"
     ):
         grid.load(str(path), ["train.num_train_epochs=2"])
-    (cell.folder / "results.json").write_text('{"task": "st')
+    (trial.folder / "results.json").write_text('{"task": "st')
     with pytest.raises(
         ConfigError, match="results.json is damaged; remove the folder to run it again"
     ):
@@ -184,37 +186,37 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(workspace, tmp_path):
 
 @pytest.mark.parametrize("name", ["my runs #2", "a: b", "{a}", "[a]", "'a' b", "Läufe"])
 def test_an_output_may_have_any_name(workspace, tmp_path, name):
-    cell = grid.load(str(sweep_file(workspace, tmp_path, output=str(tmp_path / name)))).cells[0]
-    assert cell.settings.train.output_dir == str(tmp_path / name / cell.name) == str(cell.folder)
+    trial = grid.load(str(sweep_file(workspace, tmp_path, output=str(tmp_path / name)))).trials[0]
+    assert trial.settings.train.output_dir == str(tmp_path / name / trial.name) == str(trial.folder)
 
 
 def test_an_override_of_an_axis_that_makes_cells_alike_is_refused(workspace, tmp_path):
     with pytest.raises(
         ConfigError,
-        match="films-64-lora-0 and 1 more: the same run as another cell: an override makes",
+        match="films-64-lora-0 and 1 more: the same run as another trial: an override makes",
     ):
         grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64])), ["data.k=48"])
 
 
 def test_shards_share_the_grid_out_and_patterns_choose_from_it(workspace, tmp_path):
-    cells = grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64], seeds=[0, 1]))).cells
-    parts = [grid.select(cells, shard=f"{i}/3") for i in (1, 2, 3)]
-    assert collections.Counter(cell.name for part in parts for cell in part) == collections.Counter(
-        cell.name for cell in cells
-    )
+    trials = grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64], seeds=[0, 1]))).trials
+    parts = [grid.select(trials, shard=f"{i}/3") for i in (1, 2, 3)]
+    assert collections.Counter(
+        trial.name for part in parts for trial in part
+    ) == collections.Counter(trial.name for trial in trials)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert [cell.name for cell in grid.select(cells, ["*-apl-1", "films-32-lora-0"])] == [
+    assert [trial.name for trial in grid.select(trials, ["*-apl-1", "films-32-lora-0"])] == [
         "films-32-lora-0",
         "films-32-apl-1",
         "films-64-apl-1",
     ]
     for shard in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(ConfigError, match="is no i/n"):
-            grid.select(cells, shard=shard)
+            grid.select(trials, shard=shard)
     with pytest.raises(
-        ConfigError, match="no cell is called films-64-lore-0; did you mean films-64-lora-0"
+        ConfigError, match="no trial is called films-64-lore-0; did you mean films-64-lora-0"
     ):
-        grid.select(cells, ["films-64-lore-0"])
+        grid.select(trials, ["films-64-lore-0"])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,9 @@ def test_a_sweep_that_comes_with_the_project_is_in_order(path, tmp_path, monkeyp
         else []
     )
     made = grid.load(str(path), local)
-    assert str(made.output) == f"runs/{path.stem}" and f"{len(made.cells)} runs" in path.read_text()
+    assert (
+        str(made.output) == f"runs/{path.stem}" and f"{len(made.trials)} runs" in path.read_text()
+    )
 
 
 # Claims
@@ -237,7 +241,7 @@ def test_a_sweep_that_comes_with_the_project_is_in_order(path, tmp_path, monkeyp
 def test_a_claim_holds_against_everybody_until_it_is_released(tmp_path):
     claims = Claims(tmp_path)
     taken: list[str] = []
-    names = [f"cell{i}" for i in range(40)]
+    names = [f"trial{i}" for i in range(40)]
     threads = [
         threading.Thread(
             target=lambda: taken.extend(name for name in names if Claims(tmp_path).take(name))
@@ -256,54 +260,54 @@ def test_a_claim_holds_against_everybody_until_it_is_released(tmp_path):
 def test_a_claim_is_stale_once_sweep_and_run_are_gone(tmp_path):
     claims, gone = Claims(tmp_path), subprocess.Popen(["sleep", "60"])
     run = subprocess.Popen(["sleep", "60"])
-    claims.take("cell")
-    path = claims.folder / "cell.json"
+    claims.take("trial")
+    path = claims.folder / "trial.json"
     kept = json.loads(path.read_text())
     kept["processes"] = [
         [process.pid, psutil.Process(process.pid).create_time()] for process in (gone, run)
     ]
     path.write_text(json.dumps(kept))
-    assert not claims.take("cell") and not claims.of("cell").orphan
+    assert not claims.take("trial") and not claims.of("trial").orphan
     gone.kill()
     gone.wait()
-    assert not claims.take("cell") and claims.of("cell").orphan  # the run goes on alone
+    assert not claims.take("trial") and claims.of("trial").orphan  # the run goes on alone
     run.kill()  # not waited for: a zombie is gone, too
     while psutil.Process(run.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert claims.take("cell") and claims.of("cell").processes[0][0] == os.getpid()
+    assert claims.take("trial") and claims.of("trial").processes[0][0] == os.getpid()
     run.wait()
     kept["processes"] = [[os.getpid(), 12345.0]]  # a process number that is used again
     path.write_text(json.dumps(kept))
-    assert claims.take("cell")
+    assert claims.take("trial")
     path.write_text(json.dumps({"host": "elsewhere", "processes": [[1, 1.0]]}))
-    assert not claims.take("cell")
+    assert not claims.take("trial")
 
 
 def test_a_claim_of_another_host_is_stale_once_its_sweep_does_not_touch_it(tmp_path):
     claims = Claims(tmp_path)
-    path = claims.folder / "cell.json"
+    path = claims.folder / "trial.json"
     path.write_text(json.dumps({"host": "elsewhere", "processes": [[1, 1.0]]}))
     long_ago = path.stat().st_mtime - claiming.STALE_S - 5
     os.utime(path, (long_ago, long_ago))
-    claims.beat(["cell", "none"])  # not this process's
-    claims.release("cell")
-    assert not claims.own("cell") and claims.take("cell") and claims.own("cell")
+    claims.beat(["trial", "none"])  # not this process's
+    claims.release("trial")
+    assert not claims.own("trial") and claims.take("trial") and claims.own("trial")
     os.utime(path, (long_ago, long_ago))
-    claims.beat(["cell"])
-    assert claims.of("cell").age < 60
+    claims.beat(["trial"])
+    assert claims.of("trial").age < 60
 
 
 def test_a_sweep_that_was_suspended_leaves_alone_what_another_host_has_taken_over(fakes):
     made = fakes(1)
     one = sweeper(made)
-    cell = made.cells[0]
-    assert one.claims.take(cell.name)
+    trial = made.trials[0]
+    assert one.claims.take(trial.name)
     theirs = json.dumps({"host": "elsewhere", "processes": [[os.getpid(), 1.0]]})
-    (one.claims.folder / f"{cell.name}.json").write_text(theirs)
-    (cell.folder / "checkpoint-8").mkdir(parents=True)
-    one._finish(cell)
-    assert (cell.folder / "checkpoint-8").is_dir() and (
-        one.claims.folder / f"{cell.name}.json"
+    (one.claims.folder / f"{trial.name}.json").write_text(theirs)
+    (trial.folder / "checkpoint-8").mkdir(parents=True)
+    one._finish(trial)
+    assert (trial.folder / "checkpoint-8").is_dir() and (
+        one.claims.folder / f"{trial.name}.json"
     ).read_text() == theirs
 
 
@@ -336,7 +340,7 @@ note("end")
 
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
-    """Makes a sweep of stand-ins; `plan`: cell → seconds, failures."""
+    """Makes a sweep of stand-ins; `plan`: trial → seconds, failures."""
     monkeypatch.setattr(sweep, "needed_bytes", lambda settings: 2**30)
 
     def make(count: int, keep: bool | str = False, **plan) -> Sweep:
@@ -348,7 +352,7 @@ def fakes(tmp_path, monkeypatch):
         return Sweep(
             folder,
             [
-                Cell(*name.split("-"), folder / name, (f"train.output_dir={folder / name}",), None)
+                Trial(*name.split("-"), folder / name, (f"train.output_dir={folder / name}",), None)
                 for name in names
             ],
             keep,
@@ -360,7 +364,7 @@ def fakes(tmp_path, monkeypatch):
 
 def sweeper(made: Sweep, jobs: int | None = 2) -> Sweeper:
     return Sweeper(
-        made, made.cells, jobs, say=lambda line: None, entry=made.output.parent / "fake.py"
+        made, made.trials, jobs, say=lambda line: None, entry=made.output.parent / "fake.py"
     )
 
 
@@ -380,9 +384,9 @@ def test_all_cells_run_and_leave_only_results(fakes):
     one = sweeper(made)
     assert one.run() and len(one.done) == 3 and at_once(made) <= 2
     assert all(
-        sorted(path.name for path in cell.folder.iterdir())
+        sorted(path.name for path in trial.folder.iterdir())
         == ["results.json", "timing.json", "train.out"]
-        for cell in made.cells
+        for trial in made.trials
     )
     assert list((made.output / ".claims").glob("*.json")) == []
     assert (
@@ -404,10 +408,10 @@ def test_what_a_power_cut_left_half_written_stops_nobody(fakes):
     made = fakes(2)
     assert sweeper(made).run()
     for text in ("", '{"seconds": 1}'):
-        (made.cells[0].folder / "timing.json").write_text(text)
+        (made.trials[0].folder / "timing.json").write_text(text)
         (made.output / ".claims" / "t-1-m-1.json").write_text(text)
-        shutil.rmtree(made.cells[1].folder)
-        assert sweeper(made).run() and made.cells[1].finished
+        shutil.rmtree(made.trials[1].folder)
+        assert sweeper(made).run() and made.trials[1].finished
 
 
 def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(workspace, tmp_path):
@@ -418,15 +422,15 @@ def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(work
         str(sweep_file(workspace, tmp_path, methods={"lora": ["method.submodules=[lora]"]})),
         ["train.learning_rate=0.01"],
     )
-    said, cell = [], made.cells[0]
-    one = Sweeper(made, made.cells, 1, said.append)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text(to_yaml(other.cells[0].settings))
-    (cell.folder / "results.json").write_text("{}")
+    said, trial = [], made.trials[0]
+    one = Sweeper(made, made.trials, 1, said.append)
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "config.yaml").write_text(to_yaml(other.trials[0].settings))
+    (trial.folder / "results.json").write_text("{}")
     assert not one.run() and not one.done
     assert (
-        "has a run with another train.learning_rate" in one.failed[cell.name]
-        and cell.name in said[0]
+        "has a run with another train.learning_rate" in one.failed[trial.name]
+        and trial.name in said[0]
     )
     assert list((made.output / ".claims").glob("*.json")) == []
 
@@ -434,8 +438,8 @@ def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(work
 def test_keep_best_keeps_the_best_bundle(fakes):
     made = fakes(1, keep="best")
     assert sweeper(made).run()
-    assert (made.cells[0].folder / "best").is_dir() and not (
-        made.cells[0].folder / "checkpoint-1"
+    assert (made.trials[0].folder / "best").is_dir() and not (
+        made.trials[0].folder / "checkpoint-1"
     ).exists()
 
 
@@ -451,7 +455,7 @@ def test_a_failed_run_is_tried_once_more_and_reported_and_never_counted(fakes):
         "t-1-m-1": 2,
         "t-1-m-2": 1,
     }
-    assert not made.cells[1].finished and "1 failed" in one.progress()
+    assert not made.trials[1].finished and "1 failed" in one.progress()
 
 
 def test_a_sweep_whose_cells_another_one_has_is_not_whole(fakes):
@@ -464,22 +468,22 @@ def test_a_sweep_whose_cells_another_one_has_is_not_whole(fakes):
     assert (
         not one.run()
         and one.done == {"t-1-m-0"}
-        and [cell.name for cell in one.elsewhere] == ["t-1-m-1"]
+        and [trial.name for trial in one.elsewhere] == ["t-1-m-1"]
     )
-    (made.cells[1].folder).mkdir()
-    (made.cells[1].folder / "results.json").write_text("{}")
+    (made.trials[1].folder).mkdir()
+    (made.trials[1].folder / "results.json").write_text("{}")
     assert sweeper(made).run()
 
 
 def test_done_cells_are_counted_before_the_first_run_is_over(fakes):
     made = fakes(4, **{"t-1-m-0": {"seconds": 1}})
-    for cell in made.cells[1:]:
-        cell.folder.mkdir()
-        (cell.folder / "results.json").write_text("{}")
+    for trial in made.trials[1:]:
+        trial.folder.mkdir()
+        (trial.folder / "results.json").write_text("{}")
     shown: list[str] = []
     assert Sweeper(
         made,
-        made.cells,
+        made.trials,
         1,
         say=lambda line: None,
         show=shown.append,
@@ -502,7 +506,7 @@ def test_sweeps_on_different_folders_and_orphans_never_share_a_core(fakes, tmp_p
     ]
     said = []
     blocked = Sweeper(
-        made, made.cells[1:], 1, say=said.append, entry=made.output.parent / "fake.py"
+        made, made.trials[1:], 1, say=said.append, entry=made.output.parent / "fake.py"
     )
     blocked._start_what_fits()
     blocked._start_what_fits()
@@ -542,9 +546,9 @@ def test_no_more_runs_than_memory_holds(fakes, monkeypatch):
     )  # one and a half of what a run is said to need
     monkeypatch.setattr(machine, "resident_bytes", lambda pid: 0)
     first = sweeper(made)
-    first.cells, first.waiting = first.cells[:2], collections.deque(first.cells[:2])
+    first.trials, first.waiting = first.trials[:2], collections.deque(first.trials[:2])
     assert first.run() and at_once(made) == 1
-    assert first._need(made.cells[2]) == int(1.1 * 100 * 2**20)  # measured by then
+    assert first._need(made.trials[2]) == int(1.1 * 100 * 2**20)  # measured by then
 
 
 def test_what_other_sweeps_runs_will_still_take_is_no_free_memory(fakes, monkeypatch):
@@ -554,15 +558,15 @@ def test_what_other_sweeps_runs_will_still_take_is_no_free_memory(fakes, monkeyp
     (made.output / "other").mkdir()
     (made.output / "other" / "plan.json").write_text("{}")
     other = Sweeper(
-        Sweep(made.output / "other", made.cells[1:], False, 1),
-        made.cells[1:],
+        Sweep(made.output / "other", made.trials[1:], False, 1),
+        made.trials[1:],
         1,
         say=lambda line: None,
         entry=made.output.parent / "fake.py",
     )
     one = sweeper(made)
     assert one.places.to_come() is None
-    one.cells, one.waiting = one.cells[:1], collections.deque(one.cells[:1])
+    one.trials, one.waiting = one.trials[:1], collections.deque(one.trials[:1])
     one._start_each()
     assert len(one.running) == 1 and other.places.to_come() == 2**30 - 2**20
     said: list[str] = []
@@ -574,10 +578,10 @@ def test_what_other_sweeps_runs_will_still_take_is_no_free_memory(fakes, monkeyp
 
 def test_with_less_room_than_places_the_time_left_is_that_of_fewer(fakes):
     made = fakes(4)
-    for cell in made.cells[:1]:
-        cell.folder.mkdir()
-        (cell.folder / "results.json").write_text("{}")
-        (cell.folder / "timing.json").write_text('{"seconds": 8.0, "peak_memory_mib": 1}')
+    for trial in made.trials[:1]:
+        trial.folder.mkdir()
+        (trial.folder / "results.json").write_text("{}")
+        (trial.folder / "timing.json").write_text('{"seconds": 8.0, "peak_memory_mib": 1}')
     one = sweeper(made, None)
     one.places.count = 4
     assert one.seconds_left() == 8  # three at once
@@ -587,7 +591,7 @@ def test_with_less_room_than_places_the_time_left_is_that_of_fewer(fakes):
 
 def test_a_run_that_went_on_does_not_tell_how_long_a_whole_one_takes(fakes):
     made = fakes(1)
-    (made.cells[0].folder / "checkpoint-1").mkdir(parents=True)
+    (made.trials[0].folder / "checkpoint-1").mkdir(parents=True)
     one = sweeper(made)
     assert one.run() and not one.measured.seconds and one.measured.memory_mib
 
@@ -599,7 +603,7 @@ def test_the_line_of_progress_tells_the_time_left(fakes):
         shown: list[str] = []
         assert Sweeper(
             made,
-            made.cells,
+            made.trials,
             1,
             say=lambda line: None,
             show=shown.append,
@@ -615,8 +619,8 @@ def test_the_line_of_progress_tells_the_time_left(fakes):
         re.fullmatch(r"2/3 done; about \d+ s left; 1 running \(t-1-m-2 \d s\)", line)
         for line in first
     )
-    for cell in made.cells[1:]:
-        (cell.folder / "results.json").unlink()
+    for trial in made.trials[1:]:
+        (trial.folder / "results.json").unlink()
     assert (
         lines()[0] == "1/3 done; about 14 s left; 1 running (t-1-m-1 0 s)"
     )  # an earlier run says that it took 7 s
@@ -643,7 +647,7 @@ def test_sigterm_ends_the_runs_in_order_and_a_new_start_goes_on(fakes):
 def forked(made: Sweep, jobs: int = 2, **options) -> multiprocessing.Process:
     """A sweep in a process of its own, which can be killed."""
     process = multiprocessing.get_context("fork").Process(
-        target=lambda: Sweeper(made, made.cells, jobs, say=lambda line: None, **options).run()
+        target=lambda: Sweeper(made, made.trials, jobs, say=lambda line: None, **options).run()
     )
     process.start()
     return process
@@ -662,7 +666,7 @@ def test_two_sweeps_on_one_folder_share_the_cells(fakes):
     assert sweeper(made, jobs=1).run()
     other.join()
     assert sorted(name for what, name, *_ in journal(made) if what == "start") == [
-        cell.name for cell in made.cells
+        trial.name for trial in made.trials
     ]
 
 
@@ -679,7 +683,7 @@ def test_a_run_whose_sweep_was_killed_is_waited_for_not_doubled(fakes):
         "t-1-m-1",
     ]
     assert not (
-        made.cells[0].folder / "checkpoint-1"
+        made.trials[0].folder / "checkpoint-1"
     ).exists()  # tidied by the one that found it finished
 
 
@@ -687,9 +691,9 @@ def test_a_run_whose_sweep_was_killed_is_waited_for_not_doubled(fakes):
 
 
 def run_alone(made: Sweep, folder: pathlib.Path) -> None:
-    """The cells without a sweep, one after the other."""
-    for cell in made.cells:
-        overrides = [word.replace(str(made.output), str(folder)) for word in cell.arguments]
+    """The trials without a sweep, one after the other."""
+    for trial in made.trials:
+        overrides = [word.replace(str(made.output), str(folder)) for word in trial.arguments]
         train.run(config.load(None, overrides))
 
 
@@ -701,7 +705,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(wo
         target=run_alone, args=(made, tmp_path / "alone")
     )
     alone.start()
-    first, claims = made.cells[0], Claims(made.output)
+    first, claims = made.trials[0], Claims(made.output)
     killed = forked(made, jobs=1)
     wait_for(
         lambda: (
@@ -714,15 +718,15 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(wo
     assert claims.of(first.name).orphan and not first.finished
     os.kill(claims.of(first.name).processes[1][0], signal.SIGKILL)
     wait_for(lambda: not claims.of(first.name).live)
-    again = Sweeper(made, made.cells, say=lambda line: None)
+    again = Sweeper(made, made.trials, say=lambda line: None)
     assert again.run() and len(again.done) == 2
     assert "resume     " in (first.folder / sweep.LOG).read_text()
     alone.join()
-    for cell in made.cells:
-        assert (cell.folder / "results.json").read_bytes() == (
-            tmp_path / "alone" / cell.name / "results.json"
+    for trial in made.trials:
+        assert (trial.folder / "results.json").read_bytes() == (
+            tmp_path / "alone" / trial.name / "results.json"
         ).read_bytes()
-        left = {path.name for path in cell.folder.iterdir()}
+        left = {path.name for path in trial.folder.iterdir()}
         assert left == {
             "results.json",
             "timing.json",
@@ -746,9 +750,9 @@ def test_the_script_says_what_is_missing_and_what_is_wrong(
 ):
     path = str(sweep_file(workspace, tmp_path))
     (tmp_path / "runs" / "films-64-lora-0").mkdir(parents=True)
-    cell = grid.load(path).cells[0]
-    (cell.folder / "config.yaml").write_text(to_yaml(cell.settings))
-    (cell.folder / "results.json").write_text("{}")
+    trial = grid.load(path).trials[0]
+    (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
+    (trial.folder / "results.json").write_text("{}")
     assert script(monkeypatch, path, "--dry-run") == 0
     screen = capsys.readouterr().out
     assert (

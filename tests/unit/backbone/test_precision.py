@@ -46,7 +46,7 @@ def test_a_frozen_backbone_is_stored_in_bfloat16_where_bfloat16_computes(
     model, method, half, frozen
 ):
     chosen = settings(model={"name": "x", "dtype": model}, method={"name": method})
-    assert precision.frozen_dtype(chosen, half) is frozen
+    assert precision.backbone_dtype(chosen, half) is frozen
 
 
 def test_only_what_trains_is_cast():

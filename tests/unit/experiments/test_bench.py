@@ -60,7 +60,7 @@ def test_forward_passes_change_hands_after_each_layer_and_only_own_work_counts(e
         model = nn.Sequential(
             *[Layer(seconds, lambda name=name: said.append(name)) for _ in range(2)]
         )
-        contenders[name] = bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model)
+        contenders[name] = bench.Variant(lambda model=model: model(torch.zeros(1)), 0, model)
     found = script.measure_in_turns(contenders, 2)
     assert (
         said
@@ -122,7 +122,7 @@ def test_a_step_that_fails_ends_the_measurement_and_does_not_leave_others_waitin
         for name, say in said.items()
     }
     contenders = {
-        name: bench.Contender(lambda model=model: model(torch.zeros(1)), 0, model)
+        name: bench.Variant(lambda model=model: model(torch.zeros(1)), 0, model)
         for name, model in models.items()
     }
     with pytest.raises(ValueError, match="too long"):
@@ -153,7 +153,7 @@ def test_quartiles_lie_among_the_ratios_and_the_best_step_is_made_of_each_pieces
 def test_the_order_of_whole_steps_turns_round_by_round():
     said = []
     contenders = {
-        name: bench.Contender(lambda name=name: said.append(name), 0, None) for name in "abc"
+        name: bench.Variant(lambda name=name: said.append(name), 0, None) for name in "abc"
     }
     assert {name: len(times) for name, times in script.measure(contenders, 1, "cpu").items()} == {
         "a": 1,

@@ -28,7 +28,7 @@ from scaleup.experiments import report, tables
 from scaleup.experiments import results as runs
 from scaleup.settings import schema as config
 from scaleup.training import checkpoint
-from scaleup.unipelt.gate import GateStatistics, LearnedGate
+from scaleup.unipelt.gate import GateMoments, LearnedGate
 from tests.utils.workspace import make_workspace
 
 PAPER = yaml.safe_load(report.PAPER.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def leave(
     return out
 
 
-def cells(path: pathlib.Path) -> dict[tuple[str, str, str, str], dict[str, str]]:
+def trials(path: pathlib.Path) -> dict[tuple[str, str, str, str], dict[str, str]]:
     """(block, row, source, column) → the line of a table's CSV."""
     return {
         (line["block"], line["row"], line["source"], line["column"]): line
@@ -145,7 +145,7 @@ def test_the_papers_table_3_follows_from_its_cells():
 
 def test_table_1_has_means_and_spreads_over_seeds_marks_and_the_papers_numbers(small, tmp_path):
     screen = report.report("table1", [str(small)], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table1.csv")
+    found = trials(tmp_path / "out" / "table1.csv")
     block = "[K = 100] Test Performance"
     cola = found[block, "adapter", "ours", "cola"]
     assert (
@@ -187,7 +187,7 @@ def test_what_is_missing_is_named(small, tmp_path):
     assert "LoRA at K = 100; " in missing and "UniPELT (AP), NoGate at K = 100" in missing
     assert "UniPELT (APL) on MRPC at K = 100, seed 1" in missing and "Adapter on" not in missing
     assert (
-        cells(tmp_path / "out" / "table1.csv")[
+        trials(tmp_path / "out" / "table1.csv")[
             "[K = 100] Test Performance", "lora", "paper", "cola"
         ]["mean"]
         == "13.31"
@@ -227,7 +227,7 @@ def test_table_2_marks_equals_alike_and_names_the_seeds_that_lack(tmp_path):
         for seed, score in enumerate(scores):
             leave(tmp_path / "runs", "rte", 100, method, seed, score)
     screen = report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table2.csv")
+    found = trials(tmp_path / "out" / "table2.csv")
     assert [
         found["", "100", "ours", column]["rank"] for column in ("max_ap", "ap", "max_apl", "apl")
     ] == ["1", "1", "", "1"]
@@ -238,7 +238,7 @@ def test_the_papers_own_average_is_shown_where_all_its_tasks_are(tmp_path):
     for task in tables.TASKS:
         leave(tmp_path / "runs", task, 500, "lora", 0, 0.5)
     report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table1.csv")[
+    found = trials(tmp_path / "out" / "table1.csv")[
         "[K = 500] Test Performance", "lora", "paper", "average"
     ]
     assert (found["mean"], found["std"]) == ("65.86", "4.1")
@@ -268,7 +268,7 @@ def test_table_2_takes_the_best_submodule_on_each_task(tmp_path):
     screen = report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
     found = {
         (row, column): line["mean"]
-        for (_, row, source, column), line in cells(tmp_path / "out" / "table2.csv").items()
+        for (_, row, source, column), line in trials(tmp_path / "out" / "table2.csv").items()
         if source == "ours"
     }
     assert [
@@ -280,7 +280,7 @@ def test_table_2_takes_the_best_submodule_on_each_task(tmp_path):
 def test_table_3_is_of_runs_on_all_examples_only(small, tmp_path):
     leave(small, "cola", "all", "ap", 0, 0.61, dev=0.61)
     report.report("table3", [str(small)], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table3.csv")
+    found = trials(tmp_path / "out" / "table3.csv")
     ours = {
         row: line["mean"]
         for (_, row, source, column), line in found.items()
@@ -323,7 +323,7 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
     bench("large.json", "training", "bart-large", **{"full fine-tuning": 2.0, "APL": 1.9})
     bench("compiled.json", "training", compiled=True, **{"full fine-tuning": 2.0, "APL": 1.8})
     screen = report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])
-    found = cells(tmp_path / "out" / "table4.csv")
+    found = trials(tmp_path / "out" / "table4.csv")
     assert (
         found["", "apl", "ours", "training"]["mean"] == "50.0"
         and found["", "apl", "ours", "inference"]["mean"] == ""
@@ -347,7 +347,7 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
         "table1", [str(small)], tmp_path / "out", [str(tmp_path / "bench")]
     )  # which has no times
     report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
-    assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
+    assert trials(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "75.0"
     with pytest.raises(ConfigError, match="compiled.json is made with --compile"):
         report.report(
             "table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "compiled.json")]
@@ -359,12 +359,12 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
         "more.json", "training", **{"full fine-tuning": 2.0, "APL": 1.5, "APL, prefix MLP": 1.6}
     )  # as the runs train
     report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench" / "more.json")])
-    assert cells(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "80.0"
+    assert trials(tmp_path / "out" / "table4.csv")["", "apl", "ours", "training"]["mean"] == "80.0"
 
 
 def test_table_6_has_development_and_test(small, tmp_path):
     report.report("table6", [str(small)], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table6.csv")
+    found = trials(tmp_path / "out" / "table6.csv")
     assert (
         float(found["[K = 100] Development Performance", "adapter", "ours", "cola"]["mean"]) == 50.0
     )
@@ -401,7 +401,7 @@ def test_several_settings_of_one_method_stand_under_the_sweeps_names(tmp_path):
     screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
     found = {
         row: line["mean"]
-        for (_, row, source, column), line in cells(tmp_path / "out" / "table1.csv").items()
+        for (_, row, source, column), line in trials(tmp_path / "out" / "table1.csv").items()
         if (source, column) == ("ours", "cola")
     }
     assert (found["lora: lora_slow"], found["lora: lora_fast"], found["full"], found["lora"]) == (
@@ -432,7 +432,7 @@ def test_averages_are_of_the_seeds_that_all_tasks_have(tmp_path):
     report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
     found = {
         row: line
-        for (_, row, source, column), line in cells(tmp_path / "out" / "table1.csv").items()
+        for (_, row, source, column), line in trials(tmp_path / "out" / "table1.csv").items()
         if (source, column) == ("ours", "average")
     }
     assert (found["adapter"]["mean"], found["adapter"]["std"], found["adapter"]["seeds"]) == (
@@ -446,7 +446,7 @@ def test_averages_are_of_the_seeds_that_all_tasks_have(tmp_path):
     report.report("table2", [str(tmp_path / "runs")], tmp_path / "out")
     pair = {
         column: line["mean"]
-        for (_, row, source, column), line in cells(tmp_path / "out" / "table2.csv").items()
+        for (_, row, source, column), line in trials(tmp_path / "out" / "table2.csv").items()
         if source == "ours"
     }
     assert (pair["max_ap"], pair["ap"]) == (
@@ -474,7 +474,7 @@ def test_tables_of_test_scores_leave_out_runs_whose_test_set_is_the_dev_set(smal
 
 def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
     leave(tmp_path / "more", "cola", 100, "full", 0, 0.5)
-    with pytest.raises(ConfigError, match=r"are the same cell \(100, full, cola, 0\)"):
+    with pytest.raises(ConfigError, match=r"are the same trial \(100, full, cola, 0\)"):
         report.report("table1", [str(small), str(tmp_path / "more")], tmp_path / "out")
     leave(tmp_path / "large", "cola", 500, "full", 0, 0.5, model="larger")
     with pytest.raises(ConfigError, match=r"runs of 2 backbones \(larger, tiny\)"):
@@ -531,9 +531,9 @@ def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):
         )
     screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
     assert (
-        cells(tmp_path / "out" / "table1.csv")["[K = 100] Test Performance", "apl", "ours", "cola"][
-            "mean"
-        ]
+        trials(tmp_path / "out" / "table1.csv")[
+            "[K = 100] Test Performance", "apl", "ours", "cola"
+        ]["mean"]
         == "20.0"
     )
     assert any("2 runs, seeds 0 (training 43), 0 (training 44)." in line for line in screen)
@@ -541,7 +541,7 @@ def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):
         tmp_path / "other" / "cola-100-apl_slow-0"
     )  # another setting, another seed: not in that mean
     report.report("table1", [str(tmp_path / "runs"), str(tmp_path / "other")], tmp_path / "out")
-    found = cells(tmp_path / "out" / "table1.csv")
+    found = trials(tmp_path / "out" / "table1.csv")
     assert [
         found["[K = 100] Test Performance", row, "ours", "cola"]["mean"]
         for row in ("apl: apl", "apl: apl_slow")
@@ -630,7 +630,7 @@ def test_figure_2_is_the_score_over_the_bottleneck(tmp_path):
     screen = report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
     found = {
         (row, column): (line["mean"], line["std"])
-        for (_, row, _, column), line in cells(tmp_path / "out" / "figure2.csv").items()
+        for (_, row, _, column), line in trials(tmp_path / "out" / "figure2.csv").items()
     }
     assert found["ours", "48"] == ("4.0", "2.8284") and found["ours", "256"] == ("30.0", "")
     assert found["paper", "48"] == ("2.02", "4.04") and found["paper", "256"] == ("", "")
@@ -648,7 +648,7 @@ def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
     for alpha, k in ((8, 100), (16, 100), (8, 500)):
         leave(tmp_path / "runs", "rte", k, "lora", 0, alpha / 100, lora_alpha=alpha)
     report.report("figure3", [str(tmp_path / "runs")], tmp_path / "out")
-    found = cells(tmp_path / "out" / "figure3.csv")
+    found = trials(tmp_path / "out" / "figure3.csv")
     assert (
         found["RTE, K = 100", "ours", "ours", "2.0"]["mean"] == "16.0"
         and found["RTE, K = 500", "ours", "ours", "2.0"]["mean"] == ""
@@ -662,7 +662,7 @@ def test_figure_3_is_the_score_over_alpha_by_rank(tmp_path):
     )
     assert (
         "Left out, as only the usual 2 is there: CoLA, K = 100." in screen
-        and cells(tmp_path / "out" / "figure3.csv") == found
+        and trials(tmp_path / "out" / "figure3.csv") == found
     )
     with pytest.raises(ConfigError, match="no run there belongs in figure2"):
         report.report("figure2", [str(tmp_path / "runs")], tmp_path / "out")
@@ -681,7 +681,7 @@ def test_a_figure_has_no_point_of_a_run_without_a_test_score(tmp_path):
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory) -> pathlib.Path:
-    """Folders as gated runs leave them, without the training: random gates, and statistics by GateStatistics over the dev set. `albert`
+    """Folders as gated runs leave them, without the training: random gates, and statistics by GateMoments over the dev set. `albert`
     calls its one layer three times."""
     folder = tmp_path_factory.mktemp("gated")
     workspace = make_workspace(folder)
@@ -730,7 +730,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
             if isinstance(m, LearnedGate)
         }
         for gate in gates.values():
-            gate.statistics = GateStatistics(len(gate.names), gate.bias.device)
+            gate.statistics = GateMoments(len(gate.names), gate.bias.device)
         encoded = data.tokenize(examples, tokenizer, settings.data).dev
         with torch.no_grad():
             for row in encoded:  # one by one
@@ -745,9 +745,9 @@ def gated(tmp_path_factory) -> pathlib.Path:
             }
             for site, gate in gates.items()
         }
-        draft = checkpoint.draft(out / "best")
+        draft = checkpoint.create_staging_folder(out / "best")
         model.save_pretrained(draft)
-        checkpoint.seal(
+        checkpoint.commit_checkpoint(
             draft,
             out / "best",
             checkpoint.expected_tensors(model),

@@ -7,17 +7,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scaleup.errors import CheckpointError
-from scaleup.training.checkpoint import draft, expected_tensors, seal, verify
+from scaleup.training.checkpoint import (
+    create_staging_folder,
+    expected_tensors,
+    commit_checkpoint,
+    verify,
+)
 from tests.utils.tiny import adapt, backbone
 
 
 @pytest.fixture
 def bundle(tmp_path):
     model = adapt(backbone("bert"))
-    written = draft(tmp_path / "best")
+    written = create_staging_folder(tmp_path / "best")
     model.save_pretrained(written)
     (written / "training_args.bin").write_bytes(b"pickle")
-    seal(written, tmp_path / "best", expected_tensors(model), {"labels": ["a", "b"]})
+    commit_checkpoint(written, tmp_path / "best", expected_tensors(model), {"labels": ["a", "b"]})
     return tmp_path / "best"
 
 
@@ -84,17 +89,17 @@ def test_what_was_not_written_whole_never_gets_the_name(tmp_path, damage):
         "shape": {"weight": torch.ones(0, 3)},
         "nan": {"weight": torch.full((2, 3), torch.nan)},
     }
-    written = draft(tmp_path / "best")
+    written = create_staging_folder(tmp_path / "best")
     save_file(tensors[damage], written / "model.safetensors")
     with pytest.raises(CheckpointError, match="nothing was kept"):
-        seal(written, tmp_path / "best", expected, {})
+        commit_checkpoint(written, tmp_path / "best", expected, {})
     assert not (tmp_path / "best").exists()
 
 
 def test_sealing_again_replaces_the_older_bundle(tmp_path):
     for value in (1.0, 2.0):
-        written = draft(tmp_path / "best")
+        written = create_staging_folder(tmp_path / "best")
         save_file({"weight": torch.full((2,), value)}, written / "model.safetensors")
-        seal(written, tmp_path / "best", {"weight": [2]}, {})
+        commit_checkpoint(written, tmp_path / "best", {"weight": [2]}, {})
     assert load_file(tmp_path / "best" / "model.safetensors")["weight"][0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["best"]

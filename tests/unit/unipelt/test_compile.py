@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from scaleup.training.console import GateLog
+from scaleup.training.console import GateStatistics
 from tests.utils.tiny import adapt, backbone, inputs
 
 
@@ -22,7 +22,7 @@ def test_the_whole_model_is_one_graph_and_gives_the_same_logits(family):
 
 def test_a_run_that_logs_gates_is_one_graph_too_and_compiled_once():
     model = adapt(backbone("bert"))
-    given, log = inputs(model, labels=True), GateLog(model, compiled=True)
+    given, log = inputs(model, labels=True), GateStatistics(model, compiled=True)
     model(**given).loss.backward()
     expected = log.drain()
     torch._dynamo.reset()

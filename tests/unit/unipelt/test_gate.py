@@ -5,7 +5,7 @@ import torch
 
 from scaleup.unipelt.gate import (
     ConstantGate,
-    GateStatistics,
+    GateMoments,
     LearnedGate,
     gate_factory,
     pool,
@@ -74,7 +74,7 @@ def test_an_ungated_site_is_a_constant_gate():
 
 
 def test_statistics_are_those_of_the_examples():
-    statistics = GateStatistics(2, torch.device("cpu"))
+    statistics = GateMoments(2, torch.device("cpu"))
     values = torch.rand(4, 3, 1, 2)
     for part in values:
         statistics.add(part, None)

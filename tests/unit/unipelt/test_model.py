@@ -131,7 +131,7 @@ def test_bart_equals_a_plain_reference(family, attention):
 @pytest.mark.parametrize("family", ["bart", "mbart"])
 def test_prefix_reaches_all_three_attentions_of_bart(family):
     model = adapt(backbone(family), submodules=["prefix"])
-    banks = sorted(name for name, m in model.named_modules() if type(m).__name__ == "PrefixBank")
+    banks = sorted(name for name, m in model.named_modules() if type(m).__name__ == "PrefixTuning")
     assert [name.removeprefix("base_model.model.model.") for name in banks] == [
         "decoder.unipelt_bank_cross",
         "decoder.unipelt_bank_self",

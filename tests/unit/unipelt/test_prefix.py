@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from scaleup.unipelt.prefix import (
     ATTENTION,
     CHILD,
-    PrefixBank,
+    PrefixTuning,
     spare_columns,
     unipelt_sdpa,
     widen_mask,
@@ -133,7 +133,7 @@ def test_keys_are_brought_to_a_multiple_of_16_where_torch_is_faster_so():
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
 def test_the_layout_is_the_authors(reparameterization):
     """Layer i takes entry 2i of [2 N, heads, size] for keys and 2i + 1 for values."""
-    bank = PrefixBank(nn.Linear(1, 1), layers=2, kv_heads=H, head_size=E)
+    bank = PrefixTuning(nn.Linear(1, 1), layers=2, kv_heads=H, head_size=E)
     encoder = bank.encoder(L, 5, reparameterization)
     flat = encoder(torch.arange(L)).view(L, 2 * 2, H, E)
     for layer in range(2):
@@ -154,6 +154,6 @@ def test_both_registries_of_transformers_know_the_attentions():
 def test_a_fresh_prefix_is_small_beside_real_keys(reparameterization):
     """As the authors start it; PEFT's own start (entries near 1) drowns short inputs and UniPELT then does not learn."""
     torch.manual_seed(0)
-    bank = PrefixBank(nn.Linear(H * E, H * E), layers=2, kv_heads=H, head_size=E)
+    bank = PrefixTuning(nn.Linear(H * E, H * E), layers=2, kv_heads=H, head_size=E)
     fresh = bank.keys_values(bank.encoder(10, 512, reparameterization))
     assert 0 < fresh.std() < 0.03
