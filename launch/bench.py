@@ -24,9 +24,9 @@ import subprocess
 import sys
 import tempfile
 
-from scaleup import errors, io
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from scaleup import errors, io  # noqa: E402
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # One arena of large pages that keeps what it has: glibc otherwise gives large tensors back to the system and fetches them again, page by page,

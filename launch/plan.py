@@ -13,9 +13,9 @@ import pathlib
 import sys
 import warnings
 
-from scaleup import errors, io
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from scaleup import errors, io  # noqa: E402
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings(
     "ignore", category=FutureWarning, module="torch.distributed"

@@ -14,9 +14,9 @@ import signal
 import sys
 import warnings
 
-from scaleup import errors
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from scaleup import errors  # noqa: E402
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings(
     "ignore", category=FutureWarning, module="torch.distributed"
