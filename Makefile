@@ -1,15 +1,19 @@
-# make quickstart   model, data and a first training run in a few minutes of CPU
-# make test         every test but those that need a GPU and long ones whose subject another test shows as well (`slow`)
-# make test-all     those too
-# make venv         .venv with exactly requirements.txt; made anew only when that file changes
-# make sweep        every run of SWEEP (configs/sweeps/minilm.yaml: hours) that is not there yet; started again, it goes on
-# make bench        the tables of results/bench: inference, training, padding, memory, compiled; an idle machine, an hour
-# make bench-gpu    training steps on one GPU (the 8B geometry: over 80 GB), bfloat16: minutes
-# make bench-peer   the same with the library adapters 1.3.0, in an environment of its own (.venv-peer)
+# make quickstart   a small real model, its data and a first training run; minutes on a CPU
+# make check        formatting, lint, types, import law, generated pages and documentation
+# make test         every test that needs no GPU, except the slow ones
+# make test-all     the slow tests as well
+# make venv         .venv with exactly requirements.txt; rebuilt only when that file changes
+# make docs         the documentation as HTML in build/site
 # make schema       configs/schema.json, from which editors complete and check the YAML files
-# make clean        removes .venv, quickstart/ and caches; runs/ stays
+# make docs-pages   the pages in docs/ that are generated from the code
+# make sweep        the missing trials of SWEEP (configs/sweeps/minilm.yaml: hours)
+# make bench        the tables of results/bench: an hour on an idle machine
+# make bench-gpu    training steps on one GPU in bfloat16 (the 8B geometry needs over 80 GB): minutes
+# make bench-peer   the same for the library adapters 1.3.0, in its own environment (.venv-peer)
+# make clean        removes .venv, quickstart/, build/ and caches; runs/ stays
 #
-# PYTHON=… chooses the interpreter (3.11 or newer), VENV=… another place for the environment, OUTPUT=… the folder of the run.
+# PYTHON=… chooses the interpreter (3.11 or newer), VENV=… the folder of the environment, and
+# OUTPUT=… the folder of the quickstart's run.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -21,24 +25,36 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 
 SWEEP ?= configs/sweeps/minilm.yaml
 
-.PHONY: venv quickstart test test-all sweep bench bench-gpu bench-peer schema clean
+.PHONY: venv quickstart check test test-all docs docs-pages schema sweep bench bench-gpu bench-peer clean
 
-# Names are quoted and compared in the shell, not as make targets, so that paths may have spaces. The copy of requirements.txt is
-# written last: an interrupted installation is taken up again. Only an environment made here is ever cleared.
+# Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
+# last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
 venv:
 	@if ! cmp -s requirements.txt "$(VENV)/requirements.txt"; then \
 	  set -e; \
-	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed: make PYTHON=…" >&2; exit 2; }; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "error: Python 3.11 or newer is needed: make PYTHON=…" >&2; exit 2; }; \
 	  if [ -f "$(VENV)/requirements.txt" ]; then clear=--clear; else clear=; fi; \
 	  echo "installing requirements.txt into $(VENV) (minutes, about 2 GB) …"; \
 	  "$(PYTHON)" -m venv $$clear "$(VENV)"; \
 	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --no-build-isolation --editable .; \
 	  cp requirements.txt "$(VENV)/requirements.txt"; \
 	fi
 
 quickstart: venv
 	@"$(VENV)/bin/python" launch/quickstart_assets.py
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
+
+# One line per tool when everything is in order.
+check: venv
+	@echo "ruff format"; "$(VENV)/bin/ruff" format --check --quiet .
+	@echo "ruff check"; "$(VENV)/bin/ruff" check --quiet .
+	@echo "generated pages"; "$(VENV)/bin/python" docs/tools/generate.py --check
+	@echo "import law"; out=$$("$(VENV)/bin/lint-imports" --no-logo 2>&1) || { echo "$$out"; exit 1; }
+	@echo "mypy"; "$(VENV)/bin/mypy" --no-error-summary
+	@echo "mkdocs"; NO_MKDOCS_2_WARNING=1 "$(VENV)/bin/mkdocs" build --strict --quiet
 
 test: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --durations=30
@@ -96,9 +112,16 @@ bench-peer: venv
 	$(BENCH) training --length 32 --rounds 20 $(OVER_FLOOR) --peer .venv-peer/bin/python --output "$(TABLES)/training-peer.json"
 	$(BENCH) inference --only bare APL --peer .venv-peer/bin/python --output "$(TABLES)/inference-peer.json"
 
+docs: venv
+	NO_MKDOCS_2_WARNING=1 "$(VENV)/bin/mkdocs" build --strict --quiet
+
+docs-pages: venv
+	"$(VENV)/bin/python" docs/tools/generate.py
+
 schema: venv
 	"$(VENV)/bin/python" launch/schema.py
 
 clean:
-	rm -rf .venv .venv-peer quickstart build .pytest_cache scaleup.egg-info
+	rm -rf .venv .venv-peer quickstart build .pytest_cache .mypy_cache .ruff_cache \
+	  .import_linter_cache scaleup.egg-info
 	find scaleup launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
