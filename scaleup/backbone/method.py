@@ -1,12 +1,19 @@
-"""Applying the method of a run to a backbone."""
+"""Load the model of a run: the backbone with the tensors that the run's method adds.
 
+Training, export, planning and reports all build a run's model here, so that they agree on labels,
+pad token, data types and trained parameters.
+"""
+
+import pathlib
 from collections.abc import Sequence
 
-from peft import get_peft_model
+import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from scaleup.settings.schema import MethodSettings
+from scaleup.backbone import loading, precision
+from scaleup.settings.schema import MethodSettings, Settings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
 
@@ -38,3 +45,76 @@ def apply_method(
             method.name == "full" or name.endswith(".bias") or name.startswith(heads)
         )
     return model
+
+
+def complete_config(
+    settings: Settings, config: PretrainedConfig, auto: type, labels: list[str] | None
+) -> None:
+    """Set what a run adds to its backbone's config: the labels of the head and the pad token.
+
+    Args:
+        config: the backbone's config. It is changed in place.
+        auto: transformers' AutoModelFor… class of the task.
+        labels: class names in id order, or None for a regression. Ignored if the task has no head.
+    """
+    if auto is AutoModelForSequenceClassification:
+        loading.set_labels(config, labels)
+    if config.pad_token_id is None:  # a decoder's classifier finds the last token by it
+        config.pad_token_id = loading.load_tokenizer(settings.model, config).pad_token_id
+
+
+def device_half_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    """Return the data type of mixed precision on `device`, or None for float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision.half_dtype(settings, has_bf16)
+
+
+def load_run_model(
+    settings: Settings,
+    config: PretrainedConfig,
+    auto: type,
+    labels: list[str] | None,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    prior: list[float] | None = None,
+    zero3: bool = False,
+    for_training: bool = False,
+    adapter: pathlib.Path | None = None,
+) -> nn.Module:
+    """Load the backbone of a run and apply the run's method to it.
+
+    Args:
+        config, auto, labels: as for `complete_config`.
+        dtype: storage type of the backbone. If None, `precision.backbone_dtype` decides.
+        prior: initial bias of a newly initialised head, [outputs].
+        zero3: each process keeps its share of the backbone's weights.
+        for_training: cast the trained parameters to the type that mixed precision trains them in.
+        adapter: an adapter checkpoint to load with PEFT, as a user does. If None, the method's
+            tensors are newly initialised.
+
+    Raises:
+        ConfigError: the backbone cannot be loaded.
+    """
+    complete_config(settings, config, auto, labels)
+    half = device_half_dtype(settings, device)
+    dtype = dtype or precision.backbone_dtype(settings, half)
+    model, missing = loading.load_model(
+        settings.model, config, auto, dtype, device, zero3=zero3, prior=prior
+    )
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, str(adapter)).to(device)
+    model = apply_method(model, settings.method, missing)
+    deepspeed = settings.train.deepspeed is not None
+    if for_training and half is not None and (deepspeed or settings.method.name == "unipelt"):
+        # The head has the backbone's type so far. In bfloat16, steps of 1e-4 would be rounded away.
+        precision.cast_trained(model, half if deepspeed else torch.float32)
+    return model
+
+
+def empty_run_model(
+    settings: Settings, config: PretrainedConfig, auto: type, dtype: torch.dtype
+) -> nn.Module:
+    """Return the run's model with its backbone on the meta device, for counting and planning."""
+    model = loading.empty_model(config, settings.model.attention, dtype, auto)
+    return apply_method(model, settings.method)

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from scaleup import errors
 from scaleup.backbone import loading as backbone
-from scaleup.backbone import precision
+from scaleup.backbone.method import device_half_dtype, load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
@@ -246,21 +245,10 @@ def _pass(
     split: str,
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[int]]:
     """(module, submodule) → the gate of each example [examples], and which example each is; short ones go together."""
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    backbone.set_labels(config, labels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = precision.half_dtype(
-        settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    )
-    model, _ = backbone.load_model(
-        settings.model,
-        config,
-        tasks.of(settings.data).auto,
-        precision.backbone_dtype(settings, half),
-        device,
-    )
-    model = PeftModel.from_pretrained(model, str(bundle)).to(device).eval()
+    half = device_half_dtype(settings, device)
+    auto = tasks.of(settings.data).auto
+    model = load_run_model(settings, config, auto, labels, device, adapter=bundle).eval()
     gates: dict[str, LearnedGate] = GateStatistics(model).gates
     for gate in gates.values():
         gate.statistics = _Values()

@@ -14,13 +14,11 @@ import pathlib
 import sys
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from scaleup.backbone import loading as backbone
-from scaleup.backbone import precision
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import load_run_model
 from scaleup.data import tasks
 from scaleup.export.fold import Gates
 from scaleup.export.measure import measure
@@ -37,29 +35,22 @@ VALUE = "value"  # the LoRA gate of a cross attention's values
 def load(job: dict) -> nn.Module:
     """The trained model on this machine's device, in evaluation mode."""
     settings = config.load(job["config"])
+    if job["full_precision"]:
+        model_settings = settings.model.model_copy(update={"quantization": "none"})
+        settings = settings.model_copy(update={"model": model_settings})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = backbone.load_config(settings.model)
-    task = tasks.of(settings.data)
-    if not task.writes:
-        backbone.set_labels(shape, job["labels"])
-    if shape.pad_token_id is None:
-        shape.pad_token_id = backbone.load_tokenizer(settings.model, shape).pad_token_id
-    half = precision.half_dtype(settings, device.type == "cuda" and torch.cuda.is_bf16_supported())
-    source = (
-        settings.model.model_copy(update={"quantization": "none"})
-        if job["full_precision"]
-        else settings.model
+    as_user = job["weights"] == "user"
+    model = load_run_model(
+        settings,
+        backbone.load_config(settings.model),
+        tasks.of(settings.data).auto,
+        job["labels"],
+        device,
+        dtype=job["dtype"] and getattr(torch, job["dtype"]),
+        adapter=job["checkpoint"] if as_user else None,
     )
-    dtype = (
-        precision.backbone_dtype(settings, half)
-        if job["dtype"] is None
-        else getattr(torch, job["dtype"])
-    )
-    model, fresh = backbone.load_model(source, shape, task.auto, dtype, device)
-    if job["weights"] == "user":
-        return PeftModel.from_pretrained(model, job["checkpoint"]).to(device).eval()
-    model = apply_method(model, settings.method, fresh)
-    resume.load_weights(model, pathlib.Path(job["checkpoint"]))
+    if not as_user:
+        resume.load_weights(model, pathlib.Path(job["checkpoint"]))
     return model.to(device).eval()
 
 

@@ -30,7 +30,7 @@ from transformers import PretrainedConfig
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import empty_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import ConfigError
@@ -115,14 +115,7 @@ def _builder(
     settings: Settings, dtype: torch.dtype, trained: torch.dtype | None
 ) -> Callable[[PretrainedConfig], nn.Module]:
     def make(config: PretrainedConfig) -> nn.Module:
-        with torch.device("meta"):
-            model = tasks.of(settings.data).auto.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=settings.model.attention,
-                trust_remote_code=settings.model.trust_remote_code,
-            )
-        model = apply_method(model, settings.method)
+        model = empty_run_model(settings, config, tasks.of(settings.data).auto, dtype)
         if trained is not None:
             precision.cast_trained(model, trained)
         return model
@@ -184,7 +177,7 @@ def make_plan(
     makers: dict[bool, tuple] = {}
     for deepspeed in (False, True):
         full_half = half if deepspeed else None
-        make = _builder(settings, full_half or precision.frozen_dtype(settings, half), full_half)
+        make = _builder(settings, full_half or precision.backbone_dtype(settings, half), full_half)
         makers[deepspeed] = (make, _adapted(make, config, settings), full_half)
     counts = parameter_counts(makers[False][1])
     rows, steps = [], {}

@@ -23,8 +23,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scaleup.backbone.loading import empty_model
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import empty_run_model
 from scaleup.data import tasks
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import Settings
@@ -230,10 +229,7 @@ def estimate(
     with torch.random.fork_rng(
         devices=[]
     ):  # making the additions draws random numbers, and the run's are not to change
-        model = apply_method(
-            empty_model(config, settings.model.attention, dtype, tasks.of(settings.data).auto),
-            settings.method,
-        )
+        model = empty_run_model(settings, config, tasks.of(settings.data).auto, dtype)
     zero = Zero() if deepspeed is None else read_zero(deepspeed, config.hidden_size)
     return states(model, settings.model.quantization, zero, world, half)
 

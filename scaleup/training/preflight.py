@@ -3,12 +3,14 @@
 settings = config.load(path, overrides, checks=CHECKS)
 """
 
+import pathlib
+
 from torch import nn
 from transformers import PretrainedConfig
 
 from scaleup.backbone import loading as backbone
 from scaleup.data import tasks
-from scaleup.settings.schema import MethodSettings, ModelSettings, Section
+from scaleup.settings.schema import MethodSettings, ModelSettings, Section, Settings
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, AttentionSite, find_sites, head_names
 
 
@@ -27,7 +29,7 @@ def keeps_apart(data: Section, config: PretrainedConfig) -> list[str]:
 
 
 def structure(sections: dict[str, Section]) -> list[str]:
-    """Whether UniPELT finds its places in a model of a family that is not under test here: tried on a model without weights."""
+    """Check a model folder: whether the method finds its places in the model. Needs no weights."""
     model, method, data = (sections.get(name) for name in ("model", "method", "data"))
     if (
         not isinstance(model, ModelSettings)
@@ -35,12 +37,23 @@ def structure(sections: dict[str, Section]) -> list[str]:
         or data is None
     ):
         return []
-    completes = tasks.name_of(data) == "causal_lm"
-    if method.name != "unipelt" and not completes:
+    config = backbone.local_config(model)
+    return [] if config is None else _structure_problems(model, method, data, config)
+
+
+def hub_structure(settings: Settings, config: PretrainedConfig) -> list[str]:
+    """Check a model of the hub as `structure` checks a folder, once its config is downloaded."""
+    if pathlib.Path(settings.model.name).is_dir():
         return []
-    config, auto = backbone.local_config(model), tasks.of(data).auto
-    if config is None or type(config) not in auto._model_mapping:
-        return []  # the other checks say so
+    return _structure_problems(settings.model, settings.method, settings.data, config)
+
+
+def _structure_problems(
+    model: ModelSettings, method: MethodSettings, data: Section, config: PretrainedConfig
+) -> list[str]:
+    completes, auto = tasks.name_of(data) == "causal_lm", tasks.of(data).auto
+    if (method.name != "unipelt" and not completes) or type(config) not in auto._model_mapping:
+        return []  # the other checks report a model that cannot do the task
     if (
         not completes
         and config.model_type in TESTED
@@ -50,15 +63,16 @@ def structure(sections: dict[str, Section]) -> list[str]:
     attentions, problem = _look(config, model.attention, auto)
     if problem is not None and model.attention != "eager":
         in_the_way = _look(config, "eager", auto)[1]
-        advice = f"its {model.attention} attention cannot be used ({problem.partition('.')[0].partition(';')[0]}); set model.attention=eager"
+        reason = problem.partition(".")[0].partition(";")[0]
+        advice = (
+            f"its {model.attention} attention cannot be used ({reason}); set model.attention=eager"
+        )
         problem = advice if in_the_way is None else in_the_way
     if completes and problem is None and not any(site.causal for site in attentions):
         return [reads_ahead(model.name, config.model_type)]
-    return (
-        [f"model.name: {model.name}: {problem[:300]}"]
-        if problem is not None and method.name == "unipelt"
-        else []
-    )
+    if problem is None or method.name != "unipelt":
+        return []
+    return [f"model.name: {model.name}: {problem[:300]}"]
 
 
 def settings_that_need_more(sections: dict[str, Section]) -> list[str]:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import datasets
 import torch
-from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     PretrainedConfig,
@@ -31,7 +30,7 @@ from transformers.utils import logging as hf_logging
 from scaleup import io
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import device_half_dtype, load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
@@ -44,10 +43,9 @@ from scaleup.training import distributed as runtime
 from scaleup.training import resume, watchdog
 from scaleup.training.arguments import deepspeed_file, training_arguments
 from scaleup.training.console import GateStatistics, header, memory_line, placement, summary
-from scaleup.training.preflight import keeps_apart, reads_ahead
-from scaleup.training.trainer import JsonlLogger, RunTrainer, GracefulShutdown
+from scaleup.training.preflight import hub_structure, keeps_apart
+from scaleup.training.trainer import GracefulShutdown, JsonlLogger, RunTrainer
 from scaleup.unipelt.model import parameter_counts
-from scaleup.unipelt.sites import find_sites
 
 
 @contextlib.contextmanager
@@ -122,37 +120,6 @@ def _start(settings: Settings) -> runtime.World:
     return world
 
 
-def _attach(
-    settings: Settings,
-    config: PretrainedConfig,
-    examples: Examples,
-    world: runtime.World,
-    half: torch.dtype | None,
-) -> nn.Module:
-    """The backbone with what the method adds, on this process's device, in the types it trains in."""
-    frozen = precision.backbone_dtype(settings, half)
-    auto = tasks.of(settings.data).auto
-    if not tasks.of(settings.data).writes:
-        backbone.set_labels(config, examples.labels)
-    start = data.prior(examples) if settings.model.head_bias == "prior" else None
-    model, fresh = backbone.load_model(
-        settings.model, config, auto, frozen, world.device, is_deepspeed_zero3_enabled(), start
-    )
-    if (
-        tasks.name_of(settings.data) == "causal_lm"
-        and not pathlib.Path(settings.model.name).is_dir()
-        and not any(site.causal for site in find_sites(model)[0])
-    ):
-        raise ConfigError(
-            [reads_ahead(settings.model.name, config.model_type)]
-        )  # of a hub id: a folder was judged before
-    model = apply_method(model, settings.method, fresh)
-    if half is not None and (world.deepspeed or settings.method.name == "unipelt"):
-        # The head was made in the backbone's type, in which steps of 1e-4 are rounded away.
-        precision.cast_trained(model, half if world.deepspeed else torch.float32)
-    return model
-
-
 def _announce(
     settings: Settings,
     config: PretrainedConfig,
@@ -198,13 +165,12 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
     settings = backbone.fit_length(settings, config)
-    half = precision.half_dtype(
-        settings, torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    )
+    half = device_half_dtype(settings, world.device)
     problems = (
         resume.changes(settings)
         + precision.problems(settings, half)
         + keeps_apart(settings.data, config)
+        + hub_structure(settings, config)
     )
     if problems:
         raise ConfigError(problems)
@@ -224,10 +190,6 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     examples = task.module.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples = task.module.tokenize(examples, tokenizer, settings.data)
-    if config.pad_token_id is None:
-        config.pad_token_id = (
-            tokenizer.pad_token_id
-        )  # by which a decoder's classifier finds the last token
     args = training_arguments(settings, world, examples.metric, task.token_mean, shared, half)
     facts = about(settings, examples, config, args)
     with _agreed(world):
@@ -238,7 +200,16 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
     with _agreed(world):
         checkpoint, old_weights = resume.choose(settings, out, facts, on_hosts)
-    model = _attach(settings, config, examples, world, half)
+    model = load_run_model(
+        settings,
+        config,
+        task.auto,
+        examples.labels,
+        world.device,
+        prior=data.prior(examples) if settings.model.head_bias == "prior" else None,
+        zero3=is_deepspeed_zero3_enabled(),
+        for_training=True,
+    )
     counts = parameter_counts(model)
     if old_weights is not None:
         resume.load_weights(model, old_weights)

@@ -23,10 +23,10 @@ from scaleup.errors import RunError
 from scaleup.training import distributed as runtime
 from scaleup.training import resume, watchdog
 from scaleup.training.checkpoint import (
-    create_staging_folder,
-    staging_folder,
-    expected_tensors,
     commit_checkpoint,
+    create_staging_folder,
+    expected_tensors,
+    staging_folder,
 )
 from scaleup.training.console import GateStatistics, rewind
 
