@@ -21,16 +21,16 @@ INTRODUCTION = """# Configuration
 
 A run is described by a YAML file with the four sections below. On the command line,
 `section.key=value` overrides the file, and the value is read as YAML. `null` stands for "not set".
-Unknown keys, wrong types, combinations that cannot work and settings without effect are all reported
-at once, before a model is loaded.
+Unknown keys, wrong types, combinations that cannot work and settings without effect are all
+reported at once, before a model is loaded.
 
 ```bash
 scaleup train --config configs/quickstart.yaml --print-config train.seed=7   # the resolved settings
 scaleup train --help                                                         # this list
 ```
 
-`configs/schema.json` is the same list as a JSON schema: editors complete and check YAML files with it.
-`method: full` and `method: bitfit` are short for a section with that `name`.
+`configs/schema.json` is the same list as a JSON schema, with which editors complete and check YAML
+files. `method: full` and `method: bitfit` are short for a section with that `name`.
 """
 
 
