@@ -1,12 +1,17 @@
-"""A worker of launch/bench.py in the environment of the library `adapters`: does steps of models of its when asked.
+"""Do the steps of the baseline library, `adapters`, in an environment of its own.
 
-Started by `launch/bench.py … --peer PYTHON`. Reads lines, a contender's name each; resumes that one's step for a piece and answers with
-what `InTurns.resume` returns, as JSON. The first line it writes is JSON, too: name → trained parameters.
+`make bench-baseline` creates the environment from baseline_library.txt; `scaleup bench --baseline
+PYTHON` starts this script in it. The first line that the script writes is JSON: variant → trained
+parameters. Then each line that it reads names a variant; it works on the next piece of the step of
+that variant and answers with what `PausingStep.resume` returns, as JSON.
 """
 
 import argparse
+import importlib.util
 import json
+import pathlib
 import sys
+from collections.abc import Callable
 
 import adapters
 import torch
@@ -18,7 +23,12 @@ from transformers import (
     BertForSequenceClassification,
 )
 from transformers.utils import logging
-from turns import InTurns
+
+# scaleup itself cannot be imported with this environment's versions, but this file of it can.
+TIMING = pathlib.Path(__file__).resolve().parents[1] / "scaleup" / "experiments" / "timing.py"
+spec = importlib.util.spec_from_file_location("timing", TIMING)
+timing = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(timing)
 
 MODELS = {
     "bert-base": (
@@ -27,78 +37,78 @@ MODELS = {
     ),
     "bart-large": (BartForSequenceClassification, lambda: BartConfig(dropout=0.0, num_labels=2)),
 }
-METHODS = {"adapters APL": True, "adapters APL, prefix MLP": False}
+VARIANTS = {"adapters APL": True, "adapters APL, prefix MLP": False}  # → is the prefix flat
 
 
-def unipelt(flat: bool) -> UniPELTConfig:
-    """The paper's sizes; dropout off as in every contender."""
-    return UniPELTConfig(
+def create_model(geometry: str, flat: bool) -> torch.nn.Module:
+    """Create a model that trains its head and UniPELT, in the paper's sizes and without dropout."""
+    model_class, create_config = MODELS[geometry]
+    torch.manual_seed(0)
+    model = model_class._from_config(create_config(), attn_implementation="sdpa")
+    adapters.init(model)
+    config = UniPELTConfig(
         prefix_tuning=PrefixTuningConfig(prefix_length=10, flat=flat, dropout=0.0),
         adapter=SeqBnConfig(reduction_factor=16),
         lora=LoRAConfig(r=8, alpha=16, dropout=0.0),
     )
+    model.add_adapter("unipelt", config=config)
+    model.train_adapter("unipelt")
+    model.set_active_adapters("unipelt")
+    head = model.classifier if geometry == "bert-base" else model.classification_head
+    head.requires_grad_(True)
+    return model
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("inference", "training"))
-    parser.add_argument("geometry", choices=MODELS)
-    parser.add_argument("batch", help="a file that torch.save wrote")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    inputs, steps, trained = torch.load(options.batch), {}, {}
-    for name, flat in METHODS.items():
-        cls, make = MODELS[options.geometry]
-        torch.manual_seed(0)
-        model = cls._from_config(make(), attn_implementation="sdpa")
-        adapters.init(model)
-        model.add_adapter("own", config=unipelt(flat))
-        model.train_adapter("own")
-        model.set_active_adapters("own")
-        head = model.classifier if options.geometry == "bert-base" else model.classification_head
-        head.requires_grad_(True)
-        trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps[name] = InTurns(
-            training(model, inputs) if options.what == "training" else inference(model, inputs),
-            model,
-        )
-    answer = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
-    print(json.dumps(trained), file=answer, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(steps[line.strip()].resume()), file=answer, flush=True)
-    for step in steps.values():
-        step.leave_alone()
-
-
-def training(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-    """One step of AdamW."""
+def training_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Return a function that does one step of AdamW."""
     model.train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
     def step() -> None:
-        model(**inputs).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def inference(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-    """One forward pass."""
+def inference_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Return a function that does one forward pass."""
     model.eval()
-    given = {name: value for name, value in inputs.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
 
     def step() -> None:
         with torch.inference_mode():
-            model(**given)
+            model(**inputs)
 
     return step
+
+
+def main() -> None:
+    """Answer the lines of standard input until it closes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("inference", "training"))
+    parser.add_argument("geometry", choices=MODELS)
+    parser.add_argument("batch", help="a file written by torch.save: the inputs of a step")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # the libraries print, but only answers may reach standard output
+    batch = torch.load(options.batch)
+    create_step = training_step if options.what == "training" else inference_step
+    steps, trained = {}, {}
+    for name, flat in VARIANTS.items():
+        model = create_model(options.geometry, flat)
+        trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        steps[name] = timing.PausingStep(create_step(model, batch), model)
+    print(json.dumps(trained), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(steps[line.strip()].resume()), file=answers, flush=True)
+    for step in steps.values():
+        step.close()
 
 
 if __name__ == "__main__":

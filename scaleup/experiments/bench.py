@@ -1,403 +1,331 @@
-"""Contenders of the speed benchmark: one geometry, random weights, every method as its users run it.
+"""Measure the speed and memory of methods side by side, for `scaleup bench`.
 
-Each has weights of its own: who shares them would find them in the cache after another's turn. A contender is a function that does one step. `floor` is what any
-method pays that trains inside a frozen backbone: gradients go through all activations and to no weight of it.
-With a half type a contender is what a run with `train.bf16` makes of it: frozen weights in that type, what is trained in float32, autocast.
-
-Shapes: B examples, T tokens.
+What counts is the median of paired ratios: each variant's time divided by the reference's time of
+the same round. Beside it stand numbers that do not vary from run to run: floating point operations,
+calls of torch operations and trained parameters.
 """
 
 import contextlib
-import copy
 import dataclasses
+import gc
+import json
+import multiprocessing
+import os
 import pathlib
+import platform
+import random
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BertConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
-from scaleup.backbone.loading import empty_model, load_model
-from scaleup.backbone.method import task_type
-from scaleup.experiments.meter import allocated_peak, live_bytes
-from scaleup.export import fold
-from scaleup.export import folder as ship
-from scaleup.settings.schema import ModelSettings
-from scaleup.training.trainer import ResumableSampler
-from scaleup.unipelt.config import UniPeltConfig
-from scaleup.unipelt.sites import find_sites, head_names
+from scaleup import io
+from scaleup.backbone.loading import load_model
+from scaleup.data import classification
+from scaleup.errors import ConfigError, RunError
+from scaleup.experiments import meter, timing, variants
+from scaleup.experiments.variants import Batch, BenchOptions, Variant
+from scaleup.settings import schema
+from scaleup.settings.loading import override
 
-# Dropout off: with it CPU attention takes a slow path in every contender alike (DESIGN.md, section 6).
-GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "bert-base": lambda: BertConfig(
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2
-    ),
-    "bart-large": lambda: BartConfig(dropout=0.0, num_labels=2),
-    # BERT-base's layers and modules with next to no arithmetic: what is left is Python's time and torch's bookkeeping.
-    "bert-narrow": lambda: BertConfig(
-        hidden_size=96,
-        intermediate_size=96,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-    ),
-    # Llama 3.1 8B's sizes, as a language model; made where it is measured, in a half type.
-    "llama-8b": lambda: LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        use_cache=False,
-    ),
-}
-WRITERS = ("llama-8b",)  # the others have a classification head
-FLAT = {"prefix_reparameterization": "none"}
-UNIPELT = {
-    "adapter": {"submodules": ["adapter"]},
-    "prefix": {"submodules": ["prefix"], **FLAT},
-    "lora": {"submodules": ["lora"]},
-    "AP": {"submodules": ["adapter", "prefix"], **FLAT},
-    "APL": dict(FLAT),
-    "APL, prefix MLP": {},
-    "NoGate": {"gates": "none", **FLAT},
-}
-EOS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """step: one training step or forward pass. trained: parameters with gradients. model: for what is counted beside time."""
-
-    step: Callable[[], object]
-    trained: int
-    model: nn.Module
-
-
-def chosen(names: Iterable[str], only: list[str]) -> list[str]:
-    """Those of `names` that are in `only`, all if it is empty. Raises ValueError for one that is none of them."""
-    names = list(names)
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise ValueError(f"--only: {unknown[0]} is none of {', '.join(names)}")
-    return [name for name in names if not only or name in only]
-
-
-def model_class(geometry: str) -> type:
-    """transformers' class with the geometry's head."""
-    return AutoModelForCausalLM if geometry in WRITERS else AutoModelForSequenceClassification
-
-
-def backbone(
-    geometry: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> PreTrainedModel:
-    """Random weights, always the same on a device; sdpa attention."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return model_class(geometry).from_config(
-            GEOMETRIES[geometry](), attn_implementation="sdpa", dtype=dtype
-        )
-
-
-def batch(lengths: list[int], width: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Random tokens [B, T], T = `width`; each example closed by EOS, padding behind it."""
-    draw = torch.Generator().manual_seed(0)
-    ends_B = torch.tensor(lengths)
-    input_ids = torch.randint(5, vocabulary, (len(lengths), width), generator=draw)
-    mask = (torch.arange(width) < ends_B[:, None]).long()
-    input_ids = input_ids * mask + (1 - mask)
-    input_ids[torch.arange(len(lengths)), ends_B - 1] = EOS
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "labels": torch.randint(0, 2, (len(lengths),), generator=draw),
-    }
-
-
-def half_padding(count: int, length: int) -> list[int]:
-    """Lengths from an eighth of `length` to all of it: half of all tokens are padding."""
-    return [
-        round(length / 8 + 3 * length / 4 * i / max(1, count - 2)) for i in range(count - 1)
-    ] + [length]
-
-
-def _with_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Frozen but for the head."""
-    model.requires_grad_(False)
-    for name in head_names(model):
-        model.get_submodule(name).float().requires_grad_(True)
-    return model
-
-
-def _adapted(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
-    """`base` with the method of `config` in it."""
-    model = get_peft_model(base, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:  # zero at the start
-                parameter.normal_(std=0.02)
-    return model
-
-
-def _unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
-    return _adapted(base, UniPeltConfig(task_type=task_type(base), **fields))
-
-
-def _peft_lora(base: PreTrainedModel) -> nn.Module:
-    targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
-    return _adapted(
-        base, LoraConfig(task_type=task_type(base), r=8, lora_alpha=16, target_modules=targets)
-    )
-
-
-def _biases(base: PreTrainedModel) -> nn.Module:
-    for name, parameter in _with_head(base).named_parameters():
-        if name.endswith(".bias"):
-            parameter.requires_grad = True
-    return base
-
-
-def _floor(base: PreTrainedModel) -> nn.Module:
-    def need_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        return out.requires_grad_()
-
-    for module in _with_head(base).modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == base.config.vocab_size:
-            module.register_forward_hook(need_gradient)
-    return base
-
-
-def merged(base: PreTrainedModel, model: nn.Module, folder: pathlib.Path) -> PreTrainedModel:
-    """What `launch/export.py --kind merged` makes of the adapted model, gates at one half, written and loaded again."""
-    base.save_pretrained(folder / "base")
-    model.save_pretrained(str(folder / "bundle"))
-    config, tensors = fold.read_bundle(folder / "bundle")
-    empty = empty_model(
-        copy.deepcopy(base.config), "sdpa", torch.float32, AutoModelForSequenceClassification
-    )
-    sites = find_sites(empty)
-    gates = {key: 0.5 for key in fold.fixed_gates(config, *sites)}
-    folded = fold.fold(config, tensors, *sites, gates)
-    out = folder / "merged"
-    out.mkdir()
-    ship.write_config(
-        empty, "AutoModelForSequenceClassification", folded, False, torch.float32, out, "bench"
-    )
-    ship.write_weights(empty, folder / "base", folded, torch.float32, torch.float32, out, 10**11)
-    return AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
-
-
-def inference(
-    geometry: str,
-    given: dict[str, torch.Tensor],
-    device: str,
-    only: list[str],
-    compiled: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Variant]:
-    """One forward pass: the bare backbone, each method with its gates (prefix collapsed), and APL merged."""
-    inputs = {name: tensor.to(device) for name, tensor in given.items() if name != "labels"}
-    names = chosen(
-        [
-            "bare",
-            *(name for name in UNIPELT if "MLP" not in name),
-            *(["APL merged"] if geometry not in WRITERS else []),
-        ],
-        only,
-    )
-
-    def base() -> PreTrainedModel:
-        return backbone(geometry, dtype, device)
-
-    models: dict[str, nn.Module] = {}
-    for name in names:
-        if name == "APL merged":
-            with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-                models[name] = merged(
-                    backbone(geometry),
-                    _unipelt(backbone(geometry), UNIPELT["APL"]),
-                    pathlib.Path(folder),
-                )
-        else:
-            models[name] = base() if name == "bare" else _unipelt(base(), UNIPELT[name])
-
-    def step(model: nn.Module) -> Callable[[], object]:
-        for parameter in model.parameters():  # those read from a file share its memory
-            parameter.data = parameter.data.to(device, dtype, copy=True)
-        model.to(device).eval()
-        called = torch.compile(model, mode=compiled) if compiled else model
-
-        def run() -> torch.Tensor:
-            with torch.inference_mode():
-                return called(**inputs).logits
-
-        return run
-
-    return {name: Variant(step(models[name]), 0, models[name]) for name in names}
-
-
-def _training_step(
-    model: nn.Module,
-    batches: list[dict[str, torch.Tensor]],
-    device: str,
-    compiled: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Callable[[], object]:
-    """A step of AdamW on each batch."""
-    model.to(device).train()
-    called = torch.compile(model, mode=compiled) if compiled else model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (
-        torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
-    )  # the floor of a language model trains nothing
-    given = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in batches]
-    if model.get_output_embeddings() is not None:
-        given = [
-            inputs
-            | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
-            for inputs in given
-        ]
-
-    def run() -> None:
-        for inputs in given:
-            with (
-                torch.autocast(device, dtype)
-                if dtype != torch.float32
-                else contextlib.nullcontext()
-            ):
-                loss = called(**inputs).loss
-            loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-    return run
-
-
-def _contender(model: nn.Module, step: Callable[[], object]) -> Variant:
-    return Variant(step, sum(p.numel() for p in model.parameters() if p.requires_grad), model)
-
-
-def training(
-    geometry: str,
-    given: dict[str, torch.Tensor],
-    device: str,
-    only: list[str],
-    compiled: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Variant]:
-    """One step of AdamW: full fine-tuning, the floor, biases alone (BitFit), PEFT's LoRA, and each of our methods."""
-
-    def frozen() -> PreTrainedModel:
-        return backbone(geometry, dtype, device)
-
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "full fine-tuning": lambda: backbone(
-            geometry, device=device
-        ),  # float32, as what is trained always is
-        "floor": lambda: _floor(frozen()),
-        "BitFit": lambda: _biases(backbone(geometry, device=device)),
-        "PEFT LoRA": lambda: _peft_lora(frozen()),
-    } | {name: lambda fields=fields: _unipelt(frozen(), fields) for name, fields in UNIPELT.items()}
-
-    models = {name: makers[name]() for name in chosen(makers, only)}
-    return {
-        name: _contender(model, _training_step(model, [given], device, compiled, dtype))
-        for name, model in models.items()
-    }
-
-
-def ragged(
-    geometry: str,
-    lengths: list[int],
-    size: int,
-    width: int,
-    device: str,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Variant]:
-    """Training steps of APL over the same examples: every batch padded to `width`, to its longest example, and in groups of similar lengths
-    (`train.group_by_length`)."""
-    count, vocabulary = len(lengths), GEOMETRIES[geometry]().vocab_size
-    grouped = list(ResumableSampler(count, 0, lambda: 0, lengths, size))
-    orders = {
-        f"padded to {width}": (range(count), width),
-        "padded to the longest": (range(count), None),
-        "length groups": (grouped, None),
-    }
-
-    def batches(order: Sequence[int], fixed: int | None) -> list[dict[str, torch.Tensor]]:
-        parts = [
-            [lengths[i] for i in order[first : first + size]] for first in range(0, count, size)
-        ]
-        return [batch(part, fixed or max(part), vocabulary) for part in parts]
-
-    def contender(order: Sequence[int], fixed: int | None) -> Variant:
-        model = _unipelt(backbone(geometry, dtype, device), FLAT)
-        return _contender(model, _training_step(model, batches(order, fixed), device, dtype=dtype))
-
-    return {name: contender(*how) for name, how in orders.items()}
-
-
-# name → (what is trained, frozen weights, gradient checkpointing)
+BASELINE_SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "baseline_library.py"
+COMPILED = {None: "", "default": ", compiled", "reduce-overhead": ", compiled, as CUDA graphs"}
+# variant → (what is trained, quantization, gradient checkpointing)
 MEMORY = {
     "full fine-tuning": ("all", "none", False),
     "full fine-tuning, checkpointing": ("all", "none", True),
-    "floor": ("head", "none", False),
+    "lower-bound": ("head", "none", False),
     "APL": ("APL", "none", False),
     "APL, checkpointing": ("APL", "none", True),
-    "APL, 8 bit": ("APL", "8bit", False),
-    "APL, 8 bit, checkpointing": ("APL", "8bit", True),
+    "APL, int8": ("APL", "8bit", False),
+    "APL, int8, checkpointing": ("APL", "8bit", True),
 }
-TRAINED: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
-    "all": lambda base: base,
-    "head": _floor,
-    "APL": lambda base: _unipelt(base, {}),
-}
+Rows = dict[str, dict[str, Any]]
 
 
-def memory(
-    name: str,
-    geometry: str,
-    given: dict[str, torch.Tensor],
-    device: str,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, int]:
-    """Bytes of one of MEMORY: `rest` between steps (weights, optimizer), `peak` during the second step. In a process of its own."""
-    trained, quantization, checkpointing = MEMORY[name]
+def check(options: BenchOptions) -> None:
+    """Raise ConfigError with every option that does not fit the others or the machine."""
+    on_gpu, float32 = options.device == "cuda", options.dtype == "float32"
+    positions = options.config.max_position_embeddings
+    problems = []
+    if options.baseline and (on_gpu or not float32):
+        problems.append("--baseline runs on the CPU in float32; leave out --device and --dtype")
+    if options.geometry == "llama-8b" and float32:
+        problems.append("--geometry llama-8b takes 32 GB in float32; add --dtype bfloat16")
+    if options.ragged and (options.batch < 2 or options.length < 8):
+        problems.append("--ragged needs --batch 2 and --length 8 or more to spread the lengths")
+    if options.compile == "reduce-overhead" and not on_gpu:
+        problems.append("--compile reduce-overhead makes CUDA graphs; on a CPU use plain --compile")
+    if options.length > positions:
+        problems.append(f"--length: {options.geometry} has only {positions} positions")
+    if on_gpu and not torch.cuda.is_available():
+        problems.append("--device cuda: torch finds no GPU on this machine")
+    if problems:
+        raise ConfigError(problems)
+    if options.output is not None:
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.output.parent):
+                pass
+        except OSError as error:
+            raise _not_writable(options.output, error) from None
+
+
+def run(options: BenchOptions) -> None:
+    """Measure, print one line per variant, and write the result file.
+
+    Raises:
+        ConfigError: an option must change.
+        RunError: the baseline library's process has ended.
+    """
+    check(options)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows = memory_rows(options) if options.what == "memory" else timed_rows(options)
+    reference = options.reference or next(iter(rows))
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+    }
+    print(
+        f"{options.what}, {options.geometry}, {options.batch} x {options.length}"
+        + (" half padding" if options.ragged else "")
+        + (f", {options.rounds} rounds" if options.what != "memory" else "")
+        + f"{COMPILED[options.compile]}, {machine['gpu'] or str(machine['threads']) + ' threads'}"
+        + f", {options.dtype}; relative to {reference}"
+    )
+    width = max(map(len, rows))
+    for name, row in rows.items():
+        print(f"{name:<{width}}  {row['ratio']:.3f}  {_describe(row)}")
+    if options.output is not None:
+        settings = dataclasses.asdict(options) | {"reference": reference}
+        del settings["output"], settings["only"]
+        try:
+            io.write_json(options.output, {"settings": settings, "machine": machine, "rows": rows})
+        except OSError as error:
+            raise _not_writable(options.output, error) from None
+
+
+def _not_writable(path: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--output: {path} cannot be written: {error.strerror}")
+
+
+def timed_rows(options: BenchOptions) -> Rows:
+    """Time the variants, or profile their operations; one row each."""
+    contestants, tokens = _create_variants(options)
+    reference = options.reference or next(iter(contestants))
+    if reference not in contestants:
+        raise ConfigError(f"--reference: {reference} is not one of {', '.join(contestants)}")
+    gc.collect()
+    gc.disable()  # a collection would slow whichever variant is running
+    if options.profile:
+        return _profiled_rows(contestants, options.rounds, reference)
+    interleave = options.what != "ragged" and options.device == "cpu" and not options.compile
+    rows = timing.compare(time_variants(contestants, options, interleave), reference)
+    rate = meter.matmul_rate(options.device, options.torch_dtype)
+    for name, row in rows.items():
+        seconds, variant = row["milliseconds"] / 1000, contestants[name]
+        row |= {"trained": variant.trained, "tokens_per_second": round(tokens / seconds)}
+        if variant.model is not None and not options.compile:
+            row |= meter.count_operations(variant.step)
+            row["of_matmul_rate"] = round(row["gflop"] / seconds / rate, 4)
+    return rows
+
+
+def time_variants(
+    contestants: dict[str, Variant], options: BenchOptions, interleave: bool
+) -> dict[str, list[list[float]]]:
+    """Time all variants as `timing.time_rounds` does, in pieces of a few layers if `interleave`."""
+
+    def whole(step: Callable[[], object]) -> timing.Worker:
+        return lambda: (True, timing.step_seconds(step, options.device))
+
+    workers: dict[str, timing.Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for name, variant in contestants.items():
+            if variant.model is None:
+                workers[name] = variant.step
+            elif interleave:
+                step = timing.PausingStep(variant.step, variant.model)
+                workers[name] = stack.enter_context(contextlib.closing(step)).resume
+            else:
+                workers[name] = whole(variant.step)
+        return timing.time_rounds(workers, options.rounds)
+
+
+def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
+    """Create the variants; also return the number of tokens (without padding) of a step."""
+    if options.what == "ragged":
+        lengths = variants.half_padding_lengths(options.examples, options.length)
+        if options.texts:
+            lengths = _text_lengths(*options.texts, options.examples, options.length)
+        lengths = random.Random(0).sample(lengths, len(lengths))
+        return variants.ragged_variants(options, lengths), sum(lengths)
+    lengths = [options.length] * options.batch
+    if options.ragged:
+        lengths = variants.half_padding_lengths(options.batch, options.length)
+    batch = variants.random_batch(lengths, options.length, options.config.vocab_size)
+    training = options.what == "training"
+    create = variants.training_variants if training else variants.inference_variants
+    contestants = create(options, batch)
+    if options.baseline is not None:
+        contestants |= _baseline_variants(options, batch)
+    return contestants, sum(lengths)
+
+
+def _text_lengths(task: str, data: str, tokenizer: str, count: int, max_length: int) -> list[int]:
+    """Count the tokens of `count` training texts, truncated as by data.max_length=`max_length`."""
+    overrides = [
+        override("data.path", data),
+        override("data.name", task),
+        f"data.max_length={max_length}",
+        f"data.k={count}",
+        "data.dev_size=1",
+        "model.name=unused",
+    ]
+    try:
+        settings = schema.load(None, overrides).data
+        texts = classification.load(settings)
+    except ConfigError as error:
+        raise ConfigError(f"--texts, --examples: {'; '.join(error.problems)}") from None
+    try:
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError:
+        raise ConfigError(
+            f"--texts: {tokenizer} has no tokenizer; give the folder of a model, "
+            "or its name if the hub can be reached"
+        ) from None
+    return list(classification.tokenize(texts, loaded_tokenizer, settings).train["length"])
+
+
+def _baseline_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]:
+    """Start the process of the baseline library, which names its variants in its first line."""
+    if not BASELINE_SCRIPT.exists():
+        raise ConfigError("--baseline works only in a checkout of the repository")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        if quantization == "none":
-            base = backbone(geometry, torch.float32 if trained == "all" else dtype, device)
-        else:  # quantised while they are loaded
-            saved = backbone(geometry)
-            saved.save_pretrained(folder)
-            settings = ModelSettings(name=folder, quantization=quantization)
-            base, _ = load_model(
-                settings, saved.config, model_class(geometry), dtype, torch.device(device)
+        file = f"{folder}/batch.pt"
+        torch.save(batch, file)
+        command = [str(options.baseline), str(BASELINE_SCRIPT), options.what, options.geometry]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        try:
+            process = subprocess.Popen([*command, file], **pipes)
+            trained = process.stdout.readline()
+        except OSError as error:
+            trained, reason = "", error.strerror
+        else:
+            reason = "its output says why"
+    if not trained:
+        raise ConfigError(
+            f"--baseline: {options.baseline} cannot run {BASELINE_SCRIPT.name} ({reason}); "
+            "`make bench-baseline` creates an environment for it"
+        )
+
+    def worker(name: str) -> timing.Worker:
+        def resume() -> tuple[bool, float]:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise RunError("--baseline: the process has ended; its last output says why")
+            return tuple(json.loads(answer))
+
+        return resume
+
+    return {name: Variant(worker(name), n, None) for name, n in json.loads(trained).items()}
+
+
+def _profiled_rows(contestants: dict[str, Variant], rounds: int, reference: str) -> Rows:
+    """Sum the shortest times of all operations, and list the thirty longest."""
+    rows: Rows = {}
+    for name, variant in contestants.items():
+        operations = meter.profile_operations(variant.step, rounds)
+        total = sum(milliseconds for *_, milliseconds in operations)
+        rows[name] = {"ratio": total, "milliseconds": total, "operations": operations[:30]}
+    total = rows[reference]["milliseconds"]
+    for row in rows.values():
+        row["ratio"] = round(row["ratio"] / total, 4)
+        row["milliseconds"] = round(row["milliseconds"], 1)
+    return rows
+
+
+def memory_rows(options: BenchOptions) -> Rows:
+    """Measure the memory of each variant in a fresh process, relative to the first variant's."""
+    lengths = [options.length] * options.batch
+    batch = variants.random_batch(lengths, options.length, options.config.vocab_size)
+    rows: Rows = {}
+    for name in variants.select(MEMORY, options.only):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure_memory, (name, options, batch))
+        first = next(iter(rows.values()), row)
+        rows[name] = {"ratio": round(row["peak"] / first["peak"], 4)} | row
+    return rows
+
+
+def measure_memory(name: str, options: BenchOptions, batch: Batch) -> dict[str, int]:
+    """Measure the memory of one of `MEMORY`. Call it in a process of its own.
+
+    Returns:
+        Bytes: `rest` between steps (weights and optimizer), `peak` during the second step; and
+        `trained`, the number of trained parameters.
+    """
+    trained, quantization, checkpointing = MEMORY[name]
+    if quantization == "none":
+        model = options.backbone(torch.float32 if trained == "all" else None)
+    else:  # weights are quantised while they are loaded
+        with tempfile.TemporaryDirectory(prefix="bench-") as saved:
+            plain = BenchOptions("memory", options.geometry).backbone()
+            plain.save_pretrained(saved)
+            model, _ = load_model(
+                schema.ModelSettings(name=saved, quantization=quantization),
+                plain.config,
+                options.auto_class,
+                options.torch_dtype,
+                torch.device(options.device),
             )
-            del saved
-    model = TRAINED[trained](base)
+            del plain
+    if trained == "head":
+        model = variants.lower_bound(model)
+    elif trained == "APL":
+        model = variants.add_unipelt(model, {})
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    contender = _contender(model, _training_step(model, [given], device, dtype=dtype))
-    contender.step()
-    if device == "cuda":
+    variant = variants.training_variant(options, model, [batch])
+    variant.step()
+    if options.device == "cuda":
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        contender.step()
+        variant.step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        rest = live_bytes()
-        peak = rest + allocated_peak(contender.step)
-    return {"rest": rest, "peak": peak, "trained": contender.trained}
+        rest = meter.live_bytes()
+        peak = rest + meter.allocated_peak(variant.step)
+    return {"rest": rest, "peak": peak, "trained": variant.trained}
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """Format a row for the screen, without its name and ratio."""
+    if "peak" in row:
+        peak, rest = (f"{row[key] / 2**20:8.0f} MiB" for key in ("peak", "rest"))
+        return f"peak {peak}  between steps {rest}  {row['trained']:>12,} trained"
+    if "operations" in row:
+        lines = [
+            f"{ms:10.1f} ms {calls:5d} x {kind} {shapes[: 160 - len(kind)]}"
+            for kind, shapes, calls, ms in row["operations"][:20]
+        ]
+        return "\n".join([f"{row['milliseconds']:9.1f} ms in all operations", *lines])
+    counts = " " * 56
+    if "calls" in row:
+        rate = f"({row['of_matmul_rate']:.2f} of a product's rate)"
+        counts = f"{row['gflop']:9.1f} GFLOP {rate}  {row['calls']:6d} calls"
+    low, high = row["quartiles"]
+    return (
+        f"[{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms"
+        f"  {row['tokens_per_second']:8,} tokens/s  {counts}  {row['trained']:>12,} trained"
+    )

@@ -213,7 +213,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             {"apl": MLP} if MLP in ratios else {}
         )
         special = [
-            option for option in ("ragged", "compile", "profile", "peer") if asked.get(option)
+            option for option in ("ragged", "compile", "profile", "baseline") if asked.get(option)
         ]
         if (
             asked["geometry"] != GEOMETRY

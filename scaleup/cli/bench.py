@@ -1,0 +1,122 @@
+"""`scaleup bench`: compare the speed or memory of the methods on one model with random weights."""
+
+import argparse
+import os
+import pathlib
+import sys
+
+# Copies of the names in scaleup/experiments, whose import takes seconds (a test compares them).
+GEOMETRIES = ("bert-base", "bart-large", "bert-narrow", "llama-8b")
+# The C library reads these when a process starts. By default it returns large tensors to the system
+# and fetches them again page by page, which hits variants at random (up to a tenth of a step).
+STEADY_ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+EPILOG = """\
+examples:
+  scaleup bench inference --batch 16 --length 128 --output results/bench/inference.json
+  scaleup bench training --length 32 --reference lower-bound --only lower-bound APL
+  scaleup bench ragged --texts cola ../shared/data/glue quickstart/model
+  scaleup bench memory --geometry bart-large
+
+OMP_NUM_THREADS sets the number of threads (default: all cores)."""
+
+
+def positive(word: str) -> int:
+    """Parse a positive integer of the command line."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not a positive integer")
+    return int(word)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add one subcommand per measurement, each with the options that affect it."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "--geometry",
+        choices=GEOMETRIES,
+        default="bert-base",
+        help="sizes of the model (default: bert-base). bert-narrow: BERT-base without its width, to"
+        " time Python alone; llama-8b: needs --dtype bfloat16",
+    )
+    model.add_argument("--batch", type=positive, default=16, help="examples per step (default: 16)")
+    model.add_argument("--length", type=positive, default=128, help="tokens (default: 128)")
+    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    model.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: frozen weights in bfloat16, trained weights in float32, autocast",
+    )
+    model.add_argument("--output", type=pathlib.Path, help="the JSON file to write")
+
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--rounds", type=positive, default=15, help="timed rounds (default: 15)")
+    timed.add_argument("--reference", help="variant to divide by (default: the first)")
+
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument(
+        "--only", nargs="+", default=(), metavar="VARIANT", help="the variants that take part"
+    )
+
+    step = argparse.ArgumentParser(add_help=False)
+    step.add_argument("--ragged", action="store_true", help="make half of all tokens padding")
+    way = step.add_mutually_exclusive_group()
+    way.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead"),
+        help="run each model through torch.compile; reduce-overhead: as CUDA graphs",
+    )
+    way.add_argument(
+        "--profile", action="store_true", help="time each operation instead of whole steps"
+    )
+    way.add_argument(
+        "--baseline",
+        metavar="PYTHON",
+        help="interpreter of an environment with the library `adapters`, whose UniPELT takes part",
+    )
+
+    padding = argparse.ArgumentParser(add_help=False)
+    padding.add_argument(
+        "--texts",
+        nargs=3,
+        metavar=("TASK", "DATA", "TOKENIZER"),
+        help="use the lengths of a GLUE task's texts (default: half of all tokens are padding)",
+    )
+    padding.add_argument("--examples", type=positive, default=256, help="how many (default: 256)")
+
+    measurements = parser.add_subparsers(dest="what", required=True, metavar="MEASUREMENT")
+    for name, parents, summary in (
+        ("inference", [model, timed, chosen, step], "time forward passes"),
+        ("training", [model, timed, chosen, step], "time training steps"),
+        ("ragged", [model, timed, padding], "time examples of many lengths: padding and groups"),
+        ("memory", [model, chosen], "measure the peak memory of a training step"),
+    ):
+        measurements.add_parser(
+            name, parents=parents, help=summary, description=summary, allow_abbrev=False
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options ask for; return the exit code.
+
+    The process starts again with the settings of the allocator, unless its environment has them.
+    """
+    if not STEADY_ALLOCATOR.keys() <= os.environ.keys():
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, STEADY_ALLOCATOR | os.environ)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which is not measured
+    from scaleup.experiments import bench
+
+    fields = bench.BenchOptions.__dataclass_fields__
+    chosen = {name: value for name, value in vars(options).items() if name in fields}
+    bench.run(bench.BenchOptions(**chosen))
+    return 0

@@ -1,0 +1,345 @@
+"""The variants that `scaleup bench` compares: each method on one geometry with random weights.
+
+A variant is a model and a function that does one step with it: a training step or a forward pass.
+Every variant has its own weights, because shared weights would still be in the cache when the next
+variant runs. With bfloat16 a variant is what a run with `train.bf16` makes of it: frozen weights in
+bfloat16, trained weights in float32, and autocast.
+
+The variant `lower-bound` is the least that training inside a frozen backbone can cost: gradients
+pass through all activations but reach no weight of the backbone.
+
+Shapes: B examples, T tokens.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from scaleup.backbone.loading import empty_model
+from scaleup.backbone.method import task_type
+from scaleup.errors import ConfigError
+from scaleup.export import fold, folder
+from scaleup.training.trainer import ResumableSampler
+from scaleup.unipelt.config import UniPeltConfig
+from scaleup.unipelt.sites import find_sites, head_names
+
+# Dropout is off: it takes attention on a CPU off the fast path in every variant alike.
+_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2}
+GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "bert-base": lambda: BertConfig(**_BERT),
+    "bart-large": lambda: BartConfig(dropout=0.0, num_labels=2),
+    # The modules of BERT-base with almost no arithmetic: what remains is the time of Python.
+    "bert-narrow": lambda: BertConfig(hidden_size=96, intermediate_size=96, **_BERT),
+    # Llama 3.1 8B as a language model.
+    "llama-8b": lambda: LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    ),
+}
+LANGUAGE_MODELS = ("llama-8b",)  # the other geometries have a classification head
+FLAT = {"prefix_reparameterization": "none"}
+UNIPELT = {
+    "adapter": {"submodules": ["adapter"]},
+    "prefix": {"submodules": ["prefix"], **FLAT},
+    "lora": {"submodules": ["lora"]},
+    "AP": {"submodules": ["adapter", "prefix"], **FLAT},
+    "APL": dict(FLAT),
+    "APL, prefix MLP": {},
+    "NoGate": {"gates": "none", **FLAT},
+}
+EOS = 2
+Batch = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """The options of `scaleup bench`; the result file records them under `settings`.
+
+    Attributes:
+        what: inference, training, ragged or memory.
+        texts: (GLUE task, folder with GLUE, tokenizer): the source of the lengths for `ragged`.
+        reference: the variant to divide by; None: the first.
+        compile: the mode of `torch.compile`; None: the models run without it.
+        baseline: the interpreter of an environment with the baseline library, `adapters`.
+        only: the variants that take part; empty: all.
+    """
+
+    what: str
+    geometry: str = "bert-base"
+    batch: int = 16
+    length: int = 128
+    ragged: bool = False
+    texts: Sequence[str] | None = None
+    examples: int = 256
+    rounds: int = 15
+    reference: str | None = None
+    compile: str | None = None
+    profile: bool = False
+    baseline: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    only: Sequence[str] = ()
+    output: pathlib.Path | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return GEOMETRIES[self.geometry]()
+
+    @property
+    def auto_class(self) -> type:
+        """Return the class of transformers' AutoModel family that has the geometry's head."""
+        if self.geometry in LANGUAGE_MODELS:
+            return AutoModelForCausalLM
+        return AutoModelForSequenceClassification
+
+    def backbone(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Create the model with random weights, which are always the same on a device."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return self.auto_class.from_config(
+                self.config, attn_implementation="sdpa", dtype=dtype or self.torch_dtype
+            )
+
+    def compiled(self, model: nn.Module) -> Callable:
+        return torch.compile(model, mode=self.compile) if self.compile else model
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One contestant of a comparison.
+
+    Attributes:
+        step: do one training step or forward pass.
+        trained: the number of trained parameters.
+        model: the model; None if it lives in the process of the baseline library.
+    """
+
+    step: Callable[[], object]
+    trained: int
+    model: nn.Module | None
+
+
+def select(names: Iterable[str], only: Sequence[str]) -> list[str]:
+    """Return the `names` that are in `only`, or all if `only` is empty.
+
+    Raises:
+        ConfigError: `only` has a name that is not in `names`.
+    """
+    names = list(names)
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"--only: {name} is not one of {', '.join(names)}")
+    return [name for name in names if not only or name in only]
+
+
+def random_batch(lengths: list[int], width: int, vocabulary: int) -> Batch:
+    """Draw random tokens [B, T] with T = `width`. EOS closes each example; padding follows."""
+    generator = torch.Generator().manual_seed(0)
+    lengths_B = torch.tensor(lengths)
+    input_ids = torch.randint(5, vocabulary, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width) < lengths_B[:, None]).long()
+    input_ids = input_ids * mask + (1 - mask)
+    input_ids[torch.arange(len(lengths)), lengths_B - 1] = EOS
+    labels = torch.randint(0, 2, (len(lengths),), generator=generator)
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def half_padding_lengths(count: int, width: int) -> list[int]:
+    """Spread lengths from an eighth of `width` to `width`: half of all tokens are padding."""
+    steps = max(1, count - 2)
+    return [round(width / 8 + 3 * width / 4 * i / steps) for i in range(count - 1)] + [width]
+
+
+def _train_only_head(model: PreTrainedModel) -> PreTrainedModel:
+    model.requires_grad_(False)
+    for name in head_names(model):
+        model.get_submodule(name).float().requires_grad_(True)
+    return model
+
+
+def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    """Add the PEFT method of `config`, with LoRA's second factor away from its initial zero."""
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def add_unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
+    return _add_adapter(base, UniPeltConfig(task_type=task_type(base), **fields))
+
+
+def _peft_lora(base: PreTrainedModel) -> nn.Module:
+    targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
+    config = LoraConfig(task_type=task_type(base), r=8, lora_alpha=16, target_modules=targets)
+    return _add_adapter(base, config)
+
+
+def _bitfit(base: PreTrainedModel) -> nn.Module:
+    for name, parameter in _train_only_head(base).named_parameters():
+        if name.endswith(".bias"):
+            parameter.requires_grad = True
+    return base
+
+
+def lower_bound(base: PreTrainedModel) -> nn.Module:
+    """Train the head alone, but let gradients pass through the activations of the whole model."""
+
+    def require_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        return out.requires_grad_()
+
+    for module in _train_only_head(base).modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == base.config.vocab_size:
+            module.register_forward_hook(require_gradient)
+    return base
+
+
+def _merged(options: BenchOptions) -> PreTrainedModel:
+    """Write what `scaleup export --kind merged` makes of APL with all gates at 0.5, and load it."""
+    cpu = BenchOptions("inference", options.geometry)
+    base, model = cpu.backbone(), add_unipelt(cpu.backbone(), UNIPELT["APL"])
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        work = pathlib.Path(name)
+        base.save_pretrained(work / "base")
+        model.save_pretrained(str(work / "adapter"))
+        config, tensors = fold.read_bundle(work / "adapter")
+        empty = empty_model(copy.deepcopy(base.config), "sdpa", torch.float32, cpu.auto_class)
+        sites = find_sites(empty)
+        gates = dict.fromkeys(fold.fixed_gates(config, *sites), 0.5)
+        folded = fold.fold(config, tensors, *sites, gates)
+        out = work / "merged"
+        out.mkdir()
+        class_name = cpu.auto_class.__name__
+        folder.write_config(empty, class_name, folded, False, torch.float32, out, "bench")
+        folder.write_weights(
+            empty, work / "base", folded, torch.float32, torch.float32, out, 10**11
+        )
+        return cpu.auto_class.from_pretrained(out, trust_remote_code=True)
+
+
+def inference_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]:
+    """Make one forward pass: the bare backbone, each method with its gates, and APL merged.
+
+    The prefix has no MLP, because at inference only the keys and values remain of it.
+    """
+    inputs = {name: tensor.to(options.device) for name, tensor in batch.items() if name != "labels"}
+    makers: dict[str, Callable[[], nn.Module]] = {"bare": options.backbone}
+    for name, fields in UNIPELT.items():
+        if "MLP" not in name:
+            makers[name] = lambda fields=fields: add_unipelt(options.backbone(), fields)
+    if options.geometry not in LANGUAGE_MODELS:
+        makers["APL merged"] = lambda: _merged(options)
+
+    def variant(model: nn.Module) -> Variant:
+        for parameter in model.parameters():  # those read from a file share the file's memory
+            parameter.data = parameter.data.to(options.device, options.torch_dtype, copy=True)
+        model.to(options.device).eval()
+        call = options.compiled(model)
+
+        def step() -> torch.Tensor:
+            with torch.inference_mode():
+                return call(**inputs).logits
+
+        return Variant(step, 0, model)
+
+    return {name: variant(makers[name]()) for name in select(makers, options.only)}
+
+
+def training_variant(options: BenchOptions, model: nn.Module, batches: list[Batch]) -> Variant:
+    """Do one step of AdamW on each batch."""
+    model.to(options.device).train()
+    call = options.compiled(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # The lower bound of a language model trains nothing.
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
+    batches = [{name: tensor.to(options.device) for name, tensor in b.items()} for b in batches]
+    if model.get_output_embeddings() is not None:
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    half = options.torch_dtype != torch.float32
+
+    def step() -> None:
+        for batch in batches:
+            with (
+                torch.autocast(options.device, options.torch_dtype)
+                if half
+                else contextlib.nullcontext()
+            ):
+                loss = call(**batch).loss
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return Variant(step, sum(p.numel() for p in trained), model)
+
+
+def training_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]:
+    """Do one training step: full fine-tuning, the lower bound, BitFit, LoRA, and each method.
+
+    What is trained is always in float32, so full fine-tuning and BitFit have no half types.
+    """
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "full fine-tuning": lambda: options.backbone(torch.float32),
+        "lower-bound": lambda: lower_bound(options.backbone()),
+        "BitFit": lambda: _bitfit(options.backbone(torch.float32)),
+        "PEFT LoRA": lambda: _peft_lora(options.backbone()),
+    }
+    for name, fields in UNIPELT.items():
+        makers[name] = lambda fields=fields: add_unipelt(options.backbone(), fields)
+    models = {name: makers[name]() for name in select(makers, options.only)}
+    return {name: training_variant(options, model, [batch]) for name, model in models.items()}
+
+
+def ragged_variants(options: BenchOptions, lengths: list[int]) -> dict[str, Variant]:
+    """Train APL on the same examples with three ways of padding.
+
+    Every batch is padded to `options.length`, or to its longest example, or holds examples of
+    similar lengths (`train.group_by_length`) and is padded to the longest.
+    """
+    count, vocabulary = len(lengths), options.config.vocab_size
+    batch_size, width = options.batch, options.length
+    grouped = list(ResumableSampler(count, 0, lambda: 0, lengths, batch_size))
+    orders: dict[str, tuple[Sequence[int], int | None]] = {
+        f"padded to {width}": (range(count), width),
+        "padded to the longest": (range(count), None),
+        "length groups": (grouped, None),
+    }
+
+    def variant(order: Sequence[int], fixed_width: int | None) -> Variant:
+        parts = [
+            [lengths[i] for i in order[first : first + batch_size]]
+            for first in range(0, count, batch_size)
+        ]
+        batches = [random_batch(part, fixed_width or max(part), vocabulary) for part in parts]
+        return training_variant(options, add_unipelt(options.backbone(), FLAT), batches)
+
+    return {name: variant(*order) for name, order in orders.items()}
