@@ -9,7 +9,7 @@
 # make sweep        the missing trials of SWEEP (configs/sweeps/minilm.yaml: hours)
 # make bench        the tables of results/bench: an hour on an idle machine
 # make bench-gpu    training steps on one GPU in bfloat16 (the 8B geometry needs over 80 GB): minutes
-# make bench-peer   the same for the library adapters 1.3.0, in its own environment (.venv-peer)
+# make bench-baseline   the same for the library adapters 1.3.0, in its own environment
 # make clean        removes .venv, quickstart/, build/ and caches; runs/ stays
 #
 # PYTHON=… chooses the interpreter (3.11 or newer), VENV=… the folder of the environment, and
@@ -25,7 +25,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 
 SWEEP ?= configs/sweeps/minilm.yaml
 
-.PHONY: venv quickstart check test test-all docs docs-pages schema sweep bench bench-gpu bench-peer clean
+.PHONY: venv quickstart check test test-all docs docs-pages schema sweep bench bench-gpu bench-baseline clean
 
 # Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
 # last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
@@ -44,7 +44,7 @@ venv:
 	fi
 
 quickstart: venv
-	@"$(VENV)/bin/python" launch/quickstart_assets.py
+	@"$(VENV)/bin/python" -m benchmarks.quickstart_assets
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
 
 # One line per tool when everything is in order.
@@ -63,54 +63,61 @@ test-all: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=30
 
 sweep: venv
-	@"$(VENV)/bin/python" launch/quickstart_assets.py
-	@"$(VENV)/bin/python" launch/sweep.py "$(SWEEP)"
+	@"$(VENV)/bin/python" -m benchmarks.quickstart_assets
+	@"$(VENV)/bin/scaleup" sweep "$(SWEEP)"
 
-# One thread: what else runs on the machine disturbs least. TABLES= another folder for a second time.
+# One thread is disturbed least by other programs. TABLES=… writes the tables into another folder.
 TABLES ?= results/bench
-BENCH = OMP_NUM_THREADS=1 "$(VENV)/bin/python" launch/bench.py
-OVER_FLOOR = --reference floor --only floor APL "APL, prefix MLP"
+BENCH = OMP_NUM_THREADS=1 "$(VENV)/bin/scaleup" bench
+OVER_BOUND = --reference lower-bound --only lower-bound APL "APL, prefix MLP"
+LARGE = --geometry bart-large --batch 4
+NARROW = --geometry bert-narrow --batch 1 --length 16 --rounds 50
+RAGGED = --batch 4 --examples 64 --rounds 5
 
 bench: venv
-	@"$(VENV)/bin/python" launch/quickstart_assets.py
+	@"$(VENV)/bin/python" -m benchmarks.quickstart_assets
 	$(BENCH) inference --rounds 20 --output "$(TABLES)/inference-bert-base.json"
-	$(BENCH) inference --geometry bart-large --batch 4 --rounds 10 --only bare APL "APL merged" --output "$(TABLES)/inference-bart-large.json"
+	$(BENCH) inference $(LARGE) --rounds 10 --only bare APL "APL merged" --output "$(TABLES)/inference-bart-large.json"
 	$(BENCH) training --length 32 --rounds 20 --output "$(TABLES)/training-bert-base.json"
-	$(BENCH) training --length 128 $(OVER_FLOOR) --output "$(TABLES)/training-bert-base-128.json"
-	$(BENCH) training --geometry bart-large --batch 4 --length 32 $(OVER_FLOOR) --output "$(TABLES)/training-bart-large.json"
+	$(BENCH) training --length 128 $(OVER_BOUND) --output "$(TABLES)/training-bert-base-128.json"
+	$(BENCH) training $(LARGE) --length 32 $(OVER_BOUND) --output "$(TABLES)/training-bart-large.json"
 	$(BENCH) memory --geometry bart-large --length 32 --output "$(TABLES)/memory-bart-large.json"
 	$(BENCH) memory --geometry bart-large --output "$(TABLES)/memory-bart-large-128.json"
-	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --output "$(TABLES)/ragged-half.json"
-	$(BENCH) ragged --batch 4 --examples 64 --rounds 5 --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
-	$(BENCH) inference --geometry bert-narrow --batch 1 --length 16 --rounds 50 --output "$(TABLES)/overhead-inference.json"
-	$(BENCH) training --geometry bert-narrow --batch 1 --length 16 --rounds 50 $(OVER_FLOOR) --output "$(TABLES)/overhead-training.json"
+	$(BENCH) ragged $(RAGGED) --output "$(TABLES)/ragged-half.json"
+	$(BENCH) ragged $(RAGGED) --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
+	$(BENCH) inference $(NARROW) --output "$(TABLES)/overhead-inference.json"
+	$(BENCH) training $(NARROW) $(OVER_BOUND) --output "$(TABLES)/overhead-training.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
-	$(BENCH) training --length 32 --compile $(OVER_FLOOR) --output "$(TABLES)/training-compiled.json"
+	$(BENCH) training --length 32 --compile $(OVER_BOUND) --output "$(TABLES)/training-compiled.json"
 
-# Four contenders of 8B parameters at once: over 80 GB; fewer with --only.
-ON_GPU = "$(VENV)/bin/python" launch/bench.py training --device cuda --dtype bfloat16 --reference floor
-FORWARD_ON_GPU = "$(VENV)/bin/python" launch/bench.py inference --device cuda --dtype bfloat16
-SHOWN = "full fine-tuning" floor "PEFT LoRA" APL "APL, prefix MLP"
+# The 8B geometry holds four variants at once, which needs over 80 GB; --only takes fewer.
+GPU_FLAGS = --device cuda --dtype bfloat16
+ON_GPU = "$(VENV)/bin/scaleup" bench training $(GPU_FLAGS) --reference lower-bound
+FORWARD_ON_GPU = "$(VENV)/bin/scaleup" bench inference $(GPU_FLAGS)
+SHOWN = lower-bound "PEFT LoRA" APL "APL, prefix MLP"
+LLAMA = --geometry llama-8b --batch 1 --length 2048
 
 bench-gpu: venv
-	$(ON_GPU) --only $(SHOWN) --output "$(TABLES)/gpu/training-bert-base.json"
-	$(ON_GPU) --batch 256 --only $(SHOWN) --output "$(TABLES)/gpu/training-bert-base-large-batch.json"
-	$(ON_GPU) --geometry bart-large --batch 32 --only $(SHOWN) --output "$(TABLES)/gpu/training-bart-large.json"
-	$(ON_GPU) --geometry llama-8b --batch 1 --length 2048 --rounds 7 --only floor "PEFT LoRA" APL "APL, prefix MLP" --output "$(TABLES)/gpu/training-llama-8b.json"
-	$(ON_GPU) --compile --only floor APL --output "$(TABLES)/gpu/training-compiled.json"
-	$(ON_GPU) --compile reduce-overhead --rounds 30 --only floor APL --output "$(TABLES)/gpu/training-graphs.json"
-	$(ON_GPU) --compile reduce-overhead --rounds 30 --only "full fine-tuning" floor "PEFT LoRA" --output "$(TABLES)/gpu/training-graphs-others.json"
-	$(FORWARD_ON_GPU) --geometry llama-8b --batch 1 --length 2048 --rounds 10 --only bare lora APL --output "$(TABLES)/gpu/inference-llama-8b.json"
+	$(ON_GPU) --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bert-base.json"
+	$(ON_GPU) --batch 256 --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bert-base-large-batch.json"
+	$(ON_GPU) --geometry bart-large --batch 32 --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bart-large.json"
+	$(ON_GPU) $(LLAMA) --rounds 7 --only $(SHOWN) --output "$(TABLES)/gpu/training-llama-8b.json"
+	$(ON_GPU) --compile --only lower-bound APL --output "$(TABLES)/gpu/training-compiled.json"
+	$(ON_GPU) --compile reduce-overhead --rounds 30 --only lower-bound APL --output "$(TABLES)/gpu/training-graphs.json"
+	$(ON_GPU) --compile reduce-overhead --rounds 30 --only "full fine-tuning" lower-bound "PEFT LoRA" --output "$(TABLES)/gpu/training-graphs-others.json"
+	$(FORWARD_ON_GPU) $(LLAMA) --rounds 10 --only bare lora APL --output "$(TABLES)/gpu/inference-llama-8b.json"
 	$(FORWARD_ON_GPU) --geometry bart-large --batch 32 --rounds 30 --only bare APL "APL merged" --output "$(TABLES)/gpu/inference-bart-large.json"
 
-bench-peer: venv
-	@if ! cmp -s launch/bench_peer.txt .venv-peer/requirements.txt; then \
-	  set -e; rm -rf .venv-peer; "$(PYTHON)" -m venv .venv-peer; \
-	  .venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r launch/bench_peer.txt; \
-	  cp launch/bench_peer.txt .venv-peer/requirements.txt; \
+BASELINE = .venv-baseline
+
+bench-baseline: venv
+	@if ! cmp -s benchmarks/baseline_library.txt $(BASELINE)/requirements.txt; then \
+	  set -e; rm -rf $(BASELINE); "$(PYTHON)" -m venv $(BASELINE); \
+	  $(BASELINE)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/baseline_library.txt; \
+	  cp benchmarks/baseline_library.txt $(BASELINE)/requirements.txt; \
 	fi
-	$(BENCH) training --length 32 --rounds 20 $(OVER_FLOOR) --peer .venv-peer/bin/python --output "$(TABLES)/training-peer.json"
-	$(BENCH) inference --only bare APL --peer .venv-peer/bin/python --output "$(TABLES)/inference-peer.json"
+	$(BENCH) training --length 32 --rounds 20 $(OVER_BOUND) --baseline $(BASELINE)/bin/python --output "$(TABLES)/training-baseline.json"
+	$(BENCH) inference --only bare APL --baseline $(BASELINE)/bin/python --output "$(TABLES)/inference-baseline.json"
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 "$(VENV)/bin/mkdocs" build --strict --quiet
@@ -122,6 +129,6 @@ schema: venv
 	"$(VENV)/bin/python" launch/schema.py
 
 clean:
-	rm -rf .venv .venv-peer quickstart build .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf .venv .venv-baseline quickstart build .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache scaleup.egg-info
 	find scaleup launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

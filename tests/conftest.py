@@ -50,7 +50,7 @@ def quickstart_dir() -> pathlib.Path:
     """quickstart/ with its model and data. Skips the test where `make quickstart` has not made them."""
     folder = ROOT / "quickstart"
     if not all((folder / part / "SHA256SUMS").is_file() for part in ("model", "data")):
-        pytest.skip("no quickstart/; launch/quickstart_assets.py makes it")
+        pytest.skip("no quickstart/; benchmarks/quickstart_assets.py makes it")
     return folder
 
 

