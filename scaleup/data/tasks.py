@@ -1,4 +1,4 @@
-"""The kinds of tasks: which module reads their data, which model class they need, whether text is written."""
+"""The table of tasks: which module prepares their data and which model class they need."""
 
 import dataclasses
 from types import ModuleType
@@ -10,56 +10,65 @@ from transformers import (
 )
 
 from scaleup.backbone.loading import local_config
-from scaleup.data import classification as data
-from scaleup.data import generation as sequences
+from scaleup.data import classification
+from scaleup.data import generation as text_generation
+from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, Section
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """module: has load, check, tokenize, collator and compute_metrics. auto: transformers' class. token_mean: the loss of a step
-    is a mean over its tokens, not over its batches."""
+    """One kind of task."""
 
-    module: ModuleType
-    auto: type
-    writes: bool = False
-    token_mean: bool = False
+    module: ModuleType  # has source_files, load, tokenize, collator and compute_metrics
+    auto: type  # transformers' AutoModelFor… class
+    writes: bool = False  # evaluation generates text
+    token_mean: bool = False  # the loss of a step is a mean over its tokens, not over its batches
 
 
 TASKS = {
-    "sequence_classification": Task(data, AutoModelForSequenceClassification),
-    "regression": Task(data, AutoModelForSequenceClassification),
-    "seq2seq": Task(sequences, AutoModelForSeq2SeqLM, writes=True),
-    "causal_lm": Task(sequences, AutoModelForCausalLM, writes=True, token_mean=True),
+    "sequence_classification": Task(classification, AutoModelForSequenceClassification),
+    "regression": Task(classification, AutoModelForSequenceClassification),
+    "seq2seq": Task(text_generation, AutoModelForSeq2SeqLM, writes=True),
+    "causal_lm": Task(text_generation, AutoModelForCausalLM, writes=True, token_mean=True),
 }
 
 
-def name_of(settings: DataSettings) -> str:
-    """`data.task`, or what it is by default."""
-    return settings.task or ("regression" if settings.name == "stsb" else "sequence_classification")
+def name_of(data: DataSettings) -> str:
+    """Return `data.task` or its default."""
+    return data.task or ("regression" if data.name == "stsb" else "sequence_classification")
 
 
-def of(settings: DataSettings) -> Task:
-    """The task of a run's data."""
-    return TASKS[name_of(settings)]
+def of(data: DataSettings) -> Task:
+    """Return the task of a run."""
+    return TASKS[name_of(data)]
 
 
-def generation(settings: DataSettings, metric: str) -> dict[str, int] | None:
-    """Arguments of `generate` in evaluation; None where the metric needs nothing written."""
-    if not of(settings).writes or metric == "loss":
+def generation(data: DataSettings, metric: str) -> dict[str, int] | None:
+    """Return the arguments of `generate` in evaluation; None if the metric needs no text."""
+    if not of(data).writes or metric == "loss":
         return None
-    return {"max_new_tokens": settings.max_target_length, "num_beams": settings.num_beams}
+    return {"max_new_tokens": data.max_target_length, "num_beams": data.num_beams}
 
 
 def check(sections: dict[str, Section]) -> list[str]:
-    """What is wrong with the data, and whether the model can do the task. For `config.load`."""
-    settings, model = sections.get("data"), sections.get("model")
-    if not isinstance(settings, DataSettings):
+    """Return what is wrong with the data of a config and whether its model can do the task.
+
+    Data on the hub is not read here.
+    """
+    data, model = sections.get("data"), sections.get("model")
+    if not isinstance(data, DataSettings):
         return []
-    problems = of(settings).module.check(sections)
+    task, problems = of(data), []
+    if "train" in task.module.source_files(data):
+        try:
+            task.module.load(data)
+        except ConfigError as error:
+            problems += error.problems
     config = local_config(model) if model is not None and not model.trust_remote_code else None
-    if config is not None and type(config) not in of(settings).auto._model_mapping:
+    if config is not None and type(config) not in task.auto._model_mapping:
         problems.append(
-            f"model.name: transformers has no {config.model_type} model for data.task {name_of(settings)}"
+            f"model.name: transformers has no {config.model_type} model "
+            f"for data.task {name_of(data)}"
         )
     return problems

@@ -23,7 +23,10 @@ WORDS = [
     "assistant",
     ":",
 ]
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""The tasks of GLUE: their columns, classes and metrics, and where their files are."""
+
+import os
+import re
+from typing import NamedTuple
+
+import datasets
+
+from scaleup.data.files import Table
+from scaleup.errors import ConfigError
+from scaleup.settings.schema import DataSettings
+
+
+class GlueTask(NamedTuple):
+    """One task. Without `labels` it is a regression."""
+
+    text: str  # column of the first text
+    text_pair: str | None  # column of the second text
+    labels: list[str] | None  # class names in id order
+    metric: str
+
+
+GLUE = {
+    "cola": GlueTask("sentence", None, ["unacceptable", "acceptable"], "matthews"),
+    "sst2": GlueTask("sentence", None, ["negative", "positive"], "accuracy"),
+    "mrpc": GlueTask("sentence1", "sentence2", ["not_equivalent", "equivalent"], "f1"),
+    "qqp": GlueTask("question1", "question2", ["not_duplicate", "duplicate"], "f1"),
+    "stsb": GlueTask("sentence1", "sentence2", None, "spearman"),
+    "mnli": GlueTask(
+        "premise", "hypothesis", ["entailment", "neutral", "contradiction"], "accuracy"
+    ),
+    "qnli": GlueTask("question", "sentence", ["entailment", "not_entailment"], "accuracy"),
+    "rte": GlueTask("sentence1", "sentence2", ["entailment", "not_entailment"], "accuracy"),
+    "wnli": GlueTask("sentence1", "sentence2", ["not_entailment", "entailment"], "accuracy"),
+}
+ENDINGS = (  # of local files as the documentation names them, and as the hub does
+    ".parquet",
+    "-00000-of-00001.parquet",
+    "_matched.parquet",
+    "_matched-00000-of-00001.parquet",
+)
+
+
+def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
+    """Return, per split, the setting to name in messages and the file; {} if data is on the hub."""
+    path = data.path
+    if path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not os.path.exists(path)):
+        return {}
+    files = {}
+    for split in ("train", "validation"):
+        roots = (os.path.join(path, data.name), path)
+        candidates = [os.path.join(root, split + end) for root in roots for end in ENDINGS]
+        files[split] = ("data.path", next(filter(os.path.exists, candidates), candidates[0]))
+    return files
+
+
+def load_from_hub(data: DataSettings) -> dict[str, Table]:
+    """Load the training and validation splits from the Hugging Face hub.
+
+    Raises:
+        ConfigError: the data set does not load.
+    """
+    hub_id = data.path or "nyu-mll/glue"
+    validation = "validation_matched" if data.name == "mnli" else "validation"
+    try:
+        sets = datasets.load_dataset(hub_id, data.name)
+        chosen = {"train": sets["train"], "validation": sets[validation]}
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise ConfigError(
+            f"data.path: {hub_id} is no folder here and did not load from the hub "
+            f"({' '.join(str(error).split())[:200]}); "
+            f"give data.path as a local folder with {data.name}/train.parquet"
+        ) from None
+    tables = {}
+    for split, rows in chosen.items():
+        columns = {name: rows[name][:] for name in rows.column_names}
+        source = {"hub_id": hub_id, "name": data.name}
+        place = f"the hub's {split} split"
+        tables[split] = Table("data.path", place, columns, source, features=rows.features)
+    return tables
