@@ -126,9 +126,9 @@ docs-pages: venv
 	"$(VENV)/bin/python" docs/tools/generate.py
 
 schema: venv
-	"$(VENV)/bin/python" launch/schema.py
+	"$(VENV)/bin/scaleup" schema --output configs/schema.json
 
 clean:
 	rm -rf .venv .venv-baseline quickstart build .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache scaleup.egg-info
-	find scaleup launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find scaleup tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
     python -m tests.exports --model quickstart/model --data ../shared/data --output results/export
 
-Each run is one call of launch/train.py, each export one of launch/export.py; its export.json is kept, a table is made of all. Runs what is
+Each run is one call of launch/train.py, each export one of scaleup export; its export.json is kept, a table is made of all. Runs what is
 missing. About half an hour on two cores.
 """
 
@@ -222,7 +222,9 @@ def export(bundle: pathlib.Path, out: pathlib.Path, words: list[str]) -> dict:
     """What export.json says."""
     command = [
         sys.executable,
-        str(ROOT / "launch" / "export.py"),
+        "-m",
+        "scaleup",
+        "export",
         "--checkpoint",
         str(bundle),
         "--output",

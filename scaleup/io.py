@@ -1,55 +1,67 @@
-"""Files: atomic writes, locks of output folders, amounts of memory as text."""
+"""Atomic writes, locks of output folders, and amounts of memory as text."""
 
 import fcntl
 import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from scaleup.errors import ConfigError
 
-LOCK = ".lock"  # of the run that writes into the folder
+LOCK = ".lock"  # the file that a run locks in its output folder
+
+_descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """As `write_text`."""
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, see `write_text`."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Never half written under its final name."""
+    """Write a file in UTF-8 so that it never exists half written under its final name."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
-_held: dict[tuple[int, int], int] = {}  # folder (device, inode) → descriptor that locks it
-
-
 def hold(
-    folder: pathlib.Path, who: str = "train.output_dir: another run", lock: str = LOCK
+    folder: pathlib.Path, holder: str = "train.output_dir: another run", lock: str = LOCK
 ) -> bool:
-    """Locks an existing output folder for this process until it ends, by a file in it, which other hosts see over NFS too; with lock ""
-    by the folder itself, which they do not. False where the file system has no locks. Raises ConfigError if another process holds it."""
-    found = os.stat(folder)
-    if (found.st_dev, found.st_ino) in _held:
+    """Lock an existing folder for this process until the process ends.
+
+    Args:
+        folder: folder to lock. It is no error if this process holds it already.
+        holder: start of the error message, which names who holds the folder.
+        lock: name of the lock file in the folder, which other hosts see over NFS too. If empty,
+            the folder itself is locked, which leaves no file but only this host sees.
+
+    Returns:
+        False if the file system has no locks.
+
+    Raises:
+        ConfigError: another process holds the folder.
+    """
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in _descriptors:
         return True
-    descriptor = (
-        os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
-        if lock
-        else os.open(folder, os.O_RDONLY)
-    )
+    if lock:
+        descriptor = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
+    else:
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(
-            f"{who} is writing into {folder}; stop it first, or choose another folder"
+            f"{holder} is writing into {folder}; stop it first, or choose another folder"
         ) from None
     except OSError:
         os.close(descriptor)
         return False
-    _held[found.st_dev, found.st_ino] = descriptor
+    _descriptors[identity] = descriptor
     return True
 
 
@@ -60,11 +72,17 @@ UNITS = {"B": 1} | {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """24GiB, 80GB, 512MiB, 24G (GiB) as bytes. Raises ConfigError."""
-    found = re.fullmatch(r"(?a)(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    if not found or found[2].upper() not in UNITS or not 0 < float(found[1]) < 1e15:
-        raise ConfigError(
-            f"--gpu-memory: {text} is no amount of memory; write 24GiB, 80GB or 512MiB"
-        )
-    return int(float(found[1]) * UNITS[found[2].upper()])
+def parse_bytes(text: str, key: str) -> int:
+    """Return the number of bytes that a text like 24GiB, 80GB, 512MiB or 24G (GiB) names.
+
+    Args:
+        text: an amount of memory with its unit.
+        key: the flag or setting that an error message names.
+
+    Raises:
+        ConfigError: the text is not an amount of memory.
+    """
+    match = re.fullmatch(r"(?a)(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e15:
+        raise ConfigError(f"{key}: {text} is no amount of memory; write 24GiB, 80GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])

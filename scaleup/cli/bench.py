@@ -35,7 +35,6 @@ def positive(word: str) -> int:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per measurement, each with the options that affect it."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument(

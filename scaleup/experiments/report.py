@@ -33,7 +33,7 @@ PAPER = pathlib.Path(__file__).with_name("paper.yaml")
 THEIRS_ON = "the paper's are BERT-base"
 BENCH = "results/bench"  # need not be there
 GEOMETRY = "bert-base"  # of the benchmark whose times stand in table 4
-# launch/bench.py's contenders → methods. A model that was fine-tuned as a whole runs as the bare backbone does.
+# scaleup bench contenders → methods. A model that was fine-tuned as a whole runs as the bare backbone does.
 BENCHED = {
     "full fine-tuning": "full",
     "bare": "full",
@@ -146,7 +146,7 @@ RUNS = dict.fromkeys(("table1", "table2", "table4", "table6"), "runs/table1") | 
 def report(
     name: str, folders: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
 ) -> list[str]:
-    """Writes NAME.md, NAME.csv and NAME.png into `output`; what to print. folders: of sweeps or runs. bench: files of launch/bench.py, or
+    """Writes NAME.md, NAME.csv and NAME.png into `output`; what to print. folders: of sweeps or runs. bench: files of scaleup bench, or
     folders of them.
 
     Raises ConfigError with everything that is wrong with the runs.
@@ -179,7 +179,7 @@ def report(
 
 
 def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """method → "training" and "inference" time relative to full fine-tuning, from files of launch/bench.py on the paper's geometry; and
+    """method → "training" and "inference" time relative to full fine-tuning, from files of scaleup bench on the paper's geometry; and
     what is to be said of them. paths: files, or folders of which every such file counts. Raises ConfigError for two files on one kind."""
     absent = [path for path in paths if path != BENCH and not pathlib.Path(path).exists()]
     if absent:
@@ -207,7 +207,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             if not all(0 < ratio < math.inf for ratio in ratios.values()):
                 raise ValueError("a time is no time")
         except (ValueError, KeyError, TypeError, AttributeError):
-            notes.append(f"{path} is no file of launch/bench.py.")
+            notes.append(f"{path} is no file of scaleup bench.")
             continue
         names = {method: name for name, method in BENCHED.items() if name in ratios} | (
             {"apl": MLP} if MLP in ratios else {}
@@ -245,7 +245,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             found.setdefault(method, {})[kind] = ratios[contender] / ratios[names["full"]]
     if not used and list(paths) != [BENCH]:
         raise ConfigError(
-            f"--bench: {', '.join(paths)} has no training or inference times of {GEOMETRY} from launch/bench.py"
+            f"--bench: {', '.join(paths)} has no training or inference times of {GEOMETRY} from scaleup bench"
         )
     return found, notes
 

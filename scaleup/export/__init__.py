@@ -1,1 +1,27 @@
-"""Exports of trained runs."""
+"""Exports of trained runs. The package can be called, so that `scaleup.export(…)` makes an export."""
+
+import importlib
+import os
+import pathlib
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallablePackage(ModuleType):
+    def __call__(
+        self, checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], **options: Any
+    ) -> Any:
+        """Export an adapter checkpoint as the folder `output`, and return what was measured.
+
+        Args:
+            checkpoint: best/, final/ or checkpoint-N/ of a run.
+            output: folder to write, which must not exist.
+            options: other fields of `scaleup.export.export.Options`. By default the kind is exact.
+        """
+        export = importlib.import_module("scaleup.export.export")
+        paths = {"checkpoint": pathlib.Path(checkpoint), "output": pathlib.Path(output)}
+        return export.run(export.Options(**{"kind": "exact"} | paths | options))
+
+
+sys.modules[__name__].__class__ = _CallablePackage

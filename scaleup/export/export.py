@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from scaleup import io
+from scaleup import __version__, io
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import sharded as weights
 from scaleup.data import tasks
@@ -43,7 +43,6 @@ from scaleup.training.checkpoint import (
 )
 from scaleup.unipelt.sites import find_sites
 
-VERSION = "0.1.0"
 TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)[\w.-]*"
 )
@@ -229,7 +228,7 @@ def _write_folder(
         not frozen,
         dtype,
         written,
-        VERSION,
+        __version__,
     )
     if (files / "generation_config.json").is_file():
         shutil.copy2(files / "generation_config.json", written)
@@ -298,5 +297,5 @@ def _report(
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")
         }
-        | {"scaleup": VERSION},
+        | {"scaleup": __version__},
     }

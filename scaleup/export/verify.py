@@ -35,7 +35,7 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to export and how; see launch/export.py for the meaning of each.
+    """What to export and how; see scaleup export for the meaning of each.
 
     calibrate: "dev", "test" or a file with the columns of the run's own. max_shard_bytes: of one weights file.
     """

@@ -157,7 +157,7 @@ def memory_line(states: States) -> str:
         f" gradients {states.gradients / mib:,.0f}, optimizer {states.optimizer / mib:,.0f}"
         + (f", gathered weights {states.gathered / mib:,.0f}" if states.gathered else "")
         + (f"; {states.host / mib:,.0f} in CPU memory" if states.host else "")
-        + " (launch/plan.py counts all)"
+        + " (scaleup plan counts all)"
     )
 
 

@@ -154,7 +154,8 @@ def visible() -> dict[str, str]:
 
 def script(name: str, *words: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / name), *words],
+        [sys.executable, "-m", "scaleup", name, *words],
+        cwd=ROOT,
         env=visible(),
         capture_output=True,
         text=True,
@@ -207,13 +208,13 @@ def test_the_entry_script_learns_on_the_gpu_and_resumes(workspace, tmp_path, run
         *more,
         family=family,
     )
-    done = script("train.py", *asked)
+    done = script("train", *asked)
     assert "cuda" in done.stdout
     results = json.loads((out / "results.json").read_text())
     learned = losses(out)
     assert sum(learned[-8:]) < 0.9 * sum(learned[:8]), learned
     script(
-        "train.py",
+        "train",
         *(word.replace("max_steps=64", "max_steps=68") for word in asked),
         "train.resume=auto",
     )
@@ -222,10 +223,10 @@ def test_the_entry_script_learns_on_the_gpu_and_resumes(workspace, tmp_path, run
 
 def test_a_run_on_the_gpu_is_exported_and_gives_the_same_answers(workspace, tmp_path):
     out = tmp_path / "run"
-    script("train.py", *overrides(workspace, out, "train.max_steps=8", "train.disable_tqdm=true"))
+    script("train", *overrides(workspace, out, "train.max_steps=8", "train.disable_tqdm=true"))
     for kind in ("exact", "standalone", "merged"):
         script(
-            "export.py",
+            "export",
             "--checkpoint",
             str(out / "best"),
             "--kind",
@@ -241,7 +242,7 @@ def test_a_run_on_the_gpu_is_exported_and_gives_the_same_answers(workspace, tmp_
 def test_a_language_model_learns_and_writes_on_the_gpu(workspace, tmp_path):
     out = tmp_path / "run"
     script(
-        "train.py",
+        "train",
         *writing(
             workspace,
             out,

@@ -13,9 +13,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from launch import export as script
 from scaleup import errors
 from scaleup.backbone import loading as backbones
+from scaleup.cli import main
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.export import calibrate, export, fold
 from scaleup.export import folder as ship
@@ -412,11 +412,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(workspace, tmp_path):
         ),
     ],
 )
-def test_arguments_without_meaning_are_refused(tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["export.py", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), *words],
-    )
-    assert script.main() == 2
+def test_arguments_without_meaning_are_refused(tmp_path, capsys, words, message):
+    arguments = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -9,19 +9,18 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import psutil
 import pytest
 
-import launch.sweep
+from scaleup.cli import main
 from scaleup.errors import ConfigError
 from scaleup.experiments import claims as claiming
 from scaleup.experiments import grid, machine, sweep
 from scaleup.experiments.claims import Claims
-from scaleup.experiments.grid import Trial, Sweep
+from scaleup.experiments.grid import Sweep, Trial
 from scaleup.experiments.sweep import Sweeper
 from scaleup.settings import schema as config
 from scaleup.settings.schema import to_yaml
@@ -740,20 +739,17 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(wo
 # The script
 
 
-def script(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
-    return launch.sweep.main()
+def script(*arguments: str) -> int:
+    return main(["sweep", *arguments])
 
 
-def test_the_script_says_what_is_missing_and_what_is_wrong(
-    workspace, tmp_path, monkeypatch, capsys
-):
+def test_the_script_says_what_is_missing_and_what_is_wrong(workspace, tmp_path, capsys):
     path = str(sweep_file(workspace, tmp_path))
     (tmp_path / "runs" / "films-64-lora-0").mkdir(parents=True)
     trial = grid.load(path).trials[0]
     (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
     (trial.folder / "results.json").write_text("{}")
-    assert script(monkeypatch, path, "--dry-run") == 0
+    assert script(path, "--dry-run") == 0
     screen = capsys.readouterr().out
     assert (
         "2 runs, 2 of them here, 1 done" in screen
@@ -761,15 +757,12 @@ def test_the_script_says_what_is_missing_and_what_is_wrong(
         and "missing    films-64-apl-0" in screen
     )
     assert (
-        script(monkeypatch, path, "--shard", "3/2") == 2
+        script(path, "--shard", "3/2") == 2
         and "error: 1 problem:\n  - --shard: 3/2" in capsys.readouterr().err
     )
     assert (
-        script(monkeypatch, path, "model.name=/no/such") == 2
+        script(path, "model.name=/no/such") == 2
         and "every run: model.name: no folder /no/such" in capsys.readouterr().err
     )
     shutil.rmtree(tmp_path / "runs")
-    assert (
-        script(monkeypatch, path, "--jobs", "0") == 2
-        and "--jobs: 0 runs at once" in capsys.readouterr().err
-    )
+    assert script(path, "--jobs", "0") == 2 and "--jobs: 0 runs at once" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 import statistics
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-import launch.report
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import sharded as weights
 from scaleup.backbone.method import apply_method
+from scaleup.cli import main
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import ConfigError
@@ -863,7 +862,7 @@ def test_no_title_of_a_heat_map_is_wider_than_the_picture(monkeypatch, tmp_path)
         titles = [figure._suptitle, *(axes.title for axes in figure.axes)]
         boxes = [title.get_window_extent() for title in titles if title.get_text()]
         assert len(boxes) == 1 + len(heats) and all(
-            0 <= box.x0 and box.x1 <= figure.bbox.width for box in boxes
+            box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes
         )
 
 
@@ -1015,8 +1014,7 @@ def test_gates_of_two_stacks_stand_apart():
 
 def test_the_script_reports_and_refuses(small, tmp_path, monkeypatch, capsys):
     def script(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
-        return launch.report.main()
+        return main(["report", *arguments])
 
     assert script("table1", "--runs", str(small)) == 0 and "Table 1" in capsys.readouterr().out
     assert (small / "report" / "table1.png").is_file()

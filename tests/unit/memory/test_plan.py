@@ -5,6 +5,8 @@ import json
 import pathlib
 import random
 import subprocess
+import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -91,13 +93,14 @@ def settings(workspace: pathlib.Path, *more: str, family: str = "bert") -> confi
     return config.load(None, overrides(workspace, *more, family=family), checks=CHECKS)
 
 
-def script(
-    *arguments: str, file: str = "launch/plan.py", processes: int = 1, **env: str
-) -> subprocess.CompletedProcess:
-    words = command(ROOT / file, arguments, processes)
+def start(words: Sequence[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
-        words, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment(**env)
+        words, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment()
     )
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess:
+    return start([sys.executable, "-m", "scaleup", "plan", *arguments])
 
 
 @pytest.mark.distributed
@@ -123,9 +126,8 @@ def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_pa
         for row in plan.make_plan(settings(workspace, *more), 2, "cpu", configured=True).rows
         if row.chosen
     )
-    result = script(
-        str(tmp_path / "found"), *overrides(workspace, *more), file="tests/measured.py", processes=2
-    )
+    measured = ROOT / "tests" / "utils" / "measured.py"
+    result = start(command(measured, [str(tmp_path / "found"), *overrides(workspace, *more)], 2))
     for rank in (0, 1):
         path = tmp_path / f"found.{rank}.json"
         assert path.is_file(), result.stderr[-3000:]
@@ -260,13 +262,13 @@ def test_quantised_weights_take_what_bitsandbytes_takes(kind):
     [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("512 MiB", 2**29), ("1.5G", 3 * 2**29)],
 )
 def test_amounts_of_memory(text, size):
-    assert io.parse_bytes(text) == size
+    assert io.parse_bytes(text, "--gpu-memory") == size
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 bananas", "", "1e3G"])
 def test_what_is_no_amount_of_memory(text):
-    with pytest.raises(errors.ConfigError, match="--gpu-memory"):
-        io.parse_bytes(text)
+    with pytest.raises(errors.ConfigError, match="--max-shard-size"):
+        io.parse_bytes(text, "--max-shard-size")
 
 
 def test_automatic_deepspeed_settings_are_those_of_transformers(tmp_path):

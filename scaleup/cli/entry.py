@@ -1,0 +1,83 @@
+"""The entry point of all commands."""
+
+import argparse
+import functools
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import scaleup
+from scaleup.cli.exit_codes import run_command
+
+COMMANDS = {
+    "train": "train one model as a YAML config says",
+    "plan": "predict the memory that a run will need",
+    "export": "turn a checkpoint into a folder for others to load",
+    "sweep": "run a grid of methods, tasks, training set sizes and seeds",
+    "report": "make tables and figures from finished runs",
+    "bench": "compare the speed and memory of the methods",
+    "schema": "write the JSON schema of the config files",
+}
+HELP_COLUMNS = 100
+HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=HELP_COLUMNS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after the program's name; those of this process if None.
+
+    Returns:
+        The exit code, see `scaleup.cli.exit_codes`.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    name = _parser().parse_args(words[:1]).command
+    command = importlib.import_module(f"scaleup.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"scaleup {name}",
+        description=command.__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        conflict_handler="resolve",  # `train` has its own --help
+    )
+    command.configure(parser)
+    # argparse cannot mix positional words with flags where there are subcommands.
+    parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
+    options = parse(words[1:])
+    _quiet_libraries()
+    return run_command(name, command.run, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scaleup",
+        description=f"{scaleup.__doc__.splitlines()[0]}\n\ncommands:\n"
+        + "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items()),
+        epilog="`scaleup COMMAND --help` describes a command.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
+    parser.add_argument("--version", action="version", version=scaleup.__version__)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Silence what other libraries say about themselves. Call this before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # PEFT imports bitsandbytes wherever it is installed, which then misses an optional kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def hide_progress_bars() -> None:
+    """Hide the progress bars of transformers and datasets."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,63 @@
+"""What a command prints when it fails, and with which code it exits.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 0, or SCALEUP_EXIT_STOPPED | stopped from outside (SIGTERM, SIGUSR1), and everything is saved |
+| 1 | the command could not finish; what it saved before remains |
+| 2 | the config, the data or an argument must change |
+| 130 | interrupted (Ctrl-C) |
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from scaleup.errors import ConfigError, Preempted, ScaleupError
+
+DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
+# These commands only read the files that they are given, so a bad path is the user's to change.
+OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE}
+
+
+def stopped_code() -> int:
+    """Return the exit code of a command that was stopped from outside and has saved its state."""
+    return int(os.environ.get("SCALEUP_EXIT_STOPPED", DONE))
+
+
+def run_command(
+    name: str, command: Callable[[argparse.Namespace], int], options: argparse.Namespace
+) -> int:
+    """Run a command, print the error that ends it, and return its exit code.
+
+    Errors that are not listed here are bugs and keep their traceback.
+    """
+    try:
+        return command(options)
+    except ConfigError as error:
+        # Every host prints its own problems, because the files of one host only may be at fault.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            count = len(error.problems)
+            heading = f"{count} problem{'s' * (count > 1)}:"
+            _print_error("\n  - ".join([heading, *error.problems]))
+        return MUST_CHANGE
+    except Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return stopped_code()
+    except ScaleupError as error:
+        _print_error(str(error))
+        return FAILED
+    except OSError as error:
+        path = f": {error.filename}" if error.filename else ""
+        _print_error(f"{error.strerror or error}{path}")
+        return OS_ERROR_CODES.get(name, FAILED)
+    except KeyboardInterrupt:
+        advice = "; continue with train.resume=auto" if name == "train" else ""
+        print(f"interrupted{advice}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)

@@ -1,0 +1,203 @@
+"""Turn a checkpoint into a folder for others to load, and measure what the export costs.
+
+    scaleup export --checkpoint RUN/best --output DIR
+        exact: a small adapter checkpoint for PEFT with scaleup
+    scaleup export --checkpoint RUN/best --kind standalone --output DIR
+        a transformers folder that needs neither PEFT nor scaleup
+    scaleup export --checkpoint RUN/best --kind merged --output DIR
+        such a folder with constant gates, which is faster but not exact
+
+DIR/export.json holds the measurements: logits, metric, agreement, sizes, times and, for merged, the
+mean and spread of every gate. The command needs no GPU and no other process.
+
+Exit codes: 0 done; 1 the export failed its verification or lost more than --max-metric-drop, and
+nothing was kept; 2 an argument must change; 130 interrupted.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from typing import Any
+
+from scaleup.cli.exit_codes import DONE
+from scaleup.errors import ConfigError
+from scaleup.io import parse_bytes
+
+# Options without effect on an export of this kind.
+IDLE = {
+    "exact": ("examples", "prune", "dtype", "max_shard_size"),
+    "standalone": ("examples", "prune"),
+    "merged": (),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        required=True,
+        metavar="RUN/best",
+        help="adapter checkpoint: best/, final/ or checkpoint-N/ of a run",
+    )
+    parser.add_argument(
+        "--kind", choices=tuple(IDLE), default="exact", help="see above (default: exact)"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write, which must not exist",
+    )
+    parser.add_argument(
+        "--config",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="config.yaml of the run (default: the one beside the checkpoint)",
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="folder or hub id of the backbone, if it is no longer where the run had it",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        default="dev",
+        help="data to measure the gates and the export on: dev, test, or a file with the columns "
+        "of the run's data (default: dev)",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="merged: number of examples to measure the gates on (default: 256)",
+    )
+    parser.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        help="merged: leave out prefixes and adapters that change less than this share of what "
+        "they are added to (default: 0)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: as the run stored them)",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="2GB", help="largest size of a weights file (default: 2GB)"
+    )
+    parser.add_argument(
+        "--max-metric-drop",
+        type=float,
+        metavar="POINTS",
+        help="largest loss of the metric, in points of 100 (default: 1.0)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the export in a new process, compare its logits and score it",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export, and print what was measured. Returns the exit code."""
+    # Of the processes that `accelerate launch` starts, one is enough.
+    if os.environ.get("RANK", "0") != "0":
+        return DONE
+    # DeepSpeed is only imported here; without this variable it warns while it looks for devices.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from scaleup.cli.entry import hide_progress_bars
+    from scaleup.export import export
+
+    hide_progress_bars()
+    problems = _problems(options)
+    chosen = {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name != "max_shard_size"
+    }
+    if options.max_shard_size is not None:
+        try:
+            chosen["max_shard_bytes"] = parse_bytes(options.max_shard_size, "--max-shard-size")
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    report = export.run(
+        export.Options(**chosen), lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    print(*_summary(report, options.output), sep="\n")
+    return DONE
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the arguments, without a look at the run."""
+    problems = [
+        f"--{name.replace('_', '-')}: has no effect with --kind {options.kind}; leave it out"
+        for name in IDLE[options.kind]
+        if getattr(options, name) is not None
+    ]
+    if options.max_metric_drop is not None and not options.verify:
+        problems.append(
+            "--max-metric-drop: nothing is scored with --no-verify; leave one of them out"
+        )
+    if options.examples is not None and options.examples < 1:
+        problems.append(f"--examples: {options.examples}; it takes at least 1")
+    for name in ("prune", "max_metric_drop"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            problems.append(f"--{name.replace('_', '-')}: {value:g}; it takes 0 or more")
+    if options.calibrate not in ("dev", "test") and not os.path.isfile(options.calibrate):
+        problems.append(f"--calibrate: {options.calibrate} is neither dev, test nor a file")
+    return problems
+
+
+def _summary(report: dict[str, Any], output: pathlib.Path) -> list[str]:
+    """Return the lines that describe a finished export."""
+    sizes = report["bytes"]
+    lines = [
+        f"{report['kind']:<10} {output}: {sizes['weights'] / 1e6:.1f} MB of weights "
+        f"(the checkpoint: {sizes['checkpoint'] / 1e6:.1f} MB), gates {report['gates']}"
+    ]
+    if report["kind"] != "exact":
+        remote = report["remote_code"]
+        way = "trust_remote_code=True" if remote else "plain transformers, no remote code"
+        lines.append(f"loads with {way}")
+    if report["calibration"] is not None:
+        gates = report["calibration"]["gates"]
+        dropped = sum(gate["dropped"] for gate in gates)
+        line = (
+            f"gates      {len(gates)} measured on {report['calibration']['examples']} examples, "
+            f"{dropped} dropped"
+        )
+        if gates:
+            widest = max(gates, key=lambda gate: gate["spread"])
+            place = f"{widest['part']} at {widest['site']}"
+            line += f"; widest spread {widest['spread']:.3f} ({place})"
+        lines.append(line)
+    if "proof" in report:
+        lines += _verification_lines(report["proof"])
+    return lines
+
+
+def _verification_lines(proof: dict[str, Any]) -> list[str]:
+    metric, milliseconds = proof["metric"], proof["milliseconds_per_batch"]
+    logits = proof["logit_difference"]
+    score = (
+        f"{metric['name']:<10} {metric['before']:.2f} before, {metric['after']:.2f} after "
+        f"on {proof['data']} ({proof['examples']} examples)"
+    )
+    if proof["agreement"] is not None:
+        score += f", {100 * proof['agreement']:.1f}% of predictions the same"
+    return [
+        score,
+        f"logits     moved by at most {logits['max']:.2g}, {logits['mean']:.2g} on average; "
+        f"reloaded to within {proof['reload_difference']:.2g}",
+        f"time       {milliseconds['before']:.1f} ms per batch of 16 before, "
+        f"{milliseconds['after']:.1f} after (one process after the other, not side by side)",
+    ]

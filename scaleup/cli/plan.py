@@ -1,0 +1,76 @@
+"""Predict the memory of a run per process, for every ZeRO stage and kind of weights.
+
+    scaleup plan --config configs/bart_large.yaml --world 16 --gpu-memory 24GiB
+
+No weights are loaded and no GPU is needed. Exit codes: 0 the plan is made; 1 the run as configured
+does not fit into --gpu-memory; 2 the config, the data or an argument must change (one message lists
+everything); 130 interrupted.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+
+from scaleup.cli.exit_codes import DONE, FAILED
+from scaleup.cli.train import add_config_arguments
+from scaleup.errors import ConfigError
+from scaleup.io import parse_bytes, write_json
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--world",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes, one for each GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--gpu-memory", metavar="24GiB", help="memory of one device; the plan says what fits"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="device that the run will use, wherever the plan is made (default: cuda)",
+    )
+    parser.add_argument(
+        "--configured",
+        action="store_true",
+        help="plan only the configured ZeRO stage and kind of weights, which is quicker",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan. Returns the exit code."""
+    # DeepSpeed is only imported here; without this variable it warns while it looks for devices.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from scaleup.memory import plan
+    from scaleup.settings.schema import load
+    from scaleup.training.preflight import CHECKS
+
+    problems, limit = [], None
+    if options.world < 1:
+        problems.append(f"--world: {options.world} processes; it takes at least 1")
+    if options.json == "":
+        problems.append("--json: no file is named")
+    elif options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
+        problems.append(f"--json: no folder {os.path.dirname(options.json)}")
+    try:
+        limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else None
+    except ConfigError as error:
+        problems += error.problems
+    settings = load(options.config, options.overrides, checks=(*CHECKS, lambda _: problems))
+    report_progress = functools.partial(print, file=sys.stderr, flush=True)
+    made = plan.make_plan(
+        settings, options.world, options.device, limit, options.configured, report_progress
+    )
+    print(*plan.table(made), sep="\n")
+    if options.json:
+        write_json(pathlib.Path(options.json), plan.as_json(made))
+    return DONE if made.fits else FAILED

@@ -1,0 +1,34 @@
+"""Write the JSON schema of the config files, with which editors complete and check them.
+
+scaleup schema --output configs/schema.json
+"""
+
+import argparse
+import json
+import pathlib
+
+from scaleup.cli.exit_codes import DONE
+from scaleup.io import write_text
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="file to write (default: print the schema)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write or print the schema. Returns the exit code."""
+    from scaleup.settings.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+    if options.output is None:
+        print(text, end="")
+    else:
+        write_text(options.output, text)
+        print(f"{options.output}: written")
+    return DONE

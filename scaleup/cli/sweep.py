@@ -1,0 +1,108 @@
+"""Run a grid of method × task × training set size × data seed, several runs at once.
+
+    scaleup sweep configs/sweeps/minilm.yaml --jobs 2 --only 'cola-*' train.num_train_epochs=5
+
+The file is described in scaleup/experiments/grid.py. Every run's config is checked before the first
+run starts. A sweep that was stopped goes on where it stopped when it is started again.
+
+Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM and saved (SCALEUP_EXIT_STOPPED
+can name another code); 1 some runs are missing, because they failed twice or another sweep has
+them; 2 something must change (one message lists everything); 130 interrupted.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+
+from scaleup.cli.exit_codes import DONE, FAILED, INTERRUPTED, stopped_code
+from scaleup.errors import ConfigError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("file", help="YAML file of the sweep")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="largest number of runs at once (default: what cores and memory allow)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only trials with such a name, like 'cola-100-*' (repeatable)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        help="the i-th of n parts of the grid, counted from 1, for job arrays",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check every config, say what is done and what is missing, and exit",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of every run, which override everything in the file",
+    )
+
+
+class Screen:
+    """Lines that stay and, on a terminal, a last line that changes."""
+
+    def __init__(self) -> None:
+        self.shown, self.terminal = "", sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        print(("\r\033[K" if self.shown else "") + line, flush=True)
+        self.shown = ""
+
+    def show(self, line: str) -> None:
+        """Replace the last line."""
+        line = line[: shutil.get_terminal_size().columns - 1]
+        if self.terminal and line != self.shown:
+            print(f"\r\033[K{line}", end="", flush=True)
+            self.shown = line
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the trials that are missing. Returns the exit code."""
+    from scaleup.experiments import grid, machine, sweep
+
+    screen = Screen()
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
+    checked = grid.load(options.file, options.overrides)
+    trials = grid.select(checked.trials, options.only, options.shard)
+    missing = [trial for trial in trials if not trial.finished]
+    places = machine.Places(options.jobs, checked.threads)
+    screen.say(
+        f"sweep      {options.file}: {len(checked.trials)} runs, {len(trials)} of them here, "
+        f"{len(trials) - len(missing)} done"
+    )
+    cores = f"{checked.threads} core{'s' * (checked.threads > 1)}"
+    screen.say(f"machine    {places.count} at once, {cores} each, while memory holds")
+    screen.say(f"output     {checked.output}")
+    if options.dry_run:
+        for trial in missing:
+            print(f"missing    {trial.name}")
+        return DONE
+    sweeper = sweep.Sweeper(checked, trials, options.jobs, screen.say, screen.show)
+    complete = sweeper.run()
+    if sweeper.stopping is None:
+        screen.say(sweeper.progress())
+    if sweeper.elsewhere:
+        names = ", ".join(trial.name for trial in sweeper.elsewhere)
+        screen.say(f"elsewhere  {names}: another sweep has them ({checked.output / '.claims'})")
+    for name, why in sweeper.failed.items():
+        print(f"failed     {name}: {why}", file=sys.stderr)
+    if sweeper.stopping is not None:
+        return INTERRUPTED if sweeper.stopping == signal.SIGINT else stopped_code()
+    return DONE if complete else FAILED

@@ -1,0 +1,108 @@
+"""Train one model as a YAML config says.
+
+    scaleup train --config configs/quickstart.yaml train.max_steps=20
+    accelerate launch launch/train.py --config configs/quickstart.yaml
+
+Exit codes: 0 done, or stopped from outside (SIGTERM, SIGUSR1) and saved; 1 the run could not go on,
+and what it saved remains; 2 the config or the data must change (one message lists everything);
+130 interrupted. Set SCALEUP_EXIT_STOPPED to another code than 0 for stopped runs if your scheduler
+starts a job again only after a failure (launch/slurm and launch/k8s use 75).
+"""
+
+import argparse
+import os
+import signal
+import sys
+from typing import Any
+
+from scaleup.cli.exit_codes import DONE, FAILED, run_command, stopped_code
+from scaleup.errors import RunError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config and the overrides, which `train` and `plan` share."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the sections model, method, data and train"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the resolved config and exit"
+    )
+    parser.add_argument(
+        "-h", "--help", action=_HelpWithSettings, nargs=0, help="show this and every setting"
+    )
+
+
+class _HelpWithSettings(argparse.Action):
+    """Print the help and every setting. The settings take seconds to import."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from scaleup.cli.entry import HELP_COLUMNS
+        from scaleup.settings.schema import describe
+
+        print(parser.format_help() + "\n" + describe(HELP_COLUMNS))
+        parser.exit()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, and leave the other processes of the run in good order. Returns the exit code."""
+    launcher = os.getppid()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_early)
+    try:
+        return _run_and_leave(options, launcher)
+    except _StoppedEarly as stopped:
+        print(f"stopped by {stopped} before the first step; nothing was lost", file=sys.stderr)
+        return stopped_code()
+
+
+class _StoppedEarly(BaseException):
+    """A SIGTERM or SIGUSR1 that arrived before there was anything to save."""
+
+
+def _stop_early(number: int, frame: object) -> None:
+    raise _StoppedEarly(signal.Signals(number).name)
+
+
+def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
+    from scaleup.training import distributed, watchdog
+
+    distributed.die_with_launcher(launcher)
+    code = FAILED
+    try:
+        code = run_command("train", _train, options)
+    finally:
+        # To the other processes, a process that was stopped and has saved is no failure.
+        watchdog.stop(DONE if code == stopped_code() else code)
+    # After a failure other processes may be gone, and leaving the group could wait for them.
+    if code in (DONE, stopped_code()):
+        distributed.leave()
+    return code
+
+
+def _train(options: argparse.Namespace) -> int:
+    from scaleup.settings.schema import load, to_yaml
+    from scaleup.training import distributed, watchdog
+    from scaleup.training.preflight import CHECKS
+    from scaleup.training.run import run as train
+
+    settings = load(options.config, options.overrides, checks=CHECKS)
+    if options.print_config:
+        print(to_yaml(settings), end="")
+        return DONE
+    distributed.respawn(sys.argv[0], sys.argv[1:])
+    try:
+        train(settings)
+    except RuntimeError as error:
+        lost = watchdog.lost_connection(error)
+        if lost is None:
+            raise
+        raise RunError(lost) from error
+    return DONE

@@ -1,0 +1,150 @@
+"""The command line: help without slow imports, one error printer, one table of exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import scaleup
+from scaleup.cli import main
+from scaleup.cli.entry import COMMANDS
+from scaleup.cli.exit_codes import run_command, stopped_code
+from scaleup.errors import CheckpointError, ConfigError, ExportError, Preempted, RunError
+from tests.utils.workspace import ROOT, environment
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=environment(**variables),
+    )
+
+
+def test_help_is_quick():
+    begin = time.perf_counter()
+    result = python("-m", "scaleup", "--help")
+    assert time.perf_counter() - begin < 5
+    assert result.returncode == 0 and not result.stderr
+    assert all(f"  {name}" in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_fits_100_columns_and_imports_no_model_library(words):
+    script = (
+        "import sys\n"
+        "from scaleup.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])\n"
+    )
+    result = python("-c", script, *words)
+    *shown, imported = result.stdout.splitlines()
+    assert result.returncode == 0 and not result.stderr and len(shown) > 3
+    assert max(map(len, shown)) <= 100
+    # Only the help of `train` lists the settings, which come from these libraries.
+    assert (imported == "[]") == (words[0] != "train")
+
+
+def test_the_help_of_train_groups_every_setting_by_section(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0
+    places = [shown.index(f"\n{name}: ") for name in ("model", "method", "data", "train")]
+    assert places == sorted(places)
+    assert "  method.adapter_size" in shown and "--print-config" in shown
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{scaleup.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["tain"], ["train", "--cofig", "x"], ["plan", "--world", "many"]], ids=" ".join
+)
+def test_arguments_of_another_shape_are_refused_with_exit_code_2(words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2 and "usage: scaleup" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ConfigError("train.seed: bad"), 2, "error: 1 problem:\n  - train.seed: bad\n"),
+        (ConfigError(["a: 1", "b: 2"]), 2, "error: 2 problems:\n  - a: 1\n  - b: 2\n"),
+        (RunError("out of memory"), 1, "error: out of memory\n"),
+        (CheckpointError("no manifest"), 1, "error: no manifest\n"),
+        (ExportError("logits differ"), 1, "error: logits differ\n"),
+        (Preempted("stopped at step 3"), 0, "stopped at step 3\n"),
+        (FileNotFoundError(2, "No such file", "x.yaml"), None, "error: No such file: x.yaml\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_command_prints_errors_alike(monkeypatch, capsys, name, error, code, printed):
+    for variable in ("RANK", "LOCAL_RANK", "SCALEUP_EXIT_STOPPED"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def command(options):
+        raise error
+
+    expected = (2 if name in ("plan", "report") else 1) if code is None else code
+    assert run_command(name, command, None) == expected
+    assert capsys.readouterr().err.startswith(printed)
+
+
+def test_only_the_first_process_of_a_host_prints_problems_of_the_config(monkeypatch, capsys):
+    def command(options):
+        raise ConfigError("train.seed: bad")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command("train", command, None) == 2 and not capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def command(options):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command("train", command, None)
+
+
+def test_the_environment_chooses_the_exit_code_of_a_stopped_run(monkeypatch):
+    monkeypatch.setenv("SCALEUP_EXIT_STOPPED", "75")
+    assert stopped_code() == 75
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "scaleup", "train"], ["launch/train.py"]], ids=["module", "script"]
+)
+def test_the_resolved_config_is_printed_without_noise(start, tmp_path):
+    words = ["data.name=rte", "model.name=org/model", f"train.output_dir={tmp_path / 'run'}"]
+    result = python(*start, *words, "--print-config")
+    assert result.returncode == 0 and not result.stderr
+    assert "adapter_size: 48" in result.stdout
+
+
+def test_a_misspelt_key_is_answered_without_noise():
+    result = python("-m", "scaleup", "train", "data.name=rte", "train.lerning_rate=1")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error: 1 problem:\n  - train.lerning_rate: unknown setting")
+
+
+def test_the_schema_is_written_or_printed(tmp_path, capsys):
+    assert main(["schema"]) == 0
+    printed = capsys.readouterr().out
+    assert main(["schema", "--output", str(tmp_path / "schema.json")]) == 0
+    assert (tmp_path / "schema.json").read_text(encoding="utf-8") == printed
+    assert json.loads(printed)["title"] == "scaleup run"
