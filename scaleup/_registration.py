@@ -1,8 +1,8 @@
-"""Register UNIPELT with PEFT, whichever of the two packages is imported first, without importing PEFT.
+"""Register UNIPELT with PEFT in either order of the two imports, without importing PEFT.
 
 If PEFT has been imported, `register` registers at once. Otherwise a finder on `sys.meta_path` waits
-for PEFT: it leaves the search to the other finders and only makes the loader that they return import
-`scaleup.unipelt` after it has executed PEFT.
+for PEFT: it leaves the search to the other finders and only makes the loader that they return
+import `scaleup.unipelt` after it has executed PEFT.
 """
 
 import importlib
@@ -19,7 +19,7 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return PEFT's own spec with a loader that also registers. Safe to call without loading."""
+        """Return PEFT's own spec, whose loader then also registers; loads nothing."""
         if name != "peft":
             return None
         finders = (finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder))

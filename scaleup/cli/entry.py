@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.configure(parser)
     # argparse cannot mix positional words with flags where there are subcommands.
     parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
-    options = parse(words[1:])
     _quiet_libraries()
+    options = parse(words[1:])
     return run_command(name, command.run, options)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import os
 import re
+import textwrap
 import types
 import typing
 from typing import Annotated, Any, Callable, Literal
@@ -467,14 +468,18 @@ def to_yaml(settings: Settings) -> str:
     return yaml.dump(settings.dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def describe() -> str:
-    """Every setting with its type, default and meaning, for `--help`."""
+def describe(columns: int = 100) -> str:
+    """Describe every setting with its default, by section, in lines of at most `columns`."""
     lines = []
     for name, cls in SECTIONS.items():
-        lines.append(f"\n{name}: {(cls.__doc__ or '').strip()}")
+        lines += ["", *textwrap.wrap(f"{name}: {cls.__doc__}", columns)]
         for field, info in (_Train if name == "train" else cls).model_fields.items():
             default = "" if info.default is None else f" [{info.get_default()}]"
-            lines.append(f"  {name}.{field}{default}  {info.description}")
+            lines.append(f"  {name}.{field}{default}")
+            indent = " " * 6
+            lines += textwrap.wrap(
+                info.description or "", columns, initial_indent=indent, subsequent_indent=indent
+            )
     return "\n".join(lines)
 
 
