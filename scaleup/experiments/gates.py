@@ -1,284 +1,240 @@
-"""A report on what runs' gates do: layer × submodule, by class and by example; of several runs, side by side.
+"""Report what the gates of runs do: by layer and submodule, by class and by example.
 
-lines = report(["runs/one", "runs/other"], None, output)
+`lines = report(["runs/one", "runs/other"], None, output)`
 """
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from scaleup.errors import ConfigError
-from scaleup.experiments import gate_views as gateviews
-from scaleup.experiments import plots as figures
-from scaleup.experiments import tables
-from scaleup.experiments.plots import Heat
+from scaleup.experiments.gate_values import Gates, from_pass, from_results
+from scaleup.experiments.plots import Heat, draw_heats
 from scaleup.experiments.results import read
+from scaleup.experiments.tables import grid
 from scaleup.io import write_text
 
-EXTREMES = 5  # examples shown at each end
-PICTURED = 40  # examples in the picture
+EXTREMES = 5  # examples to show at each end
+PICTURED = 40  # examples in the heat map
 
 
-def report(folders: Sequence[str], which: str | None, output: pathlib.Path) -> list[str]:
-    """Writes gates.md, gates.csv, gates.png, where examples were looked at also gates_classes.png, gates_examples.csv and .png, and
-    of two runs gates_difference.png; what to print. which: train, dev, test or a file; None: the development set if the run's best
-    bundle, backbone and data are still there, else only what the run itself wrote.
+def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> list[str]:
+    """Write a report on the gates of runs.
 
-    Raises ConfigError with what is wrong with the runs or the data.
+    The report is gates.md, gates.csv and gates.png. With the gates of examples it also has
+    gates_classes.png, gates_examples.csv and gates_examples.png; for two runs it also has
+    gates_difference.png.
+
+    Args:
+        paths: folders of finished runs, or rows of a table of runs: TABLE.csv/TRIAL.
+        which: train, dev, test or a file. None: the development set if the run's best checkpoint,
+            backbone and data still exist, else the statistics that the run wrote.
+        output: the folder to write into.
+
+    Returns:
+        The lines to print.
+
+    Raises:
+        ConfigError: with what is wrong with the runs or the data.
     """
-    found, views, notes = [], [], []
-    for folder in folders:
-        path = pathlib.Path(folder) / "results.json"
-        if not path.is_file():
+    runs = []
+    for path in map(pathlib.Path, paths):
+        file = path if path.parent.is_file() else path / "results.json"
+        if not path.parent.is_file() and not file.is_file():
             raise ConfigError(
-                f"--run: {folder} has no results.json; it takes the folder of a finished run"
+                f"--run: {path} has no results.json; it takes the folder of a finished run"
             )
-        found.append(read(path))
-    alike = len({run.folder.name for run in found}) < len(found)
-    for run in found:
-        name = str(run.folder) if alike else run.folder.name
+        runs.append(read(file))
+    ambiguous = len({run.folder.name for run in runs}) < len(runs)
+    collected, notes = [], []
+    for run in runs:
+        name = str(run.folder) if ambiguous else run.folder.name
         try:
-            views.append(gateviews.from_pass(run, name, which or "dev"))
+            collected.append(from_pass(run, name, which or "dev"))
         except ConfigError as error:
             if which is not None or not run.results["gates"]:
                 raise
-            views.append(gateviews.from_results(run, name))
+            collected.append(from_results(run, name))
             notes.append(f"No view by class or example: {error.problems[0]}")
-    if len({run.backbone for run in found}) > 1:
-        notes.append(
-            f"The runs have different backbones: {', '.join(f'{run.folder.name} {run.backbone}' for run in found)}."
-        )
-    lines = [
-        "# Gates",
-        "",
-        "Mean of each gate over the examples, its standard deviation over them as subscript.",
-        *(f"\n{note}" for note in notes),
-    ]
-    printed = []
-    for view in views:
-        lines += ["", f"## {view.title}", "", *_grid(view.columns, view.rows, _pairs(view))]
-        printed += [view.title, *_plain(view), ""]
-        for label in view.classes:
-            lines += [
-                "",
-                f"### Class {label} ({view.labels.count(label)} examples)",
-                "",
-                *_grid(view.columns, view.rows, view.of_class(label)),
-            ]
-        lines += _extremes(view) if view.each is not None else []
-    difference = _difference(views)
-    if difference is not None:
-        lines += [
-            "",
-            f"## {views[1].title} minus {views[0].title}",
-            "",
-            *_grid(difference.columns, difference.rows, difference.values, "{:+.3f}"),
-        ]
+    if len({run.backbone for run in runs}) > 1:
+        backbones = ", ".join(f"{run.folder.name} {run.backbone}" for run in runs)
+        notes.append(f"The runs have different backbones: {backbones}.")
+    difference = _difference(collected)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "gates.md", "\n".join(lines) + "\n")
-    write_text(output / "gates.csv", _gates_csv(views))
-    written = ["gates.md", "gates.csv", *_draw_gates(views, difference, output)]
-    if any(view.each is not None for view in views):
-        write_text(output / "gates_examples.csv", _examples_csv(views))
+    write_text(output / "gates.md", _markdown(collected, notes, difference))
+    write_text(output / "gates.csv", _statistics(collected).round(6).to_csv(index=False))
+    written = ["gates.md", "gates.csv", *_draw(collected, difference, output)]
+    if any(gates.each is not None for gates in collected):
+        write_text(output / "gates_examples.csv", _examples(collected).to_csv(index=False))
         written.append("gates_examples.csv")
-    return [*printed, *notes, f"written to {output}: {', '.join(written)}"]
+    screen = []
+    for gates in collected:
+        table = grid(_with_index(_cells(gates.mean, gates.std, "{:.3f} ±{:.3f}")), "plain")
+        screen += [gates.title, *table.splitlines(), ""]
+    return [*screen, *notes, f"written to {output}: {', '.join(written)}"]
 
 
-def _pairs(view: gateviews.View) -> list[list[str]]:
-    return [
-        ["–" if np.isnan(m) else f"{m:.3f}<sub>{s:.3f}</sub>" for m, s in zip(*both)]
-        for both in zip(view.mean, view.spread)
+def _cells(mean: pd.DataFrame, std: pd.DataFrame | None, form: str) -> pd.DataFrame:
+    """Return the text of each cell."""
+    frames = [mean] if std is None else [mean, std]
+    cells = [
+        ["–" if np.isnan(values[0]) else form.format(*values) for values in zip(*rows)]
+        for rows in zip(*(frame.to_numpy() for frame in frames))
     ]
+    return pd.DataFrame(cells, index=mean.index, columns=mean.columns)
 
 
-def _grid(
-    columns: Sequence[str], rows: Sequence[str], values: Any, form: str = "{:.3f}"
-) -> list[str]:
-    """A Markdown table; values: text, or numbers with NaN for none."""
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for name, row in zip(rows, values):
-        lines.append(
-            f"| {name} | "
-            + " | ".join(
-                v if isinstance(v, str) else "–" if np.isnan(v) else form.format(v) for v in row
-            )
-            + " |"
-        )
-    return lines
+def _with_index(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells.rename_axis("").reset_index()
 
 
-def _plain(view: gateviews.View) -> list[str]:
-    """For a terminal."""
-    width = max(map(len, view.rows))
-    lines = [" " * width + "".join(f"{column:>16}" for column in view.columns)]
-    for name, means, spreads in zip(view.rows, view.mean, view.spread):
-        lines.append(
-            name.ljust(width)
-            + "".join(
-                f"{'–' if np.isnan(m) else f'{m:.3f} ±{s:.3f}':>16}" for m, s in zip(means, spreads)
-            )
-        )
-    return lines
+def _markdown(collected: Sequence[Gates], notes: Sequence[str], difference: Heat | None) -> str:
+    parts = [
+        "# Gates",
+        "Mean of each gate over the examples, its standard deviation over them as subscript.",
+        *notes,
+    ]
+    for gates in collected:
+        cells = _cells(gates.mean, gates.std, "{:.3f}<sub>{:.3f}</sub>")
+        parts += [f"## {gates.title}", grid(_with_index(cells))]
+        for label in gates.classes:
+            cells = _cells(gates.of_class(label)[0], None, "{:.3f}")
+            parts.append(f"### Class {label} ({gates.labels.count(label)} examples)")
+            parts.append(grid(_with_index(cells)))
+        parts += _extremes(gates)
+    if difference is not None:
+        parts.append(f"## {collected[1].title} minus {collected[0].title}")
+        parts.append(grid(_with_index(_cells(difference.values, None, "{:+.3f}"))))
+    return "\n\n".join(parts) + "\n"
 
 
-def _extremes(view: gateviews.View) -> list[str]:
-    """For each submodule the examples that open its gates most and least, by the mean over layers."""
-    lines = ["", "### Examples", ""]
-    for j, column in enumerate(view.columns):
-        mean = np.nanmean(view.each[:, :, j], axis=1)
+def _extremes(gates: Gates) -> list[str]:
+    """Show the examples that open a submodule's gates most and least, by the mean over layers."""
+    if gates.each is None:
+        return []
+    parts = ["### Examples"]
+    for j, column in enumerate(gates.mean.columns):
+        mean = np.nanmean(gates.each[:, :, j], axis=1)
         order = np.argsort(mean, kind="stable")
-        lines += [
-            "",
-            f"{column}, mean over layers: the {EXTREMES} lowest and highest",
-            "",
-            "| gate | label | text |",
-            "|---:|---|---|",
-        ]
+        lines = []
         for i in dict.fromkeys([*order[:EXTREMES], *order[-EXTREMES:]]):
-            words = " ".join(view.texts[i].split()).replace("|", "\\|")
-            lines.append(
-                f"| {mean[i]:.3f} | {view.labels[i]} | {words[:120]}{'…' * (len(words) > 120)} |"
+            text = " ".join(gates.texts[i].split()).replace("|", "\\|")
+            text = text if len(text) <= 120 else f"{text[:120]}…"
+            lines.append([f"{mean[i]:.3f}", str(gates.labels[i]), text])
+        parts.append(f"{column}, mean over layers: the {EXTREMES} lowest and highest")
+        parts.append(
+            pd.DataFrame(lines, columns=["gate", "label", "text"]).to_markdown(
+                index=False, disable_numparse=True, colalign=("right", "left", "left")
             )
-    return lines
+        )
+    return parts
 
 
-def _difference(views: Sequence[gateviews.View]) -> Heat | None:
-    """The second of two runs minus the first, where both have a gate; None for one run or more than two."""
-    if len(views) != 2:
+def _difference(collected: Sequence[Gates]) -> Heat | None:
+    """Return the second of two runs minus the first, for the gates that both have."""
+    if len(collected) != 2:
         return None
-    rows, columns = (
-        [name for name in getattr(views[0], axis) if name in getattr(views[1], axis)]
-        for axis in ("rows", "columns")
-    )
-    one, two = (
-        [[view.mean[view.rows.index(r), view.columns.index(c)] for c in columns] for r in rows]
-        for view in views
-    )
+    one, other = (gates.mean for gates in collected)
+    rows = [row for row in one.index if row in other.index]
+    columns = [column for column in one.columns if column in other.columns]
     if not rows or not columns:
         raise ConfigError("--run: the two runs have no gate in common")
-    return Heat(
-        "second minus first",
-        rows,
-        columns,
-        np.array(two) - np.array(one),
-        [[""] * len(columns)] * len(rows),
-    )
+    return _plain_heat("second minus first", other.loc[rows, columns] - one.loc[rows, columns])
 
 
-def _gates_csv(views: Sequence[gateviews.View]) -> str:
-    rows = []
-    for view in views:
-        kinds = [("all", view.mean, view.spread)]
-        for label in view.classes:
-            chosen = view.each[[other == label for other in view.labels]]
-            kinds.append((label, chosen.mean(axis=0), chosen.std(axis=0)))
-        for kind, mean, spread in kinds:
-            rows += [
-                [
-                    view.title,
-                    kind,
-                    view.rows[i],
-                    view.columns[j],
-                    round(float(mean[i, j]), 6),
-                    round(float(spread[i, j]), 6),
-                ]
-                for i, j in np.argwhere(~np.isnan(mean))
-            ]
-    return tables.csv_text(("run", "examples", "layer", "gate", "mean", "std"), rows)
+def _plain_heat(title: str, values: pd.DataFrame) -> Heat:
+    """Return a heat map that shows its numbers and nothing else."""
+    return Heat(title, values, pd.DataFrame("", values.index, values.columns))
 
 
-def _examples_csv(views: Sequence[gateviews.View]) -> str:
-    """One line for each example, one column for each gate of any of the runs."""
-    rows, gates = [], {}
-    for view in (view for view in views if view.each is not None):
-        named = {
-            f"{view.rows[i]} {view.columns[j]}": (i, j)
-            for i, j in np.argwhere(~np.isnan(view.mean))
-        }
-        gates |= dict.fromkeys(named)
-        for n, (label, text) in enumerate(zip(view.labels, view.texts)):
-            rows.append(
-                (
-                    view.title,
-                    n,
-                    label,
-                    text,
-                    {name: round(float(view.each[n, i, j]), 6) for name, (i, j) in named.items()},
-                )
-            )
-    return tables.csv_text(
-        ("run", "example", "label", "text", *gates),
-        [[*line, *(values.get(name) for name in gates)] for *line, values in rows],
-    )
+def _statistics(collected: Sequence[Gates]) -> pd.DataFrame:
+    """Return mean and deviation of each gate, over all examples and over those of each class."""
+    frames = []
+    for gates in collected:
+        groups = {"all": (gates.mean, gates.std)}
+        groups |= {label: gates.of_class(label) for label in gates.classes}
+        for examples, (mean, std) in groups.items():
+            frame = pd.DataFrame({"mean": mean.stack(), "std": std.stack()})
+            frame = frame.dropna().rename_axis(["layer", "gate"]).reset_index()
+            frame.insert(0, "examples", examples)
+            frame.insert(0, "run", gates.title)
+            frames.append(frame)
+    return pd.concat(frames)
 
 
-def _draw_gates(
-    views: Sequence[gateviews.View], difference: Heat | None, output: pathlib.Path
-) -> list[str]:
-    """The pictures; their names."""
-    names = ["gates.png"]
-    notes = [
-        [["" if np.isnan(s) else f"±{s:.2f}" for s in row] for row in view.spread] for view in views
-    ]
-    heats = [
-        Heat(view.title, view.rows, view.columns, view.mean, note)
-        for view, note in zip(views, notes)
-    ]
-    figures.draw_heats(heats, "Gates: mean ± standard deviation over examples", output / names[0])
-    if difference is not None:
-        names.append("gates_difference.png")
-        figures.draw_heats(
-            [difference],
-            f"{views[1].title}\nminus {views[0].title}",
-            output / names[-1],
-            signed=True,
+def _by_gate(gates: Gates) -> pd.DataFrame:
+    """Return the values of the examples, with a column (gate, layer) for each gate."""
+    assert gates.each is not None
+    columns = {
+        (gates.mean.columns[j], gates.mean.index[i]): gates.each[:, i, j]
+        for j, i in np.argwhere(gates.mean.notna().to_numpy().T)
+    }
+    return pd.DataFrame(columns)
+
+
+def _examples(collected: Sequence[Gates]) -> pd.DataFrame:
+    """Return a line for each example, with a column for each gate of any of the runs."""
+    frames = []
+    for gates in (gates for gates in collected if gates.each is not None):
+        frame = _by_gate(gates).round(6)
+        frame.columns = [f"{layer} {gate}" for gate, layer in frame.columns]
+        head = pd.DataFrame(
+            {
+                "run": gates.title,
+                "example": range(len(frame)),
+                "label": gates.labels,
+                "text": gates.texts,
+            }
         )
-    looked = [view for view in views if view.each is not None]
-    by_class = [
-        Heat(
-            f"{v.title}\n{label}",
-            v.rows,
-            v.columns,
-            v.of_class(label) - v.mean,
-            [[""] * len(v.columns)] * len(v.rows),
-        )
-        for v in looked
-        for label in v.classes
-    ]
-    if by_class:
-        names.append("gates_classes.png")
-        figures.draw_heats(
-            by_class,
+        frames.append(pd.concat([head, frame], axis="columns"))
+    return pd.concat(frames)
+
+
+def _draw(collected: Sequence[Gates], difference: Heat | None, output: pathlib.Path) -> list[str]:
+    """Draw the heat maps and return their names."""
+    examined = [gates for gates in collected if gates.each is not None]
+    pictures = {
+        "gates.png": (
+            "Gates: mean ± standard deviation over examples",
+            [
+                Heat(gates.title, gates.mean, _cells(gates.std, None, "±{:.2f}"))
+                for gates in collected
+            ],
+        ),
+        "gates_difference.png": (
+            "\nminus ".join(gates.title for gates in reversed(collected)),
+            [difference] if difference is not None else [],
+        ),
+        "gates_classes.png": (
             "Gates by class, minus the mean over all examples",
-            output / names[-1],
-            signed=True,
-        )
-    if looked:
-        names.append("gates_examples.png")
-        title = "Gates by example, minus the mean over all examples"
-        figures.draw_heats(
-            [_example_heat(view) for view in looked], title, output / names[-1], signed=True
-        )
-    return names
+            [
+                _plain_heat(f"{gates.title}\n{label}", gates.of_class(label)[0] - gates.mean)
+                for gates in examined
+                for label in gates.classes
+            ],
+        ),
+        "gates_examples.png": (
+            "Gates by example, minus the mean over all examples",
+            [_example_heat(gates) for gates in examined],
+        ),
+    }
+    written = []
+    for name, (title, heats) in pictures.items():
+        if heats:
+            draw_heats(heats, title, output / name, signed=name != "gates.png")
+            written.append(name)
+    return written
 
 
-def _example_heat(view: gateviews.View) -> Heat:
-    """The first PICTURED examples as rows, sorted by label; every gate as a column, as it differs from its mean."""
-    chosen = sorted(
-        range(min(PICTURED, len(view.labels))),
-        key=lambda n: (str(type(view.labels[n])), view.labels[n]),
-    )
-    kept = [tuple(place) for place in np.argwhere(~np.isnan(view.mean)).tolist()]
-    kept.sort(key=lambda place: (place[1], place[0]))
-    columns = [
-        f"{view.columns[j].replace(' ', chr(10))}\n{view.rows[i].split()[-1]}" for i, j in kept
+def _example_heat(gates: Gates) -> Heat:
+    """Show the first PICTURED examples, sorted by label, minus the mean over all examples."""
+    values = _by_gate(gates)
+    values = (values - values.mean()).head(PICTURED)
+    values.columns = [
+        gate.replace(" ", "\n") + "\n" + layer.split()[-1] for gate, layer in values.columns
     ]
-    values = view.each - view.mean
-    return Heat(
-        view.title,
-        [f"{n}: {view.labels[n]}" for n in chosen],
-        columns,
-        np.array([[values[n, i, j] for i, j in kept] for n in chosen]),
-    )
+    order = sorted(values.index, key=lambda n: (str(type(gates.labels[n])), gates.labels[n]))
+    values = values.loc[order].set_axis([f"{n}: {gates.labels[n]}" for n in order])
+    return Heat(gates.title, values)

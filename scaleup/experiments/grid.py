@@ -1,15 +1,19 @@
-"""A sweep's file: a base config and named lists of overrides along four axes. Every combination is a trial, one run of launch/train.py.
+"""Expand a sweep file into trials: every combination of task, K, method and seed.
 
-sweep = load("configs/sweeps/table1.yaml", overrides)       every trial's config is checked, all problems are said together
+`load("configs/sweeps/table1.yaml", overrides)` checks the config of every trial and reports all
+problems together. The keys of a sweep file are:
 
-output: runs/table1                      folder of the runs; each has its own, <task>-<k>-<method>-<seed>
-base: ../bert.yaml                       a config file (relative to this one), or its sections written out here
-methods: {adapter: ["method.submodules=[adapter]"], full: [method=full]}
-tasks: [cola, mrpc]                      short for {cola: [data.name=cola], …}
-k: [100, all]                            short for {100: [data.k=100], …}
-seeds: [0, 1]                            short for {0: [data.seed=0, train.seed=0], …}; with k all, nothing is sampled
-keep: false                              of a finished run: false, its results only; best, its best bundle too; true, everything
-threads: 1                               cores of one run
+    output: runs/table1              folder of the trials, each in <task>-<k>-<method>-<seed>
+    base: ../bert.yaml               config file relative to this file, or its sections inline
+    methods: {full: [method=full]}   names with lists of overrides
+    tasks: [cola, mrpc]              short for {cola: [data.name=cola], ...}
+    k: [100, all]                    short for {100: [data.k=100], ...}
+    seeds: [0, 1]                    short for {0: [data.seed=0, train.seed=0], ...}
+    keep: false                      what remains of a finished trial besides its results:
+                                     false: nothing; best: the best checkpoint; true: everything
+    threads: 1                       CPU threads of one trial
+
+With `k` all, no examples are sampled, and a seed sets `train.seed` only.
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -31,70 +35,57 @@ from scaleup.settings.schema import Section, Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 
-AXES = ("task", "k", "method", "seed")
-DECIDED = ("train.output_dir", "train.resume")  # by the sweep
+SET_BY_SWEEP = ("train.output_dir", "train.resume")
 
 
-def _axis(key: str | None, example: str) -> Any:
-    """A list of values becomes name → overrides, with `key` set to the value; a mapping stays, its names as text."""
+def _axis(key: str | None, example: str) -> pydantic.BeforeValidator:
+    """Validate an axis and write it out as names with overrides.
 
-    def make(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(name): overrides for name, overrides in value.items()}
+    Args:
+        key: the setting that a plain list of values stands for; None if lists are not allowed.
+        example: what the error message asks for.
+    """
+
+    def expand(value: Any) -> Any:
         if isinstance(value, list) and key is not None:
             if len(set(map(str, value))) < len(value):
                 raise ValueError("names a value twice")
-            return {str(name): [f"{key}={name}"] for name in value}
-        raise ValueError(f"should be {example}")
+            value = {name: [f"{key}={name}"] for name in value}
+        if not isinstance(value, dict) or not value:
+            raise ValueError(f"should be {example}")
+        for name in map(str, value):
+            if not re.fullmatch(r"[\w.]+", name):
+                raise ValueError(
+                    f"{name!r} cannot be part of a folder's name; use letters, digits, _ and ."
+                )
+        return {str(name): overrides for name, overrides in value.items()}
 
-    return pydantic.BeforeValidator(make)
+    return pydantic.BeforeValidator(expand)
 
 
 Axis = dict[str, list[str]]
 
 
 class SweepFile(Section):
-    """What the file says, axes written out."""
+    """The contents of a sweep file, with all axes written out."""
 
     output: str = Field(min_length=1)
     base: str | dict[str, Any] = {}
     methods: Annotated[
-        Axis,
-        _axis(None, "names with lists of overrides, like {full: [method=full]}"),
-        Field(min_length=1),
+        Axis, _axis(None, "names with lists of overrides, like {full: [method=full]}")
     ]
     tasks: Annotated[
-        Axis,
-        _axis("data.name", "a list of GLUE tasks, or names with lists of overrides"),
-        Field(min_length=1),
+        Axis, _axis("data.name", "a list of GLUE tasks, or names with lists of overrides")
     ]
-    k: Annotated[
-        Axis,
-        _axis("data.k", "a list of numbers, or names with lists of overrides"),
-        Field(min_length=1),
-    ]
-    seeds: Annotated[
-        Axis,
-        _axis("seed", "a list of numbers, or names with lists of overrides"),
-        Field(min_length=1),
-    ]
+    k: Annotated[Axis, _axis("data.k", "a list of numbers, or names with lists of overrides")]
+    seeds: Annotated[Axis, _axis("seed", "a list of numbers, or names with lists of overrides")]
     keep: bool | Literal["best"] = False
     threads: PositiveInt = 1
-
-    @pydantic.field_validator("methods", "tasks", "k", "seeds")
-    @classmethod
-    def _names(cls, axis: Axis) -> Axis:
-        wrong = [name for name in axis if not re.fullmatch(r"[\w.]+", name)]
-        if wrong:
-            raise ValueError(
-                f"{wrong[0]!r} cannot be part of a folder's name; use letters, digits, _ and ."
-            )
-        return axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run. arguments: of launch/train.py."""
+    """One run of a sweep. `arguments` are those of the training command."""
 
     task: str
     k: str
@@ -110,13 +101,12 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Its results are there, whoever made them."""
         return (self.folder / "results.json").is_file()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. trials: the first seed's first, so that whole tables come early."""
+    """A checked sweep. The trials of the first seed come first, so that full tables come early."""
 
     output: pathlib.Path
     trials: list[Trial]
@@ -125,105 +115,144 @@ class Sweep:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep that a file describes. overrides: `section.key=value`, for every run and over everything in the file.
+    """Read a sweep file and check the config of every trial.
 
-    Raises ConfigError with all problems of the file and of all trials; those that many trials have are said once.
+    Args:
+        path: the sweep file.
+        overrides: `section.key=value` for every trial. They win over everything in the file.
+
+    Raises:
+        ConfigError: with all problems of the file and of all trials. A problem that many trials
+            share is listed once.
     """
     file = _read(path)
     try:
         output = pathlib.Path(file.output).expanduser()
     except RuntimeError:
+        user = file.output.partition("/")[0]
         raise ConfigError(
-            f"{path}: output: there is no home of {file.output.partition('/')[0]} here; write the path out"
+            f"{path}: output: there is no home of {user} here; write the path out"
         ) from None
-    first, base = _base(file, pathlib.Path(path).parent)
-    problems = [
-        f"{item}: the sweep decides {key}; leave it out"
-        for item in _all_overrides(file, base, overrides)
-        for key in DECIDED
-        if item.partition("=")[0] == key
+    config, base = _base(file, pathlib.Path(path).parent)
+    axes = (file.tasks, file.k, file.methods, file.seeds)
+    in_file = itertools.chain(*(items for axis in axes for items in axis.values()))
+    reserved = [
+        f"{item}: the sweep sets {key}; leave it out"
+        for item in dict.fromkeys([*base, *in_file, *overrides])
+        if (key := item.partition("=")[0]) in SET_BY_SWEEP
     ]
-    if problems:
-        raise ConfigError(problems)
-    trials, found, known = [], {}, {}
+    if reserved:
+        raise ConfigError(reserved)
+    trials: list[Trial] = []
+    affected: dict[str, list[str]] = {}  # problem -> names of trials
+    folders: dict[str, pathlib.Path] = {}  # what a trial runs -> its folder
     for seed, k, task, method in itertools.product(file.seeds, file.k, file.tasks, file.methods):
-        chosen = {
-            "tasks": file.tasks[task],
-            "k": file.k[k],
-            "methods": file.methods[method],
-            "seeds": file.seeds[seed],
-        }
-        axes = list(itertools.chain.from_iterable(chosen.values()))
+        chosen = _expand_seeds(
+            {
+                "tasks": file.tasks[task],
+                "k": file.k[k],
+                "methods": file.methods[method],
+                "seeds": file.seeds[seed],
+            }
+        )
         folder = output / f"{task}-{k}-{method}-{seed}"
-        said = [
+        words = [
             *base,
             "train.disable_tqdm=true",
-            *_seeded(axes),
+            *itertools.chain(*chosen.values()),
             *overrides,
             override("train.output_dir", folder),
             "train.resume=auto",
         ]
-        for problem in _set_twice(chosen):
-            found.setdefault(problem, []).append(folder.name)
+        problems = list(_conflicts(chosen))
         try:
-            settings = load_config(first[1] if first else None, said, checks=CHECKS)
-            same_run(settings, folder)
-            alike = known.setdefault(_wanted(settings), folder)
-            if alike != folder:
-                found.setdefault(
-                    "the same run as another trial: an override makes one of their names untrue; leave it out",
-                    [],
-                ).append(folder.name)
-            trials.append(Trial(task, k, method, seed, folder, (*first, *said), settings))
-        except ConfigError as error:
-            for problem in error.problems:
-                found.setdefault(problem.replace(str(folder), str(output / "…")), []).append(
-                    folder.name
+            settings = load_config(config[1] if config else None, words, checks=CHECKS)
+            check_same_run(settings, folder)
+            if folders.setdefault(_identity(settings), folder) != folder:
+                problems.append(
+                    "the same run as another trial: an override makes one of their names untrue; "
+                    "leave it out"
                 )
-    if found:
+            trials.append(Trial(task, k, method, seed, folder, (*config, *words), settings))
+        except ConfigError as error:
+            problems += [text.replace(str(folder), str(output / "…")) for text in error.problems]
+        for problem in problems:
+            affected.setdefault(problem, []).append(folder.name)
+    if affected:
         total = len(file.seeds) * len(file.k) * len(file.tasks) * len(file.methods)
-        raise ConfigError(
-            [f"{_named(names, total)}: {problem}" for problem, names in found.items()]
-        )
+        raise ConfigError([f"{_who(names, total)}: {text}" for text, names in affected.items()])
     return Sweep(output, trials, file.keep, file.threads)
 
 
 def select(
     trials: Sequence[Trial], patterns: Sequence[str] = (), shard: str | None = None
 ) -> list[Trial]:
-    """The trials whose name fits one of the patterns (`cola-100-*`), of those every n-th from the i-th on, for a shard `i/n`.
+    """Choose trials by name patterns such as `cola-100-*`, and of those the shard `i/n`.
 
-    Raises ConfigError for a pattern that fits none and for what is no shard.
+    Raises:
+        ConfigError: for a pattern that matches nothing, and for a malformed shard.
     """
+    names = [trial.name for trial in trials]
     problems = [
-        f"--only: no trial is called {pattern}{nearest(pattern, [trial.name for trial in trials])}"
+        f"--only: no trial is called {pattern}{nearest(pattern, names)}"
         for pattern in patterns
-        if not any(fnmatch.fnmatchcase(trial.name, pattern) for trial in trials)
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
     ]
-    part = re.fullmatch(r"(?a)(\d{1,6})/(\d{1,6})", shard) if shard is not None else None
-    if shard is not None and (part is None or not 1 <= int(part[1]) <= int(part[2])):
-        problems.append(f"--shard: {shard} is no i/n with i from 1 to n, like 1/4")
-    if problems:
+    part = re.fullmatch(r"(?a)(\d{1,6})/(\d{1,6})", shard or "1/1")
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        problems.append(f"--shard: {shard} is not i/n with i from 1 to n, like 1/4")
+    if part is None or problems:
         raise ConfigError(problems)
     chosen = [
         trial
         for trial in trials
-        if not patterns or any(fnmatch.fnmatchcase(trial.name, pattern) for pattern in patterns)
+        if any(fnmatch.fnmatchcase(trial.name, pattern) for pattern in patterns or ["*"])
     ]
-    return chosen[int(part[1]) - 1 :: int(part[2])] if part else chosen
+    return chosen[int(part[1]) - 1 :: int(part[2])]
+
+
+def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
+    """Check that what a folder contains belongs to the run with these settings.
+
+    Raises:
+        ConfigError: if the folder has a run with other settings, or damaged results.
+    """
+    results, path = folder / "results.json", folder / "config.yaml"
+    if results.is_file():
+        _stored(results, json.loads)
+    if not path.is_file():
+        return
+    then, now = flat(_stored(path, yaml.safe_load)), flat(settings.dump())
+    free = {*SET_BY_SWEEP, "train.disable_tqdm"}
+    if "max_length" not in settings.data.model_fields_set:
+        free.add("data.max_length")  # a run lowers the default to what its model takes
+    other = [key for key in now | then if key not in free and now.get(key) != then.get(key)]
+    if other:
+        raise ConfigError(
+            f"{folder} has a run with another {', '.join(sorted(other))}; "
+            "choose another output, or remove the folder"
+        )
+
+
+def _stored(path: pathlib.Path, parse_text: Any) -> dict[str, Any]:
+    try:
+        content = parse_text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged; remove the folder to run it again")
+    return content
 
 
 def _read(path: str) -> SweepFile:
     try:
         raw = parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path}: expected {', '.join(SweepFile.model_fields)}, found {shown(raw)}"
-        )
+        keys = ", ".join(SweepFile.model_fields)
+        raise ConfigError(f"{path}: expected {keys}, found {shown(raw)}")
     try:
         return SweepFile.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -232,110 +261,72 @@ def _read(path: str) -> SweepFile:
             key = ".".join(
                 str(part) for part in item["loc"] if part not in ("str", "dict[str,any]")
             )
-            unknown = item["type"] == "extra_forbidden"
             message = re.sub(r"^(Value error, |Input )", "", item["msg"])
-            given = "" if item["type"] == "missing" else f" (got {shown(item['input'])})"
-            problems.append(
-                f"{path}: {key}: "
-                + (
-                    f"unknown setting{nearest(key, SweepFile.model_fields)}"
-                    if unknown
-                    else message + given
-                )
-            )
+            if item["type"] == "extra_forbidden":
+                message = f"unknown setting{nearest(key, SweepFile.model_fields)}"
+            elif item["type"] != "missing":
+                message += f" (got {shown(item['input'])})"
+            problems.append(f"{path}: {key}: {message}")
         raise ConfigError(list(dict.fromkeys(problems))) from None
 
 
 def _base(file: SweepFile, folder: pathlib.Path) -> tuple[tuple[str, ...], list[str]]:
-    """The base as words of a command line: `--config FILE`, or overrides."""
+    """Return the base config as `--config FILE`, or as overrides if it is written inline."""
     if isinstance(file.base, str):
         return ("--config", str(folder / pathlib.Path(file.base).expanduser())), []
-    said = []
+    words = []
     for section, values in file.base.items():
-        inner = values if isinstance(values, dict) else {"": values}
-        said += [
-            override(f"{section}{'.' * bool(key)}{key}", value) for key, value in inner.items()
+        if isinstance(values, dict):
+            words += [override(f"{section}.{key}", value) for key, value in values.items()]
+        else:
+            words.append(override(section, values))
+    return (), words
+
+
+def _expand_seeds(chosen: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Replace `seed=3` by the seeds of sampling and of training."""
+    keys = ["train.seed"]
+    if "data.k=all" not in itertools.chain(*chosen.values()):
+        keys.insert(0, "data.seed")
+    return {
+        axis: [
+            word
+            for item in items
+            for word in (
+                [f"{key}={item.removeprefix('seed=')}" for key in keys]
+                if item.startswith("seed=")
+                else [item]
+            )
         ]
-    return (), said
-
-
-def _all_overrides(file: SweepFile, base: list[str], more: Sequence[str]) -> list[str]:
-    lists = [
-        overrides
-        for axis in (file.tasks, file.k, file.methods, file.seeds)
-        for overrides in axis.values()
-    ]
-    return list(dict.fromkeys([*base, *itertools.chain.from_iterable(lists), *more]))
-
-
-def _seeded(axes: list[str]) -> list[str]:
-    """`seed=3`, short for the seed of the choice of examples and that of training. With `k` all nothing is chosen."""
-    chosen = "data.k=all" not in axes
-    out = []
-    for item in axes:
-        key, _, value = item.partition("=")
-        out += (
-            [f"data.seed={value}"] * chosen + [f"train.seed={value}"] if key == "seed" else [item]
-        )
-    return out
-
-
-def _set_twice(chosen: dict[str, list[str]]) -> list[str]:
-    """Of a trial: what two axes set to different values, of which one would have no effect."""
-    axes = {
-        name: dict(item.partition("=")[::2] for item in _seeded(overrides))
-        for name, overrides in chosen.items()
+        for axis, items in chosen.items()
     }
-    pairs = itertools.combinations(axes, 2)
-    differ = [
-        (one, other, key)
-        for one, other in pairs
-        for key in sorted(axes[one].keys() & axes[other].keys())
-        if axes[one][key] != axes[other][key]
-    ]
-    return [
-        f"{key}: {one} and {other} set it to different values, and one would have no effect; leave it to one of them"
-        for one, other, key in differ
-    ]
 
 
-def _named(names: list[str], total: int) -> str:
+def _conflicts(chosen: dict[str, list[str]]) -> Iterator[str]:
+    """Name the settings to which two axes give different values."""
+    for one, other in itertools.combinations(chosen, 2):
+        first, second = (
+            dict(item.partition("=")[::2] for item in chosen[axis]) for axis in (one, other)
+        )
+        for key in sorted(first.keys() & second.keys()):
+            if first[key] != second[key]:
+                yield (
+                    f"{key}: {one} and {other} set it to different values, and one would have no "
+                    "effect; leave it to one of them"
+                )
+
+
+def _who(names: list[str], total: int) -> str:
     if len(names) == total:
         return "every run"
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _wanted(settings: Settings) -> str:
-    """What a run is, wherever it is."""
+def _identity(settings: Settings) -> str:
+    """Describe what a trial runs, whatever its folder."""
+    values = flat(settings.dump())
     return json.dumps(
-        {key: value for key, value in flat(settings.dump()).items() if key not in DECIDED},
+        {key: value for key, value in values.items() if key not in SET_BY_SWEEP},
         sort_keys=True,
         default=str,
     )
-
-
-def same_run(settings: Settings, folder: pathlib.Path) -> None:
-    """Raises ConfigError if the folder has a run of other settings, whose results would be counted as this trial's, or damaged results."""
-    results, path = folder / "results.json", folder / "config.yaml"
-    try:
-        if results.is_file() and not isinstance(
-            json.loads(results.read_text(encoding="utf-8")), dict
-        ):
-            raise ValueError
-    except (OSError, ValueError):
-        raise ConfigError(f"{results} is damaged; remove the folder to run it again") from None
-    if not path.is_file():
-        return
-    try:
-        then = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is damaged; remove the folder to run it again") from None
-    now = flat(settings.dump())
-    free = {*DECIDED, "train.disable_tqdm"}
-    if "max_length" not in settings.data.model_fields_set:
-        free.add("data.max_length")  # a run cuts what nobody chose to what its model takes
-    other = [key for key in now | then if key not in free and now.get(key) != then.get(key)]
-    if other:
-        raise ConfigError(
-            f"{folder} has a run with another {', '.join(sorted(other))}; choose another output, or remove the folder"
-        )

@@ -1,40 +1,41 @@
-"""The paper's tables and figures from finished runs: as Markdown, CSV, PNG and text for a terminal.
+"""Write the paper's tables and figures from finished runs, as Markdown, CSV and PNG.
 
-    lines = report("table1", ["runs/table1"], output)        also table2 … table6, figure2, figure3
-
-Every number of ours is worked out from what the runs left; the paper's are in paper.yaml, and where it has none nothing is shown.
+`lines = report("table1", ["runs/table1"], output)` also makes table2 to table6, figure2 and
+figure3. The paper's numbers stand in paper.yaml; where it has none, none are shown.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
+
 from scaleup.errors import ConfigError
-from scaleup.experiments import plots as figures
-from scaleup.experiments import tables
-from scaleup.experiments.plots import THEIRS, Curve, Panel
-from scaleup.experiments.results import (
+from scaleup.experiments import plots, tables
+from scaleup.experiments.plots import Curve, Panel
+from scaleup.experiments.results import load
+from scaleup.experiments.runs import (
     Run,
+    check_one_metric,
     differences,
-    load,
     name_of,
     one_backbone,
-    one_metric,
     unique,
 )
-from scaleup.experiments.tables import TASKS, Block, Row, Table
+from scaleup.experiments.tables import PAPER, SCALEUP, TASKS, Table
 from scaleup.io import write_text
 from scaleup.settings.loading import parse
 
-PAPER = pathlib.Path(__file__).with_name("paper.yaml")
-THEIRS_ON = "the paper's are BERT-base"
-BENCH = "results/bench"  # need not be there
-GEOMETRY = "bert-base"  # of the benchmark whose times stand in table 4
-# scaleup bench contenders → methods. A model that was fine-tuned as a whole runs as the bare backbone does.
-BENCHED = {
+PAPER_FILE = pathlib.Path(__file__).with_name("paper.yaml")
+PAPER_NOTE = "the paper's are BERT-base"
+BENCH = "results/bench"  # the default of --bench, which need not exist
+GEOMETRY = "bert-base"  # the benchmark's geometry whose times table 4 shows
+# Methods by the names of the benchmark's variants. A fully fine-tuned model runs as a bare one.
+VARIANTS = {
     "full fine-tuning": "full",
     "bare": "full",
     "BitFit": "bitfit",
@@ -45,278 +46,254 @@ BENCHED = {
     "APL": "apl",
     "NoGate": "apl_nogate",
 }
-MLP = "APL, prefix MLP"  # training, by default, and in the paper
+MLP = "APL, prefix MLP"  # how runs train by default, and the paper's way
+TITLES = {
+    "table1": "Table 1: GLUE with K training examples, test performance",
+    "table2": "Table 2: average test performance of UniPELT and of the best of its submodules on "
+    "each task",
+    "table3": "Table 3: GLUE with all training examples",
+    "table4": "Table 4: parameters, and training (T) and inference (I) time relative to "
+    "fine-tuning",
+    "table5": "Table 5: GLUE with K training examples, a larger backbone (in the paper BART-large)",
+    "table6": "Table 6: GLUE with K training examples, development and test performance",
+    "figure2": "Figure 2: bottleneck size of the adapter",
+    "figure3": "Figure 3: scaling factor of LoRA",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
-    """What tables are made of. bench: see `_bench`."""
+class Figure:
+    """A figure: the score of a method over one of its settings.
 
-    runs: list[Run]
-    paper: dict[str, Any]
-    bench: dict[str, dict[str, float]]
-    bench_note: list[str]
+    Args:
+        method: the method that the figure is about.
+        x: the title of the axis.
+        value: computes the setting's value from the `method` section of results.json.
+        usual: the value with which the paper's table 1 was made.
+        shown: the keys of the setting.
+        beside: methods to compare with.
+    """
 
-
-def _table1(s: Sources) -> Table:
-    title = "Table 1: GLUE with K training examples, test performance"
-    return tables.low_resource("table1", title, s.runs, {"test": s.paper["table1"]}, THEIRS_ON)
-
-
-def _table2(s: Sources) -> Table:
-    title = "Table 2: average test performance of UniPELT and of the best of its submodules on each task"
-    if several := sorted({name_of(run.method) for run in s.runs if run.variant}):
-        raise ConfigError(
-            f"--runs: table 2 compares one setting of each method, and there are several of {', '.join(several)}; give the folders of one"
-        )
-    return tables.upper_bound("table2", title, s.runs, s.paper["table2"], THEIRS_ON)
-
-
-def _table3(s: Sources) -> Table:
-    return tables.high_resource(
-        "table3", "Table 3: GLUE with all training examples", s.runs, s.paper["table3"], THEIRS_ON
-    )
-
-
-def _table4(s: Sources) -> Table:
-    title = "Table 4: parameters, and training (T) and inference (I) time relative to fine-tuning"
-    table = tables.efficiency("table4", title, s.runs, s.paper["table4"], s.bench, THEIRS_ON)
-    return dataclasses.replace(table, notes=table.notes + s.bench_note)
-
-
-def _table5(s: Sources) -> Table:
-    title = "Table 5: GLUE with K training examples, a larger backbone (in the paper BART-large)"
-    return tables.low_resource("table5", title, s.runs, {}, "the paper's numbers are not at hand")
-
-
-def _table6(s: Sources) -> Table:
-    title = "Table 6: GLUE with K training examples, development and test performance"
-    what = f"{THEIRS_ON}, those on development sets not at hand"
-    return tables.low_resource(
-        "table6", title, s.runs, {"test": s.paper["table1"]}, what, ("dev", "test")
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A figure: the score of one method over one of its settings. usual: where the paper's table 1 stands on that axis. drawn: the keys of that
-    setting. beside: methods to compare with."""
-
-    title: str
     method: str
     x: str
     value: Callable[[dict[str, Any]], float]
     usual: float
-    drawn: tuple[str, ...]
+    shown: tuple[str, ...]
     beside: tuple[str, ...] = ()
 
 
-TABLES = {
-    "table1": _table1,
-    "table2": _table2,
-    "table3": _table3,
-    "table4": _table4,
-    "table5": _table5,
-    "table6": _table6,
-}
 FIGURES = {
-    "figure2": Setting(
-        "Figure 2: bottleneck size of the adapter",
+    "figure2": Figure(
         "adapter",
         "bottleneck size",
-        lambda m: m["adapter_size"],
+        lambda method: method["adapter_size"],
         48,
         ("method.adapter_size",),
         ("ap", "apl"),
     ),
-    "figure3": Setting(
-        "Figure 3: scaling factor of LoRA",
+    "figure3": Figure(
         "lora",
         "scaling factor (alpha / r)",
-        lambda m: m["lora_alpha"] / m["r"],
+        lambda method: method["lora_alpha"] / method["r"],
         2,
         ("method.lora_alpha", "method.r"),
     ),
 }
-RUNS = dict.fromkeys(("table1", "table2", "table4", "table6"), "runs/table1") | {
-    n: f"runs/{n}" for n in ("table3", "table5", "figure2", "figure3")
+RUNS = dict.fromkeys(TITLES, "runs/table1") | {
+    name: f"runs/{name}" for name in ("table3", "table5", "figure2", "figure3")
 }
 
 
 def report(
-    name: str, folders: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
+    name: str, paths: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
 ) -> list[str]:
-    """Writes NAME.md, NAME.csv and NAME.png into `output`; what to print. folders: of sweeps or runs. bench: files of scaleup bench, or
-    folders of them.
+    """Write NAME.md and NAME.csv, and NAME.png for a figure.
 
-    Raises ConfigError with everything that is wrong with the runs.
+    Args:
+        name: a key of TITLES.
+        paths: folders of sweeps or runs, and tables of runs.
+        output: the folder to write into.
+        bench: files of the benchmark, or folders of them, for table 4.
+
+    Returns:
+        The lines to print.
+
+    Raises:
+        ConfigError: with everything that is wrong with the runs.
     """
-    paper = parse(PAPER.read_text(encoding="utf-8"), str(PAPER))
-    runs = load(folders)
+    paper = parse(PAPER_FILE.read_text(encoding="utf-8"), str(PAPER_FILE))
+    runs = load(paths)
     one_backbone(runs)
-    one_metric(runs)
+    check_one_metric(runs)
+    panels: list[Panel] = []
     if name in FIGURES:
-        table, panels = _figure(name, FIGURES[name], runs, paper)
-        draw = lambda path: figures.draw_panels(panels, table.title, path)  # noqa: E731
+        table, panels = _figure(name, FIGURES[name], runs, paper["table1"])
     else:
-        table = TABLES[name](
-            Sources(runs, paper, *(_bench(bench) if name == "table4" else ({}, [])))
-        )
-        draw = lambda path: figures.draw_table(table, path)  # noqa: E731
-    if not any(
-        entry
-        for block in table.blocks
-        for row in block.rows
-        if not row.paper
-        for entry in row.entries
-    ):
-        raise ConfigError(f"--runs: {', '.join(folders)}: no run there belongs in {name}")
+        table = _table(name, runs, paper, bench)
+    if not table.cells.loc[table.cells["source"] == SCALEUP, "mean"].notna().any():
+        raise ConfigError(f"--runs: {', '.join(paths)}: no run there belongs in {name}")
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / f"{name}.md", tables.markdown(table))
-    write_text(output / f"{name}.csv", tables.csv_lines(table))
-    draw(output / f"{name}.png")
-    return [*tables.text(table), f"written: {output / name}.md, .csv, .png"]
+    write_text(output / f"{name}.csv", tables.csv_text(table))
+    if panels:
+        plots.draw_panels(panels, table.title, output / f"{name}.png")
+    return [*tables.text(table), f"written: {output / name}.md, .csv{', .png' if panels else ''}"]
+
+
+def _table(name: str, runs: list[Run], paper: dict[str, Any], bench: Sequence[str]) -> Table:
+    title, numbers = TITLES[name], paper.get(name, {})
+    if name == "table2":
+        if several := sorted({name_of(run.method) for run in runs if run.variant}):
+            raise ConfigError(
+                "--runs: table 2 compares one setting of each method, and there are several of "
+                f"{', '.join(several)}; give the folders of one"
+            )
+        return tables.upper_bound(name, title, runs, numbers, PAPER_NOTE)
+    if name == "table3":
+        return tables.high_resource(name, title, runs, numbers, PAPER_NOTE)
+    if name == "table4":
+        times, notes = _bench(bench)
+        table = tables.efficiency(name, title, runs, numbers, times, PAPER_NOTE)
+        return dataclasses.replace(table, notes=table.notes + notes)
+    test, splits, note = {"test": paper["table1"]}, ["test"], PAPER_NOTE
+    if name == "table5":
+        test, note = {}, "the paper's numbers are not available"
+    if name == "table6":
+        splits, note = ["dev", "test"], f"{PAPER_NOTE}, without those on development sets"
+    return tables.low_resource(name, title, runs, test, note, splits)
 
 
 def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """method → "training" and "inference" time relative to full fine-tuning, from files of scaleup bench on the paper's geometry; and
-    what is to be said of them. paths: files, or folders of which every such file counts. Raises ConfigError for two files on one kind."""
+    """Read the times of the benchmark on the paper's geometry.
+
+    Args:
+        paths: files, and folders of which every suitable file counts.
+
+    Returns:
+        method -> "training" and "inference" time relative to full fine-tuning, and notes.
+
+    Raises:
+        ConfigError: for two files on one kind of time, and for named files that do not fit.
+    """
     absent = [path for path in paths if path != BENCH and not pathlib.Path(path).exists()]
     if absent:
         raise ConfigError([f"--bench: there is no {path}" for path in absent])
     named = [path for path in map(pathlib.Path, paths) if path.exists()]
-    files = [
-        file
-        for path in named
-        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
-    ]
-    found: dict[str, dict[str, float]] = {}
+    times: dict[str, dict[str, float]] = {}
     used: dict[str, pathlib.Path] = {}
     notes = []
-    for path in files:
+    files = [[path] if path.is_file() else sorted(path.glob("*.json")) for path in named]
+    for path in itertools.chain(*files):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            asked, ratios = (
-                said["settings"],
-                {name: float(row["ratio"]) for name, row in said["rows"].items()},
-            )
-            kind, where = (
-                asked["what"],
-                f"{asked['geometry']}, {asked['batch']} x {asked['length']} tokens, {', '.join(asked[key] for key in ('device', 'dtype') if key in asked)}",
-            )
+            content = json.loads(path.read_text(encoding="utf-8"))
+            settings = content["settings"]
+            ratios = {variant: float(row["ratio"]) for variant, row in content["rows"].items()}
+            kind, geometry = settings["what"], settings["geometry"]
+            where = [f"{geometry}, {settings['batch']} x {settings['length']} tokens"]
+            where += [settings[key] for key in ("device", "dtype") if key in settings]
             if not all(0 < ratio < math.inf for ratio in ratios.values()):
-                raise ValueError("a time is no time")
+                raise ValueError("a time is not positive")
         except (ValueError, KeyError, TypeError, AttributeError):
-            notes.append(f"{path} is no file of scaleup bench.")
+            notes.append(f"{path} is not a file of the benchmark.")
             continue
-        names = {method: name for name, method in BENCHED.items() if name in ratios} | (
-            {"apl": MLP} if MLP in ratios else {}
-        )
-        special = [
-            option for option in ("ragged", "compile", "profile", "baseline") if asked.get(option)
-        ]
-        if (
-            asked["geometry"] != GEOMETRY
-            or "full" not in names
-            or special
-            or kind not in ("training", "inference")
-        ):
+        options = ("ragged", "compile", "profile", "baseline")
+        special = [option for option in options if settings.get(option)]
+        variants = {method: name for name, method in VARIANTS.items() if name in ratios}
+        if MLP in ratios:
+            variants["apl"] = MLP
+        complete = geometry == GEOMETRY and "full" in variants
+        if special or not complete or kind not in ("training", "inference"):
             if path in named:
-                why = (
-                    f"made with --{special[0]}"
-                    if special
-                    else f"without {GEOMETRY}'s time of full fine-tuning"
-                )
+                reason = f"without {GEOMETRY}'s time of full fine-tuning"
                 raise ConfigError(
-                    f"--bench: {path} is {why}; table 4 takes the training and inference times of all methods"
+                    f"--bench: {path} is {f'made with --{special[0]}' if special else reason}; "
+                    "table 4 takes the training and inference times of all methods"
                 )
             continue
         if kind in used:
             raise ConfigError(
-                f"--bench: {used[kind]} and {path} both have {kind} times; give the one to take with --bench FILE"
+                f"--bench: {used[kind]} and {path} both have {kind} times; "
+                "give the one to take with --bench FILE"
             )
         used[kind] = path
-        notes.append(f"{kind.capitalize()} times from {path.name} ({where}).")
+        notes.append(f"{kind.capitalize()} times from {path.name} ({', '.join(where)}).")
         if MLP in ratios:
             notes.append(
-                "Training of UniPELT (APL) is with the prefix's MLP; prefix-tuning and UniPELT (AP) were timed without it."
+                "Training of UniPELT (APL) is with the prefix's MLP; prefix-tuning and UniPELT "
+                "(AP) were timed without it."
             )
-        for method, contender in names.items():
-            found.setdefault(method, {})[kind] = ratios[contender] / ratios[names["full"]]
+        for method, variant in variants.items():
+            times.setdefault(method, {})[kind] = ratios[variant] / ratios[variants["full"]]
     if not used and list(paths) != [BENCH]:
         raise ConfigError(
-            f"--bench: {', '.join(paths)} has no training or inference times of {GEOMETRY} from scaleup bench"
+            f"--bench: {', '.join(paths)} has no training or inference times of {GEOMETRY}"
         )
-    return found, notes
+    return times, notes
 
 
 def _figure(
-    name: str, setting: Setting, runs: Sequence[Run], paper: dict[str, Any]
+    name: str, figure: Figure, runs: Sequence[Run], paper: dict[Any, Any]
 ) -> tuple[Table, list[Panel]]:
-    """Points and curves for every task and K there; a sweep that was given for its usual setting makes no panel of that one point."""
+    """Build a figure's panels, one for each task and K, and its numbers as a table.
 
-    def value(run: Run) -> float:
-        return setting.value(run.results["method"])
-
-    own = [dataclasses.replace(run, variant="") for run in runs if run.method == setting.method]
-    points: dict[tuple, dict[int, float]] = {}
-    for key, run in unique(own, lambda run: (run.task, run.k, value(run), run.seed)).items():
-        if run.results["test"] is not None and not math.isnan(score := run.points("test")):
-            points.setdefault(key[:3], {})[key[3]] = score
-    others = tables.scores([run for run in runs if run.method in setting.beside], "test")
-    places = sorted({(task, k) for task, k, _ in points}, key=str)
-    curved = sorted({(task, k) for task, k, x in points if x != setting.usual}, key=str) or places
-    values = sorted({x for *place, x in points if tuple(place) in curved})
-    blocks, panels, missing = [], [], []
-    seeds = set().union(*(set(found) for found in points.values()))
-    for task, k in curved:
-        entries = [tables.summarise(points.get((task, k, x))) for x in values]
+    Tasks and K with the usual value only make no panel, unless there is nothing else.
+    """
+    of_method = [
+        dataclasses.replace(run, variant="") for run in runs if run.method == figure.method
+    ]
+    by_key = unique(
+        of_method, lambda run: (run.task, run.k, figure.value(run.results["method"]), run.seed)
+    )
+    points = pd.Series({key: run.points("test") for key, run in by_key.items()}, dtype=float)
+    if points.dropna().empty:
+        raise ConfigError(f"--runs: no run there belongs in {name}")
+    frame = points.dropna().unstack(sort=False)
+    others = tables.summarise(
+        tables.scores([run for run in runs if run.method in figure.beside], "test")
+    )
+    places = sorted({(task, k) for task, k, _ in frame.index}, key=str)
+    drawn = sorted({(task, k) for task, k, x in frame.index if x != figure.usual}, key=str)
+    drawn = drawn or places
+    values = sorted({x for task, k, x in frame.index if (task, k) in drawn})
+    cells, panels, missing = [], [], []
+    for task, k in drawn:
+        index = pd.MultiIndex.from_product([[task], [k], values])
+        curve = frame.reindex(index).set_axis(pd.Index(values))
+        summary = tables.summarise(curve)
         missing += [
-            f"{setting.x} {x:g} on {task} at K = {k}"
-            for x in values
-            if set(points.get((task, k, x), {})) != seeds
+            f"{figure.x} {x:g} on {task} at K = {k}" for x in curve.index[curve.isna().any(axis=1)]
         ]
-        theirs = paper["table1"].get(k, {}).get(setting.method, {}).get(task)
-        rows = [Row("ours", name_of(setting.method), entries)]
-        curves = [
-            Curve("ours", {x: (e.mean, e.spread) for x, e in zip(values, entries) if e is not None})
-        ]
-        if theirs and setting.usual in values:
-            rows.append(
-                Row(
-                    "paper",
-                    "paper",
-                    [tables.Entry(*theirs) if x == setting.usual else None for x in values],
-                    paper=True,
-                )
-            )
-            curves.append(
-                Curve("paper (table 1)", {setting.usual: tuple(theirs)}, THEIRS, line=False)
-            )
+        curves = [Curve(SCALEUP, summary.dropna(subset="mean"))]
+        published = paper.get(k, {})
+        point = published.get(figure.method, {}).get(task)
+        if point and figure.usual in values:
+            usual = pd.DataFrame([point], index=[figure.usual], columns=["mean", "std"])
+            curves.append(Curve("paper (table 1)", usual, plots.PAPER, line=False))
         levels = {}
-        for method in setting.beside:
-            ours = tables.summarise(others.get((k, method, task)))
-            levels |= {name_of(method): ours.mean} if ours else {}
-            there = paper["table1"].get(k, {}).get(method, {}).get(task)
-            levels |= {f"{name_of(method)}, paper": there[0]} if there else {}
-            missing += [f"{name_of(method)} on {task} at K = {k}"] * (ours is None)
+        for method in figure.beside:
+            if (k, method, task) in others.index:
+                levels[name_of(method)] = others.loc[(k, method, task), "mean"]
+            else:
+                missing.append(f"{name_of(method)} on {task} at K = {k}")
+            if task in published.get(method, {}):
+                levels[f"{name_of(method)}, paper"] = published[method][task][0]
         title = f"{TASKS.get(task, task)}, K = {k}"
-        notes = ", ".join(f"{level_name} {level:.2f}" for level_name, level in levels.items())
-        blocks.append(Block(title + (f" (beside: {notes})" if notes else ""), rows))
-        metric = next(run.results["metric"] for run in own if (run.task, run.k) == (task, k))
-        panels.append(Panel(title, setting.x, f"{metric}, points", curves, levels))
+        beside = ", ".join(f"{level} {value:.2f}" for level, value in levels.items())
+        block = f"{title} (beside: {beside})" if beside else title
+        cells += tables.row_cells(block, figure.method, SCALEUP, summary)
+        if len(curves) > 1:
+            cells += tables.row_cells(block, figure.method, PAPER, usual.reindex(values))
+        metric = next(run for run in of_method if (run.task, run.k) == (task, k)).results["metric"]
+        panels.append(Panel(title, figure.x, f"{metric}, points", curves, levels))
     notes = [
-        f"Backbone {one_backbone(runs)} in our rows, {THEIRS_ON}.",
-        f"{len(own)} runs, {len(seeds)} seeds.",
+        f"Backbone {one_backbone(runs)} in the rows of scaleup, {PAPER_NOTE}.",
+        f"{len(of_method)} runs, {len(frame.columns)} seeds.",
         "The paper draws its points without numbers; the one shown is its table 1.",
     ]
-    if single := [
-        f"{TASKS.get(task, task)}, K = {k}" for task, k in places if (task, k) not in curved
-    ]:
-        notes.append(
-            f"Left out, as only the usual {setting.usual:g} is there: {'; '.join(single)}."
-        )
-    notes += differences([run for run in own if (run.task, run.k) in curved], setting.drawn)
-    return Table(
-        name, setting.title, setting.x, {str(x): f"{x:g}" for x in values}, blocks, missing, notes
-    ), panels
+    if single := [f"{TASKS.get(t, t)}, K = {k}" for t, k in places if (t, k) not in drawn]:
+        notes.append(f"Left out, as only the usual {figure.usual:g} is there: {'; '.join(single)}.")
+    notes += differences([run for run in of_method if (run.task, run.k) in drawn], figure.shown)
+    columns = {str(x): f"{x:g}" for x in values}
+    frame = tables.to_frame(cells)
+    frame["column"] = frame["column"].map(str)
+    return Table(name, TITLES[name], figure.x, columns, frame, missing, notes), panels

@@ -1,13 +1,13 @@
-"""Runs the trials of a sweep that have no results yet, several at once, each as a process of launch/train.py on cores of its own.
+"""Run the trials of a sweep that have no results yet, several at a time.
 
-    whole = Sweeper(sweep, trials, jobs).run()
+`Sweeper(sweep, trials, jobs=2).run()` starts each trial as a process of the training command.
+A trial is finished when its results.json exists; nothing else is remembered. A sweep that was
+killed therefore continues where it was, and each trial continues from its newest checkpoint. A
+trial that ends without results is tried once more.
 
-A trial is done when its results.json is there; nothing else is remembered, so a sweep that was killed starts again where it was
-(a run continues from its newest checkpoint). A run that ends without results is tried once more, then reported, and never
-counted. Another sweep on the same folder takes other trials (scaleup.experiments.claims).
-
-How many at once: as many as `jobs` allows, as cores suffice and as memory holds. What a run needs is measured by those that are
-finished, and estimated (scaleup.memory.states) before. With GPUs each run has one to itself. Runs of other sweeps keep their cores and GPUs.
+Sweeps on the same folder share its trials. While a sweep runs a trial, it holds a file lock in
+OUTPUT/.locks, and the training process holds the lock of its own folder. If only the latter is
+held, the sweep that started the trial was killed, and this one waits for the trial to end.
 """
 
 import collections
@@ -21,400 +21,314 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import IO
+
+import torch
+from filelock import FileLock, Timeout
 
 from scaleup.errors import ConfigError
-from scaleup.experiments.claims import BEAT_S, Claims
-from scaleup.experiments.grid import Trial, Sweep, same_run
-from scaleup.experiments.machine import Places, Slot, available_bytes, needed_bytes
+from scaleup.experiments import results
+from scaleup.experiments.grid import Sweep, Trial, check_same_run
 from scaleup.io import LOCK
 from scaleup.training.resume import checkpoints
 
-TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
+TRAIN = (sys.executable, str(pathlib.Path(__file__).parents[2] / "launch" / "train.py"))
 TRIES = 2
-STOP_S = 120  # for a run to finish its step and save
+STOP_S = 120  # time for a trial to finish its step and save
 POLL_S = 0.2
-MARGIN = 1.1  # on memory that was measured
-LOG = "train.out"  # a suffix that a run takes for a scheduler's, not for somebody's file
-
-# The run's process waits until the sweep has written its number into the claim, and ends if the sweep is gone by then: there is
-# never a run that no claim knows of. Then it becomes launch/train.py, on its own cores.
-START = """
-import os, sys
-cores = [int(core) for core in sys.argv[1].split(",") if core]
-if not sys.stdin.buffer.read(1):
-    sys.exit(1)
-if cores:
-    os.sched_setaffinity(0, cores)
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
+LOG = "train.out"  # training ignores files with this suffix in its output folder
+# Trials that agree in these axes take about the same time; the first group with data counts.
+SIMILAR = (("method", "task", "k"), ("task", "k"), ("k",), ())
 
 
 @dataclasses.dataclass
 class Running:
-    """A run in its place. locks: of the place. since: of time.monotonic, s. goes_on: from a checkpoint of an earlier start."""
+    """A trial that runs now. `resumed`: it continues from a checkpoint of an earlier start."""
 
     trial: Trial
-    slot: Slot
-    locks: list[IO]
-    process: subprocess.Popen
-    since: float
-    goes_on: bool
+    process: subprocess.Popen[bytes]
+    lock: FileLock
+    start: float
+    resumed: bool
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.since
+        return time.monotonic() - self.start
 
     def kill(self) -> None:
-        """At once, with whatever it has started."""
+        """Kill the process and all processes that it started."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-class Measured:
-    """What finished runs took, to tell what others will take."""
-
-    SIMILAR = (
-        ("method", "task", "k"),
-        ("task", "k"),
-        ("k",),
-        (),
-    )  # the nearest that have finished count
-
-    def __init__(self) -> None:
-        self.seconds: dict[tuple, list[float]] = {}
-        self.memory_mib: dict[tuple, float] = {}
-
-    def add(self, trial: Trial, seconds: float | None = None, whole: bool = True) -> None:
-        """A finished one. seconds: with its start-up, where it was watched; whole: from its first step on. One that was killed before it
-        noted its time, or whose note was lost with the power, tells nothing."""
-        try:
-            timing = json.loads((trial.folder / "timing.json").read_text(encoding="utf-8"))
-            noted, memory_mib = float(timing["seconds"]), float(timing["peak_memory_mib"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return
-        for axes in self.SIMILAR if whole else ():
-            self.seconds.setdefault(_key(trial, axes), []).append(
-                noted if seconds is None else seconds
-            )
-        key = _key(trial, self.SIMILAR[0])
-        self.memory_mib[key] = max(self.memory_mib.get(key, 0), memory_mib)
-
-    def expected(self, trial: Trial) -> float | None:
-        """Seconds; None before any has finished."""
-        times = next(
-            (
-                self.seconds[key]
-                for axes in self.SIMILAR
-                if (key := _key(trial, axes)) in self.seconds
-            ),
-            None,
-        )
-        return sum(times) / len(times) if times else None
-
-    def need(self, trial: Trial) -> int | None:
-        """Bytes, from runs that differ in the seed only."""
-        found = self.memory_mib.get(_key(trial, self.SIMILAR[0]))
-        return int(MARGIN * found * 2**20) if found is not None else None
-
-
 class Sweeper:
-    """One sweep on one machine."""
+    """Run trials of one sweep on this machine.
+
+    Args:
+        sweep: the checked sweep.
+        trials: those of its trials to run here.
+        jobs: the number of trials to run at a time. With GPUs, the trial in slot j sees the j-th
+            visible GPU only.
+        say: receives lines that should stay on the screen.
+        show: receives the progress line, several times a second.
+        command: the training command, to which a trial's arguments are added.
+
+    Raises:
+        OSError: if the output folder cannot be written.
+    """
 
     def __init__(
         self,
         sweep: Sweep,
         trials: Sequence[Trial],
-        jobs: int | None = None,
+        jobs: int = 1,
         say: Callable[[str], None] = print,
         show: Callable[[str], None] = lambda line: None,
-        entry: pathlib.Path = TRAIN,
+        command: Sequence[str] = TRAIN,
     ):
-        """trials: those of the sweep to run here. jobs: most at once. say: hears what happens; show: the line of progress, often.
-        entry: the script that is started with a trial's arguments. Raises OSError where the output cannot be written."""
-        self.sweep, self.trials, self.say, self.show, self.entry = (
-            sweep,
-            list(trials),
-            say,
-            show,
-            entry,
-        )
-        self.claims = Claims(sweep.output)
-        self.places = Places(jobs, sweep.threads)
-        self.on_gpus = self.places.slots[0].gpu is not None
-        self.waiting = collections.deque(
-            sorted(self.trials, key=lambda trial: not trial.finished)
-        )  # what is done is counted at once
-        self.running: list[Running] = []
+        self.sweep, self.trials, self.jobs = sweep, list(trials), jobs
+        self.say, self.show, self.command = say, show, command
+        self.gpus = visible_gpus()
+        self.waiting = collections.deque(sorted(trials, key=lambda trial: not trial.finished))
+        self.running: dict[int, Running] = {}  # slot -> what runs there
         self.done: set[str] = set()
-        self.elsewhere: list[Trial] = []
+        self.elsewhere: list[Trial] = []  # trials that another sweep runs
         self.failed: dict[str, str] = {}
         self.tries: collections.Counter[str] = collections.Counter()
-        self.measured = Measured()
-        self.estimates: dict[str, int] = {}
-        self.short = ""  # what keeps further runs from starting
-        self.last_beat = 0.0
+        self.seconds: dict[tuple[str, ...], list[float]] = {}
         self.stopping: signal.Signals | None = None
         for trial in sweep.trials:
             if trial.finished:
-                self.measured.add(trial)
+                self._note_time(trial)
+        self.locks = sweep.output / ".locks"
+        self.locks.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> bool:
-        """Until every trial is done, has failed for good or belongs to another sweep. True if all are done, here or there."""
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        """Run until each trial is finished, has failed twice, or belongs to another sweep.
+
+        Returns:
+            Whether all trials have results, from this sweep or from another one.
+        """
+        signals = (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.signal(number, self._stop) for number in signals}
         try:
-            while not self.stopping and (self.waiting or self.running or self._look_elsewhere()):
-                self._beat()
-                self._reap()
-                self._start_what_fits()
+            while not self.stopping:
+                self._collect_finished()
+                self._fill_slots()
+                if not self.running and len(self.waiting) == len(self.elsewhere):
+                    break
                 self.show(self.progress())
                 time.sleep(POLL_S)
             if self.stopping:
-                self._end_all()
+                self._stop_trials()
         finally:
-            for run in self.running:  # after an error of our own
+            for run in self.running.values():  # not empty after an exception only
                 run.kill()
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return (
-            not self.failed
-            and not self.stopping
-            and all(trial.finished for trial in self.elsewhere)
-        )
+        return not self.stopping and all(trial.finished for trial in self.trials)
 
     def progress(self) -> str:
-        """One line: what is done, what runs, and for how long still."""
-        left, running = (
-            self.seconds_left(),
-            ", ".join(f"{run.trial.name} {duration(run.seconds)}" for run in self.running),
-        )
+        """Describe in one line what is done, what runs, and how much time is left."""
+        left = self.seconds_left()
         parts = [
             f"{len(self.done)}/{len(self.trials)} done",
             "time left not known yet" if left is None else f"about {duration(left)} left",
         ]
-        parts += [f"{len(self.failed)} failed"] * bool(self.failed) + [
-            f"{len(self.elsewhere)} elsewhere"
-        ] * bool(self.elsewhere)
-        return "; ".join(
-            [
-                *parts,
-                *([self.short] if self.short else []),
-                f"{len(self.running)} running" + f" ({running})" * bool(running),
-            ]
-        )
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        if self.elsewhere:
+            parts.append(f"{len(self.elsewhere)} elsewhere")
+        names = [f"{run.trial.name} {duration(run.seconds)}" for run in self.running.values()]
+        parts.append(f"{len(names)} running" + (f" ({', '.join(names)})" if names else ""))
+        return "; ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """By the mean of the most similar runs that have finished; None before the first."""
-        if not self.measured.seconds:
+        """Estimate the time left from finished trials; None before the first has finished."""
+        if not self.seconds:
             return None
-        left = [max(self.measured.expected(run.trial) - run.seconds, 0) for run in self.running]
-        left += [self.measured.expected(trial) for trial in self.waiting if not trial.finished]
-        return max(
-            sum(left) / (max(len(self.running), 1) if self.short else self.places.count),
-            max(left, default=0),
+        left = [
+            max(self._expected(run.trial) - run.seconds, 0.0) for run in self.running.values()
+        ] + [self._expected(trial) for trial in self.waiting if not trial.finished]
+        return max(sum(left) / self.jobs, max(left, default=0.0))
+
+    def _expected(self, trial: Trial) -> float:
+        times = next(
+            self.seconds[key]
+            for axes in SIMILAR
+            if (key := tuple(getattr(trial, axis) for axis in axes)) in self.seconds
         )
+        return sum(times) / len(times)
 
-    def _start_what_fits(self) -> None:
-        before = self.short
-        self._start_each()
-        if (
-            self.short and not before and not self.running
-        ):  # a log would not tell waiting from working
-            self.say(f"waiting: {self.short}")
+    def _note_time(self, trial: Trial, seconds: float | None = None) -> None:
+        """Remember how long a trial took, from timing.json if `seconds` is None."""
+        if seconds is None:
+            try:
+                timing = (trial.folder / "timing.json").read_text(encoding="utf-8")
+                seconds = float(json.loads(timing)["seconds"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return  # the trial was killed before it wrote the file, or the file is damaged
+        for axes in SIMILAR:
+            key = tuple(getattr(trial, axis) for axis in axes)
+            self.seconds.setdefault(key, []).append(seconds)
 
-    def _start_each(self) -> None:
-        self.short = ""
-        while self.waiting and len(self.running) < self.places.count and not self.stopping:
-            trial, place = self.waiting[0], None
-            if not trial.finished:
-                if not self._fits(trial):
-                    self.short = "no memory for more"
-                    return
-                place = self.places.take()
-                if place is None:
-                    self.short = "other sweeps' runs have the rest of the machine"
-                    return
-            self.waiting.popleft()
-            if not self.claims.take(trial.name):
+    def _fill_slots(self) -> None:
+        """Start trials until all slots are taken or no waiting trial is free."""
+        self.elsewhere = []
+        for _ in range(len(self.waiting)):
+            if len(self.running) == self.jobs or self.stopping:
+                return
+            trial = self.waiting.popleft()
+            lock = FileLock(self.locks / f"{trial.name}.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
                 self.elsewhere.append(trial)
-            elif why := self._stranger(trial):
-                self.claims.release(trial.name)
-                self.say(f"{trial.name}: {why}")
-                self.failed[trial.name] = why
-            elif trial.finished:  # perhaps by a sweep that was killed before it could tidy up
-                self._finish(trial)
-            else:
-                self._start(trial, *place)
+                self.waiting.append(trial)
                 continue
-            for file in place[1] if place else ():
-                file.close()
+            if not self._take(trial, lock):
+                lock.release()
 
-    def _stranger(self, trial: Trial) -> str:
-        """Why what another sweep has left in the trial's folder since the start is not this trial's; nothing if it is."""
+    def _take(self, trial: Trial, lock: FileLock) -> bool:
+        """Start a trial unless it needs no start; return whether it runs now."""
         try:
-            same_run(trial.settings, trial.folder)
+            check_same_run(trial.settings, trial.folder)  # another sweep may have written there
         except ConfigError as error:
-            return "; ".join(error.problems)
-        return ""
-
-    def _start(self, trial: Trial, slot: Slot, locks: list[IO]) -> None:
+            self.failed[trial.name] = "; ".join(error.problems)
+            self.say(f"{trial.name}: {self.failed[trial.name]}")
+            return False
+        if trial.folder.is_dir() and _runs_without_sweep(trial.folder):
+            self.waiting.append(trial)
+            return False
+        if trial.finished:
+            self._finish(trial)
+            return False
+        slot = min(set(range(self.jobs)) - self.running.keys())
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.sweep.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        environment |= {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         trial.folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-c",
-            START,
-            ",".join(map(str, slot.cores)),
-            str(self.entry),
-            *trial.arguments,
-        ]
+        resumed = bool(checkpoints(trial.folder))
         with (trial.folder / LOG).open("ab") as log:
-            # A group of its own: Ctrl-C is meant for the sweep, which then asks its runs to save.
             process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
+                [*self.command, *trial.arguments],
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                process_group=0,
-                pass_fds=[file.fileno() for file in locks],
+                process_group=0,  # Ctrl-C reaches the sweep only, which asks its trials to save
             )
         self.tries[trial.name] += 1
-        self.places.note(locks, process.pid, self._need(trial))
-        self.running.append(
-            Running(trial, slot, locks, process, time.monotonic(), bool(checkpoints(trial.folder)))
-        )
-        self.claims.hand_over(trial.name, process.pid)
-        try:
-            process.stdin.write(b"g")
-            process.stdin.close()
-        except BrokenPipeError:  # it was killed already; its exit code will tell
-            pass
+        self.running[slot] = Running(trial, process, lock, time.monotonic(), resumed)
+        return True
 
-    def _reap(self) -> None:
-        for run in [run for run in self.running if run.process.poll() is not None]:
-            self.running.remove(run)
-            for file in run.locks:
-                file.close()
-            trial, code = run.trial, run.process.returncode
+    def _collect_finished(self) -> None:
+        for slot, run in list(self.running.items()):
+            code = run.process.poll()
+            if code is None:
+                continue
+            del self.running[slot]
+            trial, log = run.trial, run.trial.folder / LOG
             if trial.finished:
                 self._finish(trial)
-                self.measured.add(trial, run.seconds, not run.goes_on)
+                if not run.resumed:
+                    self._note_time(trial, run.seconds)
                 self.say(f"{trial.name}: done in {duration(run.seconds)}; {self.progress()}")
-                continue
-            self.claims.release(trial.name)
-            why = f"{_ended(code)}: {_last_line(trial.folder / LOG)}"
-            if self.stopping:
-                continue
-            if self.tries[trial.name] < TRIES:
-                self.say(f"{trial.name}: {why}; it will be tried once more")
-                self.waiting.append(trial)
-            else:
-                self.say(f"{trial.name}: failed again, {why}; see {trial.folder / LOG}")
-                self.failed[trial.name] = why
-
-    def _beat(self) -> None:
-        """Tells sweeps on other hosts that this one lives."""
-        if time.monotonic() - self.last_beat > BEAT_S:
-            self.last_beat = time.monotonic()
-            self.claims.beat([run.trial.name for run in self.running])
+            elif not self.stopping:
+                reason = f"{_describe_exit(code)}: {_last_line(log)}"
+                if self.tries[trial.name] < TRIES:
+                    self.say(f"{trial.name}: {reason}; it will be tried once more")
+                    self.waiting.append(trial)
+                else:
+                    self.say(f"{trial.name}: failed again, {reason}; see {log}")
+                    self.failed[trial.name] = reason
+            run.lock.release()
 
     def _finish(self, trial: Trial) -> None:
-        if self.claims.own(trial.name):
-            tidy(trial.folder, self.sweep.keep)
-        self.claims.release(trial.name)
+        tidy(trial.folder, self.sweep.keep)
         self.done.add(trial.name)
 
-    def _look_elsewhere(self) -> bool:
-        """Whether to go on for trials that others have. A run whose sweep was killed comes to us; those of a live sweep do not."""
-        wait = False
-        for trial in list(self.elsewhere):
-            claim = self.claims.of(trial.name)
-            if claim is None or not claim.live:
-                self.elsewhere.remove(trial)
-                self.waiting.append(trial)
-                wait = True
-            elif claim.orphan:
-                wait = True
-        return wait
-
-    def _fits(self, trial: Trial) -> bool:
-        """Whether memory suffices for one more beside what the runs on this machine have not taken yet; where none runs nothing would
-        become free, and it is tried."""
-        to_come = self.places.to_come()
-        return to_come is None or self._need(trial) + to_come <= available_bytes()
-
-    def _need(self, trial: Trial) -> int:
-        """Bytes on the host. What a run measures on a GPU is the GPU's memory, of which each run has its own."""
-        found = self.measured.need(trial) if not self.on_gpus else None
-        if found is None and trial.method not in self.estimates:
-            self.estimates[trial.method] = needed_bytes(trial.settings)
-        return found if found is not None else self.estimates[trial.method]
-
     def _stop(self, number: int, frame: object) -> None:
-        if self.stopping:  # asked twice: at once
-            for run in self.running:
+        if self.stopping:  # the second signal
+            for run in self.running.values():
                 run.kill()
         self.stopping = signal.Signals(number)
 
-    def _end_all(self) -> None:
-        """Asks every run to save and end, waits, and kills what does not."""
+    def _stop_trials(self) -> None:
+        """Ask all trials to save and end; kill those that take too long."""
+        assert self.stopping is not None
         self.say(
-            f"stopping: {len(self.running)} running, which finish their step and save (at most {STOP_S} s; ask again: at once)"
+            f"stopping: {len(self.running)} running trials finish their step and save "
+            f"(at most {STOP_S} s; ask again to kill them)"
         )
-        for run in self.running:
+        for run in self.running.values():
             run.process.terminate()
         deadline = time.monotonic() + STOP_S
         while self.running:
             if time.monotonic() > deadline:
-                for run in self.running:
+                for run in self.running.values():
                     run.kill()
             time.sleep(POLL_S)
-            self._reap()
+            self._collect_finished()
         self.say(f"stopped by {self.stopping.name}; the same command continues")
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return names.split(",")[:count]
+
+
 def tidy(folder: pathlib.Path, keep: bool | str) -> None:
-    """Removes from a finished run's folder its lock, and the checkpoints and bundles that the sweep's `keep` does not ask for."""
-    bundles = (
-        []
-        if keep is True
-        else [*checkpoints(folder), folder / "final"] + [folder / "best"] * (keep is False)
-    )
-    for path in bundles:
+    """Remove the lock of a finished trial, and the checkpoints that `keep` does not ask for."""
+    removed = [] if keep is True else [*checkpoints(folder), folder / "final"]
+    if keep is False:
+        removed.append(folder / "best")
+    for path in removed:
         if path.is_dir():
             shutil.rmtree(path)
     (folder / LOCK).unlink(missing_ok=True)
 
 
+def save_table(sweep: Sweep) -> pathlib.Path:
+    """Write OUTPUT/results.csv with one row per finished trial of the folder.
+
+    Raises:
+        ConfigError: if there are no results, or damaged ones.
+    """
+    path = sweep.output / "results.csv"
+    with FileLock(sweep.output / ".locks" / "results.csv.lock"):
+        results.write_csv(results.load([str(sweep.output)]), path)
+    return path
+
+
 def duration(seconds: float) -> str:
-    """35 s, 12 min, 3 h 20 min."""
+    """Return a time as 35 s, 12 min or 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def _key(trial: Trial, axes: tuple[str, ...]) -> tuple:
-    return tuple((axis, getattr(trial, axis)) for axis in axes)
+def _runs_without_sweep(folder: pathlib.Path) -> bool:
+    """Tell whether a training process holds the folder's lock."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
-def _ended(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == 0:
-        return "it ended without results"
+        return "ended without results"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _last_line(path: pathlib.Path) -> str:
-    lines = [
-        line.strip()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    return lines[-1].removeprefix("- ")[:200] if lines else "it said nothing"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    text = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return text.removeprefix("- ")[:200]

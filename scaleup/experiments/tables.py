@@ -1,21 +1,20 @@
-"""Tables in the paper's layout, as data: blocks of rows, each cell a mean with its standard deviation; and as Markdown, CSV and text.
+"""Build tables in the layout of the paper from finished runs, and write them.
 
-    table = low_resource(runs, paper, "test")        table 1; the others are below
-    markdown(table), csv_lines(table), text(table)
+    table = low_resource(runs, paper, "test")    table 1; other functions build the others
+    markdown(table), csv_text(table), text(table)
 
-Scores are points (100 times the metric). The standard deviation is that over data seeds, with n - 1. The last column is the mean
-over the tasks shown, of the seeds that all of them have; its spread is that of each seed's mean. Below a row of ours stands the paper's, where the paper has one.
+Scores are points (100 times the metric), as mean and standard deviation over seeds (n - 1). The
+last column is the mean over the tasks shown, of the seeds that all of them have; its standard
+deviation is that of each seed's mean. Below a row stands the paper's, where the paper has one.
 """
 
-import csv
 import dataclasses
-import io
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from scaleup.experiments.results import (
+import pandas as pd
+
+from scaleup.experiments.runs import (
     NAMES,
     Run,
     differences,
@@ -36,343 +35,331 @@ TASKS = {
     "mnli": "MNLI",
     "qqp": "QQP",
 }
-SHOWN = tuple(
-    method for method in NAMES if method != "apl_nogate"
-)  # rows that are missed where they are not there
+EXPECTED = tuple(method for method in NAMES if method != "apl_nogate")  # methods of a full table
+KS = (100, 500, 1000)
 AVERAGE = "average"
-
-
-@dataclasses.dataclass
-class Entry:
-    """A cell. seeds: how many runs it is made of. rank: 1 the best of its column in its block, 2 the second, else 0. form: how to
-    write the mean."""
-
-    mean: float
-    spread: float | None = None
-    seeds: int | None = None
-    rank: int = 0
-    form: str = "{:.2f}"
-
-    @property
-    def shown(self) -> str:
-        return self.form.format(self.mean)
-
-    @property
-    def shown_spread(self) -> str:
-        return "" if self.spread is None else self.form.format(self.spread)
-
-
-@dataclasses.dataclass
-class Row:
-    """entries: one for each column, None where there is no result. paper: the numbers are the paper's."""
-
-    key: str
-    title: str
-    entries: list[Entry | None]
-    paper: bool = False
-
-
-@dataclasses.dataclass
-class Block:
-    title: str
-    rows: list[Row]
+SCALEUP, PAPER = "scaleup", "paper"  # the source of a row
+CELL = ("block", "row", "source", "column", "mean", "std", "seeds", "rank")
 
 
 @dataclasses.dataclass
 class Table:
-    """columns: key → title. missing: what a whole table would have besides, one item each. notes: what a reader must know."""
+    """A table as one row per cell.
+
+    Args:
+        name: the stem of the table's files.
+        title: its caption.
+        first: the title of the column with the rows' titles.
+        columns: key -> title of the other columns.
+        cells: the columns of CELL, in the order in which rows are shown. `mean` is missing where
+            there is no result; `rank` is 1 for the best of a column in its block, 2 for the second.
+        missing: what a full table would have besides.
+        notes: sentences below the table.
+        formats: column -> format of its numbers, if not two decimals.
+        title_of: returns the title of a row from its key.
+    """
 
     name: str
     title: str
     first: str
     columns: dict[str, str]
-    blocks: list[Block]
+    cells: pd.DataFrame
     missing: list[str]
     notes: list[str]
+    formats: dict[str, str] = dataclasses.field(default_factory=dict)
+    title_of: Callable[[str], str] = name_of
+
+    @property
+    def footer(self) -> list[str]:
+        """The notes, and a last sentence on what is missing."""
+        return [*self.notes, f"Missing: {'; '.join(self.missing) or 'nothing'}."]
 
 
-def rank(rows: Sequence[Row]) -> None:
-    """Marks the best and the second best of each column, by what is shown; nothing where there is no choice."""
-    for entries in zip(*(row.entries for row in rows)):
-        there = [entry for entry in entries if entry is not None]
-        order = sorted({float(entry.shown) for entry in there}, reverse=True)
-        for entry in there if len(there) > 1 else ():
-            entry.rank = {0: 1, 1: 2}.get(order.index(float(entry.shown)), 0)
+def row_cells(
+    block: str, row: str, source: str, values: pd.DataFrame | dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the cells of one row.
+
+    Args:
+        block: the title of the row's block.
+        row: the row's key.
+        source: SCALEUP or PAPER.
+        values: column -> mean, or a frame with an index of columns and the columns mean, std and
+            seeds, of which the last two may be absent.
+    """
+    if isinstance(values, dict):
+        values = pd.DataFrame({"mean": values})
+    head = {"block": block, "row": row, "source": source}
+    return [head | {"column": column} | dict(cell) for column, cell in values.iterrows()]
 
 
-def summarise(points: dict[int, float] | None) -> Entry | None:
-    """Mean and spread over seeds. points: seed → score."""
-    if not points:
-        return None
-    values = list(points.values())
-    return Entry(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+def to_frame(cells: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(cells, columns=list(CELL))
+    return frame.astype({"mean": float, "std": float, "seeds": "Int64", "rank": "Int64"})
+
+
+def rank(cells: pd.DataFrame, groups: Sequence[Any] = ("block", "source", "column")) -> pd.Series:
+    """Rank the cells of each group by the number shown: 1 or 2; none where there is one cell."""
+    by_group = cells["mean"].round(2).groupby([cells[key] for key in groups])
+    ranks = by_group.rank(method="dense", ascending=False)
+    return ranks.where((ranks <= 2) & (by_group.transform("count") > 1)).astype("Int64")
+
+
+def scores(runs: Iterable[Run], split: str) -> pd.DataFrame:
+    """Return points with index (k, row, task) and one column per seed.
+
+    Raises:
+        ConfigError: for two runs of one trial.
+    """
+    by_key = unique(list(runs), lambda run: (run.k, run.row, run.task, run.seed))
+    points = {key: run.points(split) for key, run in by_key.items()}
+    index = pd.MultiIndex.from_tuples(points, names=["k", "row", "task", "seed"])
+    series = pd.Series(list(points.values()), index=index, dtype=float).dropna()
+    return series.unstack("seed", sort=False)
+
+
+def summarise(points: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, standard deviation and number of the seeds of each row."""
+    return pd.DataFrame(
+        {
+            "mean": points.mean(axis="columns"),
+            "std": points.std(axis="columns"),
+            "seeds": points.count(axis="columns").replace(0, None),
+        }
     )
 
 
-Scores = dict[tuple[Any, str, str], dict[int, float]]
+def _select(points: pd.DataFrame, k: Any, row: str, tasks: Sequence[str]) -> pd.DataFrame:
+    """Return one row's points, with the tasks as index."""
+    chosen = points.reindex(pd.MultiIndex.from_tuples([(k, row, task) for task in tasks]))
+    return chosen.set_axis(pd.Index(tasks))
 
 
-def scores(runs: Iterable[Run], split: str) -> Scores:
-    """(k, row, task) → seed → points. Raises ConfigError for two runs of one cell."""
-    out: Scores = {}
-    for (k, method, task, seed), run in unique(
-        list(runs), lambda run: (run.k, run.row, run.task, run.seed)
-    ).items():
-        if run.results[split] is not None and not math.isnan(points := run.points(split)):
-            out.setdefault((k, method, task), {})[seed] = points
-    return out
+def _level(points: pd.DataFrame, name: str) -> list[Any]:
+    """Return the values of an index level; numbers first."""
+    values = set(points.index.get_level_values(name))
+    return sorted(values, key=lambda value: (isinstance(value, str), value))
 
 
-def _average(by_task: Sequence[dict[int, float] | None]) -> Entry | None:
-    """Over the tasks shown, from the seeds that all of them have."""
-    return summarise(
-        {seed: statistics.fmean(points[seed] for points in by_task) for seed in common(by_task)}
-    )
+def _tasks(points: pd.DataFrame) -> list[str]:
+    """Return the tasks with results, in the paper's order."""
+    present = _level(points, "task")
+    return [*(task for task in TASKS if task in present), *(t for t in present if t not in TASKS)]
 
 
-def common(cells: Sequence[dict[int, float] | None]) -> set[int]:
-    """The seeds that all of these cells have."""
-    return set.intersection(*(set(points or ()) for points in cells)) if cells else set()
+def _columns(tasks: Sequence[str]) -> dict[str, str]:
+    return {task: TASKS.get(task, task) for task in tasks} | {AVERAGE: "Avg."}
 
 
-def _paper_row(method: str, numbers: dict[str, Any] | None, tasks: Sequence[str]) -> Row | None:
-    """The paper's row for these tasks; its average is printed for all tasks and worked out for fewer."""
-    if not numbers:
-        return None
-    pairs = {
-        task: value if isinstance(value, list) else [value, None] for task, value in numbers.items()
-    }
-    entries = [Entry(*pairs[task]) if task in pairs else None for task in tasks]
-    if set(tasks) == set(TASKS):
-        average = Entry(*pairs[AVERAGE])
-    else:
-        average = (
-            Entry(statistics.fmean(e.mean for e in entries))
-            if entries and None not in entries
-            else None
-        )
-    return Row(method, "paper", [*entries, average], paper=True)
-
-
-def _block(title: str, found: Scores, k: Any, tasks: Sequence[str], paper: dict[str, Any]) -> Block:
-    """One K: for each method our row, then the paper's."""
-    there = [method for (other, method, _) in found if other == k]
-    methods = [*NAMES, *sorted(set(there) - set(NAMES))]
-    ours, theirs, rows = [], [], []
-    for method in (m for m in methods if m in there or m in paper):
-        by_task = [found.get((k, method, task)) for task in tasks]
-        row = Row(method, name_of(method), [*map(summarise, by_task), _average(by_task)])
-        ours.append(row)
-        other = _paper_row(method, paper.get(method), tasks)
-        theirs += [other] * (other is not None)
-        rows += [row, *([other] if other is not None else [])]
-    rank(ours)
-    rank(theirs)
-    return Block(title, rows)
-
-
-def _missing(
-    found: Scores, ks: Sequence[Any], wanted: Sequence[Any], methods: Sequence[str]
-) -> list[str]:
-    """What a whole table would have: tasks and K by name where they are missing altogether, then cells, then seeds of cells. Of runs on
-    other data than GLUE, what some of their methods have and others have not."""
-    tasks = [task for task in _columns(found) if task != AVERAGE]
-    if found and not set(tasks) & set(TASKS):
-        wanted, methods = ks, [method for method in NAMES if any(method == m for _, m, _ in found)]
-    else:
-        tasks = [task for task in tasks if task in TASKS]
-    out = [f"task {TASKS[task]}" for task in TASKS if task not in tasks and wanted is not ks]
-    out += [f"K = {k}" for k in wanted if k not in ks]
-    seeds = set().union(*(set(points) for points in found.values()))
-    for k in ks:
-        there = {(method_of(row), task) for other, row, task in found if other == k}
-        absent = [
-            method for method in methods if not any((method, task) in there for task in tasks)
-        ]
-        out += [f"{name_of(method)} at K = {k}" for method in absent]
-        for method in (m for m in methods if any((k, m, task) in found for task in tasks)):
-            for task in tasks:
-                lack = sorted(seeds - set(found.get((k, method, task), {})))
-                if lack:
-                    some = f", seed {', '.join(map(str, lack))}" if len(lack) < len(seeds) else ""
-                    out.append(f"{name_of(method)} on {TASKS.get(task, task)} at K = {k}{some}")
-    return out
-
-
-def _columns(found: Scores) -> dict[str, str]:
-    """The tasks that have results, the paper's first, and the average."""
-    there = {task for _, _, task in found}
-    return (
-        {task: title for task, title in TASKS.items() if task in there}
-        | {task: task for task in sorted(there - set(TASKS))}
-        | {AVERAGE: "Avg."}
-    )
-
-
-def _notes(runs: Sequence[Run], found: Scores, what: str, blocks: Sequence[Block]) -> list[str]:
-    seeds = sorted(set().union(*(set(points) for points in found.values())))
-    notes = [
-        f"Backbone {one_backbone(runs)} in our rows, {what}.",
-        f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}.",
-    ]
-    notes.append(
-        "Subscript: standard deviation over seeds (n - 1). Bold: best of our rows, or of the paper's; underlined: second best."
-    )
-    tasks = [task for task in _columns(found) if task != AVERAGE]
+def _paper_row(numbers: dict[str, Any], tasks: Sequence[str]) -> pd.DataFrame:
+    """Return the paper's row; over fewer than all tasks, its average is computed."""
+    pairs = {key: value if isinstance(value, list) else [value] for key, value in numbers.items()}
+    frame = pd.DataFrame({key: [*value, None][:2] for key, value in pairs.items()}, dtype=float)
+    frame = frame.T.set_axis(["mean", "std"], axis="columns").reindex([*tasks, AVERAGE])
     if set(tasks) != set(TASKS):
-        theirs = ", the paper's too (worked out from its cells)" * any(
-            row.paper for block in blocks for row in block.rows
-        )
-        notes.append(f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}{theirs}.")
+        frame.loc[AVERAGE] = [frame["mean"].reindex(tasks).mean(skipna=False), None]
+    return frame
+
+
+def _block(
+    title: str, points: pd.DataFrame, k: Any, tasks: Sequence[str], paper: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the cells for one K: a row for each method, followed by the paper's."""
+    present = {row for other, row, _ in points.index if other == k}
+    cells = []
+    for row in [*NAMES, *sorted(present - set(NAMES))]:
+        if row in present or row in paper:
+            chosen = _select(points, k, row, tasks)
+            chosen.loc[AVERAGE] = chosen.mean(skipna=False)
+            cells += row_cells(title, row, SCALEUP, summarise(chosen))
+        if row in paper:
+            cells += row_cells(title, row, PAPER, _paper_row(paper[row], tasks))
+    return cells
+
+
+def _missing(points: pd.DataFrame, expected_k: Sequence[Any], methods: Sequence[str]) -> list[str]:
+    """Name what a full table would have: first tasks and K, then rows, then seeds of cells.
+
+    Runs on other data than GLUE are compared with each other only.
+    """
+    present, ks = _tasks(points), _level(points, "k")
+    tasks = [task for task in present if task in TASKS]
+    missing = []
+    if present and not tasks:
+        tasks = present
+        methods = [method for method in NAMES if method in _level(points, "row")]
+    else:
+        missing = [f"task {title}" for task, title in TASKS.items() if task not in present]
+        missing += [f"K = {k}" for k in expected_k if k not in ks]
+    for k in ks:
+        cells = {(method_of(row), task) for other, row, task in points.index if other == k}
+        of_method = {method: {task for m, task in cells if m == method} for method in methods}
+        missing += [
+            f"{name_of(method)} at K = {k}"
+            for method, its_tasks in of_method.items()
+            if not its_tasks & set(tasks)
+        ]
+        for method in methods:
+            if not any((k, method, task) in points.index for task in tasks):
+                continue
+            for task, seeds in _select(points, k, method, tasks).iterrows():
+                absent = sorted(seeds[seeds.isna()].index)
+                if absent:
+                    some = (
+                        f", seed {', '.join(map(str, absent))}" if len(absent) < len(seeds) else ""
+                    )
+                    missing.append(f"{name_of(method)} on {TASKS.get(task, task)} at K = {k}{some}")
+    return missing
+
+
+def _source_notes(runs: Sequence[Run], points: pd.DataFrame, note: str) -> list[str]:
+    seeds = ", ".join(map(str, sorted(points.columns)))
+    return [
+        f"Backbone {one_backbone(runs)} in the rows of scaleup, {note}.",
+        f"{len(runs)} runs, seeds {seeds}.",
+    ]
+
+
+def _notes(runs: Sequence[Run], points: pd.DataFrame, note: str, cells: pd.DataFrame) -> list[str]:
+    notes = _source_notes(runs, points, note)
+    notes.append(
+        "Subscript: standard deviation over seeds (n - 1). Bold: best of scaleup's rows, or of the "
+        "paper's; underlined: second best."
+    )
+    tasks = _tasks(points)
+    if set(tasks) != set(TASKS):
+        average = f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}"
+        if PAPER in set(cells["source"]):
+            average += ", also in the paper's rows (computed from their cells)"
+        notes.append(f"{average}.")
     return notes + differences(runs)
-
-
-def _sorted_k(found: Scores) -> list[Any]:
-    return sorted({k for k, _, _ in found}, key=lambda k: (isinstance(k, str), k))
 
 
 def low_resource(
     name: str,
     title: str,
     runs: Sequence[Run],
-    paper: dict[Any, Any],
-    what: str,
+    paper: dict[str, Any],
+    note: str,
     splits: Sequence[str] = ("test",),
 ) -> Table:
-    """Tables 1, 5 and 6: a block for each K and split. paper: split → K → method → task → [mean, spread]."""
-    runs, others = _with_test_set(runs)
-    columns, blocks = _columns(scores(runs, "test")), []
-    tasks = [task for task in columns if task != AVERAGE]
+    """Build tables 1, 5 and 6, with a block for each split and K.
+
+    Args:
+        name: the stem of the table's files.
+        title: its caption.
+        runs: the runs to show.
+        paper: split -> K -> method -> task -> [mean, standard deviation].
+        note: what to say of the paper's numbers.
+        splits: "dev" and "test", as far as they are shown.
+    """
+    runs, left_out = _with_test_set(runs)
+    points = scores(runs, "test")
+    tasks = _tasks(points)
+    cells = []
     for split in splits:
-        found = scores(runs, split)
-        for k in _sorted_k(found):
+        of_split = points if split == "test" else scores(runs, split)
+        for k in _level(of_split, "k"):
             heading = f"[K = {k}] {'Test' if split == 'test' else 'Development'} Performance"
-            blocks.append(_block(heading, found, k, tasks, paper.get(split, {}).get(k, {})))
-    found = scores(runs, "test")
-    missing = _missing(found, _sorted_k(found), (100, 500, 1000), SHOWN)
-    return Table(
-        name, title, "Method", columns, blocks, missing, _notes(runs, found, what, blocks) + others
-    )
+            cells += _block(heading, of_split, k, tasks, paper.get(split, {}).get(k, {}))
+    frame = to_frame(cells)
+    frame["rank"] = rank(frame)
+    missing = _missing(points, KS, EXPECTED)
+    notes = _notes(runs, points, note, frame) + left_out
+    return Table(name, title, "Method", _columns(tasks), frame, missing, notes)
 
 
 def _with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """The runs with test examples that nothing was chosen on, and what is to be said of the others."""
+    """Return the runs whose test set is not the development set, and a note on the others."""
     kept = [run for run in runs if not run.results["test_is_dev"]]
-    left = len(runs) - len(kept)
-    return kept, [
-        f"{left} run{'s' * (left > 1)} on all of GLUE's examples left out, whose test set is the dev set: table 3 has them."
-    ] * bool(left)
+    count = len(runs) - len(kept)
+    note = (
+        f"{count} run{'s' * (count > 1)} on all of GLUE's examples left out, whose test set is the "
+        "dev set: table 3 has them."
+    )
+    return kept, [note] if count else []
 
 
 def high_resource(
-    name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], what: str
+    name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], note: str
 ) -> Table:
-    """Table 3: all training examples, the best result on the development set."""
-    everything = [run for run in runs if run.k == "all"]
-    found = scores(everything, "dev")
-    columns = _columns(found)
-    block = _block(
-        "[K = all] Best Performance on GLUE Dev",
-        found,
-        "all",
-        [task for task in columns if task != AVERAGE],
-        paper,
-    )
-    missing = _missing(
-        found, _sorted_k(found), ("all",), [method for method in SHOWN if method != "bitfit"]
-    )
-    return Table(
-        name,
-        title,
-        "Method",
-        columns,
-        [block],
-        missing,
-        _notes(everything, found, what, [block]) if everything else [],
-    )
+    """Build table 3: all training examples, best result on the development set."""
+    runs = [run for run in runs if run.k == "all"]
+    points = scores(runs, "dev")
+    tasks = _tasks(points)
+    heading = "[K = all] Best Performance on GLUE Dev"
+    frame = to_frame(_block(heading, points, "all", tasks, paper))
+    frame["rank"] = rank(frame)
+    missing = _missing(points, ("all",), [method for method in EXPECTED if method != "bitfit"])
+    notes = _notes(runs, points, note, frame) if runs else []
+    return Table(name, title, "Method", _columns(tasks), frame, missing, notes)
 
 
 def upper_bound(
-    name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], what: str
+    name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], note: str
 ) -> Table:
-    """Table 2: for each K the average over tasks of the best submodule, against UniPELT. From the means of table 1, over the seeds that
-    every task and method of a pair has."""
-    runs, others = _with_test_set(runs)
-    found = scores(runs, "test")
+    """Build table 2: UniPELT against the best submodule on each task, averaged over tasks.
+
+    Both columns of a pair use the seeds that all their methods have on all tasks.
+    """
+    runs, left_out = _with_test_set(runs)
+    points = scores(runs, "test")
+    tasks = _tasks(points)
     columns = {
         "max_ap": "max({A, P})",
         "ap": "UniPELT (AP)",
         "max_apl": "max({A, P, L})",
         "apl": "UniPELT (APL)",
     }
-    tasks = [task for task in _columns(found) if task != AVERAGE]
-    rows = []
-    for k in _sorted_k(found):
-        # The column of a maximum takes the best submodule on each task, that of UniPELT its own.
-        pairs = [
-            [[part for part in SUBMODULES if part[0] in letters], [letters]]
-            for letters in ("ap", "apl")
-        ]
-        rows.append(
-            Row(
-                str(k),
-                str(k),
-                [entry for pair in pairs for entry in _best_means(found, k, tasks, pair)],
-            )
-        )
-        same = set(tasks) == set(TASKS) and k in paper
-        rows += (
-            [Row(str(k), "paper", [Entry(paper[k][column]) for column in columns], paper=True)]
-            if same
-            else []
-        )
-    for row in rows:
-        for left in (0, 2):  # within each pair, the larger is bold
-            pair = row.entries[left : left + 2]
-            if None not in pair:
-                larger = max(float(entry.shown) for entry in pair)
-                for entry in pair:
-                    entry.rank = int(float(entry.shown) == larger)
-    notes = (
-        _notes(runs, found, what, [])[:2]
-        + others
-        + [
-            "The best mean of the submodules on each task, averaged over tasks. Bold: the larger of each pair."
-        ]
-    )
+    cells = []
+    for k in _level(points, "k"):
+        values = []
+        for letters in ("ap", "apl"):
+            parts = [part for part in SUBMODULES if part[0] in letters]
+            values += _best_means(points, k, tasks, (parts, [letters]))
+        cells += row_cells("", str(k), SCALEUP, pd.DataFrame(values, index=pd.Index(columns)))
+        if set(tasks) == set(TASKS) and k in paper:
+            cells += row_cells("", str(k), PAPER, {column: paper[k][column] for column in columns})
+    frame = to_frame(cells)
+    pair = frame["column"].str.removeprefix("max_").rename("pair")
+    ranks = rank(frame.assign(pair=pair), ("row", "source", "pair"))
+    frame["rank"] = ranks.where(ranks == 1)
+    notes = [
+        *_source_notes(runs, points, note),
+        *left_out,
+        "The best mean of the submodules on each task, averaged over tasks. "
+        "Bold: the larger of each pair.",
+    ]
     if set(tasks) != set(TASKS):
         notes.append(
             f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown."
         )
-    missing = _missing(found, _sorted_k(found), (100, 500, 1000), (*SUBMODULES, "ap", "apl"))
-    return Table(name, title, "K", columns, [Block("", rows)], missing, notes)
+    missing = _missing(points, KS, (*SUBMODULES, "ap", "apl"))
+    return Table(name, title, "K", columns, frame, missing, notes, title_of=str)
 
 
 def _best_means(
-    found: Scores, k: Any, tasks: Sequence[str], sides: Sequence[Sequence[str]]
-) -> list[Entry | None]:
-    """For each side the mean over tasks of its best method there, over the seeds that all of its cells have, and where both sides
-    have results all of both's; None for a side without such seeds."""
-    cells = [
-        {(part, task): found.get((k, part, task)) for part in parts for task in tasks}
+    points: pd.DataFrame, k: Any, tasks: Sequence[str], sides: Sequence[Sequence[str]]
+) -> list[dict[str, float | None]]:
+    """Return for each side the mean over tasks of its best method there.
+
+    A side has no mean without seeds that all its methods have on all tasks. If both sides have
+    such seeds, those that they share count.
+    """
+    of_sides = [
+        pd.concat({part: _select(points, k, part, tasks) for part in parts}).dropna(axis="columns")
         for parts in sides
     ]
-    seeds = [common(list(side.values())) for side in cells]
-    if all(seeds):
-        seeds = [set.intersection(*seeds)] * len(seeds)
-    entries: list[Entry | None] = []
-    for parts, side, shared in zip(sides, cells, seeds):
-        best = (
-            [
-                max(statistics.fmean(side[part, task][seed] for seed in shared) for part in parts)
-                for task in tasks
-            ]
-            if shared
-            else []
-        )
-        entries.append(Entry(statistics.fmean(best), seeds=len(shared)) if best else None)
-    return entries
+    if all(len(side.columns) for side in of_sides):
+        shared = of_sides[0].columns.intersection(of_sides[1].columns)
+        of_sides = [side[shared] for side in of_sides]
+    return [
+        {
+            "mean": side.mean(axis="columns").groupby(level=1).max().mean(skipna=False),
+            "seeds": len(side.columns) or None,
+        }
+        for side in of_sides
+    ]
 
 
 def efficiency(
@@ -381,11 +368,17 @@ def efficiency(
     runs: Sequence[Run],
     paper: dict[str, Any],
     bench: dict[str, dict[str, float]],
-    what: str,
+    note: str,
 ) -> Table:
-    """Table 4: parameters that remain after training, and the times of a benchmark, %.
+    """Build table 4: parameters that are stored after training, and measured times.
 
-    bench: method → "training" and "inference" time as a share of full fine-tuning's.
+    Args:
+        name: the stem of the table's files.
+        title: its caption.
+        runs: the runs to show.
+        paper: method -> column -> number.
+        bench: method -> "training" and "inference" time as a share of full fine-tuning's.
+        note: what to say of the paper's numbers.
     """
     columns = {
         "parameters": "#Param. (K)",
@@ -393,137 +386,92 @@ def efficiency(
         "training": "Time T (%)",
         "inference": "Time I (%)",
     }
-    rows, missing = [], []
+    cells, missing = [], []
     for method in (m for m in NAMES if any(run.method == m for run in runs) or m in paper):
         counts = {
-            (run.results["parameters"]["stored"], run.results["parameters"]["stored_percent"])
+            (counted["stored"] / 1000, counted["stored_percent"])
             for run in runs
             if run.method == method
+            for counted in [run.results["parameters"]]
         }
-        entries: list[Entry | None] = [None] * 4
-        if len(counts) == 1:
-            stored, percent = counts.pop()
-            entries[:2] = [Entry(stored / 1000, form="{:,.0f}"), Entry(percent)]
-        else:
+        stored = counts.pop() if len(counts) == 1 else (None, None)
+        if stored[0] is None:
             missing.append(f"parameters of {name_of(method)}")
-        for i, kind in enumerate(("training", "inference"), 2):
-            if kind in bench.get(method, {}):
-                entries[i] = Entry(100 * bench[method][kind], form="{:.0f}")
-            else:
+        times = bench.get(method, {})
+        values = dict(zip(columns, stored))
+        for kind in ("training", "inference"):
+            values[kind] = 100 * times[kind] if kind in times else None
+            if kind not in times:
                 missing.append(f"{kind} time of {name_of(method)}")
-        rows.append(Row(method, name_of(method), entries))
+        cells += row_cells("", method, SCALEUP, values)
         if method in paper:
-            forms = ("{:,.0f}", "{:.2f}", "{:.0f}", "{:.0f}")
-            rows.append(
-                Row(
-                    method,
-                    "paper",
-                    [Entry(paper[method][c], form=f) for c, f in zip(columns, forms)],
-                    paper=True,
-                )
-            )
+            cells += row_cells("", method, PAPER, {key: paper[method][key] for key in columns})
     notes = [
-        f"Backbone {one_backbone(runs)} in our rows, {what}.",
+        f"Backbone {one_backbone(runs)} in the rows of scaleup, {note}.",
         "Parameters: what is stored after training, without the task's head.",
     ]
-    return Table(name, title, "Method", columns, [Block("", rows)], missing, notes)
+    formats = {"parameters": "{:,.0f}", "training": "{:.0f}", "inference": "{:.0f}"}
+    return Table(name, title, "Method", columns, to_frame(cells), missing, notes, formats)
 
 
-def _marked(entry: Entry | None, best: str, second: str, spread: str) -> str:
-    if entry is None:
-        return "–"
-    mark = {1: best, 2: second}.get(entry.rank, "{}")
-    return mark.format(entry.shown) + (
-        spread.format(entry.shown_spread) if entry.spread is not None else ""
-    )
+def _lines(
+    table: Table, marks: dict[int, str], spread: str, heading: str, paper: str
+) -> pd.DataFrame:
+    """Lay a table out as text.
+
+    Args:
+        table: the table.
+        marks: rank -> format of a mean.
+        spread: format of a standard deviation.
+        heading: format of a block's title.
+        paper: format of the cells of the paper's rows.
+    """
+
+    def show(cell: Any) -> str:
+        if pd.isna(cell.mean):
+            return "–"
+        form = table.formats.get(cell.column, "{:.2f}")
+        mark = "{}" if pd.isna(cell.rank) else marks[cell.rank]
+        deviation = "" if pd.isna(cell.std) else spread.format(form.format(cell.std))
+        return mark.format(form.format(cell.mean)) + deviation
+
+    lines = []
+    for block, of_block in table.cells.groupby("block", sort=False):
+        if block:
+            lines.append([heading.format(block), *[""] * len(table.columns)])
+        for (row, source), cells in of_block.groupby(["row", "source"], sort=False):
+            shown = [show(cell) for cell in cells.itertuples()]
+            if source == PAPER:
+                lines.append([paper.format(text) for text in ("paper", *shown)])
+            else:
+                lines.append([table.title_of(row), *shown])
+    return pd.DataFrame(lines, columns=[table.first, *table.columns.values()])
+
+
+def grid(frame: pd.DataFrame, style: str = "pipe") -> str:
+    """Return a frame of text as a table, in a style of tabulate; numbers are right-aligned."""
+    align = ["left", *["right"] * (len(frame.columns) - 1)]
+    return frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
 
 
 def markdown(table: Table) -> str:
-    """For GitHub: bold, underlined, subscripts; the paper's rows in italics."""
-    lines = [
-        f"### {table.title}",
-        "",
-        "| " + " | ".join([table.first, *table.columns.values()]) + " |",
-        "|---|" + "---:|" * len(table.columns),
-    ]
-    for block in table.blocks:
-        if block.title:
-            lines.append(f"| **{block.title}** |" + " |" * len(table.columns))
-        for row in block.rows:
-            cells = [
-                row.title,
-                *(_marked(entry, "**{}**", "<u>{}</u>", "<sub>{}</sub>") for entry in row.entries),
-            ]
-            lines.append(
-                "| " + " | ".join(f"*{cell}*" if row.paper else cell for cell in cells) + " |"
-            )
-    return "\n".join([*lines, "", *(f"{note}  " for note in table.notes), missing_line(table), ""])
-
-
-def missing_line(table: Table) -> str:
-    """What is not there, by name."""
-    return f"Missing: {'; '.join(table.missing) if table.missing else 'nothing'}."
+    """Return a table for GitHub: bold, underlined, subscripts; the paper's rows in italics."""
+    lines = _lines(table, {1: "**{}**", 2: "<u>{}</u>"}, "<sub>{}</sub>", "**{}**", "*{}*")
+    notes = "".join(f"{note}  \n" for note in table.footer)
+    return f"### {table.title}\n\n{grid(lines)}\n\n{notes}"
 
 
 def text(table: Table) -> list[str]:
-    """For a terminal: `*` the best, `'` the second best."""
-    head = [table.first, *table.columns.values()]
-    lines: list[list[str] | str] = [head]
-    for block in table.blocks:
-        lines += [block.title] * bool(block.title)
-        for row in block.rows:
-            lines.append(
-                [
-                    "  paper" if row.paper else row.title,
-                    *(_marked(entry, "{}*", "{}'", " ±{}") for entry in row.entries),
-                ]
-            )
-    widths = [
-        max(len(line[i]) for line in lines if not isinstance(line, str)) for i in range(len(head))
-    ]
-    shown = [
-        line
-        if isinstance(line, str)
-        else "  ".join(
-            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]
-        ).rstrip()
-        for line in lines
-    ]
-    ranked = any(
-        entry is not None and entry.rank
-        for block in table.blocks
-        for row in block.rows
-        for entry in row.entries
-    )
-    legend = [
-        "* best, ' second best of ours, or of the paper's; ± standard deviation over seeds"
-    ] * ranked
-    return [table.title, *shown, *legend, *table.notes, missing_line(table)]
+    """Return the lines of a table for a terminal."""
+    lines = grid(_lines(table, {1: "{}*", 2: "{}'"}, " ±{}", "{}", "{}"), "plain").splitlines()
+    if table.cells["rank"].notna().any():
+        lines.append(
+            "* best, ' second best of scaleup's rows, or of the paper's; "
+            "± standard deviation over seeds"
+        )
+    return [table.title, *lines, *table.footer]
 
 
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """FusedQKVLayout under a header; None is an empty cell."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def csv_lines(table: Table) -> str:
-    """One line for each cell, also for those without a result."""
-    rows = []
-    for block in table.blocks:
-        for row in block.rows:
-            for column, entry in zip(table.columns, row.entries):
-                cell = [block.title, row.key, "paper" if row.paper else "ours", column]
-                spread = None if entry is None or entry.spread is None else round(entry.spread, 4)
-                rows.append(
-                    cell
-                    + (
-                        [None] * 4
-                        if entry is None
-                        else [round(entry.mean, 4), spread, entry.seeds, entry.rank or None]
-                    )
-                )
-    return csv_text(("block", "row", "source", "column", "mean", "std", "seeds", "rank"), rows)
+def csv_text(table: Table) -> str:
+    """Return one line for each cell, also for those without a result."""
+    return table.cells.round({"mean": 4, "std": 4}).to_csv(index=False)

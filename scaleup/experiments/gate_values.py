@@ -1,0 +1,294 @@
+"""Collect what the gates of a run do, by layer and submodule, by class and by example.
+
+gates = from_results(run, "name")      mean and deviation over the dev set, from results.json
+gates = from_pass(run, "name", "dev")  the gates of every example, from the run's best/
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from scaleup.backbone import loading as backbone
+from scaleup.backbone.method import device_half_dtype, load_run_model
+from scaleup.data import classification as data
+from scaleup.data import tasks
+from scaleup.data.files import Examples
+from scaleup.errors import CheckpointError, ConfigError
+from scaleup.experiments.runs import Run
+from scaleup.settings.loading import override
+from scaleup.settings.schema import DataSettings, Settings
+from scaleup.settings.schema import load as load_config
+from scaleup.training import checkpoint
+from scaleup.training.console import GateStatistics
+from scaleup.unipelt.config import SUBMODULES
+from scaleup.unipelt.gate import LearnedGate, pool
+
+SPLITS = ("train", "dev", "test")
+Site = tuple[str, str]  # module and submodule of a gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """The gates of a run.
+
+    Args:
+        title: names the run and the examples.
+        mean: mean over examples, with layers as index and submodules as columns (with the place in
+            the layer, if a layer has several of a kind); NaN where there is no such gate.
+        std: standard deviation over examples, in the same layout.
+        each: values of every example [examples, layers, submodules]; None if they are not known.
+        labels: the labels of the examples, texts for classes and numbers in a regression.
+        texts: the texts of the examples.
+    """
+
+    title: str
+    mean: pd.DataFrame
+    std: pd.DataFrame
+    each: np.ndarray | None = None
+    labels: list[str | float] = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """The sorted names of the classes; empty in a regression."""
+        return sorted({label for label in self.labels if isinstance(label, str)})
+
+    def of_class(self, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return mean and standard deviation over the examples of one class."""
+        assert self.each is not None
+        chosen = self.each[[other == label for other in self.labels]]
+        layout = {"index": self.mean.index, "columns": self.mean.columns}
+        return pd.DataFrame(chosen.mean(0), **layout), pd.DataFrame(chosen.std(0), **layout)
+
+
+def layout(sites: Sequence[Site]) -> tuple[pd.DataFrame, dict[Site, tuple[int, int]]]:
+    """Arrange gates by layer and submodule.
+
+    The layer is the first number in a module's name. What precedes it distinguishes stacks, and
+    what follows it distinguishes places in a layer.
+
+    Args:
+        sites: the gates in the model's order.
+
+    Returns:
+        An empty frame of layers and submodules, and the position of each gate in it.
+    """
+    parsed = {}
+    for module, part in sites:
+        match = re.search(r"(?:^|\.)(\d+)\.", module)
+        stack, number, place = (
+            (module[: match.start()], match[1], module[match.end() :])
+            if match is not None
+            else (module, "", "")
+        )
+        parsed[module, part] = (stack, number, place)
+    stacks = {stack for stack, _, _ in parsed.values()}
+    in_layer = collections.Counter(
+        (stack, number, part) for (_, part), (stack, number, _) in parsed.items()
+    )
+    crowded = {part for (_, _, part), count in in_layer.items() if count > 1}
+    cells = {}
+    for (module, part), (stack, number, place) in parsed.items():
+        known = next((word for word in ("encoder", "decoder") if word in stack), stack)
+        row = f"{known if len(stacks) > 1 else 'layer'} {number}".strip()
+        cells[module, part] = (row, f"{part} {place}" if part in crowded else part)
+    rows = list(dict.fromkeys(row for row, _ in cells.values()))
+    columns = sorted(
+        dict.fromkeys(column for _, column in cells.values()),
+        key=lambda column: SUBMODULES.index(column.partition(" ")[0]),
+    )
+    positions = {
+        site: (rows.index(row), columns.index(column)) for site, (row, column) in cells.items()
+    }
+    return pd.DataFrame(np.nan, index=rows, columns=columns), positions
+
+
+def from_results(run: Run, name: str) -> Gates:
+    """Return the statistics that a run wrote about its development set.
+
+    Args:
+        run: a run with learned gates.
+        name: the run's name in the title.
+
+    Raises:
+        ConfigError: for a run without learned gates.
+    """
+    gates = _learned(run)
+    mean, positions = layout([(module, part) for module, parts in gates.items() for part in parts])
+    std = mean.copy()
+    for (module, part), (i, j) in positions.items():
+        mean.iat[i, j] = gates[module][part]["mean"]
+        std.iat[i, j] = gates[module][part]["std"]
+    return Gates(_title(run, name), mean, std)
+
+
+def from_pass(run: Run, name: str, which: str) -> Gates:
+    """Load a run's best checkpoint and compute the gates of each example.
+
+    Args:
+        run: a run with learned gates whose folder still has best/.
+        name: the run's name in the title.
+        which: train, dev or test of the run's data, or a file with the same columns.
+
+    Raises:
+        ConfigError: if the checkpoint, the backbone or the data are missing or do not fit, or if
+            the task is not classification or regression.
+    """
+    folder = run.folder
+    _learned(run)
+    absent = [entry for entry in ("best/", "config.yaml") if not (folder / entry).exists()]
+    if absent:
+        raise ConfigError(
+            f"--run: {folder} has no {' and no '.join(absent)}, which a pass over data needs "
+            "(a sweep keeps best/ with keep: best)"
+        )
+    overrides = ["train.resume=auto", override("train.output_dir", folder)]
+    settings = load_config(str(folder / "config.yaml"), overrides)
+    if tasks.of(settings.data).writes:
+        raise ConfigError(
+            f"--run: {folder}: classes and examples are for classification and regression, not "
+            f"{tasks.name_of(settings.data)}"
+        )
+    try:
+        manifest = checkpoint.verify(folder / "best")
+    except CheckpointError as error:
+        raise ConfigError(f"--run: {error}") from None
+    trained_on, config = manifest["backbone"], backbone.load_config(settings.model)
+    if backbone.fingerprint(settings.model, config) != trained_on["fingerprint"]:
+        raise ConfigError(
+            f"--run: {folder}: {settings.model.name} is not the backbone that was trained on "
+            f"({trained_on['name']}, {trained_on['fingerprint'][:19]}…); put that one back"
+        )
+    settings = backbone.fit_length(settings, config)
+    tokenizer = backbone.load_tokenizer(settings.model, config)
+    examples, split = _examples(settings.data, which)
+    if which in SPLITS and data.provenance(examples) != manifest["data"]:
+        raise ConfigError(
+            f"--run: {folder}: the run's data has changed since; put it back, or name a file with "
+            "--data"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    auto, labels = tasks.of(settings.data).auto, manifest["labels"]
+    model = load_run_model(settings, config, auto, labels, device, adapter=folder / "best").eval()
+    chosen = getattr(examples, split)
+    values = _values(model, settings, tokenizer, examples, split)
+    frame, positions = layout(list(values))
+    each = np.full((len(chosen), *frame.shape), np.nan)
+    for site, (i, j) in positions.items():
+        each[:, i, j] = values[site]
+    names = examples.labels
+    targets = chosen["label"] if names is None else [names[i] for i in chosen["label"]]
+    roles = [role for role in ("text", "text_pair") if role in chosen.column_names]
+    texts = [" | ".join(row[role] for role in roles) for row in chosen]
+    examined = f"{which} set" if which in SPLITS else pathlib.Path(which).name
+    title = f"{_title(run, name)}, {examined} ({len(chosen)} examples)"
+    shape = {"index": frame.index, "columns": frame.columns}
+    mean, std = (pd.DataFrame(part, **shape) for part in (each.mean(0), each.std(0)))
+    return Gates(title, mean, std, each, list(targets), texts)
+
+
+def _learned(run: Run) -> dict[str, dict[str, dict[str, float]]]:
+    if not run.results["gates"]:
+        raise ConfigError(f"--run: {run.folder} has no learned gates ({run.method})")
+    return run.results["gates"]
+
+
+def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
+    """Return the examples, and the name of the split to look at."""
+    if which in SPLITS:
+        examples = data.load(settings)
+        if getattr(examples, which) is None:
+            raise ConfigError(
+                f"--data: the run has no {which} set; it takes {', '.join(SPLITS)} or a file"
+            )
+        return examples, which
+    if not pathlib.Path(which).is_file():
+        raise ConfigError(
+            f"--data: there is no file {which}; it takes {', '.join(SPLITS)} or a file with the "
+            "run's columns"
+        )
+    changes: dict[str, Any] = {
+        "name": None,
+        "path": None,
+        "task": tasks.name_of(settings),
+        "train_file": which,
+        "validation_file": which,
+        "test_file": None,
+        "k": "all",
+    }
+    if settings.name:
+        changes |= zip(("text_column", "text_pair_column"), data.GLUE[settings.name])
+        changes["label_column"] = "label"
+    try:
+        return data.load(settings.model_copy(update=changes)), "dev"
+    except ConfigError as error:  # a problem is reported for each setting that names the file
+        texts = [problem.partition(": ")[2] or problem for problem in error.problems]
+        raise ConfigError([f"--data: {text}" for text in dict.fromkeys(texts)]) from None
+
+
+class _Recorder:
+    """Keeps every example's gates, in the place of a gate's statistics."""
+
+    def __init__(self) -> None:
+        self.calls: list[torch.Tensor] = []
+
+    def add(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        per_token = mask_BT if g_BTN.shape[1] > 1 else None
+        self.calls.append(pool(g_BTN.detach().float(), "masked", per_token)[:, 0].cpu())
+
+
+def _values(
+    model: nn.Module,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    split: str,
+) -> dict[Site, np.ndarray]:
+    """Return the values of each gate, one per example, in the order of the examples."""
+    gates: dict[str, LearnedGate] = GateStatistics(model).gates
+    recorders = {module: _Recorder() for module in gates}
+    for module, gate in gates.items():
+        gate.statistics = recorders[module]
+    tokens = getattr(data.tokenize(examples, tokenizer, settings.data), split)
+    order = np.argsort(tokens["length"], kind="stable").tolist()  # less padding
+    loader = DataLoader(
+        tokens.select(order),
+        batch_size=settings.train.per_device_eval_batch_size,
+        collate_fn=data.collator(tokenizer, settings.data),
+    )
+    values = {
+        (module, part): np.empty(len(order))
+        for module, gate in gates.items()
+        for part in gate.names
+    }
+    device, start = model.device, 0
+    half = device_half_dtype(settings, device)
+    for batch in loader:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None),
+        ):
+            model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+        end = start + len(batch["input_ids"])
+        for module, gate in gates.items():
+            # A layer that is called many times, as in ALBERT, has the mean over its calls.
+            mean = torch.stack(recorders[module].calls).mean(dim=0).numpy()
+            recorders[module].calls.clear()
+            for i, part in enumerate(gate.names):
+                values[module, part][order[start:end]] = mean[:, i]
+        start = end
+    return values
+
+
+def _title(run: Run, name: str) -> str:
+    return f"{name}: {run.task}, K = {run.k}, {run.method}"
