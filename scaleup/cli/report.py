@@ -1,10 +1,10 @@
 """Make the paper's tables and figures from finished runs, and show what the gates of a run do.
 
-    scaleup report table1 --runs results/minilm
+    scaleup report table1 --runs results/minilm.csv
     scaleup report gates --run runs/one --run runs/other --data dev
 
-The paper's numbers stand beside those of the runs. The command prints a table, and writes Markdown,
-CSV and PNG. Exit codes: 0 done; 2 an argument must change; 130 interrupted.
+The paper's numbers stand beside those of the runs. The command prints a table, and writes Markdown
+and CSV, and PNG for figures and gates. Exit codes: 0 done; 2 an argument must change; 130 interrupted.
 """
 
 import argparse
@@ -22,14 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         action="append",
-        metavar="FOLDER",
-        help="folder of a sweep or a run (repeatable; default: the one of configs/sweeps/)",
+        metavar="PATH",
+        help="folder of a sweep or a run, or a table of runs such as a sweep's results.csv "
+        "(repeatable; default: the output of the sweep of that name in configs/sweeps/)",
     )
     parser.add_argument(
         "--run",
         action="append",
-        metavar="FOLDER",
-        help="gates: folder of a finished run (repeatable, to compare runs)",
+        metavar="PATH",
+        help="gates: folder of a finished run, or TABLE.csv/TRIAL (repeatable, to compare runs)",
     )
     parser.add_argument(
         "--data",
@@ -47,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=pathlib.Path,
         metavar="FOLDER",
-        help="folder to write to (default: report/ in the first folder)",
+        help="folder to write to (default: report/ in the first folder, or TABLE/report/)",
     )
 
 
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     folders = options.run if of_gates else options.runs or [report.RUNS[options.name]]
-    output = options.output or pathlib.Path(folders[0], "report")
+    output = options.output or report.default_output(folders[0])
     if of_gates:
         lines = gates.report(folders, options.data, output)
     else:

@@ -1,9 +1,11 @@
-"""Run a grid of method × task × training set size × data seed, several runs at once.
+"""Run a grid of method × task × training set size × data seed.
 
     scaleup sweep configs/sweeps/minilm.yaml --jobs 2 --only 'cola-*' train.num_train_epochs=5
 
 The file is described in scaleup/experiments/grid.py. Every run's config is checked before the first
-run starts. A sweep that was stopped goes on where it stopped when it is started again.
+run starts. A sweep that was stopped goes on where it stopped when it is started again. Several sweeps
+on one folder share its trials; on a cluster, use --shard in a job array. At the end the sweep writes
+OUTPUT/results.csv, one row per finished trial, which `scaleup report` reads.
 
 Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM and saved (SCALEUP_EXIT_STOPPED
 can name another code); 1 some runs are missing, because they failed twice or another sweep has
@@ -25,8 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
+        default=1,
         metavar="N",
-        help="largest number of runs at once (default: what cores and memory allow)",
+        help="number of trials to run at a time (default: 1); with GPUs each has its own",
     )
     parser.add_argument(
         "--only",
@@ -74,21 +77,20 @@ class Screen:
 
 def run(options: argparse.Namespace) -> int:
     """Run the trials that are missing. Returns the exit code."""
-    from scaleup.experiments import grid, machine, sweep
+    from scaleup.experiments import grid, sweep
 
     screen = Screen()
-    if options.jobs is not None and options.jobs < 1:
+    if options.jobs < 1:
         raise ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
     checked = grid.load(options.file, options.overrides)
     trials = grid.select(checked.trials, options.only, options.shard)
     missing = [trial for trial in trials if not trial.finished]
-    places = machine.Places(options.jobs, checked.threads)
     screen.say(
         f"sweep      {options.file}: {len(checked.trials)} runs, {len(trials)} of them here, "
         f"{len(trials) - len(missing)} done"
     )
-    cores = f"{checked.threads} core{'s' * (checked.threads > 1)}"
-    screen.say(f"machine    {places.count} at once, {cores} each, while memory holds")
+    threads = f"{checked.threads} thread{'s' * (checked.threads > 1)}"
+    screen.say(f"machine    {options.jobs} at a time, {threads} each")
     screen.say(f"output     {checked.output}")
     if options.dry_run:
         for trial in missing:
@@ -100,9 +102,13 @@ def run(options: argparse.Namespace) -> int:
         screen.say(sweeper.progress())
     if sweeper.elsewhere:
         names = ", ".join(trial.name for trial in sweeper.elsewhere)
-        screen.say(f"elsewhere  {names}: another sweep has them ({checked.output / '.claims'})")
+        screen.say(f"elsewhere  {names}: another sweep runs them")
     for name, why in sweeper.failed.items():
         print(f"failed     {name}: {why}", file=sys.stderr)
+    try:
+        screen.say(f"table      {sweep.save_table(checked)}")
+    except ConfigError as error:
+        screen.say(f"table      not written: {error.problems[0]}")
     if sweeper.stopping is not None:
         return INTERRUPTED if sweeper.stopping == signal.SIGINT else stopped_code()
     return DONE if complete else FAILED

@@ -104,6 +104,12 @@ RUNS = dict.fromkeys(TITLES, "runs/table1") | {
 }
 
 
+def default_output(path: str) -> pathlib.Path:
+    """Return report/ in the folder of the runs, or beside a table of runs: TABLE/report/."""
+    parts = pathlib.Path(path).parts
+    return pathlib.Path(*(part.removesuffix(".csv") for part in parts), "report")
+
+
 def report(
     name: str, paths: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
 ) -> list[str]:

@@ -145,7 +145,10 @@ def write_csv(runs: Sequence[Run], path: pathlib.Path) -> None:
     for run in runs:
         results, metric = dict(run.results), run.results["metric"]
         if isinstance(results.get("sources"), list):
-            results["sources"] = {source["split"]: source for source in results["sources"]}
+            results["sources"] = {
+                source["split"]: {key: value for key, value in source.items() if key != "split"}
+                for source in results["sources"]
+            }
         scores = [(results[split] or {}).get(metric) for split in ("dev", "test")]
         seeds = (results["seeds"]["data"], results["seeds"]["train"])
         summary = (run.folder.name, run.task, run.k, run.method, *seeds, metric, *scores)

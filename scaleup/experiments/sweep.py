@@ -31,7 +31,8 @@ from scaleup.experiments.grid import Sweep, Trial, check_same_run
 from scaleup.io import LOCK
 from scaleup.training.resume import checkpoints
 
-TRAIN = (sys.executable, str(pathlib.Path(__file__).parents[2] / "launch" / "train.py"))
+TRAIN = (sys.executable, "-m", "scaleup", "train")
+ROOT = pathlib.Path(__file__).parents[2]  # the folder from which scaleup was imported
 TRIES = 2
 STOP_S = 120  # time for a trial to finish its step and save
 POLL_S = 0.2
@@ -114,9 +115,9 @@ class Sweeper:
             while not self.stopping:
                 self._collect_finished()
                 self._fill_slots()
+                self.show(self.progress())
                 if not self.running and len(self.waiting) == len(self.elsewhere):
                     break
-                self.show(self.progress())
                 time.sleep(POLL_S)
             if self.stopping:
                 self._stop_trials()
@@ -125,7 +126,8 @@ class Sweeper:
                 run.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return not self.stopping and all(trial.finished for trial in self.trials)
+        finished = all(trial.finished for trial in self.trials)
+        return finished and not self.failed and not self.stopping
 
     def progress(self) -> str:
         """Describe in one line what is done, what runs, and how much time is left."""
@@ -206,6 +208,7 @@ class Sweeper:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.sweep.threads),
             "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(":"),
         }
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]

@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from scaleup.experiments.meter import allocated_peak, live_bytes  # noqa: E402
+from scaleup.experiments.meter import allocated_peak, live_bytes
 from scaleup.settings import schema as config
 from scaleup.training import distributed as runtime
 from scaleup.training import run as train
