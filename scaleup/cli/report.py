@@ -3,8 +3,9 @@
     scaleup report table1 --runs results/minilm.csv
     scaleup report gates --run runs/one --run runs/other --data dev
 
-The paper's numbers stand beside those of the runs. The command prints a table, and writes Markdown
-and CSV, and PNG for figures and gates. Exit codes: 0 done; 2 an argument must change; 130 interrupted.
+The paper's numbers stand beside those of the runs. The command prints a table and writes Markdown
+and CSV, and PNG for figures and gates. Exit codes: 0 done; 2 an argument must change; 130
+interrupted.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     scaleup sweep configs/sweeps/minilm.yaml --jobs 2 --only 'cola-*' train.num_train_epochs=5
 
 The file is described in scaleup/experiments/grid.py. Every run's config is checked before the first
-run starts. A sweep that was stopped goes on where it stopped when it is started again. Several sweeps
-on one folder share its trials; on a cluster, use --shard in a job array. At the end the sweep writes
-OUTPUT/results.csv, one row per finished trial, which `scaleup report` reads.
+run starts. A sweep that was stopped goes on where it stopped when it is started again. Several
+sweeps on one folder share its trials. On a cluster, use --shard in a job array. Each sweep finally
+writes OUTPUT/results.csv with one row per finished trial, which `scaleup report` reads.
 
 Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM and saved (SCALEUP_EXIT_STOPPED
 can name another code); 1 some runs are missing, because they failed twice or another sweep has

@@ -36,10 +36,12 @@ def workspace(tmp_path_factory) -> pathlib.Path:
 
 FAKE = """
 import fcntl, json, os, pathlib, signal, sys, time
-out = pathlib.Path(next(word for word in sys.argv if word.startswith("train.output_dir=")).partition("=")[2])
+(out,) = (word for word in sys.argv if word.startswith("train.output_dir="))
+out = pathlib.Path(out.partition("=")[2])
 def note(what):
     with (out.parent / "journal").open("a") as file:
-        file.write(json.dumps([what, out.name, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"]]) + "\\n")
+        gpu, threads = (os.environ.get(key) for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"))
+        print(json.dumps([what, out.name, time.time(), gpu, threads]), file=file)
 lock = (out / ".lock").open("w")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as training does
 def stop(*_):
@@ -386,7 +388,4 @@ def test_the_command_reports_what_is_missing_and_what_is_wrong(workspace, tmp_pa
         and "every run: model.name: no folder /no/such" in capsys.readouterr().err
     )
     shutil.rmtree(tmp_path / "runs")
-    assert (
-        command(path, "--jobs", "0") == 2
-        and "--jobs: 0 runs at once" in capsys.readouterr().err
-    )
+    assert command(path, "--jobs", "0") == 2 and "--jobs: 0 runs at once" in capsys.readouterr().err

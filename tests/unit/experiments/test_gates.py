@@ -29,8 +29,11 @@ from tests.utils.workspace import make_workspace
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory) -> pathlib.Path:
-    """Folders as gated runs leave them, without the training: random gates, and statistics by GateMoments over the dev set. `albert`
-    calls its one layer three times."""
+    """Leave folders of gated runs without training.
+
+    The gates are random. Their statistics over the dev set come from GateMoments. `albert` calls
+    its one layer three times.
+    """
     folder = tmp_path_factory.mktemp("gated")
     workspace = make_workspace(folder)
     albert = AlbertConfig(
@@ -69,7 +72,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
         model = apply_method(model, settings.method, fresh).eval()
         torch.manual_seed(len(name))
         with torch.no_grad():
-            for key, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.3)
         learned = {

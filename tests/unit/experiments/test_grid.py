@@ -58,7 +58,8 @@ def test_with_all_examples_the_seed_is_that_of_training_alone(workspace, tmp_pat
 
 def test_the_base_may_be_a_config_file_beside_the_sweep(workspace, tmp_path):
     (tmp_path / "base.yaml").write_text(
-        f"model: {{name: {workspace / 'bert'}}}\ndata: {{train_file: {workspace / 'train.csv'}, dev_size: 32}}\n"
+        f"model: {{name: {workspace / 'bert'}}}\n"
+        f"data: {{train_file: {workspace / 'train.csv'}, dev_size: 32}}\n"
     )
     trial = grid.load(str(sweep_file(workspace, tmp_path, base="base.yaml"))).trials[0]
     assert (

@@ -1,7 +1,5 @@
 """The report command."""
 
-import sys
-
 from scaleup.cli import main
 from scaleup.experiments import results
 

@@ -108,8 +108,8 @@ def test_what_methods_differ_in_beside_themselves_is_said(small, tmp_path):
     )
     screen = report.report("table1", [str(small)], tmp_path / "out")
     assert any(
-        "Runs of one method differ in train.learning_rate (0.1, not set); train.num_train_epochs (12, not set)."
-        in line
+        "Runs of one method differ in train.learning_rate (0.1, not set); "
+        "train.num_train_epochs (12, not set)." in line
         for line in screen
     )
     other = small / "cola-100-apl-1" / "config.yaml"

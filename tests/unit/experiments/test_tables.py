@@ -73,8 +73,8 @@ def test_table_1_has_means_and_spreads_over_seeds_marks_and_the_papers_numbers(s
     text = squeeze((tmp_path / "out" / "table1.md").read_text())
     assert "| Method | MRPC | CoLA | Avg. |" in text
     assert (
-        "| Adapter | 71.00<sub>1.41</sub> | <u>25.00</u><sub>7.07</sub> | <u>48.00</u><sub>4.24</sub> |"
-        in text
+        "| Adapter | 71.00<sub>1.41</sub> | <u>25.00</u><sub>7.07</sub> "
+        "| <u>48.00</u><sub>4.24</sub> |" in text
     )
     assert "| *paper* | *81.40<sub>0.19</sub>* | *2.02<sub>4.04</sub>* |" in text
     assert any("Adapter" in line and "25.00' ±7.07" in line for line in screen)
@@ -324,8 +324,8 @@ def test_tables_of_test_scores_leave_out_runs_whose_test_set_is_the_dev_set(smal
     for table in ("table1", "table2"):
         screen = report.report(table, [str(small)], tmp_path / "out")
         assert (
-            "1 run on all of GLUE's examples left out, whose test set is the dev set: table 3 has them."
-            in screen
+            "1 run on all of GLUE's examples left out, whose test set is the dev set: "
+            "table 3 has them." in screen
         )
         assert not any("K = all" in line for line in screen)
 
