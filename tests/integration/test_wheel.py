@@ -71,7 +71,7 @@ def scaleup(installed: pathlib.Path, folder: pathlib.Path, *arguments: str) -> s
     variables.pop("PYTHONPATH", None)
     command = [str(installed / "bin" / "scaleup"), *arguments]
     process = subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
