@@ -1,14 +1,13 @@
-"""Times both ways of a CPU's attention with a prefix, forwards and backwards: torch's fused kernel, and batched products (scaleup.unipelt.kernels.short_attention).
+"""Time two ways to compute attention with a prefix on a CPU, forward and backward.
 
-    OMP_NUM_THREADS=1 python -m tests.attention --output results/attention
+    OMP_NUM_THREADS=1 python -m benchmarks.attention --output results/attention/ways.json
 
-12 heads of 64, a prefix of 10; the two ways by turns, each one's shortest time and quartile. From these come the numbers of keys up to which
-scaleup.unipelt.kernels.short_attention is the way.
+One way is torch's fused kernel; the other is batched matrix products
+(scaleup/unipelt/kernels/short_attention.py). There are 12 heads of size 64 and a prefix of length
+10. The ways alternate, and the result has the shortest time and the first quartile of each. It
+decides up to how many keys short_attention is used.
 """
 
-import argparse
-import json
-import pathlib
 import statistics
 import time
 import types
@@ -16,103 +15,76 @@ import types
 import torch
 from torch import nn
 
-from scaleup.unipelt.kernels import short_attention as short
+from benchmarks.cases import argument_parser, write_result
+from scaleup.unipelt.kernels import short_attention
 from scaleup.unipelt.prefix import CHILD, unipelt_sdpa, widen_mask
 
-SIZES = (
-    (16, 16),
-    (16, 32),
-    (16, 48),
-    (16, 64),
-    (16, 96),
-    (16, 128),
-    (8, 180),
-    (4, 256),
-)  # examples, tokens
-GATES, HEADS, SIZE, LENGTH = ("example", "example, dropout", "query"), 12, 64, 10
-WAYS = {"kernel": 0, "products": 10**6}
+# (examples, tokens)
+SHAPES = ((16, 16), (16, 32), (16, 48), (16, 64), (16, 96), (16, 128), (8, 180), (4, 256))
+GATES = ("example", "example, dropout", "query")
+HEADS, HEAD_SIZE, PREFIX_LENGTH = 12, 64, 10
+MOST_KEYS = {"kernel": 0, "products": 10**6}  # way → the most keys for which products are used
+WARM_UP_ROUNDS = 2
 
 
 class Attention(nn.Module):
-    """Stands for the attention of a model: its prefix waits in it."""
+    """Stand in for a model's attention whose prefix is ready."""
 
-    def __init__(self, prefix, causal: bool):
+    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor], causal: bool):
         super().__init__()
         self.is_causal, self.num_key_value_groups = causal, 1
         child = nn.Module()
-        child.site, child.take_prefix, child.widened = (
-            types.SimpleNamespace(causal=causal),
-            lambda: prefix,
-            widen_mask,
-        )
+        child.site = types.SimpleNamespace(causal=causal)
+        child.take_prefix, child.widened = lambda: prefix, widen_mask
         self.add_module(CHILD, child)
 
 
-def times(batch: int, tokens: int, gate: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each round by way. A gate per query stands in causal attention."""
+def measure(batch: int, tokens: int, gate: str, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each round for both ways. A gate per query implies causality."""
     torch.manual_seed(0)
-    hidden = [torch.randn(batch, tokens, HEADS * SIZE, requires_grad=True) for _ in range(3)]
-    own = torch.randn(2, HEADS, LENGTH, SIZE, requires_grad=True)
-    gates = torch.rand(batch, tokens if gate == "query" else 1, 1, requires_grad=True)
-    weight, attention = (
-        torch.randn(batch, tokens, HEADS, SIZE),
-        Attention((own, gates), causal=gate == "query"),
-    )
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(rounds + 2):
-        for way, most in WAYS.items():
-            short.MOST_KEYS = short.MOST_KEYS_BESIDE_SLOW = most
-            for leaf in (*hidden, own, gates):
+    per_query, dropout = gate == "query", 0.1 if "dropout" in gate else 0.0
+    hidden = [torch.randn(batch, tokens, HEADS * HEAD_SIZE, requires_grad=True) for _ in range(3)]
+    prefix = torch.randn(2, HEADS, PREFIX_LENGTH, HEAD_SIZE, requires_grad=True)
+    gates = torch.rand(batch, tokens if per_query else 1, 1, requires_grad=True)
+    weight = torch.randn(batch, tokens, HEADS, HEAD_SIZE)
+    attention = Attention((prefix, gates), causal=per_query)
+    milliseconds: dict[str, list[float]] = {way: [] for way in MOST_KEYS}
+    for number in range(rounds + WARM_UP_ROUNDS):
+        for way, most in MOST_KEYS.items():
+            short_attention.MOST_KEYS = short_attention.MOST_KEYS_BESIDE_SLOW = most
+            for leaf in (*hidden, prefix, gates):
                 leaf.grad = None
             began = time.perf_counter()
-            heads = [x.view(batch, tokens, HEADS, SIZE).transpose(1, 2) for x in hidden]
-            out, _ = unipelt_sdpa(
-                attention, *heads, None, dropout=0.1 if "dropout" in gate else 0.0
-            )
+            heads = [x.view(batch, tokens, HEADS, HEAD_SIZE).transpose(1, 2) for x in hidden]
+            out, _ = unipelt_sdpa(attention, *heads, None, dropout=dropout)
             out.backward(weight)
-            if number >= 2:  # two rounds to warm up
-                found[way].append(1000 * (time.perf_counter() - began))
-    return found
+            if number >= WARM_UP_ROUNDS:
+                milliseconds[way].append(1000 * (time.perf_counter() - began))
+    return milliseconds
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    """Measure all shapes and kinds of gates."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     rows = []
     for gate in GATES:
-        for batch, tokens in SIZES:
-            found = times(batch, tokens, gate, options.rounds)
-            best = {way: min(values) for way, values in found.items()}
-            rows.append(
-                {
-                    "gate": gate,
-                    "examples": batch,
-                    "tokens": tokens,
-                    "ratio": round(best["products"] / best["kernel"], 3),
-                }
-            )
-            rows[-1] |= {
-                way: {
-                    "best": round(best[way], 2),
-                    "quartile": round(statistics.quantiles(values, n=4)[0], 2),
-                }
-                for way, values in found.items()
-            }
+        for batch, tokens in SHAPES:
+            times = measure(batch, tokens, gate, options.rounds)
+            best = {way: min(values) for way, values in times.items()}
+            ratio = best["products"] / best["kernel"]
+            row = {"gate": gate, "examples": batch, "tokens": tokens, "ratio": round(ratio, 3)}
+            for way, values in times.items():
+                quartile = statistics.quantiles(values, n=4)[0]
+                row[way] = {"best": round(best[way], 2), "quartile": round(quartile, 2)}
+            rows.append(row)
             print(
-                f"{gate:<17} {batch:3d} x {tokens:3d}: kernel {best['kernel']:7.2f} ms, products {best['products']:7.2f} ms, {rows[-1]['ratio']:.2f}"
+                f"{gate:<17} {batch:3d} x {tokens:3d}: kernel {best['kernel']:7.2f} ms, "
+                f"products {best['products']:7.2f} ms, {ratio:.2f}"
             )
-    options.output.mkdir(parents=True, exist_ok=True)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    (options.output / "ways.json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_result(options.output, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,69 +1,34 @@
-"""Counts what one generated token costs a Llama in calls of torch operations (on a GPU: kernel launches), with and without UniPELT.
+"""Count the torch operations that one generated token costs a Llama, with and without UniPELT.
 
-    python -m tests.decode --output results/decode
+    python -m benchmarks.decode --output results/decode/kernels.json
 
-A layer's calls are the difference between models of four and of three layers; their number does not depend on the width. Views
-do not count. `gated`: learned gates as they generate, running totals in the cache; `no past`: the same gates without the
-totals of earlier tokens (wrong, but what a gate per token alone would cost); `ungated`: constant gates.
+On a GPU an operation is a kernel launch. Views are not counted. The operations of a layer are the
+difference between models of four and of three layers; their number does not depend on the
+width.
+
+bare: no UniPELT. ungated: constant gates. gated: learned gates with running totals in the cache. no
+past: learned gates without the totals of earlier tokens, which is wrong but shows what a gate for
+the current token alone would cost.
 """
 
-import argparse
 import collections
-import json
-import pathlib
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from benchmarks.cases import argument_parser, write_result
+from scaleup.experiments.meter import CallCounter
 from tests.utils.tiny import adapt, backbone
 
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "transpose",
-    "t",
-    "permute",
-    "slice",
-    "select",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "detach",
-    "alias",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "lift_fresh",
-    "_reshape_alias",
-    "unflatten",
-}
+KINDS = ("bare", "ungated", "no past", "gated")
 
 
-class Count(TorchDispatchMode):
-    """Calls by the name of the operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in VIEWS:
-            self.calls[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def token(kind: str, layers: int) -> collections.Counter[str]:
-    """The calls of the fifth token."""
+def count_token(kind: str, layers: int) -> collections.Counter[str]:
+    """Count the operations of the fifth token."""
     model = backbone("llama", num_hidden_layers=layers)
     if kind != "bare":
-        # The prefix as it is stored: at inference no MLP is behind it.
-        model = adapt(
-            model,
-            gates="none" if kind == "ungated" else "learned",
-            prefix_reparameterization="none",
-        )
+        gates = "none" if kind == "ungated" else "learned"
+        model = adapt(model, gates=gates, prefix_reparameterization="none")
     if kind == "no past":
         for module in model.modules():
             if hasattr(module, "running"):
@@ -71,36 +36,24 @@ def token(kind: str, layers: int) -> collections.Counter[str]:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache, use_cache=True)
-        with Count() as count:
+        with CallCounter() as counter:
             model(input_ids=torch.tensor([[9]]), past_key_values=cache, use_cache=True)
-    return count.calls
+    del counter.calls["_unsafe_view"]  # a view, although torch does not mark it as one
+    return counter.calls
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    options = parser.parse_args()
+    """Count all kinds."""
+    options = argument_parser(__doc__).parse_args()
     rows = {}
-    for kind in ("bare", "ungated", "no past", "gated"):
-        four, three = token(kind, 4), token(kind, 3)
-        rows[kind] = {
-            "layer": (four - three).total(),
-            "once": four.total() - 4 * (four - three).total(),
-            "layer_calls": dict(sorted((four - three).items())),
-        }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "kernels.json").write_text(
-        json.dumps(rows, indent=1) + "\n", encoding="utf-8"
-    )
-    print(
-        *(f"{kind}: {row['layer']} per layer, {row['once']} besides" for kind, row in rows.items()),
-        sep="\n",
-    )
+    for kind in KINDS:
+        four = count_token(kind, 4)
+        layer = four - count_token(kind, 3)
+        once = four.total() - 4 * layer.total()
+        calls = dict(sorted(layer.items()))
+        rows[kind] = {"layer": layer.total(), "once": once, "layer_calls": calls}
+        print(f"{kind}: {layer.total()} per layer, {once} once")
+    write_result(options.output, rows)
 
 
 if __name__ == "__main__":

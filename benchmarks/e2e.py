@@ -1,16 +1,15 @@
-"""Trains a small BART from nothing on E2E and keeps how BLEU rises and what it writes.
+"""Train a small BART from random weights on E2E; record how BLEU rises and what the model writes.
 
-    python -m tests.e2e --output results/e2e [section.key=value …]
+    python -m benchmarks.e2e --output results/e2e/results.json [section.key=value …]
 
-A byte-level tokenizer (2,000 pieces) and a BART of about 10M weights are made from the training texts, then launch/train.py
-trains all of it: a proof that the seq2seq path learns and is scored rightly, not a result about UniPELT.
+The script makes a byte-level tokenizer (2,000 pieces) and a BART of about 10M weights from the
+training texts and trains all weights. This shows that sequence-to-sequence training learns and is
+scored correctly; it is not a result about UniPELT.
 """
 
-import argparse
 import json
 import pathlib
 import subprocess
-import sys
 import tempfile
 
 import pyarrow.parquet as pq
@@ -18,17 +17,18 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import BartConfig, BartForConditionalGeneration, BartTokenizerFast
 
-from tests.utils.workspace import ROOT
+from benchmarks.cases import ROOT, argument_parser, command, write_result
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCABULARY = 2000
+SCORES = ("step", "epoch", "eval_loss", "eval_bleu", "eval_rouge_l")
 
 
 def make_model(folder: pathlib.Path, texts: list[str]) -> int:
-    """A random BART with a tokenizer for these texts; its number of weights."""
+    """Save a random BART and a tokenizer for these texts; return the number of weights."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        texts,
-        vocab_size=2000,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        show_progress=False,
+        texts, vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, show_progress=False
     )
     folder.mkdir()
     tokenizer.save_model(str(folder))
@@ -36,7 +36,13 @@ def make_model(folder: pathlib.Path, texts: list[str]) -> int:
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
         d_model=320,
         encoder_layers=3,
         decoder_layers=3,
@@ -45,44 +51,32 @@ def make_model(folder: pathlib.Path, texts: list[str]) -> int:
         encoder_ffn_dim=1280,
         decoder_ffn_dim=1280,
     )
-    config = BartConfig(
-        vocab_size=2000,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        **sizes,
-    )
     config.forced_eos_token_id = None
     model = BartForConditionalGeneration(config)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
 
+def read_lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--data", type=pathlib.Path, default=ROOT.parent / "shared" / "data" / "seq2seq" / "e2e_nlg"
-    )
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    """Train the model and write the result."""
+    parser = argument_parser(__doc__)
+    data = ROOT.parent / "shared" / "data" / "seq2seq" / "e2e_nlg"
+    parser.add_argument("--data", type=pathlib.Path, default=data)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
-    table = pq.read_table(options.data / "train.parquet")
+    rows = pq.read_table(options.data / "train.parquet")
+    texts = rows["document"].to_pylist() + rows["summary"].to_pylist()
     with tempfile.TemporaryDirectory(prefix="e2e-") as name:
-        folder = pathlib.Path(name)
-        weights = make_model(
-            folder / "bart", table["document"].to_pylist() + table["summary"].to_pylist()
-        )
+        model, out = pathlib.Path(name, "bart"), pathlib.Path(name, "run")
+        weights = make_model(model, texts)
         words = [
             "--config",
             str(ROOT / "configs" / "bart_large_seq2seq.yaml"),
-            f"model.name={folder / 'bart'}",
+            f"model.name={model}",
             "method=full",
             "train.deepspeed=null",
             f"data.train_file={options.data / 'train.parquet'}",
@@ -92,41 +86,21 @@ def main() -> None:
             "train.learning_rate=5e-4",
             "train.num_train_epochs=10",
             "train.per_device_train_batch_size=32",
-            f"train.output_dir={folder / 'run'}",
+            f"train.output_dir={out}",
             "train.disable_tqdm=true",
             *options.overrides,
         ]
-        subprocess.run(
-            [sys.executable, str(ROOT / "launch" / "train.py"), *words], check=True, cwd=ROOT
-        )
-        run = folder / "run"
-        log = [
-            json.loads(line)
-            for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        found = {
+        subprocess.run(command(ROOT / "launch" / "train.py", words, 1), check=True, cwd=ROOT)
+        log = [line for line in read_lines(out / "log.jsonl") if "eval_bleu" in line]
+        result = {
             "weights": weights,
-            "dev": [
-                {
-                    key.removeprefix("eval_"): line[key]
-                    for key in ("step", "epoch", "eval_loss", "eval_bleu", "eval_rouge_l")
-                }
-                for line in log
-                if "eval_bleu" in line
-            ],
-            "test": json.loads((run / "results.json").read_text(encoding="utf-8"))["test"],
-            "samples": [
-                json.loads(line)["written"]
-                for line in (run / "predictions.jsonl")
-                .read_text(encoding="utf-8")
-                .splitlines()[::70]
-            ],  # the data itself is not ours to pass on
+            "dev": [{key.removeprefix("eval_"): line[key] for key in SCORES} for line in log],
+            "test": json.loads((out / "results.json").read_text(encoding="utf-8"))["test"],
+            # Only what the model wrote: the licence of the data does not allow copies.
+            "samples": [row["written"] for row in read_lines(out / "predictions.jsonl")[::70]],
         }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(
-        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    print(json.dumps(found, indent=1, ensure_ascii=False))
+    write_result(options.output, result)
+    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

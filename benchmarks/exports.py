@@ -1,9 +1,11 @@
-"""Exports of models trained on real data, every kind from every source, and the memory that the export of a BART-large takes.
+"""Export models that were trained on real data, every kind from every source, and tabulate them.
 
-    python -m tests.exports --model quickstart/model --data ../shared/data --output results/export
+    python -m benchmarks.exports --model quickstart/model --data ../shared/data --output
+    results/export
 
-Each run is one call of launch/train.py, each export one of scaleup export; its export.json is kept, a table is made of all. Runs what is
-missing. About half an hour on two cores.
+Each source is one run of launch/train.py, and each export is one call of `scaleup export`, whose
+export.json is kept in OUTPUT/exports.json. OUTPUT/table.md has one row per export, and the memory
+that writing a BART-large takes. Only what is missing is run. It takes half an hour on two cores.
 """
 
 import argparse
@@ -26,11 +28,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from scaleup.backbone import sharded as weights
-from scaleup.settings import schema as config
+from benchmarks.cases import ROOT, argument_parser, command, write_result
+from scaleup.backbone import sharded
+from scaleup.settings import schema
 from scaleup.training import checkpoint
 from scaleup.unipelt.config import UniPeltConfig
-from tests.utils.workspace import ROOT, environment
+from tests.utils.workspace import environment
 
 KINDS = {
     "exact": [],
@@ -38,67 +41,65 @@ KINDS = {
     "merged": ["--max-metric-drop", "100"],
     "merged, pruned 0.02": ["--max-metric-drop", "100", "--prune", "0.02"],
 }
-SMALL = dict(
-    vocab_size=30522,
-    pad_token_id=0,
-    bos_token_id=101,
-    eos_token_id=102,
-    max_position_embeddings=512,
-)
+SMALL = {
+    "vocab_size": 30522,
+    "pad_token_id": 0,
+    "bos_token_id": 101,
+    "eos_token_id": 102,
+    "max_position_embeddings": 512,
+}
+MAX_SHARD_SIZE = "200MB"  # for the exports of BART-large
 
 
-def small_models(folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Backbones of other families with random weights: what they learn is little, what an export does to it shows all the same."""
+def save_small_models(folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save backbones of other families with random weights.
+
+    They learn little, but what an export changes can be measured all the same.
+    """
     tokenizer.eos_token, tokenizer.bos_token = tokenizer.sep_token, tokenizer.cls_token
-    shapes = {
-        "bart": (
-            BartForConditionalGeneration,
-            BartConfig(
-                **SMALL,
-                d_model=128,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=256,
-                decoder_ffn_dim=256,
-                decoder_start_token_id=102,
-                forced_eos_token_id=102,
-            ),
-        ),
-        "t5": (
-            T5ForConditionalGeneration,
-            T5Config(
-                vocab_size=30522,
-                pad_token_id=0,
-                eos_token_id=102,
-                decoder_start_token_id=0,
-                d_model=128,
-                d_kv=32,
-                d_ff=256,
-                num_layers=2,
-                num_heads=4,
-            ),
-        ),
-        "llama": (
-            LlamaForCausalLM,
-            LlamaConfig(
-                **SMALL,
-                hidden_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=256,
-            ),
-        ),
-    }
-    for name, (cls, shape) in shapes.items():
+    bart = BartConfig(
+        **SMALL,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        decoder_start_token_id=102,
+        forced_eos_token_id=102,
+    )
+    t5 = T5Config(
+        vocab_size=30522,
+        pad_token_id=0,
+        eos_token_id=102,
+        decoder_start_token_id=0,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+    )
+    llama = LlamaConfig(
+        **SMALL,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+    )
+    for name, model_class, config in (
+        ("bart", BartForConditionalGeneration, bart),
+        ("t5", T5ForConditionalGeneration, t5),
+        ("llama", LlamaForCausalLM, llama),
+    ):
         torch.manual_seed(0)
-        cls(shape).save_pretrained(folder / name)
+        model_class(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
 def e2e_data(data: pathlib.Path) -> list[str]:
+    """Return the overrides that read the E2E data."""
     return [
         f"data.train_file={data}/seq2seq/e2e_nlg/train.parquet",
         "data.text_column=document",
@@ -106,13 +107,15 @@ def e2e_data(data: pathlib.Path) -> list[str]:
     ]
 
 
-def runs(options: argparse.Namespace, work: pathlib.Path) -> dict[str, tuple[int, list[str]]]:
-    """name → processes, overrides."""
+def sources(options: argparse.Namespace) -> dict[str, tuple[int, list[str]]]:
+    """Return the number of processes and the overrides of every run."""
     often = ["train.eval_strategy=steps", "train.eval_steps=16"]
+    long, short = ["train.num_train_epochs=6"], ["train.max_steps=24"]
+    minilm, work = str(options.model), options.work
 
-    def glue(task: str, *more: str) -> list[str]:
+    def glue(task: str, *more: str, model: str = minilm) -> list[str]:
         return [
-            f"model.name={options.model}",
+            f"model.name={model}",
             f"data.name={task}",
             f"data.path={options.data}/glue",
             "data.k=500",
@@ -133,192 +136,180 @@ def runs(options: argparse.Namespace, work: pathlib.Path) -> dict[str, tuple[int
             "data.max_target_length=24",
             "data.metric=bleu",
             *often,
+            *short,
         ]
 
-    long, short = ["train.num_train_epochs=6"], ["train.max_steps=24"]
+    reviews = ["--config", "configs/quickstart.yaml", f"model.name={minilm}"]
     return {
-        "minilm film reviews": (
-            1,
-            ["--config", "configs/quickstart.yaml", f"model.name={options.model}"],
-        ),
+        "minilm film reviews": (1, reviews),
         "minilm cola": (1, glue("cola", *long)),
         "minilm rte": (1, glue("rte", *long)),
         "minilm cola, ZeRO-3 on 2": (2, glue("cola", "train.deepspeed=zero3", *short)),
-        "minilm cola, 8 bit": (1, glue("cola", "model.quantization=8bit", *short)),
-        "minilm cola, 4 bit": (1, glue("cola", "model.quantization=nf4", *short)),
+        "minilm cola, int8": (1, glue("cola", "model.quantization=8bit", *short)),
+        "minilm cola, nf4": (1, glue("cola", "model.quantization=nf4", *short)),
         "minilm cola, LoRA": (1, glue("cola", "method.submodules=[lora]", *short)),
-        "bart rte": (1, [f"model.name={work / 'bart'}", *glue("rte", *short)[1:]]),
-        "t5 e2e": (1, [*e2e("t5", "seq2seq"), *short]),
-        "llama e2e": (1, [*e2e("llama", "causal_lm"), *short]),
+        "bart rte": (1, glue("rte", *short, model=str(work / "bart"))),
+        "t5 e2e": (1, e2e("t5", "seq2seq")),
+        "llama e2e": (1, e2e("llama", "causal_lm")),
     }
 
 
 def train(name: str, processes: int, words: list[str], work: pathlib.Path) -> pathlib.Path:
-    """The run's folder."""
+    """Run a source, or continue it; return its output folder."""
     out = work / name.replace(" ", "-").replace(",", "")
-    command = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    done = [f"train.output_dir={out}", "train.resume=auto", "train.disable_tqdm=true"]
+    words = [*words, f"train.output_dir={out}", "train.resume=auto", "train.disable_tqdm=true"]
+    script = ROOT / "launch" / "train.py"
+    subprocess.run(command(script, words, processes), check=True, cwd=ROOT, env=environment())
+    return out
+
+
+def export(checkpoint_folder: pathlib.Path, out: pathlib.Path, words: list[str]) -> dict:
+    """Export a checkpoint into `out`; return the content of export.json."""
+    shutil.rmtree(out, ignore_errors=True)
+    paths = ["--checkpoint", str(checkpoint_folder), "--output", str(out)]
     subprocess.run(
-        [sys.executable, *command, str(ROOT / "launch" / "train.py"), *words, *done],
+        [sys.executable, "-m", "scaleup", "export", *paths, *words],
         check=True,
         cwd=ROOT,
         env=environment(),
     )
-    return out
-
-
-def large(
-    work: pathlib.Path, data: pathlib.Path, tokenizer: PreTrainedTokenizerBase, shard: str
-) -> dict[str, dict]:
-    """Writing a 1.6 GB BART-large in shards, as standalone and, of an ungated method, merged: peak memory of the process that writes."""
-    base, bundle = work / "bart-large", work / "large-run" / "best"
-    if not bundle.exists():
-        torch.manual_seed(0)
-        model = BartForConditionalGeneration(BartConfig())
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-        adapted = get_peft_model(model, UniPeltConfig(task_type="SEQ_2_SEQ_LM", gates="learned"))
-        settings = config.load(
-            None,
-            [
-                f"model.name={base}",
-                "data.task=seq2seq",
-                *e2e_data(data),
-                f"train.output_dir={work}/large-run",
-                "train.resume=auto",
-            ],
-        )
-        written = checkpoint.create_staging_folder(bundle)
-        adapted.save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        (bundle.parent / "config.yaml").write_text(config.to_yaml(settings))
-        about = {
-            "method": settings.dump()["method"],
-            "backbone": {
-                "name": str(base),
-                "revision": None,
-                "quantization": "none",
-                "fingerprint": weights.fingerprint(str(base), None),
-            },
-            "task": "seq2seq",
-            "labels": None,
-            "data": [],
-            "run": {"processes": 1, "zero_stage": 0},
-        }
-        checkpoint.commit_checkpoint(written, bundle, checkpoint.expected_tensors(adapted), about)
-    found = {}
-    for kind in ("exact", "standalone"):
-        out = work / f"large-{kind}"
-        shutil.rmtree(out, ignore_errors=True)
-        words = [] if kind == "exact" else ["--max-shard-size", shard]
-        found[f"bart-large, {kind}"] = export(bundle, out, ["--kind", kind, "--no-verify", *words])
-        shutil.rmtree(out)
-    return found
-
-
-def export(bundle: pathlib.Path, out: pathlib.Path, words: list[str]) -> dict:
-    """What export.json says."""
-    command = [
-        sys.executable,
-        "-m",
-        "scaleup",
-        "export",
-        "--checkpoint",
-        str(bundle),
-        "--output",
-        str(out),
-        *words,
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment())
     return json.loads((out / "export.json").read_text())
 
 
+def save_large_checkpoint(
+    folder: pathlib.Path, work: pathlib.Path, data: pathlib.Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Save an adapter checkpoint of an untrained UniPELT on a BART-large with random weights."""
+    base = work / "bart-large"
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig())
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapted = get_peft_model(model, UniPeltConfig(task_type="SEQ_2_SEQ_LM", gates="learned"))
+    overrides = [
+        f"model.name={base}",
+        "data.task=seq2seq",
+        *e2e_data(data),
+        f"train.output_dir={folder.parent}",
+        "train.resume=auto",
+    ]
+    settings = schema.load(None, overrides)
+    staging = checkpoint.create_staging_folder(folder)
+    adapted.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    (folder.parent / "config.yaml").write_text(schema.to_yaml(settings))
+    about = {
+        "method": settings.dump()["method"],
+        "backbone": {
+            "name": str(base),
+            "revision": None,
+            "quantization": "none",
+            "fingerprint": sharded.fingerprint(str(base), None),
+        },
+        "task": "seq2seq",
+        "labels": None,
+        "data": [],
+        "run": {"processes": 1, "zero_stage": 0},
+    }
+    checkpoint.commit_checkpoint(staging, folder, checkpoint.expected_tensors(adapted), about)
+
+
+def export_large(
+    work: pathlib.Path, data: pathlib.Path, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict]:
+    """Export a BART-large (1.6 GB) without verification; measure the memory of the process."""
+    folder = work / "large-run" / "best"
+    if not folder.exists():
+        save_large_checkpoint(folder, work, data, tokenizer)
+    reports = {}
+    for kind, words in (("exact", []), ("standalone", ["--max-shard-size", MAX_SHARD_SIZE])):
+        out = work / f"large-{kind}"
+        report = export(folder, out, ["--kind", kind, "--no-verify", *words])
+        reports[f"bart-large, {kind}"] = report | {"shard": MAX_SHARD_SIZE}
+        shutil.rmtree(out)
+    return reports
+
+
 def table(reports: dict[str, dict[str, dict]], memory: dict[str, dict]) -> str:
-    """Markdown."""
+    """Make the Markdown page of all exports."""
     lines = [
         "# Exports",
         "",
-        "Made by `python -m tests.exports`. Each was loaded in a fresh process, the folders where neither scaleup nor PEFT exists.",
+        "Written by `python -m benchmarks.exports`. Each export was loaded in a new process, "
+        "standalone and merged ones where neither scaleup nor PEFT is installed.",
         "",
-        "| source | kind | logits moved, max | metric before | after | same predictions | reload differs by | dropped | remote code | MB |",
+        "| source | kind | logits moved, max | metric before | after | same predictions "
+        "| reload differs by | dropped | remote code | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for source, kinds in reports.items():
         for kind, report in kinds.items():
-            proof = report["proof"]
-            dropped = (
-                ""
-                if report["calibration"] is None
-                else f"{sum(g['dropped'] for g in report['calibration']['gates'])} of {len(report['calibration']['gates'])}"
-            )
+            proof, metric = report["proof"], report["proof"]["metric"]
+            dropped = ""
+            if report["calibration"] is not None:
+                gates = report["calibration"]["gates"]
+                dropped = f"{sum(gate['dropped'] for gate in gates)} of {len(gates)}"
             same = "" if proof["agreement"] is None else f"{100 * proof['agreement']:.1f}%"
-            code = {True: "yes", False: "no"}[report["remote_code"]] if kind != "exact" else "PEFT"
-            metric = proof["metric"]
-            lines.append(
-                f"| {source} | {kind} | {proof['logit_difference']['max']:.1e} | {metric['before']:.2f} ({metric['name']}) | {metric['after']:.2f} | {same} | "
-                f"{proof['reload_difference']:.0e} | {dropped} | {code} | {report['bytes']['weights'] / 1e6:.1f} |"
-            )
+            code = "yes" if report["remote_code"] else "no"
+            cells = [
+                source,
+                kind,
+                f"{proof['logit_difference']['max']:.1e}",
+                f"{metric['before']:.2f} ({metric['name']})",
+                f"{metric['after']:.2f}",
+                same,
+                f"{proof['reload_difference']:.0e}",
+                dropped,
+                code if kind != "exact" else "PEFT",
+                f"{report['bytes']['weights'] / 1e6:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| export without measuring | written, MB | largest file asked, MB | checkpoint, MB | peak memory of the process, MiB |",
+        "| export without measuring | written, MB | largest file, MB | checkpoint, MB "
+        "| peak memory of the process, MiB |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {report['bytes']['weights'] / 1e6:.1f} | {report['shard']} | {report['bytes']['checkpoint'] / 1e6:.1f} | {report['peak_memory_mib']['writing']:.0f} |"
-        for name, report in memory.items()
-    ]
+    for name, report in memory.items():
+        written, adapter = (report["bytes"][key] / 1e6 for key in ("weights", "checkpoint"))
+        peak = report["peak_memory_mib"]["writing"]
+        lines.append(f"| {name} | {written:.1f} | {report['shard']} | {adapter:.1f} | {peak:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Run what is missing and write the page."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument(
-        "--work",
-        type=pathlib.Path,
-        default=pathlib.Path("runs/exports"),
-        help="runs and exports stay there",
-    )
+    work_help = "folder in which runs and exports stay (default: runs/exports)"
+    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs/exports", help=work_help)
     parser.add_argument("--only", default="", help="sources whose name contains this")
-    parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    work, tokenizer = options.work.resolve(), AutoTokenizer.from_pretrained(options.model)
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / "llama").exists():
-        small_models(work, tokenizer)
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if not (options.work / "llama").exists():
+        save_small_models(options.work, tokenizer)
     store = options.output / "exports.json"
-    kept = json.loads(store.read_text()) if store.exists() else {"reports": {}, "memory": {}}
-    for name, (processes, words) in runs(options, work).items():
+    results = json.loads(store.read_text()) if store.exists() else {"reports": {}, "memory": {}}
+    for name, (processes, words) in sources(options).items():
         if options.only not in name:
             continue
-        out = train(name, processes, words, work)
+        out = train(name, processes, words, options.work)
+        reports = results["reports"].setdefault(name, {})
         for kind, more in KINDS.items():
-            if kind in kept["reports"].get(name, {}):
-                continue
-            folder = out / f"export-{kind.partition(',')[0]}{'-pruned' if 'pruned' in kind else ''}"
-            shutil.rmtree(folder, ignore_errors=True)
-            kept["reports"].setdefault(name, {})[kind] = export(
-                out / "best", folder, ["--kind", kind.partition(",")[0], *more]
-            )
-            store.parent.mkdir(parents=True, exist_ok=True)
-            store.write_text(json.dumps(kept, indent=1) + "\n")
-    if not kept["memory"]:
-        kept["memory"] = {
-            name: report | {"shard": shard}
-            for shard in ("200MB",)
-            for name, report in large(work, options.data, tokenizer, shard).items()
-        }
-        store.write_text(json.dumps(kept, indent=1) + "\n")
-    (options.output / "table.md").write_text(table(kept["reports"], kept["memory"]))
-    print(table(kept["reports"], kept["memory"]))
+            if kind not in reports:
+                plain, _, pruned = kind.partition(",")
+                folder = out / f"export-{plain}{'-pruned' if pruned else ''}"
+                reports[kind] = export(out / "best", folder, ["--kind", plain, *more])
+                write_result(store, results)
+    if not results["memory"]:
+        results["memory"] = export_large(options.work, options.data, tokenizer)
+        write_result(store, results)
+    page = table(results["reports"], results["memory"])
+    (options.output / "table.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

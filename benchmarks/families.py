@@ -1,9 +1,8 @@
-"""Runs the contract and the generation tests and writes which check holds for which family.
+"""Run the contract and generation tests; write which check passes for which model family.
 
-python -m tests.families --output docs/families.md
+python -m benchmarks.families --output docs/families.md
 """
 
-import argparse
 import collections
 import pathlib
 import re
@@ -12,81 +11,70 @@ import sys
 import tempfile
 import xml.etree.ElementTree
 
+from benchmarks.cases import ROOT, argument_parser
 from tests.utils.tiny import FAMILIES
-from tests.utils.workspace import ROOT, environment
+from tests.utils.workspace import environment
 
-FILES = ("tests/test_contract.py", "tests/test_generation.py")
+TESTS = ROOT / "tests" / "unit" / "unipelt"
+NAMES = ("contract", "generation")  # every file named test_*NAME*.py
 
 
-def family_of(name: str) -> str | None:
-    """The family among a test's parameters, e.g. `test_x[adapter+lora-gpt_neox-sdpa]`."""
-    found = re.search(r"\[(.*)\]", name)
-    parameters = found[1] if found else ""
-    inside = [
+def family_of(test: str) -> str | None:
+    """Return the family among a test's parameters, as in `test_x[adapter+lora-gpt_neox-sdpa]`."""
+    parameters = test.partition("[")[2].rstrip("]")
+    families = [
         family for family in FAMILIES if re.search(rf"(^|-){re.escape(family)}(-|$)", parameters)
     ]
-    return max(inside, key=len, default=None)
+    return max(families, key=len, default=None)
 
 
 def table(report: pathlib.Path) -> str:
-    """Markdown: a row per check, a column per family; how many cases passed, or failed."""
+    """Make a Markdown table of a JUnit report: one row per family, one column per check."""
     counts: dict[tuple[str, str], collections.Counter] = collections.defaultdict(
         collections.Counter
     )
     checks: dict[str, None] = {}
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        family, check = (
-            family_of(case.get("name")),
-            case.get("name").partition("[")[0].removeprefix("test_").replace("_", " "),
-        )
-        if family is not None:
-            kinds = {child.tag for child in case}
-            counts[check, family][
-                "failed"
-                if kinds & {"failure", "error"}
-                else "skipped"
-                if "skipped" in kinds
-                else "passed"
-            ] += 1
-            checks[check] = None
+        name = case.get("name", "")
+        if (family := family_of(name)) is None:
+            continue
+        check = name.partition("[")[0].removeprefix("test_").replace("_", " ")
+        checks[check] = None
+        tags = {child.tag for child in case}
+        outcome = "skipped" if "skipped" in tags else "passed"
+        counts[check, family]["failed" if tags & {"failure", "error"} else outcome] += 1
 
     def cell(check: str, family: str) -> str:
-        found = counts.get((check, family), {})
-        if found.get("failed"):
-            return f"**{found['failed']} failed**"
-        return str(found["passed"]) if found.get("passed") else "–"
+        outcomes = counts[check, family]
+        if outcomes["failed"]:
+            return f"**{outcomes['failed']} failed**"
+        return str(outcomes["passed"] or "–")
 
     lines = [
         "# Families",
         "",
-        "Made by `python -m tests.families`: cases that passed (sdpa and eager, subsets of submodules, kinds of generation). –: does not apply.",
+        "Written by `python -m benchmarks.families`: the number of cases that passed (sdpa and "
+        "eager attention, subsets of submodules, kinds of generation). –: does not apply.",
         "",
         "| family | " + " | ".join(checks) + " |",
         "|---|" + "---|" * len(checks),
     ]
-    lines += [
-        f"| {family} | " + " | ".join(cell(check, family) for check in checks) + " |"
-        for family in FAMILIES
-    ]
+    for family in FAMILIES:
+        lines.append(f"| {family} | " + " | ".join(cell(c, family) for c in checks) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    options = parser.parse_args()
+def main() -> int:
+    """Run the tests and write the table; return pytest's exit code."""
+    options = argument_parser(__doc__).parse_args()
+    files = [str(path) for name in NAMES for path in sorted(TESTS.glob(f"test_*{name}*.py"))]
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *FILES]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *files]
         code = subprocess.run(command, cwd=ROOT, env=environment()).returncode
         options.output.write_text(table(report), encoding="utf-8")
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,14 @@
-"""Kills runs and starts them again: is the end the same as without?
+"""Kill runs at random moments, continue them, and compare the end with that of a run left alone.
 
-    python -m tests.kill --kills 20 --output results/kill_test.json
+    python -m benchmarks.kill --kills 20 --output results/kill_test.json
 
-A tiny BERT trains on one process, under ZeRO-2 and under ZeRO-3 on two. Each is killed (SIGKILL, every process at once) at
-random moments, every other time while a checkpoint is being written, and started again with `train.resume=auto` until it
-finishes. Then final weights, best weights, the log and the results are compared with those of a run that was left alone.
+A tiny BERT trains on one process, under ZeRO-2 on two, and under ZeRO-3 on two. Each run is killed
+(SIGKILL to all its processes) at random moments, every other time while it writes a checkpoint, and
+started again with `train.resume=auto` until it finishes. The final weights, the best weights, the
+log and the results must equal those of a run that was not killed.
 """
 
-import argparse
+import contextlib
 import json
 import pathlib
 import random
@@ -19,19 +20,27 @@ import time
 import psutil
 from safetensors.torch import load_file
 
-from benchmarks.cases import command
+from benchmarks.cases import ROOT, argument_parser, command, write_result
 from scaleup.training.checkpoint import verify
-from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
+from tests.utils.workspace import environment, losses, make_workspace, overrides
 
 MODES = {
     "one process": [],
     "ZeRO-2 on two": ["train.deepspeed=zero2"],
     "ZeRO-3 on two": ["train.deepspeed=zero3"],
 }
+# A checkpoint every 5 steps, and 4 steps per epoch: most runs continue in the middle of an epoch.
+SCHEDULE = [
+    "train.eval_strategy=steps",
+    "train.save_strategy=steps",
+    "train.eval_steps=5",
+    "train.save_steps=5",
+    "train.early_stopping_patience=0",
+]
 
 
 def start(arguments: list[str], processes: int, log: pathlib.Path) -> subprocess.Popen:
-    """launch/train.py, under torchrun if there are two processes."""
+    """Start launch/train.py; its output is appended to `log`."""
     words = command(ROOT / "launch" / "train.py", arguments, processes)
     return subprocess.Popen(
         words, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment()
@@ -39,63 +48,59 @@ def start(arguments: list[str], processes: int, log: pathlib.Path) -> subprocess
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to every process of the job."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        try:
+    """Send SIGKILL to every process of the job and wait until all have ended."""
+    parent = psutil.Process(process.pid)
+    processes = [*parent.children(recursive=True), parent]
+    for member in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-        except psutil.NoSuchProcess:
-            pass
     process.wait()
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(processes, timeout=30)
 
 
 def kill_once(
-    process: subprocess.Popen, out: pathlib.Path, in_save: bool, draw: random.Random
+    process: subprocess.Popen, out: pathlib.Path, in_save: bool, generator: random.Random
 ) -> str | None:
-    """Waits for the moment and kills; where it hit. None if the run ended first."""
-    finished = len(list(out.glob("checkpoint-*")))
-    waits = draw.uniform(0, 3)
-    moment = None
+    """Kill the run at a random moment after its next checkpoint, or while it writes one.
+
+    Returns:
+        "in a save" or "between saves"; None if the run ended first.
+    """
+    checkpoints_before = len(list(out.glob("checkpoint-*")))
+    delay = generator.uniform(0, 3)
+    deadline = None
     while process.poll() is None:
-        drafts = list(out.glob(".checkpoint-*.draft")) if out.is_dir() else []
-        if in_save and drafts:
-            time.sleep(draw.uniform(0, 0.05))
+        saving = out.is_dir() and any(out.glob(".checkpoint-*.draft"))
+        if in_save and saving:
+            time.sleep(generator.uniform(0, 0.05))
             kill(process)
             return "in a save"
-        if (
-            not in_save
-            and moment is None
-            and (out / "log.jsonl").exists()
-            and len(list(out.glob("checkpoint-*"))) != finished
-        ):
-            moment = time.monotonic() + waits  # progress was made: from here on, any moment
-        if moment is not None and time.monotonic() > moment:
+        checkpoints = len(list(out.glob("checkpoint-*")))
+        progressed = (out / "log.jsonl").exists() and checkpoints != checkpoints_before
+        if not in_save and deadline is None and progressed:
+            deadline = time.monotonic() + delay
+        if deadline is not None and time.monotonic() > deadline:
             kill(process)
-            return "in a save" if drafts else "between saves"
+            return "in a save" if saving else "between saves"
         time.sleep(0.002)
     return None
 
 
-def same(one: pathlib.Path, other: pathlib.Path, tolerance: float) -> dict[str, object]:
-    """Largest difference of weights, logged losses and results."""
-    worst = 0.0
-    for bundle in ("final", "best"):
-        verify(one / bundle), verify(other / bundle)
-        a, b = (load_file(run / bundle / "adapter_model.safetensors") for run in (one, other))
+def compare(one: pathlib.Path, other: pathlib.Path, tolerance: float) -> dict[str, object]:
+    """Return the largest differences of weights and losses, and whether the results are equal."""
+    weights = 0.0
+    for name in ("final", "best"):
+        verify(one / name)
+        verify(other / name)
+        a, b = (load_file(run / name / "adapter_model.safetensors") for run in (one, other))
         assert a.keys() == b.keys()
-        worst = max([worst, *((a[name] - b[name]).abs().max().item() for name in a)])
+        weights = max([weights, *((a[key] - b[key]).abs().max().item() for key in a)])
     assert losses(one, "step") == losses(other, "step")
     loss = max(abs(a - b) for a, b in zip(losses(one), losses(other), strict=True))
-    results = json.loads((one / "results.json").read_text()) == json.loads(
-        (other / "results.json").read_text()
-    )
-    return {
-        "weights": worst,
-        "losses": loss,
-        "results_equal": results,
-        "passed": worst <= tolerance and loss <= tolerance and results,
-    }
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    equal = results[0] == results[1]
+    passed = weights <= tolerance and loss <= tolerance and equal
+    return {"weights": weights, "losses": loss, "results_equal": equal, "passed": passed}
 
 
 def kill_test(
@@ -106,70 +111,51 @@ def kill_test(
     seed: int,
     epochs: int = 24,
 ) -> dict[str, object]:
-    """One mode: the uninterrupted run, the killed one, and how far apart they end."""
-    draw = random.Random(seed)
+    """Test one of `MODES`: run once without kills and once with `kills` kills, and compare."""
+    generator = random.Random(seed)
     processes = 1 if mode == "one process" else 2
-    name = mode.replace(" ", "_")
-    # Checkpoints every 5 steps, 4 steps to an epoch: most resumes are in the middle of one.
-    every = [f"train.{kind}_strategy=steps" for kind in ("eval", "save")] + [
-        "train.eval_steps=5",
-        "train.save_steps=5",
-    ]
     settings = [
         *MODES[mode],
-        *every,
+        *SCHEDULE,
         f"train.num_train_epochs={epochs}",
-        "train.per_device_train_batch_size=" + str(16 // processes),
-        "train.early_stopping_patience=0",
+        f"train.per_device_train_batch_size={16 // processes}",
     ]
+    name = mode.replace(" ", "_")
     whole, killed = folder / f"{name}_whole", folder / f"{name}_killed"
-    assert (
-        start(
-            overrides(workspace, whole, *settings), processes, folder / f"{name}_whole.log"
-        ).wait()
-        == 0
-    )
+    whole_log, killed_log = folder / f"{name}_whole.log", folder / f"{name}_killed.log"
+    assert start(overrides(workspace, whole, *settings), processes, whole_log).wait() == 0
+    words = [*overrides(workspace, killed, *settings), "train.resume=auto"]
     hits: list[str] = []
     while True:
-        process = start(
-            [*overrides(workspace, killed, *settings), "train.resume=auto"],
-            processes,
-            folder / f"{name}_killed.log",
-        )
-        hit = kill_once(process, killed, len(hits) % 2 == 0, draw) if len(hits) < kills else None
+        process, hit = start(words, processes, killed_log), None
+        if len(hits) < kills:
+            hit = kill_once(process, killed, len(hits) % 2 == 0, generator)
         if hit is None:
-            assert process.wait() == 0, (folder / f"{name}_killed.log").read_text()[-3000:]
+            assert process.wait() == 0, killed_log.read_text()[-3000:]
             break
         hits.append(hit)
-    return {
-        "mode": mode,
-        "killed": {place: hits.count(place) for place in sorted(set(hits))},
-        **same(whole, killed, 0.0 if processes == 1 else 1e-6),
-    }
+    counts = {place: hits.count(place) for place in sorted(set(hits))}
+    tolerance = 0.0 if processes == 1 else 1e-6
+    return {"mode": mode, "killed": counts, **compare(whole, killed, tolerance)}
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--kills", type=int, default=20, help="over all modes")
+def main() -> int:
+    """Test all modes; return 1 if one of them failed."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="the sum over all modes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
+    third = options.kills // 3
+    rows = []
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         folder = pathlib.Path(name)
         workspace = make_workspace(folder)
-        shares = [options.kills - 2 * (options.kills // 3), options.kills // 3, options.kills // 3]
-        rows = []
-        for mode, share in zip(MODES, shares):
-            rows.append(kill_test(workspace, folder, mode, share, options.seed))
+        for mode, kills in zip(MODES, [options.kills - 2 * third, third, third]):
+            rows.append(kill_test(workspace, folder, mode, kills, options.seed))
             print(rows[-1], flush=True)
-            options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["passed"] for row in rows))
+            write_result(options.output, rows)
+    return 0 if all(row["passed"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Measure what a step costs besides time: arithmetic, calls of operations, and memory."""
 
+import collections
 import gc
 from collections.abc import Callable
 
@@ -45,11 +46,16 @@ FUSED_ATTENTION = {
 }
 
 
-class _CallCounter(TorchDispatchMode):
-    calls = 0
+class CallCounter(TorchDispatchMode):
+    """Count the calls of torch operations by name, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += not function.is_view
+        if not function.is_view:
+            self.calls[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -57,9 +63,9 @@ def count_operations(step: Callable[[], object]) -> dict[str, float]:
     """Count the GFLOP and the calls of torch operations (without views) of one step."""
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as flops:
         step()
-    with _CallCounter() as counter:
+    with CallCounter() as counter:
         step()
-    return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": counter.calls}
+    return {"gflop": round(flops.get_total_flops() / 1e9, 2), "calls": counter.calls.total()}
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

@@ -1,5 +1,7 @@
-"""SIGKILL to a whole job, in the middle of a save, and `train.resume=auto`. `python -m tests.kill` does it twenty times, also to one process and
-under ZeRO-2."""
+"""SIGKILL to a whole run while it saves, then `train.resume=auto`.
+
+`python -m benchmarks.kill` does this twenty times, also on one process and under ZeRO-2.
+"""
 
 import pytest
 
@@ -8,6 +10,6 @@ from tests.utils.workspace import make_workspace
 
 
 @pytest.mark.distributed
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_that_was_killed_in_a_save_ends_like_one_that_was_not(tmp_path):
     row = kill_test(make_workspace(tmp_path), tmp_path, "ZeRO-3 on two", kills=1, seed=0, epochs=6)
     assert row["killed"] == {"in a save": 1} and row["passed"], row

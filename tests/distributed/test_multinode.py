@@ -68,8 +68,8 @@ def free_port() -> int:
 def finish(hosts: TwoHosts, *processes: subprocess.Popen) -> str:
     """Waits for both; what the first host said."""
     for host, process in enumerate(processes):
-        assert process.wait(timeout=300) == 0, hosts.said(host)[-3000:]
-    return hosts.said(0)
+        assert process.wait(timeout=300) == 0, hosts.output(host)[-3000:]
+    return hosts.output(0)
 
 
 @pytest.mark.slow
@@ -152,19 +152,19 @@ def test_a_link_that_goes_down_is_reported_by_both_sides_within_a_minute(both, w
     cut = time.monotonic()
     assert [process.wait(timeout=60) for process in processes] == [1, 1]
     print(f"both sides had stopped {time.monotonic() - cut:.0f} s after the link went down")
-    print(both.said(0).splitlines()[-1], both.said(1).splitlines()[-1], sep="\n")
-    assert "error: rank 1 on host n02 has not been heard from for " in both.said(0)
-    assert "error: " in both.said(1) and "rank 0 on host n01" in both.said(1)
+    print(both.output(0).splitlines()[-1], both.output(1).splitlines()[-1], sep="\n")
+    assert "error: rank 1 on host n02 has not been heard from for " in both.output(0)
+    assert "error: " in both.output(1) and "rank 0 on host n01" in both.output(1)
     for host in (0, 1):
         assert (
-            "Traceback" not in both.said(host) and both.said(host).count("train.resume=auto") == 1
+            "Traceback" not in both.output(host) and both.output(host).count("train.resume=auto") == 1
         )
 
 
 def wait_for_steps(out: pathlib.Path, hosts: TwoHosts | None = None) -> None:
     deadline = time.monotonic() + 180
     while not ((out / "log.jsonl").exists() and '"step": 3' in (out / "log.jsonl").read_text()):
-        assert time.monotonic() < deadline, hosts and hosts.said(0)[-3000:]
+        assert time.monotonic() < deadline, hosts and hosts.output(0)[-3000:]
         time.sleep(0.2)
 
 
