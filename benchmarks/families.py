@@ -51,10 +51,11 @@ def table(report: pathlib.Path) -> str:
         return str(outcomes["passed"] or "–")
 
     lines = [
-        "# Families",
+        "# Model families",
         "",
-        "Written by `python -m benchmarks.families`: the number of cases that passed (sdpa and "
-        "eager attention, subsets of submodules, kinds of generation). –: does not apply.",
+        "Written by `python -m benchmarks.families`. Each number counts the passing cases (sdpa and "
+        'eager, subsets of submodules, kinds of\ngeneration) of one contract test; "–" means that '
+        "the test does not apply to the family.",
         "",
         "| family | " + " | ".join(checks) + " |",
         "|---|" + "---|" * len(checks),

@@ -75,8 +75,8 @@ def table(results: dict[str, str | None], processes: int) -> str:
     lines = [
         "# Support matrix",
         "",
-        "Written by `python -m benchmarks.matrix`: every combination trained two steps on "
-        f"{processes} CPU processes, was scored, saved, restored and resumed.",
+        'Written by `python -m benchmarks.matrix`. "works" means that a model was trained for two '
+        f"steps on {processes} CPU processes, scored, saved, loaded\nand resumed.",
         "",
         "| stage | precision | quantisation | " + " | ".join(heads) + " |",
         "|---|---|---|" + "---|" * len(columns),

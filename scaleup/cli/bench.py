@@ -37,7 +37,6 @@ def positive(word: str) -> int:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per measurement, each with the options that affect it."""
-    parser.epilog = EPILOG
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument(
         "--geometry",
