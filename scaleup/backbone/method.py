@@ -8,11 +8,14 @@ import pathlib
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone import loading, precision
+from scaleup.backbone.sharded import set_values, whole_shape
+from scaleup.errors import CheckpointError
 from scaleup.settings.schema import MethodSettings, Settings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
@@ -80,6 +83,7 @@ def load_run_model(
     prior: list[float] | None = None,
     zero3: bool = False,
     for_training: bool = False,
+    weights: pathlib.Path | None = None,
     adapter: pathlib.Path | None = None,
 ) -> nn.Module:
     """Load the backbone of a run and apply the run's method to it.
@@ -90,11 +94,12 @@ def load_run_model(
         prior: initial bias of a newly initialised head, [outputs].
         zero3: each process keeps its share of the backbone's weights.
         for_training: cast the trained parameters to the type that mixed precision trains them in.
-        adapter: an adapter checkpoint to load with PEFT, as a user does. If None, the method's
-            tensors are newly initialised.
+        weights: a checkpoint whose trained tensors replace the newly initialised ones.
+        adapter: an adapter checkpoint to load with PEFT alone, as a user does.
 
     Raises:
         ConfigError: the backbone cannot be loaded.
+        CheckpointError: `weights` do not fit the model.
     """
     complete_config(settings, config, auto, labels)
     half = device_half_dtype(settings, device)
@@ -109,7 +114,41 @@ def load_run_model(
     if for_training and half is not None and (deepspeed or settings.method.name == "unipelt"):
         # The head has the backbone's type so far. In bfloat16, steps of 1e-4 would be rounded away.
         precision.cast_trained(model, half if deepspeed else torch.float32)
+    if weights is not None:
+        load_weights(model, weights)
     return model
+
+
+def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
+    """Load the trained tensors of a checkpoint. Under ZeRO-3 the backbone may be sharded already.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    try:
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, state)
+        else:
+            _set_tensors(model, state)
+    except (RuntimeError, AttributeError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: its weights do not fit this model: {message}") from None
+
+
+def _set_tensors(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Set parameters and buffers by name, sharded or not."""
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            model.get_buffer(name).copy_(value)
+        elif value.shape != whole_shape(parameter):
+            raise RuntimeError(f"{name} is {tuple(value.shape)} there")
+        else:
+            set_values(parameter, value)
 
 
 def empty_run_model(

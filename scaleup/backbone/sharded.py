@@ -218,3 +218,8 @@ def _read(
         else empty.dtype,
         copy=True,
     )
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Return the shape of a parameter, also where ZeRO-3 keeps only a share of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

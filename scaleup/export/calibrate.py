@@ -23,7 +23,6 @@ from scaleup.data import tasks
 from scaleup.export.fold import Gates
 from scaleup.export.measure import measure
 from scaleup.settings import schema as config
-from scaleup.training import resume
 from scaleup.unipelt.adapter import AdapterLayer, Bottleneck, PostNormAdapter
 from scaleup.unipelt.attention_site import AttentionGates
 from scaleup.unipelt.gate import ConstantGate, LearnedGate, pool
@@ -39,7 +38,6 @@ def load(job: dict) -> nn.Module:
         model_settings = settings.model.model_copy(update={"quantization": "none"})
         settings = settings.model_copy(update={"model": model_settings})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    as_user = job["weights"] == "user"
     model = load_run_model(
         settings,
         backbone.load_config(settings.model),
@@ -47,10 +45,8 @@ def load(job: dict) -> nn.Module:
         job["labels"],
         device,
         dtype=job["dtype"] and getattr(torch, job["dtype"]),
-        adapter=job["checkpoint"] if as_user else None,
+        **{"adapter" if job["weights"] == "user" else "weights": pathlib.Path(job["checkpoint"])},
     )
-    if not as_user:
-        resume.load_weights(model, pathlib.Path(job["checkpoint"]))
     return model.to(device).eval()
 
 

@@ -38,20 +38,20 @@ def backbone_licence(name: str) -> str | None:
     return str(found) if found else None
 
 
-def card(settings: Settings, manifest: dict, report: dict, auto: str) -> str:
+def card(settings: Settings, manifest: Manifest, report: dict, auto: str) -> str:
     """README.md. `report`: what export.json holds; `auto`: transformers' class for the task."""
     model, licence = settings.model, backbone_licence(settings.model.name)
     front = {
-        "base_model": manifest["backbone"]["name"],
+        "base_model": manifest.backbone["name"],
         "library_name": "peft" if report["kind"] == "exact" else "transformers",
         "tags": ["unipelt", "scaleup"],
     }
     front |= {"license": licence} if licence else {}
     labels = (
-        f", num_labels={len(manifest['labels'])}"
-        if manifest["labels"]
+        f", num_labels={len(manifest.labels)}"
+        if manifest.labels
         else ", num_labels=1"
-        if manifest["task"] == "regression"
+        if manifest.task == "regression"
         else ""
     )
     code = LOADING[
@@ -59,13 +59,13 @@ def card(settings: Settings, manifest: dict, report: dict, auto: str) -> str:
     ].format(auto=auto, backbone=model.name, labels=labels)
     sets = "\n".join(
         f"- {source['split']}: {source.get('hub_id', 'own file')}, {source['rows']} rows"
-        for source in manifest["data"]
+        for source in manifest.data
     )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {pathlib.Path(manifest["backbone"]["name"]).name} tuned with UniPELT
+# {pathlib.Path(manifest.backbone["name"]).name} tuned with UniPELT
 
 Exported by scaleup {report["versions"]["scaleup"]} as `{report["kind"]}`, gates {report["gates"]}.
 
@@ -73,10 +73,10 @@ Exported by scaleup {report["versions"]["scaleup"]} as `{report["kind"]}`, gates
 {code}
 ```
 
-- Backbone: {manifest["backbone"]["name"]}, revision {manifest["backbone"]["revision"] or "not named"}, frozen weights while training: {manifest["backbone"]["quantization"]}.
+- Backbone: {manifest.backbone["name"]}, revision {manifest.backbone["revision"] or "not named"}, frozen weights while training: {manifest.backbone["quantization"]}.
 - Licence of the backbone: {licence or "not found beside its weights; look it up before you pass this folder on"}.
-- Task: {manifest["task"]}{"; labels " + ", ".join(manifest["labels"]) if manifest["labels"] else ""}.
-- Method: {", ".join(f"{key} {value}" for key, value in manifest["method"].items())}.
+- Task: {manifest.task}{"; labels " + ", ".join(manifest.labels) if manifest.labels else ""}.
+- Method: {", ".join(f"{key} {value}" for key, value in manifest.method.items())}.
 
 ## Data
 

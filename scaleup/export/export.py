@@ -89,7 +89,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
     if manifest.get("export", "exact") != "exact":
         raise ConfigError(
             [
-                f"--checkpoint: {options.checkpoint} is an export itself ({manifest['export']}); name the run's best/ or final/"
+                f"--checkpoint: {options.checkpoint} is an export itself ({manifest.export}); name the run's best/ or final/"
             ]
         )
     own = ["train.resume=auto"]  # else a config refuses a folder that is not empty
@@ -97,7 +97,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
         str(path),
         own if options.backbone is None else [*own, override("model.name", options.backbone)],
     )
-    method = manifest["method"]
+    method = manifest.method
     if method["name"] != "unipelt":
         raise ConfigError(
             [
@@ -118,7 +118,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
         raise ConfigError(
             [f"--calibrate: the run's data is {settings.data.name} by name; use dev or test"]
         )
-    shape, then = backbone.load_config(settings.model), manifest["backbone"]
+    shape, then = backbone.load_config(settings.model), manifest.backbone
     if backbone.fingerprint(settings.model, shape) != then["fingerprint"]:
         advice = (
             "name its folder with --backbone"
@@ -142,7 +142,7 @@ def _export(job: Job, written: pathlib.Path) -> dict:
     )  # something depends on data
     shape = backbone.load_config(settings.model)
     if not tasks.of(settings.data).writes:
-        backbone.set_labels(shape, job.manifest["labels"])
+        backbone.set_labels(shape, job.manifest.labels)
     if shape.pad_token_id is None:
         shape.pad_token_id = AutoTokenizer.from_pretrained(options.checkpoint).pad_token_id
     dtype = getattr(
@@ -275,7 +275,7 @@ def _report(
     return {
         "kind": options.kind,
         "checkpoint": str(options.checkpoint),
-        "backbone": job.manifest["backbone"],
+        "backbone": job.manifest.backbone,
         "gates": "frozen" if frozen else "learned",
         "remote_code": folded is not None and folded.spec is not None,
         "dtype": str(dtype).removeprefix("torch.") if folded is not None else None,

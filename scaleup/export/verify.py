@@ -60,7 +60,7 @@ class Job:
 
     options: Options
     settings: Settings
-    manifest: dict
+    manifest: Manifest
     work: pathlib.Path
     say: Callable[[str], None]
     examples: Examples | None = None
@@ -107,7 +107,7 @@ class Job:
         }
         fixed = {
             "config": str(self.work / "config.yaml"),
-            "labels": self.manifest["labels"],
+            "labels": self.manifest.labels,
             "checkpoint": str(self.options.checkpoint.resolve()),
         }
         return self.process(name, ["-m", "scaleup.export.calibrate"], **(usual | fixed | job))
@@ -139,7 +139,7 @@ def prepare(job: Job, shape: PretrainedConfig) -> None:
             ]
         ) from None
     own = {source["split"]: source for source in loaded.sources}
-    for then in job.manifest["data"]:
+    for then in job.manifest.data:
         now = own.get(then["split"], {})
         if now.get("sha256") != then.get("sha256") and (
             then["split"] != "validation" or asked in ("dev", "test")

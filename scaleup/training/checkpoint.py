@@ -1,30 +1,103 @@
-"""The bundle on disk: the trained tensors as safetensors, the adapter config, the tokenizer and a manifest.
+"""Adapter checkpoints on disk: written into a staging folder, verified, then committed.
 
-Whoever writes one saves into `create_staging_folder(folder)` and then calls `seal`: every expected tensor is read back and checked
-(present, right shape, finite), every file hashed into manifest.json and synced to disk, and only then does the folder get
-its name. `best/` and `final/` are bundles; `checkpoint-N/` is one with the optimizer's state beside it. What resuming needs
-of them is in scaleup.training.resume.
+An adapter checkpoint holds the trained tensors as safetensors, the adapter's config, the tokenizer
+and manifest.json. `best/` and `final/` are adapter checkpoints. `checkpoint-N/` also holds the
+state of the optimizer. A checkpoint is saved in three steps:
+
+1. `create_staging_folder(folder)` makes an empty folder beside `folder`, which everything is
+   written into.
+2. `commit_checkpoint` reads every tensor back, checks it, hashes every file into the manifest and
+   syncs the files to disk.
+3. Only then it renames the staging folder to `folder`.
+
+`scaleup.training.resume` chooses the checkpoint that a run continues from.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from scaleup.backbone.sharded import whole_shape
 from scaleup.errors import CheckpointError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json: what a checkpoint was trained on, and its files.
+
+    Attributes:
+        method: the run's section of that name.
+        backbone: name, revision, quantization and fingerprint.
+        labels: class names in id order, or None for other tasks.
+        data: file, rows and hash of every split (`scaleup.data.classification.provenance`).
+        run: `processes` and `zero_stage` that the optimizer's state was written with.
+        export: kind of an exported folder, or None for a checkpoint of a run.
+        tensors: shape, data type and hash of every tensor. `commit_checkpoint` fills this in.
+        files: size and hash of every other file. `commit_checkpoint` fills this in.
+    """
+
+    method: dict[str, Any]
+    backbone: dict[str, str | None]
+    task: str
+    labels: list[str] | None
+    data: list[dict[str, Any]]
+    run: dict[str, int]
+    export: str | None = None
+    tensors: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        content = dataclasses.asdict(self)
+        if self.export is None:
+            del content["export"]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "Manifest":
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it has another format version.
+        """
+        try:
+            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder}: no {MANIFEST}; this is not a finished checkpoint of scaleup"
+            ) from None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{folder}/{MANIFEST}: not readable; the checkpoint was altered")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: format version {version}; this scaleup reads {FORMAT_VERSION}"
+            )
+        try:
+            return cls(**content)
+        except TypeError:
+            raise CheckpointError(
+                f"{folder}/{MANIFEST}: its entries are not those of a manifest;"
+                " the checkpoint was altered"
+            ) from None
+
+
 def create_staging_folder(folder: pathlib.Path) -> pathlib.Path:
-    """The empty folder beside `folder` to write into before it is sealed."""
+    """Make the empty staging folder of `folder` and return it."""
     path = staging_folder(folder)
     if path.exists():
         shutil.rmtree(path)
@@ -33,12 +106,15 @@ def create_staging_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def staging_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Where `draft` puts it."""
+    """Return the path of the staging folder of `folder`."""
     return folder.with_name(f".{folder.name}.draft")
 
 
 def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
-    """Name in the file → shape, of every trained tensor. Shapes are whole even where ZeRO-3 keeps a share."""
+    """Return the shape of every trained tensor by its name in the file.
+
+    Shapes are those of the whole tensors, also under ZeRO-3.
+    """
     parameters = dict(model.named_parameters())
     if isinstance(model, PeftModel):
         parameters = get_peft_model_state_dict(
@@ -46,43 +122,38 @@ def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
         )
     else:
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-    return {
-        name: list(p.ds_shape if hasattr(p, "ds_shape") else p.shape)
-        for name, p in parameters.items()
-    }
+    return {name: list(whole_shape(p)) for name, p in parameters.items()}
 
 
-def _tensors(folder: pathlib.Path) -> dict[str, dict]:
-    """Shape, type and hash of every tensor in the folder's safetensors. Raises CheckpointError for one that is not finite."""
-    found = {}
+def _describe_tensors(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return shape, type and hash of every tensor. Raise CheckpointError if one is not finite."""
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise CheckpointError(
                         f"{path}: {name} has values that are not finite; nothing was kept"
                     )
-                digest = hashlib.sha256(
-                    tensor.contiguous().flatten().view(torch.uint8).numpy()
-                ).hexdigest()
-                found[name] = {
+                raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+                tensors[name] = {
                     "shape": list(tensor.shape),
                     "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "sha256": digest,
+                    "sha256": hashlib.sha256(raw).hexdigest(),
                 }
-    return found
+    return tensors
 
 
-def _other_files(folder: pathlib.Path) -> dict[str, dict]:
-    """Size in bytes and hash of every other file: optimizer state, tokenizer, configs."""
-    found = {}
+def _describe_other_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return size in bytes and hash of every file but safetensors and the manifest."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return files
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -94,80 +165,65 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def commit_checkpoint(
-    written: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[int]], about: dict
+    staging: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[int]], manifest: Manifest
 ) -> None:
-    """Checks what was written, adds the manifest and gives the folder its name, replacing an older one.
+    """Verify a staging folder, add its manifest and rename it to `folder`.
 
-    `about` goes into the manifest (method, backbone, labels, …). Raises CheckpointError if a tensor is missing, has another
-    shape or is not finite; then nothing gets the final name.
+    An older checkpoint of that name is replaced.
+
+    Args:
+        expected: the shape of every tensor that must be there, by name.
+        manifest: what to write. Its `tensors` and `files` are filled in.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape or is not finite. `folder` is then
+            left as it was.
     """
-    (written / "training_args.bin").unlink(
-        missing_ok=True
-    )  # Trainer's pickle; the run's config.yaml says the same
-    tensors = _tensors(written)
-    wrong = [
-        name
-        for name, shape in expected.items()
-        if name not in tensors or tensors[name]["shape"] != shape
-    ]
+    # Trainer pickles its arguments. config.yaml of the run holds the same values.
+    (staging / "training_args.bin").unlink(missing_ok=True)
+    tensors = _describe_tensors(staging)
+    wrong = [n for n, shape in expected.items() if tensors.get(n, {}).get("shape") != shape]
     if wrong:
         raise CheckpointError(
-            f"{written}: {len(wrong)} trained tensors were not written whole, first {wrong[0]}; nothing was kept"
+            f"{staging}: {len(wrong)} trained tensors were not written whole, first {wrong[0]};"
+            " nothing was kept"
         )
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        **about,
-        "tensors": tensors,
-        "files": _other_files(written),
-    }
-    (written / MANIFEST).write_text(
-        json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    manifest = dataclasses.replace(manifest, tensors=tensors, files=_describe_other_files(staging))
+    (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     mask = os.umask(0)
     os.umask(mask)
-    for path in [*written.rglob("*"), written]:
-        if path.suffix == ".safetensors":  # safetensors writes for the owner alone
+    for path in [*staging.rglob("*"), staging]:
+        if path.suffix == ".safetensors":  # safetensors makes files readable for their owner only
             path.chmod(0o666 & ~mask)
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    written.rename(folder)
+    staging.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def verify(folder: pathlib.Path) -> dict:
-    """The manifest of a whole, unaltered bundle. Raises CheckpointError otherwise."""
+def verify(folder: pathlib.Path) -> Manifest:
+    """Check that a checkpoint is whole and unaltered, and return its manifest.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    manifest = Manifest.read(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no {MANIFEST}; not a bundle of scaleup, or one that was not finished"
-        ) from None
-    except ValueError:
-        raise CheckpointError(
-            f"{folder}/{MANIFEST}: not readable; the bundle was altered"
-        ) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder}: format version {version}; this scaleup reads {FORMAT_VERSION}"
-        )
-    try:
-        tensors, files = _tensors(folder), _other_files(folder)
+        tensors, files = _describe_tensors(folder), _describe_other_files(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: a file is damaged: {error}") from None
-    if tensors != manifest.get("tensors"):
+    if tensors != manifest.tensors:
         raise CheckpointError(
-            f"{folder}: the tensors are not the ones in {MANIFEST}; the bundle was altered"
+            f"{folder}: the tensors differ from {MANIFEST}; the checkpoint was altered"
         )
-    changed = sorted(
-        name for name, entry in manifest.get("files", {}).items() if files.get(name) != entry
-    )
-    if changed:
-        raise CheckpointError(
-            f"{folder}: {changed[0]} is missing or not the one in {MANIFEST}; the bundle was altered"
-        )
+    for name, entry in sorted(manifest.files.items()):
+        if files.get(name) != entry:
+            raise CheckpointError(
+                f"{folder}: {name} is missing or differs from {MANIFEST};"
+                " the checkpoint was altered"
+            )
     return manifest

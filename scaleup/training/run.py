@@ -1,23 +1,27 @@
-"""One training run, for every method and backbone: HF Trainer on Accelerate and DeepSpeed.
+"""Assemble one training run: config → data and model → training → checkpoints, log, results.
 
-    results = run(settings)             config → data, backbone → attach → train → bundles, log, results
+    results = run(settings)
 
-With scaleup.training.trainer, the only file that knows Trainer. What it leaves in `output_dir` is listed in DESIGN.md section 4; `results.json`
-holds only what the same config and seed give again, times and memory are in `timing.json`.
+results.json holds only what the same config and seed produce again. Times and memory are in
+timing.json.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import datasets
 import torch
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -36,129 +40,50 @@ from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.data.generation import decode
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
-from scaleup.io import write_json, write_text
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml
-from scaleup.training import distributed as runtime
-from scaleup.training import resume, watchdog
+from scaleup.training import console, distributed, resume, watchdog
 from scaleup.training.arguments import deepspeed_file, training_arguments
-from scaleup.training.console import GateStatistics, header, memory_line, placement, summary
-from scaleup.training.preflight import hub_structure, keeps_apart
-from scaleup.training.trainer import GracefulShutdown, JsonlLogger, RunTrainer
+from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
+from scaleup.training.checkpoint import Manifest
+from scaleup.training.preflight import hub_structure, packing_problems
+from scaleup.training.trainer import RunContext, RunTrainer
 from scaleup.unipelt.model import parameter_counts
 
 
-@contextlib.contextmanager
-def _agreed(world: runtime.World):
-    """What goes wrong on one process ends all of them, with the first one's words."""
-    problem = None
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        problem = error
-    problems = [found for found in runtime.gather(world, problem) if found is not None]
-    if problems:
-        raise problems[0]
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Everything about a run that is known before its model is loaded."""
+
+    settings: Settings
+    world: distributed.World
+    out: pathlib.Path
+    shared: bool  # whether all hosts see one output folder
+    config: PretrainedConfig
+    half: torch.dtype | None
+    examples: Examples
+    tokenizer: PreTrainedTokenizerBase
+    args: TrainingArguments
+    manifest: Manifest
+
+    @property
+    def writes(self) -> bool:
+        return self.world.writes(self.shared)
 
 
-def _say(world: runtime.World, *lines: str) -> None:
-    if world.main:
-        print(*lines, sep="\n", flush=True)
+def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Train, restore the best checkpoint, and score the test set once.
 
+    Args:
+        callbacks: more transformers callbacks to run.
 
-def _say_where(world: runtime.World, shared: bool) -> None:
-    """World, hosts, devices, and whose output folder it is. The other hosts say where the rest is told."""
-    where = runtime.hosts(world)
-    _say(world, *placement(where))
-    if world.size > 1:
-        _say(
-            world,
-            f"folder     {'shared by all hosts' if shared else 'one on each host; each writes what it needs to resume'}",
-        )
-    if world.local_main and not world.main and where[world.rank][0] != where[0][0]:
-        print(
-            f"host       {where[world.rank][0]}: rank {world.rank} of {world.size} and its neighbours; the run speaks on {where[0][0]}",
-            flush=True,
-        )
+    Returns:
+        The content of results.json.
 
-
-def about(
-    settings: Settings, examples: Examples, config: PretrainedConfig, args: TrainingArguments
-) -> dict:
-    """What a bundle's manifest says of its run."""
-    model, stage = (
-        settings.model,
-        args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0,
-    )
-    return {
-        "method": settings.dump()["method"],
-        "backbone": {
-            "name": model.name,
-            "revision": model.revision,
-            "quantization": model.quantization,
-            "fingerprint": backbone.fingerprint(model, config),
-        },
-        "task": examples.task,
-        "labels": examples.labels,
-        "data": data.provenance(examples),
-        "run": {"processes": args.world_size, "zero_stage": stage},
-    }
-
-
-def _start(settings: Settings) -> runtime.World:
-    """Joins the other processes; libraries speak only if they were asked to."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
-        raise ConfigError(
-            "the launcher asks for DeepSpeed; say which with train.deepspeed=zero2 instead"
-        )
-    world = runtime.start(settings.train.deepspeed is not None, settings.train.ddp_timeout or 1800)
-    if settings.train.log_level is None:
-        hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()  # one bar: the training's
-    datasets.disable_progress_bars()
-    set_seed(settings.train.seed)
-    return world
-
-
-def _announce(
-    settings: Settings,
-    config: PretrainedConfig,
-    examples: Examples,
-    counts: dict,
-    world: runtime.World,
-    args: TrainingArguments,
-    shared: bool,
-    half: torch.dtype | None,
-) -> None:
-    """Everything about the run, before its first step."""
-    kind = (
-        args.distributed_state.distributed_type.value.lower()
-        if world.size > 1 or world.deepspeed
-        else "one process"
-    )
-    kind += f", {settings.train.deepspeed}" if settings.train.deepspeed else ""
-    _say(world, *header(settings, examples, counts, world, kind, args.bf16))
-    _say_where(world, shared)
-    if world.main:
-        file, frozen = (
-            deepspeed_file(settings.train.deepspeed),
-            precision.backbone_dtype(settings, half),
-        )
-        _say(
-            world,
-            memory_line(
-                estimate(
-                    settings, config, frozen, file, world.size, half if world.deepspeed else None
-                )
-            ),
-        )
-
-
-def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
-    """Trains, restores the best checkpoint, scores the test set once. Returns what results.json holds.
-
-    `callbacks`: transformers callbacks to run besides our own. Raises ConfigError for what a user must change, RunError for a
-    run that cannot go on, Preempted after SIGTERM once everything is saved.
+    Raises:
+        ConfigError: the user must change something.
+        RunError, CheckpointError: the run cannot continue.
+        Preempted: the run received SIGTERM or SIGUSR1 and has saved its state.
     """
     begin = time.perf_counter()
     world = _start(settings)
@@ -166,120 +91,148 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     config = backbone.load_config(settings.model)
     settings = backbone.fit_length(settings, config)
     half = device_half_dtype(settings, world.device)
-    problems = (
-        resume.changes(settings)
-        + precision.problems(settings, half)
-        + keeps_apart(settings.data, config)
-        + hub_structure(settings, config)
-    )
+    problems = [
+        *resume.changes(settings),
+        *precision.problems(settings, half),
+        *packing_problems(settings.data, config),
+        *hub_structure(settings, config),
+    ]
     if problems:
         raise ConfigError(problems)
-    shared = runtime.shares_folder(world, out)
-    writes = world.writes(shared)
-    done = runtime.gather(world, resume.finished(settings, out))[
-        0
-    ]  # results.json is on the first host
-    if done is not None:
-        _say(
+    shared = distributed.shares_folder(world, out)
+    # results.json is on the first host only.
+    results = distributed.gather(world, resume.finished(settings, out))[0]
+    if results is not None:
+        _print(
             world,
             f"this run is finished; to train on, change what it stopped for. Results of {out}:",
-            *summary(done, out, 0.0),
+            *console.summary(results, out, 0.0),
         )
-        return done
+        return results
+    prepared = _prepare(settings, world, out, shared, config, half)
+    checkpoint, old_weights = _choose_checkpoint(prepared)
+    model = load_run_model(
+        settings,
+        config,
+        tasks.of(settings.data).auto,
+        prepared.examples.labels,
+        world.device,
+        prior=data.prior(prepared.examples) if settings.model.head_bias == "prior" else None,
+        zero3=is_deepspeed_zero3_enabled(),
+        for_training=True,
+        weights=old_weights,
+    )
+    counts = parameter_counts(model)
+    trainer = _make_trainer(prepared, model, callbacks)
+    distributed.gather(world, None)  # all have read the old folder before anything is moved
+    if prepared.writes:
+        _open_folder(prepared, old_weights)
+    _announce(prepared, counts)
+    if checkpoint or old_weights:
+        _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
+    _train(prepared, trainer, checkpoint)
+    results = _score(prepared, trainer, counts)
+    seconds = time.perf_counter() - begin
+    if world.main:
+        io.write_json(out / "results.json", results)
+        peak = round(distributed.peak_memory_mib(world), 1)
+        timing = {"seconds": round(seconds, 1), "peak_memory_mib": peak}
+        io.write_json(out / "timing.json", timing)
+    _print(world, *console.summary(results, out, seconds))
+    return results
+
+
+def _start(settings: Settings) -> distributed.World:
+    """Join the other processes and quieten the libraries, except where the user asked for logs."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
+        raise ConfigError(
+            "the launcher asks for DeepSpeed; choose a stage with train.deepspeed=zero2 instead"
+        )
+    timeout_s = settings.train.ddp_timeout or 1800
+    world = distributed.start(settings.train.deepspeed is not None, timeout_s)
+    if settings.train.log_level is None:
+        hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # only training and scoring show bars
+    datasets.disable_progress_bars()
+    set_seed(settings.train.seed)
+    return world
+
+
+def _prepare(
+    settings: Settings,
+    world: distributed.World,
+    out: pathlib.Path,
+    shared: bool,
+    config: PretrainedConfig,
+    half: torch.dtype | None,
+) -> _Run:
+    """Read and tokenize the data, and build the arguments of Trainer."""
     task = tasks.of(settings.data)
     examples = task.module.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples = task.module.tokenize(examples, tokenizer, settings.data)
     args = training_arguments(settings, world, examples.metric, task.token_mean, shared, half)
-    facts = about(settings, examples, config, args)
-    with _agreed(world):
-        if writes and out.is_dir():
+    plugin = args.deepspeed_plugin
+    manifest = Manifest(
+        method=settings.dump()["method"],
+        backbone={
+            "name": settings.model.name,
+            "revision": settings.model.revision,
+            "quantization": settings.model.quantization,
+            "fingerprint": backbone.fingerprint(settings.model, config),
+        },
+        task=examples.task,
+        labels=examples.labels,
+        data=data.provenance(examples),
+        run={
+            "processes": args.world_size,
+            "zero_stage": 0 if plugin is None else plugin.zero_stage,
+        },
+    )
+    return _Run(settings, world, out, shared, config, half, examples, tokenizer, args, manifest)
+
+
+@contextlib.contextmanager
+def _agreed(world: distributed.World) -> Iterator[None]:
+    """End all processes with the first error that one of them had inside the block."""
+    problem = None
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        problem = error
+    problems = [error for error in distributed.gather(world, problem) if error is not None]
+    if problems:
+        raise problems[0]
+
+
+def _choose_checkpoint(run: _Run) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """Lock the output folder, and return what `resume.choose` returns."""
+    out = run.out
+    with _agreed(run.world):
+        if run.writes and out.is_dir():
             io.hold(out)
-        if writes and settings.train.resume != "never":
+        if run.writes and run.settings.train.resume != "never":
             resume.clear_unfinished(out)
-    on_hosts = runtime.gather(world, [path.name for path in resume.checkpoints(out)])
-    with _agreed(world):
-        checkpoint, old_weights = resume.choose(settings, out, facts, on_hosts)
-    model = load_run_model(
-        settings,
-        config,
-        task.auto,
-        examples.labels,
-        world.device,
-        prior=data.prior(examples) if settings.model.head_bias == "prior" else None,
-        zero3=is_deepspeed_zero3_enabled(),
-        for_training=True,
-    )
-    counts = parameter_counts(model)
-    if old_weights is not None:
-        resume.load_weights(model, old_weights)
-    trainer = _make_trainer(
-        settings, args, model, tokenizer, examples, facts, callbacks, world, shared
-    )
-    runtime.gather(world, None)  # nobody moves the folder before everyone has read it
-    if writes:
-        if old_weights is not None and old_weights.parent == out:
-            resume.set_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
-        if not io.hold(out):
-            print(
-                f"note: {out} is on a file system without locks; see that no other run writes there",
-                flush=True,
-            )
-        write_text(out / "config.yaml", to_yaml(settings))
-        write_json(out / "environment.json", runtime.environment(world))
-    _announce(settings, config, examples, counts, world, args, shared, half)
-    if checkpoint or old_weights:
-        _say(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
-    if checkpoint is not None and settings.train.early_stopping_patience:
-        state = resume.trainer_state(checkpoint)
-        if (
-            resume.patience_used(state["stateful_callbacks"])
-            >= settings.train.early_stopping_patience
-        ):
-            args.max_steps = state["global_step"]  # it was killed when it was about to stop
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.stopping is not None:
-        raise Preempted(
-            f"stopped by {trainer.stopping} at step {trainer.state.global_step}, saved; continue with train.resume=auto"
-        )
-    if trainer.state.global_step < trainer.state.max_steps:
-        _say(
-            world,
-            f"stopped early: {settings.train.early_stopping_patience} evaluations without a better dev {examples.metric}",
-        )
-    trainer.save_bundle("best")
-    results = _score(settings, trainer, examples, counts)
-    seconds = time.perf_counter() - begin
-    if world.main:
-        write_json(out / "results.json", results)
-        write_json(
-            out / "timing.json",
-            {
-                "seconds": round(seconds, 1),
-                "peak_memory_mib": round(runtime.peak_memory_mib(world), 1),
-            },
-        )
-    _say(world, *summary(results, out, seconds))
-    return results
+    names = distributed.gather(run.world, [path.name for path in resume.checkpoints(out)])
+    with _agreed(run.world):
+        choice = resume.choose(run.settings, out, run.manifest, names)
+    return choice
 
 
-def _make_trainer(
-    settings,
-    args,
-    model,
-    tokenizer,
-    examples: Examples,
-    facts: dict,
-    callbacks: Sequence[TrainerCallback],
-    world: runtime.World,
-    shared: bool,
-) -> RunTrainer:
-    gate_log, out = (
-        GateStatistics(model, args.torch_compile),
-        pathlib.Path(settings.train.output_dir),
+def _make_trainer(run: _Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+    settings, examples, args = run.settings, run.examples, run.args
+    task, tokenizer = tasks.of(settings.data), run.tokenizer
+    gate_statistics = GateStatistics(model, args.torch_compile)
+    shutdown = GracefulShutdown()
+    context = RunContext(
+        run.out,
+        run.manifest,
+        run.world,
+        run.shared,
+        keep=settings.train.keep_checkpoints,
+        token_mean=task.token_mean,
+        generation=tasks.generation(settings.data, examples.metric),
     )
-    stop, task = GracefulShutdown(), tasks.of(settings.data)
     try:
         trainer = RunTrainer(
             model=model,
@@ -289,82 +242,120 @@ def _make_trainer(
             data_collator=task.module.collator(tokenizer, settings.data),
             processing_class=tokenizer,
             compute_metrics=task.module.compute_metrics(examples, tokenizer),
-            token_mean=task.token_mean,
-            generation=tasks.generation(settings.data, examples.metric),
             callbacks=[
-                stop,
-                JsonlLogger(out / "log.jsonl", examples.metric, gate_log, world.writes(shared)),
+                shutdown,
+                JsonlLogger(run.out / "log.jsonl", gate_statistics, run.writes),
                 *callbacks,
             ],
-            gate_log=gate_log,
-            out=out,
-            about=facts,
-            keep=settings.train.keep_checkpoints,
-            world=world,
-            shared=shared,
+            context=context,
+            gate_statistics=gate_statistics,
+            shutdown=shutdown,
         )
         trainer.try_out()
     except torch.OutOfMemoryError as error:  # perhaps on this rank only
-        raise RunError(f"rank {world.rank}: {' '.join(str(error).split())[:300]}") from error
-    except (
-        ImportError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # of a tracker, an optimizer, a DeepSpeed file
+        message = " ".join(str(error).split())[:300]
+        raise RunError(f"rank {run.world.rank}: {message}") from error
+    except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        # A tracker, an optimizer or a DeepSpeed file has refused its settings.
         if watchdog.is_lost(error):
             raise
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error
-    stop.trainer = trainer
-    stop.install()
+    shutdown.install()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    if not args.disable_tqdm:
+        trainer.add_callback(ProgressBars(examples.metric))
     if settings.train.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.train.early_stopping_patience))
     return trainer
 
 
-def _score(settings: Settings, trainer: RunTrainer, examples: Examples, counts: dict) -> dict:
-    """The best checkpoint on dev, with its gates, and once on test."""
-    trainer.gate_log.drain()
+def _open_folder(run: _Run, old_weights: pathlib.Path | None) -> None:
+    """Make and lock the output folder, and write config.yaml and environment.json."""
+    out = run.out
+    if old_weights is not None and old_weights.parent == out:
+        resume.set_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not io.hold(out):
+        print(
+            f"note: {out} is on a file system without locks; make sure that no other run writes"
+            " there",
+            flush=True,
+        )
+    io.write_text(out / "config.yaml", to_yaml(run.settings))
+    io.write_json(out / "environment.json", distributed.environment(run.world))
 
-    def scores(dataset, keep: pathlib.Path | None = None) -> tuple[dict, dict]:
-        output = trainer.predict(dataset)
-        if keep is not None and trainer.generation is not None and trainer.world.main:
-            # Evaluated by length; written in the order of the test set.
-            rows = sorted(
-                zip(
-                    decode(trainer.processing_class, output.predictions), output.label_ids.tolist()
-                ),
-                key=lambda row: row[1],
-            )
-            lines = [
-                {"text": examples.prompts[i], "written": text, "references": examples.references[i]}
-                for text, i in rows
-            ]
-            write_text(keep, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        metrics = output.metrics
-        kept = {
-            k.removeprefix("test_"): round(v, 6)
-            for k, v in metrics.items()
-            if not k.endswith(("runtime", "per_second"))
-        }
-        return {
-            k: v for k, v in kept.items() if "model_preparation" not in k
-        }, trainer.gate_log.drain()
 
-    dev, gates = scores(examples.dev)
-    test = (
-        dev
-        if examples.test_is_dev
-        else scores(examples.test, trainer.out / "predictions.jsonl")[0]
-        if examples.test is not None
-        else None
-    )
-    state = trainer.state
+def _print(world: distributed.World, *lines: str) -> None:
+    if world.main:
+        print(*lines, sep="\n", flush=True)
+
+
+def _announce(run: _Run, counts: dict[str, Any]) -> None:
+    """Print the header of the run: model, data, batch, hosts and memory."""
+    settings, world, args = run.settings, run.world, run.args
+    backend = "one process"
+    if world.size > 1 or world.deepspeed:
+        backend = args.distributed_state.distributed_type.value.lower()
+    if settings.train.deepspeed:
+        backend += f", {settings.train.deepspeed}"
+    _print(world, *console.header(settings, run.examples, counts, world, backend, args.bf16))
+    places = distributed.hosts(world)
+    _print(world, *console.placement(places))
+    if world.size > 1:
+        kind = "one on each host; each writes what it needs to resume"
+        _print(world, f"folder     {'shared by all hosts' if run.shared else kind}")
+    host, first_host = places[world.rank][0], places[0][0]
+    if world.local_main and not world.main and host != first_host:
+        print(
+            f"host       {host}: rank {world.rank} of {world.size} is the first one here; the"
+            f" output of the run is on {first_host}",
+            flush=True,
+        )
+    if world.main:
+        frozen = precision.backbone_dtype(settings, run.half)
+        file = deepspeed_file(settings.train.deepspeed)
+        half = run.half if world.deepspeed else None
+        states = estimate(settings, run.config, frozen, file, world.size, half)
+        _print(world, console.memory_line(states))
+
+
+def _train(run: _Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
+    """Train to the end and save `best/`."""
+    patience = run.settings.train.early_stopping_patience
+    if checkpoint is not None and patience:
+        state = resume.trainer_state(checkpoint)
+        if resume.patience_used(state["stateful_callbacks"]) >= patience:
+            # The run was killed when early stopping was about to end it.
+            run.args.max_steps = state["global_step"]
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.shutdown.stopped_by is not None:
+        raise Preempted(
+            f"stopped by {trainer.shutdown.stopped_by} at step {trainer.state.global_step}, saved;"
+            " continue with train.resume=auto"
+        )
+    if trainer.state.global_step < trainer.state.max_steps:
+        _print(
+            run.world,
+            f"stopped early: {patience} evaluations without a better dev {run.examples.metric}",
+        )
+    trainer.save_adapter_checkpoint("best")
+
+
+def _score(run: _Run, trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
+    """Score the best checkpoint on dev, with its gates, and on test. Return the results."""
+    examples, state = run.examples, trainer.state
+    trainer.gate_statistics.drain()
+    dev = _metrics(trainer.predict(examples.dev).metrics)
+    gates = trainer.gate_statistics.drain()
+    test = dev if examples.test_is_dev else None
+    if examples.test is not None and not examples.test_is_dev:
+        output = trainer.predict(examples.test)
+        test = _metrics(output.metrics)
+        if trainer.context.generation is not None and run.world.main:
+            _write_predictions(run, output.predictions, output.label_ids)
     return {
-        "task": settings.data.name or examples.task,
+        "task": run.settings.data.name or examples.task,
         "metric": examples.metric,
         "test": test,
         "test_is_dev": examples.test_is_dev,
@@ -375,12 +366,37 @@ def _score(settings: Settings, trainer: RunTrainer, examples: Examples, counts: 
         "examples": {
             "train": len(examples.train),
             "dev": len(examples.dev),
-            "test": len(examples.test) if examples.test is not None else 0,
+            "test": 0 if examples.test is None else len(examples.test),
         },
-        "seeds": {"data": settings.data.seed, "train": settings.train.seed},
+        "seeds": {"data": run.settings.data.seed, "train": run.settings.train.seed},
         "parameters": counts,
         "gates": gates,
-        "method": settings.dump()["method"],
-        "learning_rate": settings.learning_rate,
+        "method": run.settings.dump()["method"],
+        "learning_rate": run.settings.learning_rate,
         "sources": examples.sources,
     }
+
+
+def _metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of `predict` under their own names, without times."""
+    return {
+        name.removeprefix("test_"): round(value, 6)
+        for name, value in metrics.items()
+        if not name.endswith(("runtime", "per_second")) and "model_preparation" not in name
+    }
+
+
+def _write_predictions(run: _Run, tokens, numbers) -> None:
+    """Write predictions.jsonl, in the order of the test set.
+
+    Args:
+        tokens: generated tokens, [examples, T], in the order of evaluation (by length).
+        numbers: the number of each one's reference, [examples].
+    """
+    rows = zip(decode(run.tokenizer, tokens), numbers.tolist())
+    lines = [
+        {"text": run.examples.prompts[i], "written": text, "references": run.examples.references[i]}
+        for text, i in sorted(rows, key=lambda row: row[1])
+    ]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    io.write_text(run.out / "predictions.jsonl", content)

@@ -1,13 +1,17 @@
-"""Notices a process of the run that is gone, and stops the others with the reason.
+"""Notice a process of the run that is gone, and stop the others with the reason.
 
-    start(rank, hosts, token, limit_s)     on every rank, once the processes have met (runtime.start does it)
-    stop(code)                             at the end: says that this rank is done, so that nobody takes it for dead
+    dog = prepare(rank, hosts, token, limit_s)   on every rank, once the processes have met
+    begin(dog)                                   on every rank, after a barrier
+    stop(code)                                   at the end, so that no rank takes this one for dead
 
-A collective waits for a process that died, or for a host behind a broken link, until its own timeout: half an hour. So each
-rank beats into the run's TCPStore every few seconds, over a connection of its own. Rank 0 looks at all beats and leaves its
-verdict in the store; the others look at rank 0 and the verdict, so one round is two small requests on every rank but rank 0.
-Calls on a socket behind a dead link may block without end: a guard thread watches the rounds themselves. And if the
-interpreter lock is never given back, so that neither thread runs, faulthandler's timer, which needs no lock, ends the process.
+A collective waits for a dead process, or for a host behind a broken link, until its own timeout of
+half an hour. Therefore each rank writes a beat into the run's TCPStore every few seconds, over its
+own connection. Rank 0 reads all beats and leaves a verdict in the store. The other ranks read the
+beat of rank 0 and the verdict, so a round costs them two small requests.
+
+Calls on a socket behind a dead link may block for ever, so a guard thread watches the rounds. If
+the interpreter lock is never released and neither thread can run, a timer of faulthandler, which
+needs no lock, ends the process.
 """
 
 import faulthandler
@@ -17,7 +21,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 from torch.distributed import DistError, DistNetworkError, TCPStore
@@ -26,17 +30,23 @@ from scaleup.errors import ConfigError
 
 VARIABLE = "SCALEUP_WATCHDOG_S"
 ADVICE = "stopping. Continue with train.resume=auto"
-# What gloo and NCCL say when the other side is gone. gloo raises bare RuntimeErrors, so only the words tell.
+STOPPED = "has stopped with an error (its own output says which)"
+# What gloo and NCCL report when the other side is gone. gloo raises bare RuntimeErrors, so only
+# the message tells.
 LOST = re.compile(
-    r"gloo/transport|Connection (closed|reset) by (peer|remote)|Broken pipe|Socket closed|NCCL (error|communicator)|ncclRemoteError"
-    r"|Application timeout caused pair closure|Timed out waiting \d+ms for (recv|send|key)"
+    r"gloo/transport|Connection (closed|reset) by (peer|remote)|Broken pipe|Socket closed"
+    r"|NCCL (error|communicator)|ncclRemoteError|Application timeout caused pair closure"
+    r"|Timed out waiting \d+ms for (recv|send|key)"
 )
 
 
 def limit_from_environment() -> float:
-    """Seconds of silence after which a rank counts as dead: SCALEUP_WATCHDOG_S, 30 without it, 0 for no watchdog.
+    """Return the seconds of silence after which a rank counts as dead, from SCALEUP_WATCHDOG_S.
 
-    Raises ConfigError for anything that is not a number of seconds: 0, or 3 and more.
+    The default is 30. 0 means no watchdog.
+
+    Raises:
+        ConfigError: the value is neither 0 nor a number of at least 3.
     """
     text = os.environ.get(VARIABLE, "30")
     try:
@@ -48,43 +58,56 @@ def limit_from_environment() -> float:
     raise ConfigError(f"{VARIABLE}={text}: give seconds, 3 or more, or 0 for no watchdog")
 
 
+def _has_ended(beat: str) -> bool:
+    return " end " in beat
+
+
+def _has_finished(beat: str) -> bool:
+    """Return whether the rank ended without an error."""
+    return beat.endswith(" end 0")
+
+
 class Watchdog:
-    """The beat and guard threads of one rank. `hosts`: the host name of every rank."""
+    """The beat thread and the guard thread of one rank.
+
+    Args:
+        hosts: the host name of every rank.
+        token: separates the keys of this start from others in the same store.
+        limit_s: seconds of silence after which a rank counts as dead.
+    """
 
     def __init__(self, rank: int, hosts: Sequence[str], token: str, limit_s: float):
         self.rank, self.hosts, self.token, self.limit_s = rank, list(hosts), token, limit_s
         self.interval_s = min(2.0, limit_s / 10)
-        self.patience_s = (
-            3 * self.interval_s
-        )  # enough to call a rank dead once a connection is known to be lost
-        self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        # Silence that is enough to call a rank dead once a connection is known to be lost.
+        self.patience_s = 3 * self.interval_s
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.address = f"{address}:{port}"
         self.store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            address,
+            port,
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=limit_s),
         )
-        self.state = "run"  # run, hurt (a collective failed here), end CODE
+        self.state = "run"  # then "hurt" if a collective failed here, at last "end CODE"
         self.beats = self.rounds = 0
         self.last = time.monotonic()
-        self.seen: dict[int, str] = {}
-        self.silence: dict[
-            int, float
-        ] = {}  # rank → seconds without a new beat, or since it ended with an error
-        self.wake, self.ended, self.reporting = (
-            threading.Event(),
-            threading.Event(),
-            threading.Lock(),
-        )
+        self.seen: dict[int, str] = {}  # rank → its newest beat
+        self.silence: dict[int, float] = {}  # rank → seconds since that beat came
+        self.wake, self.ended = threading.Event(), threading.Event()
+        self.reporting = threading.Lock()
         self.threads = [
             threading.Thread(target=f, name=f"watchdog {f.__name__}", daemon=True)
             for f in (self._beat, self._guard)
         ]
 
-    # The first beat comes before any look, so no key is ever missing: missing keys would be waited for.
     def first_beat(self) -> None:
-        """Makes this rank's keys. Every rank has to have done so before any of them starts its threads."""
+        """Create the keys of this rank.
+
+        Every rank must have done this before any rank starts its threads: a read of a missing key
+        would block.
+        """
         self.store.set(self._key(self.rank), "0 run")
         if self.rank == 0:
             self.store.set(self._key("verdict"), "")
@@ -95,7 +118,10 @@ class Watchdog:
             thread.start()
 
     def stop(self, code: int) -> None:
-        """Says that this rank is done and ends the threads. Rank 0, whose process may hold the store, lets the others go first."""
+        """Announce the end of this rank and end the threads.
+
+        Rank 0, whose process may hold the store, waits until the other ranks have left.
+        """
         self.state = f"end {code}"
         self.wake.set()
         self.threads[0].join(timeout=self.limit_s)
@@ -104,21 +130,19 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def wait_for_verdict(self) -> None:
-        """After a collective failed here: gives rank 0 time to find who is gone. Ends the process if it does; else returns."""
+        """Give rank 0 time to find out who is gone, after a collective failed here.
+
+        If rank 0 finds out, the process ends. Otherwise this returns.
+        """
         self.state = "hurt"
         self.wake.set()
         self.ended.wait(self.patience_s + 4 * self.interval_s)
 
-    def _key(self, what: int | str) -> str:
-        return f"scaleup-watchdog/{self.token}/{what}"
+    def _key(self, name: int | str) -> str:
+        return f"scaleup-watchdog/{self.token}/{name}"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on host {self.hosts[rank]}"
-
-    def _gap(self) -> float:
-        """Seconds since the last call. A pause of this very process (a held interpreter, a suspended machine) hardly counts."""
-        last, self.last = self.last, time.monotonic()
-        return min(self.last - last, 2 * self.interval_s)
 
     def _beat(self) -> None:
         try:
@@ -128,80 +152,65 @@ class Watchdog:
                 self.wake.clear()
             self._leave()
         except DistNetworkError:
-            # Once rank 0 is done there is nothing left to wait for together, so the end of its store is no loss.
-            if self.state != "end 0" and not self.seen.get(0, "").endswith(" end 0"):
+            # Once rank 0 has finished, there is nothing left to wait for: the end of its store is
+            # no loss.
+            if self.state != "end 0" and not _has_finished(self.seen.get(0, "")):
                 self._report(self._store_lost())
-        except DistError:  # the store does not answer in time: the guard counts how long
+        except DistError:  # the store does not answer in time, and the guard counts how long
             self.ended.wait()
         self.ended.set()
 
     def _round(self) -> None:
         self._publish()
-        if self.rank == 0:
-            reason = self._look_at_all()
-            if reason:
+        reason = self._look_at_all() if self.rank == 0 else self._look_at_first()
+        if reason:
+            if self.rank == 0:
                 self._convict(reason)
-                self._report(reason)
-        else:
-            reason = self._look_at_first()
-            if reason:
+            else:
                 self.state = "end 1"
-                self._publish()  # so that rank 0 need not wait for this one
-                self._report(reason)
+                self._publish()  # so that rank 0 does not wait for this rank
+            self._report(reason)
         self.rounds += 1
 
     def _publish(self) -> None:
         self.beats += 1
         self.store.set(self._key(self.rank), f"{self.beats} {self.state}")
 
+    def _read(self, names: Iterable[int | str]) -> list[str]:
+        return [value.decode() for value in self.store.multi_get([self._key(n) for n in names])]
+
     def _look_at_first(self) -> str | None:
-        beat, verdict = (
-            value.decode() for value in self.store.multi_get([self._key(0), self._key("verdict")])
-        )
-        self._count({0: beat}, self._gap())
+        """Return why this rank must stop, or None while all is well."""
+        beat, verdict = self._read([0, "verdict"])
+        self._count({0: beat})
         if verdict:
             return verdict
-        if self.silence[0] > self.limit_s and not beat.endswith(" end 0"):
+        if self.silence[0] > self.limit_s and not _has_finished(beat):
             return self._silent([0])
         return None
 
     def _look_at_all(self) -> str | None:
-        """The verdict of rank 0, or None while all is well."""
+        """Return the verdict of rank 0, or None while all is well."""
         others = range(1, len(self.hosts))
-        beats = dict(
-            zip(
-                others,
-                (
-                    value.decode()
-                    for value in self.store.multi_get([self._key(rank) for rank in others])
-                ),
-            )
-        )
-        self._count(beats, self._gap())
+        beats = dict(zip(others, self._read(others)))
+        self._count(beats)
         hurt = self.state == "hurt" or any(beat.endswith("hurt") for beat in beats.values())
         limit_s = self.patience_s if hurt else self.limit_s
-        silent = [
-            rank
-            for rank, beat in beats.items()
-            if " end " not in beat and self.silence[rank] > limit_s
-        ]
+        silent = [r for r, b in beats.items() if not _has_ended(b) and self.silence[r] > limit_s]
         if silent:
             return self._silent(silent)
-        # An error that all ranks share ends each of them with its own message; one that ended alone is the others' reason.
-        failed = [
-            rank
-            for rank, beat in beats.items()
-            if " end " in beat
-            and not beat.endswith(" end 0")
-            and self.silence[rank] > self.patience_s
-        ]
-        return (
-            f"{self._name(failed[0])} has stopped with an error (its own output says which)"
-            if failed
-            else None
-        )
+        # An error that all ranks share ends each of them with its own message. An error of one
+        # rank alone is the reason for the others to stop.
+        for rank, beat in beats.items():
+            failed = _has_ended(beat) and not _has_finished(beat)
+            if failed and self.silence[rank] > self.patience_s:
+                return f"{self._name(rank)} {STOPPED}"
+        return None
 
-    def _count(self, beats: dict[int, str], gap_s: float) -> None:
+    def _count(self, beats: dict[int, str]) -> None:
+        """Add up the silence of ranks. A pause of this very process hardly counts."""
+        last, self.last = self.last, time.monotonic()
+        gap_s = min(self.last - last, 2 * self.interval_s)
         for rank, beat in beats.items():
             changed = self.seen.get(rank) != beat
             self.seen[rank] = beat
@@ -209,47 +218,51 @@ class Watchdog:
 
     def _silent(self, ranks: list[int]) -> str:
         more = f" (and {len(ranks) - 1} more ranks)" if len(ranks) > 1 else ""
-        return f"{self._name(ranks[0])}{more} has not been heard from for {self.silence[ranks[0]]:.0f} s"
+        seconds = self.silence[ranks[0]]
+        return f"{self._name(ranks[0])}{more} has not been heard from for {seconds:.0f} s"
 
     def _store_lost(self) -> str:
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        ):  # torchrun's agent holds the store, and ends with its processes
-            return f"the launcher on host {self.hosts[0]} ({self.address}) is gone: a process of that host has failed, or the link to it"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's agent holds the store, and it ends with its processes.
+            return (
+                f"the launcher on host {self.hosts[0]} ({self.address}) is gone: a process of that"
+                " host has failed, or the link to it"
+            )
         return f"the connection to {self._name(0)} ({self.address}) is lost"
 
     def _leave(self) -> None:
-        """The last words. Rank 0 stays until the others have said theirs, at most for the limit."""
+        """Publish the last beat. Rank 0 then waits for the last beats of the others."""
         self._publish()
         if self.rank:
             return
         failed = self.state != "end 0"
         patience_s = self.patience_s if failed else self.limit_s
         if not self._wait_for_others(patience_s, patience_s) and failed:
-            self._convict(f"{self._name(0)} has stopped with an error (its own output says which)")
+            self._convict(f"{self._name(0)} {STOPPED}")
 
     def _convict(self, reason: str) -> None:
         self.store.set(self._key("verdict"), reason)
-        self._wait_for_others(
-            2 * self.interval_s, self.patience_s
-        )  # the store may end with this process
+        # The store may end with this process, so the others read the verdict first.
+        self._wait_for_others(2 * self.interval_s, self.patience_s)
 
     def _wait_for_others(self, most_s: float, patience_s: float) -> bool:
-        """Until every other rank has ended or been silent for `patience_s`, or `most_s` have passed; whether all have ended."""
+        """Wait until every other rank has ended or been silent for `patience_s`.
+
+        Returns:
+            Whether all other ranks have ended. False after `most_s` seconds.
+        """
         deadline = time.monotonic() + most_s
         while True:
             self._look_at_all()
-            running = [rank for rank, beat in self.seen.items() if " end " not in beat]
-            if (
-                not any(self.silence[rank] <= patience_s for rank in running)
-                or time.monotonic() > deadline
-            ):
+            running = [rank for rank, beat in self.seen.items() if not _has_ended(beat)]
+            heard = any(self.silence[rank] <= patience_s for rank in running)
+            if not heard or time.monotonic() > deadline:
                 return not running
             self.rounds += 1
             time.sleep(self.interval_s / 4)
 
     def _arm(self) -> None:
-        # Needs no interpreter lock to fire; a process whose lock is held longer counts as dead to the others anyway.
+        # A process that holds its interpreter lock longer than this counts as dead anyway.
         faulthandler.dump_traceback_later(1.5 * self.limit_s, exit=True, file=sys.__stderr__)
 
     def _guard(self) -> None:
@@ -257,19 +270,20 @@ class Watchdog:
         while not self.ended.wait(self.interval_s):
             self._arm()
             now = time.monotonic()
-            silent_s = (
-                silent_s + min(now - last, 2 * self.interval_s) if rounds == self.rounds else 0.0
-            )
+            gap_s = min(now - last, 2 * self.interval_s)
+            silent_s = silent_s + gap_s if rounds == self.rounds else 0.0
             rounds, last = self.rounds, now
-            if silent_s > self.limit_s and not self.seen.get(0, "").endswith(" end 0"):
+            if silent_s > self.limit_s and not _has_finished(self.seen.get(0, "")):
                 self._report(
-                    f"{self._name(0)} ({self.address}) has not answered for {silent_s:.0f} s: the host or the link to it is down"
+                    f"{self._name(0)} ({self.address}) has not answered for {silent_s:.0f} s:"
+                    " the host or the link to it is down"
                 )
 
     def _report(self, reason: str) -> None:
-        """One line, then the end of the process: its main thread may be inside a collective that never returns."""
+        """Print one line and end the process: its main thread may be inside a collective."""
         if self.reporting.acquire(blocking=False):
-            # Not through sys.stderr: its lock may be held by a thread that never gives it back. A bar may be on the line.
+            # A thread that never runs again may hold the lock of sys.stderr, so this bypasses it.
+            # The line begins with a line break because a progress bar may be there.
             os.write(2, f"\nerror: {reason}; {ADVICE}\n".encode())
             os._exit(1)
 
@@ -278,21 +292,25 @@ _running: Watchdog | None = None
 
 
 def prepare(rank: int, hosts: Sequence[str], token: str, limit_s: float) -> Watchdog:
-    """This rank's watchdog with its first beat done, not started: `begin` starts it once all ranks are here."""
+    """Return this rank's watchdog with its first beat written. `begin` starts it."""
     watchdog = Watchdog(rank, hosts, token, limit_s)
     watchdog.first_beat()
     return watchdog
 
 
 def begin(watchdog: Watchdog) -> None:
-    """Starts the threads. Until `stop`, the process ends with exit code 1 if another rank is gone."""
+    """Start the threads. Until `stop`, this process exits with code 1 if another rank is gone."""
     global _running
     _running = watchdog
     watchdog.start()
 
 
 def stop(code: int = 0) -> None:
-    """The end of this rank with its exit code; nothing without a watchdog. A code other than 0 stops the other ranks."""
+    """Announce the end of this rank, if there is a watchdog.
+
+    Args:
+        code: the exit code. If it is not 0, the other ranks stop as well.
+    """
     global _running
     if _running is not None:
         watchdog, _running = _running, None
@@ -300,19 +318,21 @@ def stop(code: int = 0) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone: torch's own types, or gloo's words in a RuntimeError."""
+    """Return whether an error means that another process is gone."""
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
     )
 
 
 def lost_connection(error: RuntimeError) -> str | None:
-    """One plain line if the error says that another process is gone, else None.
+    """Return one plain line if the error means that another process is gone, else None.
 
-    Waits some seconds for the watchdog to find out which one; it then says so and ends the process.
+    This waits some seconds for the watchdog to find out which process. If it does, it reports that
+    and ends this process.
     """
     if not is_lost(error):
         return None
     if _running is not None:
         _running.wait_for_verdict()
-    return f"the connection to another process is lost ({str(error).strip().splitlines()[0]:.200}); {ADVICE}"
+    reason = str(error).strip().splitlines()[0]
+    return f"the connection to another process is lost ({reason:.200}); {ADVICE}"

@@ -84,13 +84,13 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(workspace, finished, tm
         match=f"stopped by {signal.Signals(number).name} at step 6, saved; continue with train.resume=auto",
     ):
         run(workspace, out, callbacks=[At(5, lambda: os.kill(os.getpid(), number))])
-    assert verify(out / "checkpoint-6")["run"] == {"processes": 1, "zero_stage": 0}
+    assert verify(out / "checkpoint-6").run == {"processes": 1, "zero_stage": 0}
     assert not (out / "final").exists() and not (out / "results.json").exists()
     assert (
         losses(out, "eval_loss") == losses(finished, "eval_loss")[:1]
     )  # nothing is scored in the middle of an epoch
     run(workspace, out, "train.resume=auto")
-    assert verify(out / "final")["tensors"] == verify(finished / "final")["tensors"]
+    assert verify(out / "final").tensors == verify(finished / "final").tensors
     assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 

@@ -67,7 +67,7 @@ def test_a_run_leaves_every_file_of_the_design(finished):
     assert [name for name in found if name.startswith(".")] == [".lock"]
     for bundle in ("best", "final"):
         manifest = verify(out / bundle)
-        assert manifest["labels"] == ["bad", "good"] and len(manifest["tensors"]) > 20
+        assert manifest.labels == ["bad", "good"] and len(manifest.tensors) > 20
         assert not list((out / bundle).glob("*.bin")) and not list((out / bundle).glob("*.pt"))
     results = json.loads((out / "results.json").read_text())
     assert results["examples"] == {"train": 64, "dev": 32, "test": 40} and results["seeds"] == {
@@ -158,7 +158,7 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
     done(train(*overrides(workspace, tmp_path / "whole", *same)))
     done(train(*overrides(workspace, tmp_path / "parts", *same, "train.max_steps=4")))
     done(train(*overrides(workspace, tmp_path / "parts", *same, "train.resume=auto")))
-    whole, parts = (verify(tmp_path / name / "final")["tensors"] for name in ("whole", "parts"))
+    whole, parts = (verify(tmp_path / name / "final").tensors for name in ("whole", "parts"))
     assert whole == parts
     other = train(
         *overrides(workspace, tmp_path / "parts", *same, "train.resume=auto", "method.r=4")

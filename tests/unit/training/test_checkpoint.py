@@ -36,8 +36,8 @@ def rewrite(bundle, change) -> None:
 def test_a_sealed_bundle_verifies_and_holds_no_pickle(bundle):
     manifest = verify(bundle)
     assert (
-        manifest["labels"] == ["a", "b"]
-        and manifest["tensors"].keys() == load_file(bundle / "adapter_model.safetensors").keys()
+        manifest.labels == ["a", "b"]
+        and manifest.tensors.keys() == load_file(bundle / "adapter_model.safetensors").keys()
     )
     assert [path.name for path in bundle.parent.iterdir()] == ["best"] and not list(
         bundle.glob("*.bin")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from scaleup.training.console import GateStatistics
+from scaleup.training.callbacks import GateStatistics
 from tests.utils.tiny import adapt, backbone, inputs
 
 

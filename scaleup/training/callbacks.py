@@ -1,0 +1,194 @@
+"""Callbacks of the training loop: graceful shutdown, log.jsonl, progress bars, gate statistics."""
+
+import contextlib
+import json
+import math
+import pathlib
+import signal
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+from torch import nn
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from scaleup.io import write_text
+from scaleup.unipelt.gate import GateMoments, LearnedGate
+
+Means = dict[str, dict[str, dict[str, float]]]  # site → submodule → mean and std
+
+
+class GateStatistics:
+    """Mean and standard deviation of every gate of a model, over all processes.
+
+    Args:
+        compiled: the model runs through torch.compile. CUDA graphs write only to tensors whose
+            addresses are fixed, so the statistics are marked as such.
+
+    Attributes:
+        gates: the gates of the model by site.
+        last: what the last `drain` returned.
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool = False):
+        self.gates: dict[str, LearnedGate] = {}
+        self.last: Means = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LearnedGate):
+                module.statistics = GateMoments(len(module.names), module.bias.device)
+                if compiled:
+                    torch._dynamo.mark_static_address(module.statistics.sums_3N)
+                site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
+                self.gates[site] = module
+
+    def drain(self) -> Means:
+        """Return the statistics since the last call, and start anew.
+
+        Every process must call this together. It is the only point that waits for the device.
+        """
+        sums = [gate.statistics.take() for gate in self.gates.values()]
+        if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            joined_3N = torch.cat(sums, 1)
+            torch.distributed.all_reduce(joined_3N)
+            sums = joined_3N.split([part.shape[1] for part in sums], 1)
+        self.last = {
+            site: {
+                submodule: {"mean": round(mean, 6), "std": round(std, 6)}
+                for submodule, (mean, std) in zip(gate.names, GateMoments.moments(sums_3N))
+            }
+            for (site, gate), sums_3N in zip(self.gates.items(), sums)
+        }
+        return self.last
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Collect nothing inside the block. Each step of `generate` would count as an example."""
+        kept = {gate: gate.statistics for gate in self.gates.values()}
+        for gate in kept:
+            gate.statistics = None
+        try:
+            yield
+        finally:
+            for gate, statistics in kept.items():
+                gate.statistics = statistics
+
+    def scalars(self) -> dict[str, float]:
+        """Return the means of the last `drain` under flat names, as experiment trackers want."""
+        return {
+            f"gates/{site}/{submodule}": value["mean"]
+            for site, submodules in self.last.items()
+            for submodule, value in submodules.items()
+        }
+
+
+class GracefulShutdown(TrainerCallback):
+    """On SIGTERM or SIGUSR1: finish the step, save a checkpoint, stop. All ranks stop together.
+
+    SIGTERM comes from a preemption, `scancel` or the eviction of a pod. This callback also logs
+    whenever a checkpoint is saved, so that a resumed run logs at the same steps as an
+    uninterrupted one.
+
+    Attributes:
+        stopped_by: the name of the signal once all ranks have agreed to stop, else None.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: str | None = None
+        self._signal = 0
+        self._group: torch.distributed.ProcessGroup | None = None
+
+    def install(self) -> None:
+        """Install the signal handlers. Only the main thread of a process may do this."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self._signal = number
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # A separate group on the CPU: the vote after each step must not wait for the GPU.
+        if args.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        number = torch.tensor(self._signal)
+        if self._group is not None:
+            torch.distributed.all_reduce(
+                number, op=torch.distributed.ReduceOp.MAX, group=self._group
+            )
+        if number.item():
+            self.stopped_by = signal.Signals(int(number.item())).name
+            control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if self.stopped_by is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
+            # Trainer also ends the epoch when it stops in the middle of one. The resumed run
+            # evaluates at the real end of the epoch.
+            control.should_save = control.should_evaluate = control.should_log = False
+        control.should_log |= control.should_save
+
+
+class JsonlLogger(TrainerCallback):
+    """Write log.jsonl.
+
+    Args:
+        writes: whether this process writes the file. The other processes do nothing.
+    """
+
+    def __init__(self, path: pathlib.Path, gate_statistics: GateStatistics, writes: bool):
+        self.path, self.gate_statistics, self.writes = path, gate_statistics, writes
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.writes:
+            rewind(self.path, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not self.writes:
+            return
+        flat = {key: value for key, value in logs.items() if not key.startswith("gates/")}
+        line = {"step": state.global_step, **flat}
+        if "loss" in logs or "eval_loss" in logs:
+            line["gates"] = self.gate_statistics.last
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def rewind(path: pathlib.Path, step: int) -> None:
+    """Remove the lines of a log after `step`, and damaged ones. A resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(path, "".join(line for line in lines if _step(line) <= step))
+
+
+def _step(line: str) -> float:
+    """Return the step of a log line, or infinity if a killed run left only a part of it."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class ProgressBars(ProgressCallback):
+    """Show one bar for training, with the newest loss and dev score, and one for each scoring."""
+
+    def __init__(self, metric: str):
+        super().__init__()
+        self.metric = metric
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for key, name in (("loss", "loss"), (f"eval_{self.metric}", f"dev {self.metric}")):
+            if key in logs:
+                self.shown[name] = f"{logs[key]:.3f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)

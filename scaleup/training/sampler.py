@@ -1,0 +1,42 @@
+"""The order in which a run sees its training examples."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class ResumableSampler(torch.utils.data.Sampler[int]):
+    """Draw the order of examples from seed and epoch alone.
+
+    A run that is resumed in the middle of an epoch therefore sees the same batches. transformers'
+    length groups use the global random state instead. Accelerate does not pass the epoch on to a
+    sampler once it skips batches on several processes, so this sampler asks for it.
+
+    Args:
+        count: number of examples.
+        epoch: returns the number of finished epochs.
+        lengths: tokens per example, to put examples of similar length into one batch. If None, the
+            order is a plain permutation.
+        batch_size: examples per optimizer step and process, used with `lengths`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        epoch: Callable[[], int],
+        lengths: list[int] | None,
+        batch_size: int,
+    ):
+        self.count, self.seed, self.epoch = count, seed, epoch
+        self.lengths, self.batch_size = lengths, batch_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.lengths is None:
+            return iter(torch.randperm(self.count, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
