@@ -97,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(settings), end="")
         return DONE
-    distributed.respawn(sys.argv[0], sys.argv[1:])
+    distributed.check_launcher()
     try:
         train(settings)
     except RuntimeError as error:

@@ -35,7 +35,7 @@ from scaleup.backbone.loading import empty_model
 from scaleup.backbone.method import task_type
 from scaleup.errors import ConfigError
 from scaleup.export import fold, folder
-from scaleup.training.trainer import ResumableSampler
+from scaleup.training.sampler import ResumableSampler
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites, head_names
 

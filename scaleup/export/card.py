@@ -5,6 +5,7 @@ import pathlib
 import yaml
 
 from scaleup.settings.schema import Settings
+from scaleup.training.checkpoint import Manifest
 
 LOADING = {
     "exact": """import scaleup

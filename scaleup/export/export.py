@@ -9,6 +9,7 @@ Whatever needs the whole model (before, after, the proof) runs in processes of t
 backbone at a time.
 """
 
+import dataclasses
 import importlib.metadata
 import pathlib
 import re
@@ -36,9 +37,9 @@ from scaleup.settings import schema as config
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
 from scaleup.training.checkpoint import (
+    commit_checkpoint,
     create_staging_folder,
     staging_folder,
-    commit_checkpoint,
     verify,
 )
 from scaleup.unipelt.sites import find_sites
@@ -86,7 +87,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
     if problems:
         raise ConfigError(problems)
     manifest = verify(options.checkpoint)
-    if manifest.get("export", "exact") != "exact":
+    if manifest.export not in (None, "exact"):
         raise ConfigError(
             [
                 f"--checkpoint: {options.checkpoint} is an export itself ({manifest.export}); name the run's best/ or final/"
@@ -191,11 +192,7 @@ def _export(job: Job, written: pathlib.Path) -> dict:
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared meanwhile; nothing was kept")
     commit_checkpoint(
-        written,
-        options.output,
-        {},
-        {key: job.manifest[key] for key in ("method", "backbone", "task", "labels", "data", "run")}
-        | {"export": options.kind},
+        written, options.output, {}, dataclasses.replace(job.manifest, export=options.kind)
     )
     return report
 

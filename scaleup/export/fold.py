@@ -18,7 +18,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
 
-from scaleup.unipelt.attach import PREFIX_CHILD, BLOCK_CHILD
+from scaleup.unipelt.attach import BLOCK_CHILD, PREFIX_CHILD
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import LORA_CHILD
 from scaleup.unipelt.gate import resolve_pooling

@@ -23,6 +23,7 @@ from scaleup.errors import ConfigError, ExportError
 from scaleup.export import fold
 from scaleup.settings import schema as config
 from scaleup.settings.schema import Settings
+from scaleup.training.checkpoint import Manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BATCH = 16

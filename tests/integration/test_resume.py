@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from scaleup.backbone.method import load_weights
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
 from scaleup.settings import rules
 from scaleup.settings import schema as config
 from scaleup.settings.schema import TrainSettings
 from scaleup.training import resume
 from scaleup.training import run as train
+from scaleup.training.callbacks import rewind
 from scaleup.training.checkpoint import verify
-from scaleup.training.console import rewind
 from scaleup.training.preflight import CHECKS
 from tests.utils.workspace import losses, make_workspace, overrides
 
@@ -124,11 +125,11 @@ def test_early_stopping_counts_on_and_a_run_that_was_stopping_stops(workspace, t
     [
         (
             lambda folder: (folder / "optimizer.pt").write_bytes(b"x"),
-            "optimizer.pt is missing or not the one",
+            "optimizer.pt is missing or differs",
         ),
         (
             lambda folder: (folder / "trainer_state.json").unlink(),
-            "trainer_state.json is missing or not the one",
+            "trainer_state.json is missing or differs",
         ),
         (
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(
@@ -142,7 +143,7 @@ def test_early_stopping_counts_on_and_a_run_that_was_stopping_stops(workspace, t
         ),
         (
             lambda folder: (folder / "manifest.json").unlink(),
-            "not a bundle of scaleup, or one that was not finished",
+            "this is not a finished checkpoint of scaleup",
         ),
     ],
 )
@@ -330,16 +331,16 @@ def test_weights_of_a_whole_model_go_where_they_belong_and_are_refused_where_the
     model = torch.nn.BatchNorm1d(3)
     state = {"weight": torch.tensor([1.0, 2, 3]), "running_mean": torch.tensor([4.0, 5, 6])}
     save_file(state, tmp_path / "model.safetensors")
-    resume.load_weights(model, tmp_path)
+    load_weights(model, tmp_path)
     assert torch.equal(model.weight, state["weight"]) and torch.equal(
         model.running_mean, state["running_mean"]
     )
     save_file({"weight": torch.zeros(4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit this model: weight is"):
-        resume.load_weights(model, tmp_path)
+        load_weights(model, tmp_path)
     save_file({"gone": torch.zeros(4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit this model"):
-        resume.load_weights(model, tmp_path)
+        load_weights(model, tmp_path)
 
 
 def test_a_damaged_log_loses_its_bad_lines(tmp_path):

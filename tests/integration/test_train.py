@@ -20,6 +20,9 @@ from scaleup.training.trainer import RunTrainer
 from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
 
 
+TQDM_OFF = "train.disable_tqdm=true"
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> pathlib.Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
@@ -40,20 +43,28 @@ def train(
     )
 
 
+def torchrun(processes: int) -> tuple[str, ...]:
+    """The command that launch/torchrun.sh builds."""
+    port = str(random.randint(20000, 40000))
+    words = ("--nproc_per_node", str(processes), "--master_port", port)
+    return (sys.executable, "-m", "torch.distributed.run", *words)
+
+
 def done(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
 @pytest.fixture(scope="module")
-def finished(workspace, tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """One finished run, and its screen."""
+def finished(workspace, tmp_path_factory) -> tuple[pathlib.Path, str, str]:
+    """The folder of a finished run, its screen, and its progress bars."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, done(train(*overrides(workspace, out)))
+    result = train(*overrides(workspace, out))
+    return out, done(result), result.stderr
 
 
 def test_a_run_leaves_every_file_of_the_design(finished):
-    out, _ = finished
+    out = finished[0]
     found = {path.name for path in out.iterdir()}
     assert {
         "config.yaml",
@@ -81,9 +92,12 @@ def test_a_run_leaves_every_file_of_the_design(finished):
 
 
 def test_the_screen_says_what_matters(finished):
-    out, screen = finished
+    out, screen, _ = finished
+    results = json.loads((out / "results.json").read_text())
+    best_epoch = results["best_step"] // 4  # four steps an epoch
     for words in (
         "test accuracy",
+        f"step {results['best_step']} of 12, epoch {best_epoch})",
         "trained",
         "stored",
         str(out / "results.json"),
@@ -95,7 +109,7 @@ def test_the_screen_says_what_matters(finished):
         assert words in screen
 
 
-def test_the_log_has_loss_rate_speed_and_every_gate(finished):
+def test_the_log_has_loss_learning_rate_speed_and_every_gate(finished):
     lines = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -109,6 +123,15 @@ def test_the_log_has_loss_rate_speed_and_every_gate(finished):
     assert len([line for line in lines if "eval_accuracy" in line]) == 3
 
 
+def test_training_and_each_scoring_show_a_progress_bar(finished, workspace, tmp_path):
+    bars = finished[2]
+    assert "12/12" in bars and "dev accuracy=" in bars
+    # Three epochs on dev, then dev and test. Each set is one batch.
+    assert bars.count("0/1 [") == 5, bars
+    quiet = train(*overrides(workspace, tmp_path / "run", "train.max_steps=2", TQDM_OFF))
+    assert done(quiet) and "it/s" not in quiet.stderr and "0/1 [" not in quiet.stderr
+
+
 def test_evaluation_puts_examples_of_like_length_together_and_the_longest_first():
     """Trainer's own groups need more than four batches to do anything."""
     args = types.SimpleNamespace(
@@ -119,14 +142,14 @@ def test_evaluation_puts_examples_of_like_length_together_and_the_longest_first(
 
 
 def test_the_resolved_config_starts_the_same_run_and_gives_the_same_results(finished, tmp_path):
-    out, _ = finished
+    out = finished[0]
     done(train("--config", str(out / "config.yaml"), f"train.output_dir={tmp_path / 'again'}"))
     assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
     assert losses(tmp_path / "again") == losses(out)
 
 
 def test_the_best_bundle_gives_the_reported_test_score(finished, workspace):
-    out, _ = finished
+    out = finished[0]
     tokenizer = AutoTokenizer.from_pretrained(out / "best")
     base = AutoModelForSequenceClassification.from_pretrained(workspace / "bert", num_labels=2)
     model = PeftModel.from_pretrained(base, out / "best").eval()
@@ -142,7 +165,7 @@ def test_the_best_bundle_gives_the_reported_test_score(finished, workspace):
 
 
 def test_a_second_run_never_overwrites_the_first(finished, workspace):
-    out, _ = finished
+    out = finished[0]
     before = (out / "results.json").read_bytes()
     result = train(*overrides(workspace, out))
     assert (
@@ -222,14 +245,10 @@ def test_two_processes_equal_one(workspace, tmp_path):
     """
     shared = ("train.max_steps=6", "train.group_by_length=false")
     done(train(*overrides(workspace, tmp_path / "one", *shared)))
-    accelerate, port = (
-        str(pathlib.Path(sys.executable).with_name("accelerate")),
-        str(random.randint(20000, 40000)),
-    )
     screen = done(
         train(
             *overrides(workspace, tmp_path / "two", *shared, "train.per_device_train_batch_size=8"),
-            launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+            launcher=torchrun(2),
         )
     )
     assert "8 per process x 2 processes" in screen
@@ -253,8 +272,6 @@ def test_two_processes_equal_one(workspace, tmp_path):
 @pytest.mark.distributed
 def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, data_dir, tmp_path):
     """The command of the README with two processes: ZeRO-2 on gloo, real RTE sentences."""
-    accelerate = str(pathlib.Path(sys.executable).with_name("accelerate"))
-    port = str(random.randint(20000, 40000))
     screen = done(
         train(
             "--config",
@@ -264,7 +281,7 @@ def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, da
             "train.max_steps=20",
             f"train.output_dir={tmp_path / 'run'}",
             "data.dev_size=64",
-            launcher=(accelerate, "launch", "--num_processes", "2", "--main_process_port", port),
+            launcher=torchrun(2),
         )
     )
     assert (
@@ -274,6 +291,16 @@ def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, da
     )
     assert len(losses(tmp_path / "run", "eval_accuracy")) == 2
     verify(tmp_path / "run" / "best")
+
+
+def test_accelerate_with_several_processes_on_cpu_is_refused_in_one_line(workspace, tmp_path):
+    accelerate = str(pathlib.Path(sys.executable).with_name("accelerate"))
+    result = train(
+        *overrides(workspace, tmp_path / "run"),
+        launcher=(accelerate, "launch", "--num_processes", "2"),
+    )
+    assert result.returncode != 0 and "launch/torchrun.sh" in result.stderr
+    assert "error: 1 problem:" in result.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(workspace, tmp_path):

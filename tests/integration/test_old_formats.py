@@ -1,0 +1,125 @@
+"""Files of format 0.1, written by an earlier commit, load, resume and export with equal outputs."""
+
+import csv
+import json
+import pathlib
+import shutil
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import scaleup  # noqa: F401 (registers the PEFT method)
+from scaleup.export import export
+from scaleup.export.verify import Options
+from scaleup.settings import schema
+from scaleup.training import run as training
+from scaleup.training.checkpoint import verify
+from scaleup.training.preflight import CHECKS
+from tests.utils import tiny
+from tests.utils.workspace import losses
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "format_0_1"
+FAMILIES = sorted(path.name for path in (FIXTURES / "adapters").iterdir())
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / "expected.safetensors")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> pathlib.Path:
+    """A copy of the fixtures as the working directory: the paths in config.yaml are relative."""
+    for name in ("bert", "best", "run", "standalone"):
+        shutil.copytree(FIXTURES / name, tmp_path / name)
+    for name in ("train.csv", "test.csv"):
+        shutil.copy(FIXTURES / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the handlers that a run replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def load_adapter(folder: str) -> torch.nn.Module:
+    base = AutoModelForSequenceClassification.from_pretrained("bert", num_labels=2)
+    return PeftModel.from_pretrained(base, folder)
+
+
+def load_standalone(folder: str) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+
+
+def logits(model: torch.nn.Module, folder: str) -> torch.Tensor:
+    """Return the logits [16, 2] for the first texts of test.csv."""
+    with open("test.csv", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)][:16]
+    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**encoded).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_an_old_run_resumes_to_the_same_losses_and_weights(workspace):
+    settings = schema.load("run/config.yaml", ["train.resume=auto"], checks=CHECKS)
+    training.run(settings)
+    finished = [
+        json.loads(line) for line in (FIXTURES / "finished_log.jsonl").read_text().splitlines()
+    ]
+    old = [line["loss"] for line in finished if "loss" in line]
+    assert len(old) == 12 and losses(workspace / "run") == pytest.approx(old, abs=TOLERANCE)
+    weights = load_file("run/final/adapter_model.safetensors")
+    old_weights = load_file(FIXTURES / "finished_weights.safetensors")
+    assert weights.keys() == old_weights.keys()
+    for name, tensor in old_weights.items():
+        assert_close(weights[name], tensor)
+    results, old_results = (
+        json.loads(path.read_text())
+        for path in (workspace / "run" / "results.json", FIXTURES / "finished_results.json")
+    )
+    assert results.keys() == old_results.keys()
+    assert results["dev"] == pytest.approx(old_results["dev"], abs=TOLERANCE)
+
+
+def test_an_old_adapter_checkpoint_is_whole_and_gives_the_same_logits(workspace, expected):
+    manifest = verify(workspace / "best")
+    assert manifest.labels == ["bad", "good"] and manifest.backbone["name"] == "bert"
+    assert manifest.export is None
+    content = (FIXTURES / "best" / "manifest.json").read_text()
+    assert manifest.to_json() == content
+    assert_close(logits(load_adapter("best"), "best"), expected["best"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_adapters_of_every_kind_of_family_give_the_same_logits(family, expected):
+    folder = FIXTURES / "adapters" / family
+    model = PeftModel.from_pretrained(tiny.backbone(family), str(folder)).eval()
+    assert_close(tiny.logits(model), expected[family])
+
+
+def test_an_old_standalone_export_gives_the_same_logits(workspace, expected):
+    assert verify(workspace / "standalone").export == "standalone"
+    assert_close(logits(load_standalone("standalone"), "standalone"), expected["standalone"])
+
+
+@pytest.mark.parametrize("kind, load", [("exact", load_adapter), ("standalone", load_standalone)])
+def test_an_old_checkpoint_exports_to_the_same_logits(workspace, expected, kind, load):
+    options = Options(
+        pathlib.Path("best"), kind, pathlib.Path("out"), config=pathlib.Path("run/config.yaml")
+    )
+    export.run(options, say=lambda text: None)
+    assert_close(logits(load("out"), "out"), expected["best"])
