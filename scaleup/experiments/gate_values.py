@@ -29,7 +29,7 @@ from scaleup.settings.loading import override
 from scaleup.settings.schema import DataSettings, Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training import checkpoint
-from scaleup.training.console import GateStatistics
+from scaleup.training.callbacks import GateStatistics
 from scaleup.unipelt.config import SUBMODULES
 from scaleup.unipelt.gate import LearnedGate, pool
 
@@ -163,7 +163,7 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
         manifest = checkpoint.verify(folder / "best")
     except CheckpointError as error:
         raise ConfigError(f"--run: {error}") from None
-    trained_on, config = manifest["backbone"], backbone.load_config(settings.model)
+    trained_on, config = manifest.backbone, backbone.load_config(settings.model)
     if backbone.fingerprint(settings.model, config) != trained_on["fingerprint"]:
         raise ConfigError(
             f"--run: {folder}: {settings.model.name} is not the backbone that was trained on "
@@ -172,13 +172,13 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
     settings = backbone.fit_length(settings, config)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples, split = _examples(settings.data, which)
-    if which in SPLITS and data.provenance(examples) != manifest["data"]:
+    if which in SPLITS and data.provenance(examples) != manifest.data:
         raise ConfigError(
             f"--run: {folder}: the run's data has changed since; put it back, or name a file with "
             "--data"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    auto, labels = tasks.of(settings.data).auto, manifest["labels"]
+    auto, labels = tasks.of(settings.data).auto, manifest.labels
     model = load_run_model(settings, config, auto, labels, device, adapter=folder / "best").eval()
     chosen = getattr(examples, split)
     values = _values(model, settings, tokenizer, examples, split)
