@@ -103,9 +103,10 @@ def layout(sites: Sequence[Site]) -> tuple[pd.DataFrame, dict[Site, tuple[int, i
         row = f"{known if len(stacks) > 1 else 'layer'} {number}".strip()
         cells[module, part] = (row, f"{part} {place}" if part in crowded else part)
     rows = list(dict.fromkeys(row for row, _ in cells.values()))
+    order = {part: position for position, part in enumerate(SUBMODULES)}
     columns = sorted(
         dict.fromkeys(column for _, column in cells.values()),
-        key=lambda column: SUBMODULES.index(column.partition(" ")[0]),
+        key=lambda column: order.get(column.partition(" ")[0], len(order)),
     )
     positions = {
         site: (rows.index(row), columns.index(column)) for site, (row, column) in cells.items()

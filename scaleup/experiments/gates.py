@@ -13,7 +13,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments.gate_values import Gates, from_pass, from_results
 from scaleup.experiments.plots import Heat, draw_heats
 from scaleup.experiments.results import read
-from scaleup.experiments.tables import grid
+from scaleup.experiments.table_output import grid
 from scaleup.io import write_text
 
 EXTREMES = 5  # examples to show at each end

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from scaleup.errors import ConfigError
-from scaleup.experiments import plots, tables
+from scaleup.experiments import plots, table_output, tables
 from scaleup.experiments.plots import Curve, Panel
 from scaleup.experiments.results import load
 from scaleup.experiments.runs import (
@@ -139,11 +139,14 @@ def report(
     if not table.cells.loc[table.cells["source"] == SCALEUP, "mean"].notna().any():
         raise ConfigError(f"--runs: {', '.join(paths)}: no run there belongs in {name}")
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / f"{name}.md", tables.markdown(table))
-    write_text(output / f"{name}.csv", tables.csv_text(table))
+    write_text(output / f"{name}.md", table_output.markdown(table))
+    write_text(output / f"{name}.csv", table_output.csv_text(table))
     if panels:
         plots.draw_panels(panels, table.title, output / f"{name}.png")
-    return [*tables.text(table), f"written: {output / name}.md, .csv{', .png' if panels else ''}"]
+    return [
+        *table_output.text(table),
+        f"written: {output / name}.md, .csv{', .png' if panels else ''}",
+    ]
 
 
 def _table(name: str, runs: list[Run], paper: dict[str, Any], bench: Sequence[str]) -> Table:

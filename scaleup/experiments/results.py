@@ -15,52 +15,50 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import pandas as pd
 import pydantic
 import yaml
+from typing_extensions import TypedDict
 
 from scaleup.errors import ConfigError
 from scaleup.experiments.runs import Run, name_variants
 from scaleup.io import write_text
 from scaleup.settings.loading import flat
 from scaleup.settings.rules import ASIDE
-from scaleup.unipelt.config import SUBMODULES
 
 SUMMARY = ("trial", "task", "k", "method", "data_seed", "train_seed", "metric", "dev", "test")
 
 
-class _Part(pydantic.BaseModel, strict=True):
-    """A part of results.json that reports read."""
-
-
-class _Moments(_Part):
+class _Moments(TypedDict):
     mean: float
     std: float
 
 
-class _Seeds(_Part):
+class _Seeds(TypedDict):
     data: int
     train: int
 
 
-class _Examples(_Part):
+class _Examples(TypedDict):
     train: int
 
 
-class _Method(_Part):
-    name: Literal["unipelt", "full", "bitfit"]
-    submodules: list[Literal[SUBMODULES]] = []
-    gates: str = ""
-
-
-class _Counts(_Part):
+class _Counts(TypedDict):
     stored: int
     stored_percent: float
 
 
-class _Results(_Part):
+class _Method(TypedDict):
+    name: Literal["unipelt", "full", "bitfit"]
+    submodules: NotRequired[list[str]]
+    gates: NotRequired[str]
+
+
+class _Results(pydantic.BaseModel, strict=True):
+    """The parts of results.json that reports read."""
+
     task: str
     metric: str
     dev: dict[str, Any] | None
@@ -70,7 +68,7 @@ class _Results(_Part):
     examples: _Examples
     method: _Method
     parameters: _Counts
-    gates: dict[str, dict[Literal[SUBMODULES], _Moments]]
+    gates: dict[str, dict[str, _Moments]]
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "_Results":
@@ -80,8 +78,11 @@ class _Results(_Part):
                 isinstance(score, bool) or not isinstance(score, int | float) or math.isinf(score)
             ):
                 raise ValueError(f"{split} has no {self.metric} that is a number")
-        if self.method.name == "unipelt" and not (self.method.submodules and self.method.gates):
+        parts = self.method.get("submodules", [])
+        if self.method["name"] == "unipelt" and not (parts and self.method.get("gates")):
             raise ValueError("method has no submodules or no gates")
+        if not set().union(*self.gates.values()) <= set(parts):
+            raise ValueError("gates of submodules that the method does not have")
         return self
 
 

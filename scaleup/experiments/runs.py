@@ -12,7 +12,6 @@ import pandas as pd
 
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import GLUE_TASKS
-from scaleup.unipelt.config import SUBMODULES
 
 NAMES = {
     "full": "Fine-tuning",
@@ -25,6 +24,7 @@ NAMES = {
     "apl": "UniPELT (APL)",
     "apl_nogate": "UniPELT (APL), NoGate",
 }
+PARTS = ("adapter", "prefix", "lora")  # the submodules of the paper
 UNKNOWN = "unknown (no config.yaml)"
 TRIAL = re.compile(r"[\w.]+-[\w.]+-([\w.]+)-[\w.]+")  # task, k, method and seed of a sweep's trial
 # Settings in which the runs of one table may differ.
@@ -65,7 +65,9 @@ class Run:
         parts, learned = method["submodules"], method["gates"] == "learned"
         if len(parts) == 1:
             return parts[0] + "_gated" * learned
-        return "".join(part[0] for part in SUBMODULES if part in parts) + "_nogate" * (not learned)
+        letters = "".join(part[0] for part in PARTS if part in parts)
+        names = [letters] * bool(letters) + [part for part in parts if part not in PARTS]
+        return "+".join(names) + "_nogate" * (not learned)
 
     @property
     def task(self) -> str:
@@ -114,11 +116,17 @@ def method_of(row: str) -> str:
 def name_of(row: str) -> str:
     """Return the title of a table's row."""
     method, _, variant = row.partition(": ")
-    letters, _, rest = method.partition("_")
     name = NAMES.get(method)
     if name is None:
-        name = NAMES.get(letters) or f"UniPELT ({letters.upper()})"
-        name += {"": "", "nogate": ", NoGate", "gated": ", gated"}[rest]
+        base = method.removesuffix("_nogate").removesuffix("_gated")
+        letters, *others = base.split("+")
+        if base in NAMES:
+            name = NAMES[base]
+        elif others or set(letters) <= set("apl"):
+            name = f"UniPELT ({'+'.join([letters.upper(), *others])})"
+        else:
+            name = base.replace("_", " ").capitalize()
+        name += {"_nogate": ", NoGate", "_gated": ", gated"}.get(method.removeprefix(base), "")
     return f"{name}: {variant}" if variant else name
 
 

@@ -37,8 +37,6 @@ TRIES = 2
 STOP_S = 120  # time for a trial to finish its step and save
 POLL_S = 0.2
 LOG = "train.out"  # training ignores files with this suffix in its output folder
-# Trials that agree in these axes take about the same time; the first group with data counts.
-SIMILAR = (("method", "task", "k"), ("task", "k"), ("k",), ())
 
 
 @dataclasses.dataclass
@@ -95,11 +93,11 @@ class Sweeper:
         self.elsewhere: list[Trial] = []  # trials that another sweep runs
         self.failed: dict[str, str] = {}
         self.tries: collections.Counter[str] = collections.Counter()
-        self.seconds: dict[tuple[str, ...], list[float]] = {}
+        self.seconds: list[float] = []  # of finished trials
         self.stopping: signal.Signals | None = None
         for trial in sweep.trials:
             if trial.finished:
-                self._note_time(trial)
+                self.seconds += _noted_seconds(trial.folder)
         self.locks = sweep.output / ".locks"
         self.locks.mkdir(parents=True, exist_ok=True)
 
@@ -148,30 +146,10 @@ class Sweeper:
         """Estimate the time left from finished trials; None before the first has finished."""
         if not self.seconds:
             return None
-        left = [
-            max(self._expected(run.trial) - run.seconds, 0.0) for run in self.running.values()
-        ] + [self._expected(trial) for trial in self.waiting if not trial.finished]
+        mean = sum(self.seconds) / len(self.seconds)
+        left = [max(mean - run.seconds, 0.0) for run in self.running.values()]
+        left += [mean for trial in self.waiting if not trial.finished]
         return max(sum(left) / self.jobs, max(left, default=0.0))
-
-    def _expected(self, trial: Trial) -> float:
-        times = next(
-            self.seconds[key]
-            for axes in SIMILAR
-            if (key := tuple(getattr(trial, axis) for axis in axes)) in self.seconds
-        )
-        return sum(times) / len(times)
-
-    def _note_time(self, trial: Trial, seconds: float | None = None) -> None:
-        """Remember how long a trial took, from timing.json if `seconds` is None."""
-        if seconds is None:
-            try:
-                timing = (trial.folder / "timing.json").read_text(encoding="utf-8")
-                seconds = float(json.loads(timing)["seconds"])
-            except (OSError, ValueError, KeyError, TypeError):
-                return  # the trial was killed before it wrote the file, or the file is damaged
-        for axes in SIMILAR:
-            key = tuple(getattr(trial, axis) for axis in axes)
-            self.seconds.setdefault(key, []).append(seconds)
 
     def _fill_slots(self) -> None:
         """Start trials until all slots are taken or no waiting trial is free."""
@@ -237,7 +215,7 @@ class Sweeper:
             if trial.finished:
                 self._finish(trial)
                 if not run.resumed:
-                    self._note_time(trial, run.seconds)
+                    self.seconds.append(run.seconds)
                 self.say(f"{trial.name}: done in {duration(run.seconds)}; {self.progress()}")
             elif not self.stopping:
                 reason = f"{_describe_exit(code)}: {_last_line(log)}"
@@ -306,6 +284,14 @@ def save_table(sweep: Sweep) -> pathlib.Path:
     with FileLock(sweep.output / ".locks" / "results.csv.lock"):
         results.write_csv(results.load([str(sweep.output)]), path)
     return path
+
+
+def _noted_seconds(folder: pathlib.Path) -> list[float]:
+    """Return the time that a run noted; nothing if it was killed before it did."""
+    try:
+        return [float(json.loads((folder / "timing.json").read_text(encoding="utf-8"))["seconds"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,4 @@
-"""Build tables in the layout of the paper from finished runs, and write them.
-
-    table = low_resource(runs, paper, "test")    table 1; other functions build the others
-    markdown(table), csv_text(table), text(table)
+"""Build tables in the layout of the paper from finished runs.
 
 Scores are points (100 times the metric), as mean and standard deviation over seeds (n - 1). The
 last column is the mean over the tasks shown, of the seeds that all of them have; its standard
@@ -16,6 +13,7 @@ import pandas as pd
 
 from scaleup.experiments.runs import (
     NAMES,
+    PARTS,
     Run,
     differences,
     method_of,
@@ -23,7 +21,6 @@ from scaleup.experiments.runs import (
     one_backbone,
     unique,
 )
-from scaleup.unipelt.config import SUBMODULES
 
 TASKS = {
     "sst2": "SST-2",
@@ -131,7 +128,8 @@ def summarise(points: pd.DataFrame) -> pd.DataFrame:
 
 def _select(points: pd.DataFrame, k: Any, row: str, tasks: Sequence[str]) -> pd.DataFrame:
     """Return one row's points, with the tasks as index."""
-    chosen = points.reindex(pd.MultiIndex.from_tuples([(k, row, task) for task in tasks]))
+    index = pd.MultiIndex.from_product([[k], [row], tasks], names=points.index.names)
+    chosen = points.reindex(index)
     return chosen.set_axis(pd.Index(tasks))
 
 
@@ -147,10 +145,6 @@ def _tasks(points: pd.DataFrame) -> list[str]:
     return [*(task for task in TASKS if task in present), *(t for t in present if t not in TASKS)]
 
 
-def _columns(tasks: Sequence[str]) -> dict[str, str]:
-    return {task: TASKS.get(task, task) for task in tasks} | {AVERAGE: "Avg."}
-
-
 def _paper_row(numbers: dict[str, Any], tasks: Sequence[str]) -> pd.DataFrame:
     """Return the paper's row; over fewer than all tasks, its average is computed."""
     pairs = {key: value if isinstance(value, list) else [value] for key, value in numbers.items()}
@@ -159,22 +153,6 @@ def _paper_row(numbers: dict[str, Any], tasks: Sequence[str]) -> pd.DataFrame:
     if set(tasks) != set(TASKS):
         frame.loc[AVERAGE] = [frame["mean"].reindex(tasks).mean(skipna=False), None]
     return frame
-
-
-def _block(
-    title: str, points: pd.DataFrame, k: Any, tasks: Sequence[str], paper: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the cells for one K: a row for each method, followed by the paper's."""
-    present = {row for other, row, _ in points.index if other == k}
-    cells = []
-    for row in [*NAMES, *sorted(present - set(NAMES))]:
-        if row in present or row in paper:
-            chosen = _select(points, k, row, tasks)
-            chosen.loc[AVERAGE] = chosen.mean(skipna=False)
-            cells += row_cells(title, row, SCALEUP, summarise(chosen))
-        if row in paper:
-            cells += row_cells(title, row, PAPER, _paper_row(paper[row], tasks))
-    return cells
 
 
 def _missing(points: pd.DataFrame, expected_k: Sequence[Any], methods: Sequence[str]) -> list[str]:
@@ -220,21 +198,6 @@ def _source_notes(runs: Sequence[Run], points: pd.DataFrame, note: str) -> list[
     ]
 
 
-def _notes(runs: Sequence[Run], points: pd.DataFrame, note: str, cells: pd.DataFrame) -> list[str]:
-    notes = _source_notes(runs, points, note)
-    notes.append(
-        "Subscript: standard deviation over seeds (n - 1). Bold: best of scaleup's rows, or of the "
-        "paper's; underlined: second best."
-    )
-    tasks = _tasks(points)
-    if set(tasks) != set(TASKS):
-        average = f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}"
-        if PAPER in set(cells["source"]):
-            average += ", also in the paper's rows (computed from their cells)"
-        notes.append(f"{average}.")
-    return notes + differences(runs)
-
-
 def low_resource(
     name: str,
     title: str,
@@ -254,19 +217,16 @@ def low_resource(
         splits: "dev" and "test", as far as they are shown.
     """
     runs, left_out = _with_test_set(runs)
-    points = scores(runs, "test")
-    tasks = _tasks(points)
-    cells = []
+    points = {split: scores(runs, split) for split in {*splits, "test"}}
+    blocks = []
     for split in splits:
-        of_split = points if split == "test" else scores(runs, split)
-        for k in _level(of_split, "k"):
+        for k in _level(points[split], "k"):
             heading = f"[K = {k}] {'Test' if split == 'test' else 'Development'} Performance"
-            cells += _block(heading, of_split, k, tasks, paper.get(split, {}).get(k, {}))
-    frame = to_frame(cells)
-    frame["rank"] = rank(frame)
-    missing = _missing(points, KS, EXPECTED)
-    notes = _notes(runs, points, note, frame) + left_out
-    return Table(name, title, "Method", _columns(tasks), frame, missing, notes)
+            blocks.append((heading, k, points[split], paper.get(split, {}).get(k, {})))
+    table = _by_task(name, title, runs, points["test"], blocks, note)
+    table.missing = _missing(points["test"], KS, EXPECTED)
+    table.notes += left_out
+    return table
 
 
 def _with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -286,13 +246,49 @@ def high_resource(
     """Build table 3: all training examples, best result on the development set."""
     runs = [run for run in runs if run.k == "all"]
     points = scores(runs, "dev")
+    blocks = [("[K = all] Best Performance on GLUE Dev", "all", points, paper)]
+    table = _by_task(name, title, runs, points, blocks, note)
+    table.missing = _missing(points, ("all",), [name for name in EXPECTED if name != "bitfit"])
+    return table
+
+
+def _by_task(
+    name: str,
+    title: str,
+    runs: Sequence[Run],
+    points: pd.DataFrame,
+    blocks: Sequence[tuple[str, Any, pd.DataFrame, dict[str, Any]]],
+    note: str,
+) -> Table:
+    """Build a table with a column for each task of `points`, and a row for each method.
+
+    `blocks` holds title, K, points and the paper's numbers of each block. Below each row stands
+    the paper's.
+    """
     tasks = _tasks(points)
-    heading = "[K = all] Best Performance on GLUE Dev"
-    frame = to_frame(_block(heading, points, "all", tasks, paper))
+    cells = []
+    for heading, k, of_block, paper in blocks:
+        present = {row for other, row, _ in of_block.index if other == k}
+        for row in [*NAMES, *sorted(present - set(NAMES))]:
+            if row in present or row in paper:
+                chosen = _select(of_block, k, row, tasks)
+                chosen.loc[AVERAGE] = chosen.mean(skipna=False)
+                cells += row_cells(heading, row, SCALEUP, summarise(chosen))
+            if row in paper:
+                cells += row_cells(heading, row, PAPER, _paper_row(paper[row], tasks))
+    frame = to_frame(cells)
     frame["rank"] = rank(frame)
-    missing = _missing(points, ("all",), [method for method in EXPECTED if method != "bitfit"])
-    notes = _notes(runs, points, note, frame) if runs else []
-    return Table(name, title, "Method", _columns(tasks), frame, missing, notes)
+    notes = _source_notes(runs, points, note)
+    notes.append(
+        "Subscript: standard deviation over seeds (n - 1). Bold: best of scaleup's rows, or of the "
+        "paper's; underlined: second best."
+    )
+    if set(tasks) != set(TASKS):
+        average = f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}"
+        in_paper = ", also in the paper's rows (computed from their cells)"
+        notes.append(average + in_paper * (PAPER in set(frame["source"])) + ".")
+    columns = {task: TASKS.get(task, task) for task in tasks} | {AVERAGE: "Avg."}
+    return Table(name, title, "Method", columns, frame, [], notes + differences(runs))
 
 
 def upper_bound(
@@ -315,7 +311,7 @@ def upper_bound(
     for k in _level(points, "k"):
         values = []
         for letters in ("ap", "apl"):
-            parts = [part for part in SUBMODULES if part[0] in letters]
+            parts = [part for part in PARTS if part[0] in letters]
             values += _best_means(points, k, tasks, (parts, [letters]))
         cells += row_cells("", str(k), SCALEUP, pd.DataFrame(values, index=pd.Index(columns)))
         if set(tasks) == set(TASKS) and k in paper:
@@ -334,7 +330,7 @@ def upper_bound(
         notes.append(
             f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown."
         )
-    missing = _missing(points, KS, (*SUBMODULES, "ap", "apl"))
+    missing = _missing(points, KS, (*PARTS, "ap", "apl"))
     return Table(name, title, "K", columns, frame, missing, notes, title_of=str)
 
 
@@ -412,66 +408,3 @@ def efficiency(
     ]
     formats = {"parameters": "{:,.0f}", "training": "{:.0f}", "inference": "{:.0f}"}
     return Table(name, title, "Method", columns, to_frame(cells), missing, notes, formats)
-
-
-def _lines(
-    table: Table, marks: dict[int, str], spread: str, heading: str, paper: str
-) -> pd.DataFrame:
-    """Lay a table out as text.
-
-    Args:
-        table: the table.
-        marks: rank -> format of a mean.
-        spread: format of a standard deviation.
-        heading: format of a block's title.
-        paper: format of the cells of the paper's rows.
-    """
-
-    def show(cell: Any) -> str:
-        if pd.isna(cell.mean):
-            return "–"
-        form = table.formats.get(cell.column, "{:.2f}")
-        mark = "{}" if pd.isna(cell.rank) else marks[cell.rank]
-        deviation = "" if pd.isna(cell.std) else spread.format(form.format(cell.std))
-        return mark.format(form.format(cell.mean)) + deviation
-
-    lines = []
-    for block, of_block in table.cells.groupby("block", sort=False):
-        if block:
-            lines.append([heading.format(block), *[""] * len(table.columns)])
-        for (row, source), cells in of_block.groupby(["row", "source"], sort=False):
-            shown = [show(cell) for cell in cells.itertuples()]
-            if source == PAPER:
-                lines.append([paper.format(text) for text in ("paper", *shown)])
-            else:
-                lines.append([table.title_of(row), *shown])
-    return pd.DataFrame(lines, columns=[table.first, *table.columns.values()])
-
-
-def grid(frame: pd.DataFrame, style: str = "pipe") -> str:
-    """Return a frame of text as a table, in a style of tabulate; numbers are right-aligned."""
-    align = ["left", *["right"] * (len(frame.columns) - 1)]
-    return frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
-
-
-def markdown(table: Table) -> str:
-    """Return a table for GitHub: bold, underlined, subscripts; the paper's rows in italics."""
-    lines = _lines(table, {1: "**{}**", 2: "<u>{}</u>"}, "<sub>{}</sub>", "**{}**", "*{}*")
-    notes = "".join(f"{note}  \n" for note in table.footer)
-    return f"### {table.title}\n\n{grid(lines)}\n\n{notes}"
-
-
-def text(table: Table) -> list[str]:
-    """Return the lines of a table for a terminal."""
-    lines = grid(_lines(table, {1: "{}*", 2: "{}'"}, " ±{}", "{}", "{}"), "plain").splitlines()
-    if table.cells["rank"].notna().any():
-        lines.append(
-            "* best, ' second best of scaleup's rows, or of the paper's; "
-            "± standard deviation over seeds"
-        )
-    return [table.title, *lines, *table.footer]
-
-
-def csv_text(table: Table) -> str:
-    """Return one line for each cell, also for those without a result."""
-    return table.cells.round({"mean": 4, "std": 4}).to_csv(index=False)

@@ -67,6 +67,8 @@ def test_every_subset_of_submodules_has_a_name():
         "pl_nogate": "UniPELT (PL), NoGate",
         "lora_gated": "LoRA, gated",
         "apl": "UniPELT (APL)",
+        "apl+parallel_adapter_nogate": "UniPELT (APL+parallel_adapter), NoGate",
+        "parallel_adapter_gated": "Parallel adapter, gated",
     }
     assert {method: runs.name_of(method) for method in named} == named
 
@@ -207,7 +209,7 @@ def test_several_settings_of_one_method_stand_under_the_sweeps_names(tmp_path):
 
 
 def test_a_table_of_runs_gives_the_same_reports_as_their_folder(small, tmp_path):
-    path = small / "cola-100-full-0" / "results.json"
+    path = small / "cola-100-apl-0" / "results.json"
     content = json.loads(path.read_text())
     content["test"]["loss"] = float("nan")
     content["gates"] = {"encoder.layer.0.attention": {"lora": {"mean": 0.5, "std": 0.125}}}

@@ -270,6 +270,17 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
     )
 
 
+def test_a_table_without_runs_is_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match="no run there belongs in table3"):
+        report.report("table3", [str(small)], tmp_path / "out")
+    leave_run(tmp_path / "all", "cola", "all", "ap", 0, 0.61)
+    for name in ("table1", "table2", "table6"):
+        with pytest.raises(ConfigError, match=f"no run there belongs in {name}"):
+            report.report(name, [str(tmp_path / "all")], tmp_path / "out")
+    leave_run(tmp_path / "all", "cola", "all", "ap_nogate", 0, float("nan"), dev=float("nan"))
+    report.report("table3", [str(tmp_path / "all")], tmp_path / "out")
+
+
 def test_table_6_has_development_and_test(small, tmp_path):
     report.report("table6", [str(small)], tmp_path / "out")
     found = read_cells(tmp_path / "out" / "table6.csv")

@@ -1,0 +1,70 @@
+"""Write tables as Markdown, as text for a terminal, and as CSV."""
+
+from typing import Any
+
+import pandas as pd
+
+from scaleup.experiments.tables import PAPER, Table
+
+
+def _lines(
+    table: Table, marks: dict[int, str], spread: str, heading: str, paper: str
+) -> pd.DataFrame:
+    """Lay a table out as text.
+
+    Args:
+        table: the table.
+        marks: rank -> format of a mean.
+        spread: format of a standard deviation.
+        heading: format of a block's title.
+        paper: format of the cells of the paper's rows.
+    """
+
+    def show(cell: Any) -> str:
+        if pd.isna(cell.mean):
+            return "–"
+        form = table.formats.get(cell.column, "{:.2f}")
+        mark = "{}" if pd.isna(cell.rank) else marks[cell.rank]
+        deviation = "" if pd.isna(cell.std) else spread.format(form.format(cell.std))
+        return mark.format(form.format(cell.mean)) + deviation
+
+    lines = []
+    for block, of_block in table.cells.groupby("block", sort=False):
+        if block:
+            lines.append([heading.format(block), *[""] * len(table.columns)])
+        for (row, source), cells in of_block.groupby(["row", "source"], sort=False):
+            shown = [show(cell) for cell in cells.itertuples()]
+            if source == PAPER:
+                lines.append([paper.format(text) for text in ("paper", *shown)])
+            else:
+                lines.append([table.title_of(row), *shown])
+    return pd.DataFrame(lines, columns=[table.first, *table.columns.values()])
+
+
+def grid(frame: pd.DataFrame, style: str = "pipe") -> str:
+    """Return a frame of text as a table, in a style of tabulate; numbers are right-aligned."""
+    align = ["left", *["right"] * (len(frame.columns) - 1)]
+    return frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def markdown(table: Table) -> str:
+    """Return a table for GitHub: bold, underlined, subscripts; the paper's rows in italics."""
+    lines = _lines(table, {1: "**{}**", 2: "<u>{}</u>"}, "<sub>{}</sub>", "**{}**", "*{}*")
+    notes = "".join(f"{note}  \n" for note in table.footer)
+    return f"### {table.title}\n\n{grid(lines)}\n\n{notes}"
+
+
+def text(table: Table) -> list[str]:
+    """Return the lines of a table for a terminal."""
+    lines = grid(_lines(table, {1: "{}*", 2: "{}'"}, " ±{}", "{}", "{}"), "plain").splitlines()
+    if table.cells["rank"].notna().any():
+        lines.append(
+            "* best, ' second best of scaleup's rows, or of the paper's; "
+            "± standard deviation over seeds"
+        )
+    return [table.title, *lines, *table.footer]
+
+
+def csv_text(table: Table) -> str:
+    """Return one line for each cell, also for those without a result."""
+    return table.cells.round({"mean": 4, "std": 4}).to_csv(index=False)
