@@ -198,20 +198,20 @@ def save_large_checkpoint(
     adapted.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (folder.parent / "config.yaml").write_text(schema.to_yaml(settings))
-    about = {
-        "method": settings.dump()["method"],
-        "backbone": {
+    manifest = checkpoint.Manifest(
+        method=settings.dump()["method"],
+        backbone={
             "name": str(base),
             "revision": None,
             "quantization": "none",
             "fingerprint": sharded.fingerprint(str(base), None),
         },
-        "task": "seq2seq",
-        "labels": None,
-        "data": [],
-        "run": {"processes": 1, "zero_stage": 0},
-    }
-    checkpoint.commit_checkpoint(staging, folder, checkpoint.expected_tensors(adapted), about)
+        task="seq2seq",
+        labels=None,
+        data=[],
+        run={"processes": 1, "zero_stage": 0},
+    )
+    checkpoint.commit_checkpoint(staging, folder, checkpoint.expected_tensors(adapted), manifest)
 
 
 def export_large(

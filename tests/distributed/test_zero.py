@@ -44,7 +44,7 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp(request.param)
     workspace = make_workspace(folder)
     # Parameters below the default threshold are never shared out, and all of a tiny model's are.
-    config = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+    config = json.loads((ROOT / "scaleup" / "settings" / "deepspeed" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "zero3.json").write_text(json.dumps(config))
     stages = {"zero1": "zero1", "zero2": "zero2", "zero3": str(folder / "zero3.json")}

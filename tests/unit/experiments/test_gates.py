@@ -15,7 +15,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import sharded
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import ConfigError
@@ -65,11 +65,8 @@ def gated(tmp_path_factory) -> pathlib.Path:
         settings = backbone.fit_length(settings, found)
         examples = data.load(settings.data)
         tokenizer = backbone.load_tokenizer(settings.model, found)
-        backbone.set_labels(found, examples.labels)
-        model, fresh = backbone.load_model(
-            settings.model, found, tasks.of(settings.data).auto, torch.float32, torch.device("cpu")
-        )
-        model = apply_method(model, settings.method, fresh).eval()
+        auto = tasks.of(settings.data).auto
+        model = load_run_model(settings, found, auto, examples.labels, torch.device("cpu")).eval()
         torch.manual_seed(len(name))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -92,7 +89,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
         drained = {
             site: {
                 part: {"mean": m, "std": s}
-                for part, (m, s) in zip(gate.names, gate.statistics.drain())
+                for part, (m, s) in zip(gate.names, GateMoments.moments(gate.statistics.take()))
             }
             for site, gate in learned.items()
         }
@@ -102,14 +99,17 @@ def gated(tmp_path_factory) -> pathlib.Path:
             draft,
             out / "best",
             checkpoint.expected_tensors(model),
-            {
-                "labels": examples.labels,
-                "data": data.provenance(examples),
-                "backbone": {
+            checkpoint.Manifest(
+                method=settings.dump()["method"],
+                backbone={
                     "name": settings.model.name,
                     "fingerprint": sharded.fingerprint(settings.model.name, None),
                 },
-            },
+                task=examples.task,
+                labels=examples.labels,
+                data=data.provenance(examples),
+                run={"processes": 1, "zero_stage": 0},
+            ),
         )
         (out / "config.yaml").write_text(config.to_yaml(settings))
         results = {
@@ -322,7 +322,7 @@ def test_a_changed_bundle_and_a_run_without_gates_are_refused(gated, tmp_path):
     kept = weights.read_bytes()
     try:
         weights.write_bytes(kept[:-4] + b"\0\0\0\0")
-        with pytest.raises(ConfigError, match="the bundle was altered"):
+        with pytest.raises(ConfigError, match="the checkpoint was altered"):
             gate_values.from_pass(results.read(gated / "other" / "results.json"), "other", "dev")
     finally:
         weights.write_bytes(kept)
