@@ -59,5 +59,5 @@ def keys(request, monkeypatch) -> str:
     """Both ways of the sdpa attention with a prefix on a CPU: tiny models have few keys, which torch's kernels do not see."""
     if request.param == "many keys":
         monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
-        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_BESIDE_SLOW", 0)
+        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
     return request.param

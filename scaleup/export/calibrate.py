@@ -9,6 +9,7 @@ to put in the gates' place, null: none), dropped (sites and parts to leave out),
 Shapes: B examples, T tokens, D hidden size.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -20,15 +21,12 @@ from transformers.utils import logging
 from scaleup.backbone import loading as backbone
 from scaleup.backbone.method import load_run_model
 from scaleup.data import tasks
-from scaleup.export.fold import Gates
 from scaleup.export.measure import measure
 from scaleup.settings import schema as config
-from scaleup.unipelt.adapter import AdapterLayer, Bottleneck, PostNormAdapter
-from scaleup.unipelt.attention_site import AttentionGates
 from scaleup.unipelt.gate import ConstantGate, LearnedGate, pool
-from scaleup.unipelt.prefix import CHILD, watching
-
-VALUE = "value"  # the LoRA gate of a cross attention's values
+from scaleup.unipelt.layers import SiteLayer
+from scaleup.unipelt.lora import VALUE
+from scaleup.unipelt.submodule import Gates
 
 
 def load(job: dict) -> nn.Module:
@@ -51,128 +49,77 @@ def load(job: dict) -> nn.Module:
 
 
 def _site(name: str) -> str:
-    """Where a child of ours sits: the path of an attention, of a post-LN block's norm or of a pre-LN block."""
+    """Return the path of the site at which one of UniPELT's modules sits."""
     return name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
 
 
-class _Watch:
-    """Sums of gate values per example, and of what each prefix and adapter changes against what it is added to."""
+class _Measurement:
+    """Gate values per example, and by how much each submodule changes what it is added to."""
 
     def __init__(self, model: nn.Module):
         self.gates: dict[tuple[str, str], torch.Tensor] = {}  # count, sum, sum of squares
         self.effects: dict[
             tuple[str, str], torch.Tensor
-        ] = {}  # squares of the change, of the changed
-        self.handles, self.names = [], {}
+        ] = {}  # squares of the change, of the whole
+        self.handles = []
         for name, module in model.named_modules():
-            site = _site(name)
             if isinstance(module, LearnedGate):
-                self.handles.append(
-                    module.register_forward_hook(
-                        lambda m, args, kwargs, out, site=site: self._gate(site, args, kwargs, out),
-                        with_kwargs=True,
-                    )
+                hook = functools.partial(self._add_gates, _site(name))
+                self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            elif isinstance(module, SiteLayer):
+                module.observer = functools.partial(
+                    self._add_effect, module, _site(f"{name}.unipelt_")
                 )
-            elif isinstance(module, AttentionGates):
-                self.names[id(module)] = site
-            elif isinstance(module, AdapterLayer):
-                self._watch_adapter(model, name, site, module)
 
-    def _gate(self, site: str, args: tuple, kwargs: dict, out: dict[str, torch.Tensor]) -> None:
-        other = len(args) > 2 or "pooling" in kwargs
-        for name, g_BT1 in out.items():
+    def _add_gates(
+        self,
+        site: str,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        gates: dict[str, torch.Tensor],
+    ) -> None:
+        of_encoder = len(args) > 2 or "pooling" in kwargs  # a cross attention's values
+        for name, g_BT1 in gates.items():
             mask_BT = args[1] if g_BT1.shape[1] > 1 else None
             g_B = pool(g_BT1.float(), "masked", mask_BT)[:, 0, 0].double()
             sums = torch.stack([torch.ones_like(g_B).sum(), g_B.sum(), g_B.square().sum()]).cpu()
-            if name == "lora" or not other:
-                key = (site, VALUE if other else name)
+            if not of_encoder or name == "lora":
+                key = (site, VALUE if of_encoder else name)
                 self.gates[key] = self.gates.get(key, 0) + sums
 
-    def _watch_adapter(self, model: nn.Module, name: str, site: str, layer: AdapterLayer) -> None:
-        state: dict[str, torch.Tensor] = {}
-        bottleneck = next(m for m in layer.modules() if isinstance(m, Bottleneck))
-        gate = next(m for m in layer.modules() if isinstance(m, LearnedGate | ConstantGate))
-
-        def note_gate(module: nn.Module, args: tuple, out: dict) -> None:
-            state["gate"] = out["adapter"]
-
-        def note_update(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            state["update"] = state["gate"] * module.up(out)
-
-        def keep_sum(module: nn.Module, args: tuple) -> None:
-            state["sum"] = args[0].clone()  # the update is added in place
-
-        def note_sum(z_BTD: torch.Tensor) -> None:
-            mask_BT = layer._tokens[0].real(z_BTD.shape[1])
-            self._effect(site, "adapter", state["update"], z_BTD, mask_BT)
-
-        self.handles += [
-            gate.register_forward_hook(note_gate),
-            bottleneck.register_forward_hook(note_update),
-        ]
-        if isinstance(layer, PostNormAdapter):
-            self.handles += [
-                layer.register_forward_pre_hook(keep_sum),
-                layer.register_forward_hook(lambda m, args, out: note_sum(state["sum"])),
-            ]
-        else:  # after our own hook on the block
-            block = model.get_submodule(name.rpartition(".")[0])
-            self.handles.append(
-                block.register_forward_hook(
-                    lambda m, args, out: note_sum(out[0] if isinstance(out, tuple) else out)
-                )
-            )
-
-    def prefix(
-        self, attention: nn.Module, out_BTHE: torch.Tensor, without_BTHE: torch.Tensor
-    ) -> None:
-        """For `watching`."""
-        child = attention._modules[CHILD]
-        mask_BT = child._tokens[0].real(out_BTHE.shape[1])
-        self._effect(
-            self.names[id(child)],
-            "prefix",
-            (out_BTHE - without_BTHE).flatten(2),
-            out_BTHE.flatten(2),
-            mask_BT,
-        )
-
-    def _effect(
+    def _add_effect(
         self,
+        layer: SiteLayer,
         site: str,
-        part: str,
+        submodule: str,
         change_BTD: torch.Tensor,
         whole_BTD: torch.Tensor,
-        mask_BT: torch.Tensor | None,
     ) -> None:
-        squares = torch.stack(
-            [change_BTD.float().square().sum(-1), whole_BTD.float().square().sum(-1)]
-        )
+        parts = [change_BTD.float().square().sum(-1), whole_BTD.float().square().sum(-1)]
+        squares = torch.stack(parts)
+        mask_BT = layer.tokens.real(whole_BTD.shape[1])
         sums = (squares if mask_BT is None else squares * mask_BT).sum(dim=(1, 2)).double().cpu()
-        self.effects[site, part] = self.effects.get((site, part), 0) + sums
+        self.effects[site, submodule] = self.effects.get((site, submodule), 0) + sums
 
     def summary(self) -> dict:
-        """JSON: gates [site, part, mean, spread], effects [site, part, relative change]."""
+        """Return JSON: gates [site, part, mean, spread], effects [site, part, relative change]."""
         gates = []
         for (site, part), (count, total, squares) in self.gates.items():
             mean = total / count
-            gates.append(
-                [site, part, mean.item(), (squares / count - mean**2).clamp(min=0).sqrt().item()]
-            )
-        return {
-            "gates": gates,
-            "effects": [
-                [*key, (change / whole).sqrt().item()]
-                for key, (change, whole) in self.effects.items()
-            ],
-        }
+            spread = (squares / count - mean**2).clamp(min=0).sqrt()
+            gates.append([site, part, mean.item(), spread.item()])
+        effects = [
+            [*key, (part / whole).sqrt().item()] for key, (part, whole) in self.effects.items()
+        ]
+        return {"gates": gates, "effects": effects}
 
 
 def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]], examples: int) -> dict:
     """Gates and effects over the first `examples` of the batches."""
-    watch, seen = _Watch(model), 0
+    measurement, seen = _Measurement(model), 0
     device = next(model.parameters()).device
-    with torch.inference_mode(), watching(watch.prefix):
+    with torch.inference_mode():
         for batch in batches:
             if seen >= examples:
                 break
@@ -186,47 +133,19 @@ def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]], examples
             if batch["labels"].dim() > 1 and model.config.is_encoder_decoder:
                 inputs["labels"] = batch["labels"][:take].to(device)
             model(**inputs, **({"use_cache": False} if batch["labels"].dim() > 1 else {}))
-    for handle in watch.handles:
+    for handle in measurement.handles:
         handle.remove()
-    return watch.summary() | {"examples": seen}
-
-
-class _Frozen(ConstantGate):
-    """A gate's constants; of a cross attention's values another one."""
-
-    def __init__(self, values: dict[str, float], of_values: float | None):
-        super().__init__(values)
-        self.of_values = of_values
-
-    def forward(
-        self,
-        h_BTD: torch.Tensor,
-        mask_BT: torch.Tensor | None,
-        pooling: str | None = None,
-        running: object = None,
-        wh_BTN: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        return self.values if pooling is None else {"lora": self.of_values}
+    return measurement.summary() | {"examples": seen}
 
 
 def freeze(model: nn.Module, gates: Gates, dropped: set[tuple[str, str]]) -> None:
-    """Constants in the place of gates; a prefix that is dropped is not handed out, an adapter that is dropped adds nothing."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LearnedGate | ConstantGate)
-    ]
-    for name, gate in found:
+    """Replace every gate by constants, and leave out the submodules that are dropped at a site."""
+    learned = LearnedGate | ConstantGate
+    for name, gate in [(n, m) for n, m in model.named_modules() if isinstance(m, learned)]:
         site = _site(name)
-        names = gate.names if isinstance(gate, LearnedGate) else tuple(gate.values)
-        values = {
-            part: gates[site, part]
-            for part in names
-            if part != "prefix" or (site, part) not in dropped
-        }
-        if (site, "adapter") in dropped:
-            values = {"adapter": 0.0}
-        model.set_submodule(name, _Frozen(values, gates.get((site, VALUE))))
+        names = [part for part in (*gate.names, VALUE) if (site, part) in gates]
+        kept = {part: gates[site, part] for part in names if (site, part) not in dropped}
+        model.set_submodule(name, ConstantGate(kept))
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from scaleup.training.checkpoint import (
     staging_folder,
     verify,
 )
+from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites
 
 TOKENIZER = re.compile(
@@ -136,7 +137,7 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
 
 def _export(job: Job, written: pathlib.Path) -> dict:
     options, settings = job.options, job.settings
-    bundle, tensors = fold.read_bundle(options.checkpoint)
+    bundle, tensors = fold.read_checkpoint(options.checkpoint)
     frozen = options.kind != "exact" and (options.kind == "merged" or bundle.gates == "none")
     counts = options.kind == "merged" and (
         bundle.gates == "learned" or options.prune > 0
@@ -164,7 +165,7 @@ def _export(job: Job, written: pathlib.Path) -> dict:
         gates = (
             {(site, part): mean for site, part, mean, _ in before["gates"]}
             if bundle.gates == "learned"
-            else fold.fixed_gates(bundle, attentions, blocks)
+            else fold.constant_gates(bundle, attentions, blocks)
         )
         dropped = (
             {(site, part) for site, part, effect in before["effects"] if effect < options.prune}
@@ -198,10 +199,10 @@ def _export(job: Job, written: pathlib.Path) -> dict:
 
 
 def _write_exact(
-    bundle: fold.UniPeltConfig, tensors: dict[str, torch.Tensor], written: pathlib.Path
+    bundle: UniPeltConfig, tensors: dict[str, torch.Tensor], written: pathlib.Path
 ) -> int:
     """Bytes of the weights."""
-    content = {f"{fold.OUTSIDE}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    content = {f"{fold.PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(content, str(written / "adapter_model.safetensors"), metadata={"format": "pt"})
     bundle.save_pretrained(str(written))
     return sum(tensor.numel() * tensor.itemsize for tensor in content.values())
@@ -274,7 +275,7 @@ def _report(
         "checkpoint": str(options.checkpoint),
         "backbone": job.manifest.backbone,
         "gates": "frozen" if frozen else "learned",
-        "remote_code": folded is not None and folded.spec is not None,
+        "remote_code": folded is not None and folded.specification is not None,
         "dtype": str(dtype).removeprefix("torch.") if folded is not None else None,
         "calibration": None
         if calibrated is None

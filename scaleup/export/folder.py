@@ -1,12 +1,14 @@
-"""Writing a transformers folder that carries UniPELT: its modelling code, its config, and weights streamed from the backbone's files.
+"""Writing a transformers folder that contains UniPELT: modelling code, config and weights.
 
-The modelling code is scaleup/standalone.py with the definitions of scaleup that it reaches, and no others, in one file.
+The modelling code is a short generated file beside unchanged copies of files of `scaleup/unipelt/`. The
+weights are streamed from the backbone's files, one shard at a time.
 """
 
-import ast
-import importlib.util
 import json
 import pathlib
+import re
+import shutil
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,21 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from scaleup.backbone.sharded import Weights, return_freed_memory
 from scaleup.export.fold import Folded
+from scaleup.unipelt import exported
 
 CODE = "modeling_unipelt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-HEAD = '''"""{model} with UniPELT, exported by scaleup {version}. Needs torch and transformers.
+MODELLING_CODE = '''"""{model} with UniPELT, exported by scaleup {version}. Needs torch and transformers."""
 
-The definitions down to {own} are those of scaleup that this model uses, word for word.
-"""
+import transformers
 
-from __future__ import annotations
-
-'''
-TAIL = """
-
-register_attention()
+from .exported import attach_exported
 
 
 class {config}(transformers.{config}):
@@ -41,141 +38,34 @@ class {model}(transformers.{model}):
 {strict}
     def __init__(self, config: {config}):
         super().__init__(config)
-        attach_exported(self, config.unipelt, {tokens_of}, {gate_of})
-"""
+        attach_exported(self, config.unipelt)
+'''
 
 
-def _bound(node: ast.stmt) -> list[str]:
-    """Names that a top-level statement defines."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-    return [
-        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
+def modelling_files() -> dict[str, pathlib.Path]:
+    """Return the files of `unipelt/` that an exported model needs, by their names in the folder.
 
-
-class _WithoutTypes(ast.NodeTransformer):
-    """Annotations are not evaluated in the folder's code, so what only they name is not needed."""
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        node.returns = None
-        return self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
-        node.annotation = ast.Constant(None)
-        return self.generic_visit(node)
-
-
-def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
-    """Text of the module and of those of scaleup that it imports, in the order in which they import each other."""
-    text = pathlib.Path(importlib.util.find_spec(f"scaleup.{name}").origin).read_text(
-        encoding="utf-8"
-    )
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "scaleup":
-            for other in (
-                [alias.name for alias in node.names]
-                if node.module == "scaleup"
-                else [node.module.split(".")[1]]
-            ):
-                if other not in found:
-                    _sources(other, found)
-    found[name] = text
-    return found
-
-
-def _names(node: ast.stmt) -> set[str]:
-    plain = _WithoutTypes().visit(ast.parse(ast.unparse(node)))
-    return {name.id for name in ast.walk(plain) if isinstance(name, ast.Name)}
-
-
-def _source(lines: list[str], node: ast.stmt) -> str:
-    """With its decorators and the comment right above it."""
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-    while first and lines[first - 1].startswith("#"):
-        first -= 1
-    return "\n".join(lines[first : node.end_lineno])
-
-
-def modelling_code(model: PreTrainedModel, learned: bool, version: str) -> str:
-    """Source of the folder's one Python file: classes with the names of the model's own and of its config's."""
-    names = {
-        "tokens_of": "_tokens" if learned else "all_real",
-        "gate_of": "learned_gate" if learned else "constant_gate",
-    }
-    defined: dict[str, tuple[int, int, ast.stmt, list[str]]] = {}
-    imports: dict[str, str] = {}
-    homes: dict[str, set[str]] = {}
-    for rank, (module, text) in enumerate(_sources("standalone", {}).items()):
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Import | ast.ImportFrom) and not (
-                getattr(node, "module", None) or ""
-            ).startswith("scaleup"):
-                for alias in node.names:
-                    origin = (
-                        f"from {node.module} import"
-                        if isinstance(node, ast.ImportFrom)
-                        else "import"
-                    )
-                    imports[alias.asname or alias.name.split(".")[0]] = f"{origin} {alias.name}" + (
-                        f" as {alias.asname}" if alias.asname else ""
-                    )
-            for found in _bound(node):
-                # A replacement stands where the first definition stood, before what is built on it.
-                place = defined[found][:2] if found in defined else (rank, node.lineno)
-                defined[found] = (*place, node, text.splitlines())
-                homes.setdefault(found, set()).add(module)
-    wanted, seen = ["attach_exported", "register_attention", *names.values()], set()
-    while wanted:
-        name = wanted.pop()
-        if name in defined and name not in seen:
-            seen.add(name)
-            wanted += _names(defined[name][2])
-    twice = [name for name in seen if len(homes[name] - {"standalone"}) > 1]
-    assert not twice, f"two modules define {twice}, and the folder has one file: rename one"
-    chosen = {id(defined[name][2]): defined[name] for name in seen}.values()
-    parts = sorted(chosen, key=lambda entry: entry[:2])
-    used = set().union(*(_names(node) for _, _, node, _ in parts))
-    lines = sorted(
-        {imports[name] for name in used if name in imports} | {"import transformers"},
-        key=lambda line: (line.startswith("from"), line),
-    )
-    about = {
-        "model": type(model).__name__,
-        "config": type(model.config).__name__,
-        "model_type": exported_type(model.config.model_type),
-        "version": version,
-    }
-    strict = (
-        '    _keep_in_fp32_modules_strict = ["unipelt"]  # gates are means over many tokens\n'
-        if learned
-        else ""
-    )
-    body = "\n\n\n".join(_source(text, node) for _, _, node, text in parts)
-    return (
-        HEAD.format(own=about["config"], **about)
-        + "\n".join(lines)
-        + "\n\n\n"
-        + body
-        + "\n"
-        + TAIL.format(strict=strict, **about, **names)
-    )
+    They are copied unchanged. transformers follows relative imports within one folder, so the folder is
+    flat: `kernels/__init__.py` becomes kernels.py, beside the files of `kernels/`.
+    """
+    package = pathlib.Path(exported.__file__).parent
+    files: dict[str, pathlib.Path] = {}
+    names = ["exported"]
+    while names:
+        name = names.pop()
+        places = (f"{name}.py", f"{name}/__init__.py", f"kernels/{name}.py")
+        source = next(path for place in places if (path := package / place).is_file())
+        files[f"{name}.py"] = source
+        imported = re.findall(r"^ *from \.(\w+) import", source.read_text(encoding="utf-8"), re.M)
+        names += [other for other in imported if f"{other}.py" not in files]
+    return files
 
 
 def exported_type(model_type: str) -> str:
-    """A name that transformers does not know: with a known one, loading without `trust_remote_code` would silently give the bare
-    backbone."""
+    """Return a model type that transformers does not know.
+
+    With a known type, loading without `trust_remote_code` would silently give the bare backbone.
+    """
     return f"unipelt_{model_type}"
 
 
@@ -188,30 +78,45 @@ def write_config(
     folder: pathlib.Path,
     version: str,
 ) -> None:
-    """config.json, and the modelling code if there is anything beyond plain weights."""
-    values = model.config.to_dict() | {
-        "architectures": [type(model).__name__],
-        "dtype": str(dtype).removeprefix("torch."),
+    """Write config.json, and the modelling code if anything but plain weights remains.
+
+    Args:
+        model: an empty model of the backbone's class.
+        auto: the name of transformers' auto class for the task.
+        folded: the folded adapter.
+        learned: whether its gates stay learned.
+        dtype: of the weights.
+        folder: where to write.
+        version: of scaleup.
+    """
+    values: dict[str, Any] = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith("_") and key != "quantization_config"
     }
-    for private in [key for key in values if key.startswith("_") or key == "quantization_config"]:
-        del values[private]
-    if folded.spec is not None:
-        classes = {
-            "AutoConfig": type(model.config).__name__,
-            "AutoModel": type(model).__name__,
-            auto: type(model).__name__,
-        }
+    name, config = type(model).__name__, type(model.config).__name__
+    values |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
+    if folded.specification is not None:
+        model_type = exported_type(model.config.model_type)
+        classes = {"AutoConfig": config, "AutoModel": name, auto: name}
         values |= {
-            "model_type": exported_type(model.config.model_type),
-            "auto_map": {key: f"{CODE}.{name}" for key, name in classes.items()},
-            "unipelt": folded.spec,
+            "model_type": model_type,
+            "auto_map": {key: f"{CODE}.{cls}" for key, cls in classes.items()},
+            "unipelt": folded.specification,
         }
-        (folder / f"{CODE}.py").write_text(
-            modelling_code(model, learned, version), encoding="utf-8"
+        strict = '    _keep_in_fp32_modules_strict = ["unipelt"]  # gates average many tokens\n'
+        code = MODELLING_CODE.format(
+            model=name,
+            config=config,
+            model_type=model_type,
+            version=version,
+            strict=strict if learned else "",
         )
-    (folder / "config.json").write_text(
-        json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-    )
+        (folder / f"{CODE}.py").write_text(code, encoding="utf-8")
+        for file, source in modelling_files().items():
+            shutil.copyfile(source, folder / file)
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _new_name(name: str, renamed: dict[str, str]) -> str:

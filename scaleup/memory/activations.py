@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from scaleup.unipelt import prefix
+from scaleup.unipelt.kernels import planned_for
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
@@ -113,10 +113,6 @@ class _Rules:
                 (functional, "scaled_dot_product_attention", self._attention),
                 (functional, "dropout", self._dropout),
             ]
-            found += [
-                (prefix, "spare_columns", lambda *_: 0),
-                (prefix, "is_short", lambda *_: False),
-            ]  # for CPUs alone
             if self.kernels.autocast is not None:
                 found += [
                     (functional, name, self._in_float32(getattr(functional, name)))
@@ -126,6 +122,7 @@ class _Rules:
 
     def __enter__(self) -> None:
         self._stack = contextlib.ExitStack()
+        self._stack.enter_context(planned_for(self.kernels.device))
         for module, name, function in self.replacements():
             self._stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)

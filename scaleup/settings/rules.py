@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaleup.io import LOCK
-from scaleup.unipelt.config import SUBMODULES
+from scaleup.unipelt.submodules import SUBMODULES
 
 # What the scheduler of a cluster writes into a run's folder itself.
 LOGS_OF_OTHERS = (".out", ".err")

@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 from scaleup.errors import ConfigError
 from scaleup.settings.loading import Dumper, nearest, read, shown
 from scaleup.settings.rules import MANAGED, ZERO_PRESETS, impossible, without_effect
-from scaleup.unipelt.config import SUBMODULES
+from scaleup.unipelt.submodules import SUBMODULES
 
 __all__ = [
     "ConfigError",

@@ -1,29 +1,53 @@
-"""The bottleneck adapter A after the feed-forward sublayer (Houlsby et al. 2019; UniPELT's placement).
+"""The bottleneck adapter after the feed-forward sublayer (Houlsby et al. 2019; UniPELT's placement).
 
     adapter(n) = W_up φ(W_down n + b_down) + b_up            m = 48 units, φ = ReLU
 
-post-LN block (BERT, BART):  z = x + h_F,  n = LN(z),  out = LN(z + G_A adapter(n))       the same LN twice
-pre-LN block (mBART):        z = x + h_F,  n = norm(z), out = z + G_A adapter(n)          norm: mean 0, variance 1, no parameters
+    post-LN block (BERT, BART):   z = x + h_F,  n = LN(z),    out = LN(z + G_A adapter(n))
+    pre-LN block (T5, Llama):     z = x + h_F,  n = norm(z),  out = z + G_A adapter(n)
 
-In a post-LN block the closing norm is replaced by `PostNormAdapter`; in a pre-LN block `PreNormAdapter` changes the
-block's output. A pre-LN residual stream grows with depth, and gate and adapter should see the same scale in every layer:
-hence the norm without parameters.
+A post-LN block uses its closing LayerNorm LN twice; `PostNormAdapter` replaces that norm. In a pre-LN
+block `PreNormAdapter` changes the block's output, and norm() normalises to mean 0 and variance 1
+without parameters: the residual stream grows with depth, and gate and adapter should see the same
+scale in every layer.
 
 Shapes: B examples, T tokens, D hidden size, M bottleneck size.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
-from scaleup.unipelt.gate import cast_to_weight
-from scaleup.unipelt.kernels.narrow import add_gated, narrow_products
-from scaleup.unipelt.layer import AuxiliaryLayer
-from scaleup.unipelt.pooling import RunningMean, Tokens
+from .gate import cast_to_weight
+from .kernels import add_gated
+from .layers import SiteLayer
+from .sites import AttentionSite, BlockSite
+from .submodule import Folding, Submodule, option
+
+BLOCK_CHILD = "unipelt_block"  # the child of a pre-LN block that is its PreNormAdapter
+
+
+@dataclasses.dataclass
+class AdapterOptions:
+    """Settings of the bottleneck adapter."""
+
+    adapter_size: int = option(48, "Bottleneck size, units.", at_least=1)
+    adapter_activation: str = option(
+        "relu",
+        "Nonlinearity of the bottleneck.",
+        choices=("relu", "gelu", "silu", "tanh"),
+        accepts=tuple(ACT2FN),
+    )
 
 
 class Bottleneck(nn.Module):
-    """Down to `size` units, and up again by whoever adds the result to something. Weights ~ N(0, 0.02), biases 0, as BERT initialises its own."""
+    """A projection to `size` units and back, which the caller adds to something.
+
+    As in BERT, weights are drawn from N(0, 0.02) and biases start at 0.
+    """
 
     def __init__(self, hidden_size: int, size: int, activation: str):
         super().__init__()
@@ -35,61 +59,145 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, n_BTD: torch.Tensor, wn_BTM: torch.Tensor | None = None) -> torch.Tensor:
-        """The units [B, T, M], φ(W_down n + b_down). `wn_BTM`: W_down n, by those who made it together with other products of n."""
+        """Compute the units φ(W_down n + b_down), [B, T, M].
+
+        Args:
+            n_BTD: input.
+            wn_BTM: W_down n if it was computed together with other products of n.
+        """
         if wn_BTM is None:
             return self.activation(self.down(cast_to_weight(n_BTD, self.down.weight)))
         return self.activation(wn_BTM + self.down.bias.to(wn_BTM.dtype))
 
 
-class AdapterLayer(AuxiliaryLayer):
-    """What both placements share: adapters and their gates by PEFT adapter name."""
+class BottleneckLayer(SiteLayer):
+    """A gated bottleneck, wherever it is placed.
 
-    adapter_layer_names = ("unipelt_adapter", "unipelt_gate")
+    Attributes:
+        entry: the container of its bottlenecks, which is also part of its parameters' names.
+        gate: the name of its gate.
+    """
 
-    def __init__(self, neighbour: nn.Module, tokens: Tokens):
-        super().__init__(neighbour)
-        self._tokens = (tokens,)  # in a tuple: owned by the model, not by each block
-        self.running = RunningMean(tokens)
+    entry = "unipelt_adapter"
+    gate = "adapter"
+    adapter_layer_names = (entry, "unipelt_gate")
 
     def updated(
-        self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, own: bool = False
+        self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, owned: bool = False
     ) -> torch.Tensor | None:
-        """z + G_A · adapter(n), or None when nothing is active. `own`: z is read by nobody else."""
-        adapter, gate = self.active(self.unipelt_adapter), self.active(self.unipelt_gate)
+        """Compute z + G adapter(n), or None if no adapter is active.
+
+        Args:
+            z_BTD: the value that the adapter is added to.
+            n_BTD: input of the adapter and its gate.
+            owned: whether nothing else reads z, so that it may be overwritten without gradients.
+        """
+        adapter: Bottleneck | None = self.active(self.entry)
         if adapter is None:
             return None
-        products = (
-            narrow_products(n_BTD, [adapter.down], [gate]) if isinstance(gate, nn.Linear) else None
-        )
-        wn_BTM, wn_BT1 = products or (None, None)
-        g = gate(n_BTD, self._tokens[0].real(n_BTD.shape[1]), running=self.running, wh_BTN=wn_BT1)[
-            "adapter"
-        ]
-        return add_gated(z_BTD, adapter(n_BTD, wn_BTM), g, adapter.up, own)
+        gates, (wn_BTM,) = self.evaluate(n_BTD, [[adapter.down]])
+        if self.gate not in gates:
+            return None
+        units_BTM, g = adapter(n_BTD, wn_BTM), gates[self.gate]
+        if self.observer is not None:
+            self.observer(self.gate, g * adapter.up(units_BTM), z_BTD)
+        return add_gated(z_BTD, units_BTM, g, adapter.up, owned)
 
 
-class PostNormAdapter(AdapterLayer):
-    """Stands where the closing LayerNorm of a post-LN block stood; `base_layer` is that norm."""
+class PostNormAdapter(BottleneckLayer):
+    """The adapter of a post-LN block. It replaces the closing norm, which is its `base_layer`."""
 
-    def __init__(self, base_layer: nn.Module, tokens: Tokens):
+    def __init__(self, base_layer: nn.Module, tokens: Any):
         super().__init__(base_layer, tokens)
         self.base_layer = base_layer
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
+        """Return LN(z + G_A adapter(LN(z)))."""
         n_BTD = self.base_layer(z_BTD)
-        updated_BTD = self.updated(z_BTD, n_BTD, own=True)  # a sum that the block made for its norm
+        updated_BTD = self.updated(z_BTD, n_BTD, owned=True)  # the block made z for its norm only
         return n_BTD if updated_BTD is None else self.base_layer(updated_BTD)
 
 
-class PreNormAdapter(AdapterLayer):
-    """A child of a pre-LN block whose forward hook changes the block's output."""
+class PreNormAdapter(BottleneckLayer):
+    """The adapter of a pre-LN block."""
 
     def after_block(
         self, block: nn.Module, args: tuple, output: torch.Tensor | tuple
     ) -> torch.Tensor | tuple:
-        """Forward hook: the block's first output plus the gated adapter of its normalised value."""
+        """Add the gated adapter to the block's first output. This is a forward hook of the block."""
         z_BTD = output[0] if isinstance(output, tuple) else output
         updated_BTD = self.updated(z_BTD, nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
         if updated_BTD is None:
             return output
         return (updated_BTD, *output[1:]) if isinstance(output, tuple) else updated_BTD
+
+
+class Adapter(Submodule):
+    """The bottleneck adapter A."""
+
+    name = "adapter"
+    in_paper = True
+    options = AdapterOptions
+    parameters = (".unipelt_adapter.",)
+
+    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+        return [_path(site) for site in blocks]
+
+    def attach(self, attachment: Any) -> None:
+        for site in attachment.blocks:
+            path, tokens = _path(site), attachment.tokens[site.parent]
+            if not attachment.has(path, self.name):
+                continue
+            layer = _post_norm(attachment, site, tokens) if site.norm else None
+            if layer is None:
+                block = attachment.model.get_submodule(site.name)
+                layer = attachment.child(
+                    block,
+                    BLOCK_CHILD,
+                    lambda block=block, tokens=tokens: PreNormAdapter(_first_linear(block), tokens),
+                    {"after": "after_block"},
+                )
+            config = attachment.config
+            layer.add(
+                attachment.adapter_name,
+                unipelt_adapter=Bottleneck(
+                    site.hidden_size, config.adapter_size, config.adapter_activation
+                ),
+                unipelt_gate=attachment.gate(
+                    layer, path, (self.name,), site.hidden_size, site.causal
+                ),
+            )
+
+    def fold(
+        self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> None:
+        """Scale W_up and b_up by the constant gate."""
+        for site in blocks:
+            path = _path(site)
+            if (path, self.name) in folding.dropped:
+                continue
+            layer = site.norm or f"{site.name}.{BLOCK_CHILD}"
+            if site.norm is not None:
+                folding.renamed[site.norm] = f"{site.norm}.base_layer"
+            folding.keep(f"{layer}.unipelt_adapter.down.")
+            folding.keep(f"{layer}.unipelt_adapter.up.", folding.factor(path, self.name))
+            folding.keep_gate(path, f"{layer}.unipelt_gate.", self.name)
+
+
+def _path(site: BlockSite) -> str:
+    """Return where the adapter of a block sits: at its closing norm, or at the block itself."""
+    return site.norm or site.name
+
+
+def _post_norm(attachment: Any, site: BlockSite, tokens: Any) -> PostNormAdapter:
+    assert site.norm is not None
+    norm = attachment.model.get_submodule(site.norm)
+    if isinstance(norm, PostNormAdapter):
+        return norm
+    layer = PostNormAdapter(norm, tokens)
+    attachment.model.set_submodule(site.norm, layer)
+    return layer
+
+
+def _first_linear(block: nn.Module) -> nn.Module:
+    return next(module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D)))

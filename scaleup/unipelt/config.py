@@ -1,16 +1,15 @@
-"""Settings of the PEFT method UNIPELT."""
+"""Settings of the PEFT method UNIPELT. Defaults of the method exist only here and in submodules."""
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Any
 
 from peft import LoraConfig, PeftType
-from transformers.activations import ACT2FN
 
-SUBMODULES = ("adapter", "prefix", "lora")
+from .submodule import invalid_option, option
+from .submodules import SUBMODULES, chosen
 
-# What LoraConfig offers and UniPELT cannot honour, with the only value it takes.
-FIXED = {
+# Fields of LoraConfig that UniPELT cannot honour, with the only value that it accepts.
+FIXED: dict[str, Any] = {
     "target_modules": None,
     "exclude_modules": None,
     "bias": "none",
@@ -39,82 +38,71 @@ FIXED = {
 
 
 @dataclasses.dataclass
-class UniPeltConfig(LoraConfig):
-    """Settings of the PEFT method UNIPELT; the defaults are the paper's. `r`, `lora_alpha` and `lora_dropout` are LoraConfig's.
+class CommonOptions:
+    """Settings that belong to no single submodule."""
 
-    submodules: any of "adapter", "prefix", "lora".
-    gates: "learned" or "none" (NoGate); left out: learned for two or three submodules, none for one, as in the paper.
-    gate_pooling: "auto", "paper", "masked" or "causal", see `scaleup.unipelt.gate.resolve_pooling`.
-    adapter_size, adapter_activation: units of the bottleneck and its nonlinearity (a transformers name, "relu").
-    prefix_length, prefix_hidden_size: positions per attention; units of the MLP behind them.
-    prefix_reparameterization: "mlp", or "none" to train keys and values directly.
+    submodules: list[str] = option(
+        [name for name, submodule in SUBMODULES.items() if submodule.in_paper],
+        "The submodules: any subset.",
+    )
+    gates: str | None = option(
+        None,
+        "learned, or none (NoGate). Default: learned for several submodules, none for one, as in the "
+        "paper.",
+        choices=("learned", "none"),
+    )
+    gate_pooling: str = option(
+        "auto",
+        "Mean of the per-token gates over every position (paper), real tokens (masked) or the tokens so "
+        "far (causal). auto: masked in bidirectional attention, causal in causal attention and its "
+        "layer.",
+        choices=("auto", "paper", "masked", "causal"),
+    )
 
-    Raises ValueError for values outside these and for LoraConfig's fields that have no meaning here.
+
+_BASES = (CommonOptions, *(submodule.options for submodule in SUBMODULES.values()), LoraConfig)
+
+
+@dataclasses.dataclass
+class UniPeltConfig(*dict.fromkeys(_BASES)):  # type: ignore[misc]
+    """Settings of the PEFT method UNIPELT. The defaults are the paper's.
+
+    The fields are those of `CommonOptions`, of the `options` of every submodule, and of PEFT's
+    LoraConfig.
+
+    Raises:
+        ValueError: for values outside of their range, and for fields of LoraConfig that have no meaning
+            here.
     """
-
-    r: int = 8
-    lora_alpha: float = 16
-    submodules: list[str] | str = dataclasses.field(default_factory=lambda: list(SUBMODULES))
-    gates: Literal["learned", "none"] | None = None
-    gate_pooling: Literal["auto", "paper", "masked", "causal"] = "auto"
-    adapter_size: int = 48
-    adapter_activation: str = "relu"
-    prefix_length: int = 10
-    prefix_hidden_size: int = 512
-    prefix_reparameterization: Literal["mlp", "none"] = "mlp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.UNIPELT
-        named = [self.submodules] if isinstance(self.submodules, str) else self.submodules
-        if (
-            not isinstance(named, list | tuple | set)
-            or not named
-            or any(named_part not in SUBMODULES for named_part in named)
-            or len(set(named)) != len(named)
-        ):
-            raise ValueError(
-                f"submodules must name adapter, prefix or lora, each at most once and at least one; got {named}"
-            )
-        self.submodules = [name for name in SUBMODULES if name in named]
+        self.peft_type = PeftType.UNIPELT  # type: ignore[attr-defined]
+        self.submodules = _checked_submodules(self.submodules)
         if self.gates is None:
             self.gates = "learned" if len(self.submodules) > 1 else "none"
-        choices = {
-            "gates": ("learned", "none"),
-            "gate_pooling": ("auto", "paper", "masked", "causal"),
-            "prefix_reparameterization": ("mlp", "none"),
-        }
-        if "adapter" in self.submodules:
-            choices["adapter_activation"] = tuple(ACT2FN)
-        for field, values in choices.items():
-            if getattr(self, field) not in values:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(values)}; got {getattr(self, field)!r}"
-                )
-        sizes = {
-            "r": "lora",
-            "adapter_size": "adapter",
-            "prefix_length": "prefix",
-            "prefix_hidden_size": "prefix",
-        }
-        for field in (field for field, part in sizes.items() if part in self.submodules):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be a positive whole number; got {value!r}")
-        ranges = {"lora_alpha": (0, math.inf), "lora_dropout": (-1e-9, 1)}
-        for field, (low, high) in ranges.items() if "lora" in self.submodules else ():
-            value = getattr(self, field)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not low < value < high
-            ):
-                raise ValueError(
-                    f"{field} must be {'above 0' if low == 0 else 'at least 0 and below 1'}; got {value!r}"
-                )
+        for group in (CommonOptions, *(submodule.options for submodule in chosen(self))):
+            for field in dataclasses.fields(group):
+                problem = invalid_option(field, getattr(self, field.name))
+                if problem is not None:
+                    raise ValueError(problem)
         changed = [field for field, value in FIXED.items() if getattr(self, field) != value]
         changed += [field for field in ("rank_pattern", "alpha_pattern") if getattr(self, field)]
         if changed or not isinstance(self.init_lora_weights, bool):
             raise ValueError(
-                f"UniPELT puts plain LoRA on every query and value; leave out {', '.join(changed or ['init_lora_weights'])}"
+                "UniPELT puts plain LoRA on every query and value; leave out "
+                + ", ".join(changed or ["init_lora_weights"])
             )
+
+
+def _checked_submodules(names: Any) -> list[str]:
+    """Return the submodules in the order of the list, or raise ValueError."""
+    names = [names] if isinstance(names, str) else names
+    is_list = isinstance(names, list | tuple | set) and len(names) > 0
+    if not is_list or any(n not in list(SUBMODULES) for n in names) or len(set(names)) != len(names):
+        *first, last = SUBMODULES
+        raise ValueError(
+            f"submodules must name {', '.join(first)} or {last}, each at most once and at least one; "
+            f"got {names}"
+        )
+    return [name for name in SUBMODULES if name in names]

@@ -1,29 +1,37 @@
 """The gate: one learned scalar per submodule, layer and example that turns a submodule up or down.
 
-    g = pool(sigmoid(W h + b)),   W ~ N(0, 0.02), b = 0        (Mao et al. 2022, section 3.2; the authors' code)
+    g = pool(sigmoid(W h + b)),   W ~ N(0, 0.02), b = 0        (Mao et al. 2022, section 3.2)
 
-The sigmoid is taken per token, the mean over tokens after it. Gates that read the same input share one fused projection.
+The sigmoid is applied per token, and the mean over tokens is taken after it. Gates that read the same
+input share one projection.
 
-Shapes: B examples, T tokens, D hidden size, N gates in one projection. A gate is [B, 1, 1] (one scalar per example) or,
-with causal pooling, [B, T, 1] (at each token, the mean over the tokens so far).
+Shapes: B examples, T tokens, D hidden size, N gates in one projection. A gate is [B, 1, 1] (one scalar
+per example) or, with causal pooling, [B, T, 1] (at each token, the mean over the tokens so far).
 """
 
-from typing import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from scaleup.unipelt.kernels.narrow import narrow_products
-from scaleup.unipelt.pooling import RunningMean, real_and_count, running_totals, shares
+from .kernels import narrow_products
+from .pooling import RunningMean, real_and_count, running_totals, shares
 
-Pooling = str  # "paper" | "masked" | "causal"
+GateValue = torch.Tensor | float
 
 
-def resolve_pooling(requested: str, causal: bool) -> Pooling:
-    """The pooling of one site, from `gate_pooling` and whether its queries must not see later tokens.
+def resolve_pooling(requested: str, causal: bool) -> str:
+    """Return the pooling of one site.
 
-    `masked` averages over real tokens where all of them may be seen. In causal attention that mean would show a token
-    its future, so `masked`, like `auto`, becomes the running mean there. `paper` and `causal` are taken at their word.
+    `masked` averages over real tokens where all of them may be seen. In causal attention that mean would
+    show a token its future, so `masked` and `auto` become the running mean there.
+
+    Args:
+        requested: `gate_pooling`: "auto", "paper", "masked" or "causal".
+        causal: whether queries at the site must not depend on later tokens.
+
+    Returns:
+        "paper", "masked" or "causal".
     """
     if requested in ("auto", "masked"):
         return "causal" if causal else "masked"
@@ -32,15 +40,25 @@ def resolve_pooling(requested: str, causal: bool) -> Pooling:
 
 def pool(
     g_BTN: torch.Tensor,
-    pooling: Pooling,
+    pooling: str,
     mask_BT: torch.Tensor | None,
     share_BT1: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean of per-token gates: [B, 1, N], or [B, T, N] for the running mean. `mask_BT` is 1 at real tokens, None: all real.
-    `share_BT1`: `shares(mask_BT)`, by those who have it."""
+    """Average per-token gates.
+
+    Args:
+        g_BTN: gates per token.
+        pooling: "paper" (all positions), "masked" (real tokens) or "causal" (tokens so far).
+        mask_BT: 1 at real tokens; None if all tokens are real.
+        share_BT1: precomputed `shares(mask_BT)`; computed here if None.
+
+    Returns:
+        [B, 1, N], or [B, T, N] for the running mean.
+    """
     if pooling == "paper" or (mask_BT is None and pooling == "masked"):
         return g_BTN.mean(dim=1, keepdim=True)
     if pooling == "masked":
+        assert mask_BT is not None
         share_BT1 = shares(mask_BT) if share_BT1 is None else share_BT1
         return (g_BTN * share_BT1).sum(dim=1, keepdim=True)
     assert pooling == "causal", pooling
@@ -49,39 +67,42 @@ def pool(
 
 
 def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` in the type of `weight`; unchanged under autocast, which casts by itself."""
+    """Cast x to the dtype of a weight, except under autocast, which casts by itself."""
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(weight.dtype)
 
 
 class GateMoments:
-    """Mean and spread of the values of `gates` gates since the last look. Summed on the device and in place: no synchronisation per step, no
-    reference to a step's own tensors, which CUDA graphs write over."""
+    """Mean and standard deviation of the values of N gates since the last call of `take`.
+
+    Sums are updated on the device and in place: there is no synchronisation per step, and no reference
+    to a step's own tensors, which CUDA graphs overwrite.
+    """
 
     def __init__(self, gates: int, device: torch.device):
         self.sums_3N = torch.zeros(3, gates, device=device)  # count, sum, sum of squares
 
     def add(self, g_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Adds one value per example; of per-token gates the mean over real tokens."""
+        """Add one value per example: for per-token gates, the mean over real tokens."""
         with torch.no_grad():
             g_BTN = g_BTN.detach().float()
             g_BN = (pool(g_BTN, "masked", mask_BT) if g_BTN.shape[1] > 1 else g_BTN)[:, 0]
             self.sums_3N.add_(torch.stack([torch.ones_like(g_BN), g_BN, g_BN.square()]).sum(1))
 
     def drain(self) -> list[tuple[float, float]]:
-        """(mean, standard deviation) per gate, and starts anew. Empty if nothing was seen."""
+        """Return (mean, standard deviation) per gate, empty if there are no values; start again."""
         return self.moments(self.take())
 
     def take(self) -> torch.Tensor:
-        """The sums since the last look, to be added to other processes'; starts anew."""
+        """Return the sums [3, N], which can be added to those of other processes; start again."""
         sums_3N = self.sums_3N.clone()
         self.sums_3N.zero_()
         return sums_3N
 
     @staticmethod
     def moments(sums_3N: torch.Tensor) -> list[tuple[float, float]]:
-        """(mean, standard deviation) per gate from such sums, which may be of several processes."""
+        """Return (mean, standard deviation) per gate from sums of one or more processes."""
         count_N, total_N, squares_N = sums_3N.double().cpu()
         if not count_N.any():
             return []
@@ -91,16 +112,19 @@ class GateMoments:
 
 
 class LearnedGate(nn.Linear):
-    """Gates named `names` that read the same input [B, T, D], as one projection.
+    """The gates of submodules that read the same input [B, T, D], as one projection.
 
-    Calling it gives one tensor per name, [B, 1, 1] or [B, T, 1], in the type of the input.
+    Args:
+        hidden_size: D.
+        names: the submodules.
+        pooling: "paper", "masked" or "causal".
     """
 
-    def __init__(self, hidden_size: int, names: tuple[str, ...], pooling: Pooling):
+    def __init__(self, hidden_size: int, names: tuple[str, ...], pooling: str):
         super().__init__(hidden_size, len(names))
         self.names = names
         self.pooling = pooling
-        self.statistics: GateMoments | None = None  # set by whoever wants to log gates
+        self.statistics: GateMoments | None = None  # set while gates are logged
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -110,21 +134,30 @@ class LearnedGate(nn.Linear):
         self,
         h_BTD: torch.Tensor,
         mask_BT: torch.Tensor | None,
-        pooling: Pooling | None = None,
+        pooling: str | None = None,
         running: RunningMean | None = None,
-        wh_BTN: torch.Tensor | None = None,
+        logits_BTN: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`pooling`: another than the gate's own, for tokens of another kind. `running`: a running mean that knows earlier tokens.
-        `wh_BTN`: W h, by those who made it together with other products of h."""
-        if wh_BTN is None:
+        """Compute the gates of an input.
+
+        Args:
+            h_BTD: input.
+            mask_BT: 1 at real tokens; None if all tokens are real.
+            pooling: replaces the gate's own pooling, for tokens of another kind (an encoder's).
+            running: a running mean that includes the tokens in the KV cache.
+            logits_BTN: W h if it was computed together with other products of h.
+
+        Returns:
+            Gates by name, [B, 1, 1] or [B, T, 1], in the dtype of the input.
+        """
+        if logits_BTN is None:
             alone = narrow_products(h_BTD, [self])
-            wh_BTN = None if alone is None else alone[0]
-        logits_BTN = (
-            super().forward(cast_to_weight(h_BTD, self.weight))
-            if wh_BTN is None
-            else wh_BTN + self.bias
-        )
-        # float32 from here on: a mean over many tokens in bfloat16 would lose the gate's third digit.
+            logits_BTN = None if alone is None else alone[0]
+        if logits_BTN is None:
+            logits_BTN = super().forward(cast_to_weight(h_BTD, self.weight))
+        else:
+            logits_BTN = logits_BTN + self.bias
+        # In float32, because a mean over many tokens in bfloat16 would lose the third digit.
         g_BTN = torch.sigmoid(logits_BTN.float())
         kind = pooling or self.pooling
         if running is not None and kind != "causal":
@@ -132,48 +165,27 @@ class LearnedGate(nn.Linear):
         if kind == "causal" and running is not None:
             g_BTN = running(g_BTN)
         else:
-            g_BTN = pool(
-                g_BTN,
-                kind,
-                mask_BT,
-                None if running is None or mask_BT is None else running.tokens.share(mask_BT),
-            )
+            share = None
+            if running is not None and mask_BT is not None:
+                share = running.tokens.share(mask_BT)
+            g_BTN = pool(g_BTN, kind, mask_BT, share)
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
-        g_BTN = g_BTN.to(h_BTD.dtype)
-        return dict(zip(self.names, g_BTN.chunk(len(self.names), dim=-1)))
+        return dict(zip(self.names, g_BTN.to(h_BTD.dtype).chunk(len(self.names), dim=-1)))
 
 
 class ConstantGate(nn.Module):
-    """The ungated ablation: a fixed factor per name, nothing to learn."""
+    """A fixed factor per submodule in place of learned gates."""
 
     def __init__(self, values: dict[str, float]):
         super().__init__()
         self.values = dict(values)
 
-    def forward(
-        self,
-        h_BTD: torch.Tensor,
-        mask_BT: torch.Tensor | None,
-        pooling: Pooling | None = None,
-        running: RunningMean | None = None,
-        wh_BTN: torch.Tensor | None = None,
-    ) -> dict[str, float]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The submodules."""
+        return tuple(self.values)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the factors, whatever the input is."""
         return self.values
-
-
-GateFactory = Callable[[int, tuple[str, ...], bool], nn.Module]
-
-
-def gate_factory(learned: bool, pooling: str, lora_scaling: float) -> GateFactory:
-    """How to make the gates of a site: `make(hidden_size, names, causal)`. The only place that knows gated from ungated.
-
-    Ungated, prefix and adapter have the factor 1 and LoRA its alpha/r.
-    """
-
-    def make(hidden_size: int, names: tuple[str, ...], causal: bool) -> nn.Module:
-        if learned:
-            return LearnedGate(hidden_size, names, resolve_pooling(pooling, causal))
-        return ConstantGate({name: lora_scaling if name == "lora" else 1.0 for name in names})
-
-    return make

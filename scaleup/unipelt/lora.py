@@ -1,41 +1,123 @@
-"""LoRA L with a gate, as a variant of PEFT's own LoRA layers (Hu et al. 2021).
+"""LoRA with a gate on the query and value projections (Hu et al. 2021).
 
     y = W x + G_L · B(A x)          r = 8; the gate replaces alpha/r. Ungated: the constant alpha/r = 2
 
-PEFT's `Linear`, `bnb.Linear8bitLt` and `bnb.Linear4bit` all ask their variant for the forward pass, so one class serves
-every kind of frozen weight. The gate is one per layer, shared by query and value; the attention that owns the
-projection computes it before it calls them.
+For training this is a variant of PEFT's LoRA layers: `Linear`, `bnb.Linear8bitLt` and `bnb.Linear4bit`
+all ask their variant for the forward pass, so one class serves every kind of frozen weight. In an
+exported folder it is a hook on the projection, or folded into the weight.
+
+Query and value share the gate of their attention. In cross attention the queries come from the decoder
+and the values from the encoder, so the value projection's gate is the same gate projection pooled over
+the encoder's tokens. It is computed when that projection runs: once per generation, as the values are
+cached.
+
+Shapes: B examples, T tokens, D hidden size, R rank.
 """
 
+import dataclasses
 import math
-from typing import Protocol
+from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
-from scaleup.unipelt.gate import cast_to_weight
-from scaleup.unipelt.kernels.narrow import add_lora, scaled
-from scaleup.unipelt.sites import FusedQKVLayout
+from .attention import ATTENTION_CHILD
+from .gate import ConstantGate, GateValue, cast_to_weight
+from .kernels import add_lora, scaled
+from .layers import AttentionGates, AttentionInputs, AttentionMember
+from .peft_names import LoraLayer, LoraVariant
+from .sites import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
+from .submodule import Folding, Submodule, option
+
+LORA_CHILD = "unipelt_lora"  # the child of a projection in an exported folder
+VALUE = "value"  # the gate of a cross attention's value projection, where constants replace gates
 
 
-class GateSource(Protocol):
-    """Whoever computes G_L: gives the gate of one projection for the running forward pass, None for no update; and G_L · A x, if it
-    made that with the gates, from what it was lent."""
+@dataclasses.dataclass
+class LoraOptions:
+    """Settings of LoRA; the fields are those of PEFT's LoraConfig."""
 
-    def lora_gate(self, projection: str) -> torch.Tensor | float | None: ...
+    r: int = option(8, "Rank of the LoRA update.", at_least=1)
+    lora_alpha: float = option(
+        16, "Ungated LoRA is scaled by alpha/r; a learned gate replaces that factor.", above=0
+    )
+    lora_dropout: float = option(
+        0.0, "Dropout on the input of LoRA, probability.", at_least=0, below=1
+    )
 
-    def lora_product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None: ...
 
-    def lend(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None: ...
+class LoraMember(AttentionMember):
+    """Hands the LoRA gate of one attention to its query and value projections."""
+
+    def __init__(self, layer: AttentionGates):
+        self.layer = layer
+        self.down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.gates: dict[str, GateValue] = {}
+        self.h_BTD: torch.Tensor | None = None
+        self.low_rank: dict[str, torch.Tensor] = {}  # G_L · A h, by projection
+        self.encoder_states: torch.Tensor | None = None
+
+    def register(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None:
+        """Make A of a projection part of the product with the gates, if it reads the same input."""
+        if not self.layer.site.cross or projection == "query":
+            self.down[projection] = (lora_a, dropout)
+
+    def maps(self) -> list[nn.Linear]:
+        active = self.layer.active_entry
+        linears = []
+        for lora_a, dropouts in self.down.values():
+            linear, dropout = active(lora_a), None if dropouts is None else active(dropouts)
+            idle = dropout is None or isinstance(dropout, nn.Identity) or not dropout.training
+            if linear is None or not idle:
+                return []
+            linears.append(linear)
+        return linears
+
+    def begin(self, attention: nn.Module, kwargs: dict, inputs: AttentionInputs) -> None:
+        self.gates = {"query": inputs.gate, "value": inputs.gate}
+        if self.layer.site.cross:
+            del self.gates["value"]
+            states = (kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
+            self.encoder_states = next(states)
+        if inputs.product_BTR is not None:
+            self.h_BTD = inputs.h_BTD
+            ranks = [linear.out_features for linear in self.maps()]
+            low_rank = scaled(inputs.gate, inputs.product_BTR).split_with_sizes(ranks, dim=-1)
+            self.low_rank = dict(zip(self.down, low_rank))
+
+    def end(self, output: Any) -> Any:
+        self._reset()
+
+    def gate(self, projection: str) -> GateValue | None:
+        """Return G_L of this pass for "query" or "value", None for no update.
+
+        DeBERTa also sends position embeddings through these projections. They belong to no example, so
+        only the first call of a pass is gated there.
+        """
+        if self.layer.site.softmax_scale is not None:
+            return self.gates.pop(projection, None)
+        if projection not in self.gates:  # of a cross attention, which may see every encoder token
+            gate = self.layer.active("unipelt_gate")
+            if isinstance(gate, ConstantGate):
+                return gate.values.get(VALUE, gate.values["lora"])
+            pooling = "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
+            mask_BS = self.layer.tokens.encoder_mask_BS
+            self.gates[projection] = gate(self.encoder_states, mask_BS, pooling)["lora"]
+        return self.gates[projection]
+
+    def product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
+        """Return G_L · A x [B, T, R] if it was computed together with the gates."""
+        return self.low_rank.get(projection) if x_BTD is self.h_BTD else None
 
 
-class GatedLora(LoraVariant):
-    """The gated update of one projection, "query" or "value"."""
+class GatedLora(LoraVariant):  # type: ignore[misc]
+    """PEFT's LoRA of one projection, "query" or "value", with a gate."""
 
-    def __init__(self, source: GateSource, projection: str):
-        self.source = source
-        self.projection = projection
+    def __init__(self, member: LoraMember, projection: str):
+        self.member, self.projection = member, projection
 
     def forward(
         self,
@@ -43,85 +125,215 @@ class GatedLora(LoraVariant):
         active_adapter: str,
         x: torch.Tensor,
         result: torch.Tensor,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """x [..., T, in] → result + gate · B(A x), [..., T, out]. The gate scales the r-wide product: less work than the output."""
-        gate = self.source.lora_gate(self.projection)
-        if gate is None:
-            return result
+        """Return result + gate · B(A x). The gate scales the narrow product, which is less work.
+
+        Args:
+            module: PEFT's layer.
+            active_adapter: name of the adapter.
+            x: input of the projection, [..., T, in].
+            result: its frozen output, [..., T, out].
+        """
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        gated = self.source.lora_product(self.projection, x)
-        if gated is None:
-            gated = scaled(
-                gate, lora_a(module.lora_dropout[active_adapter](cast_to_weight(x, lora_a.weight)))
-            )
-        return add_lora(result, gated, lora_b, module.get_base_layer())
+        dropout = module.lora_dropout[active_adapter]
+        return _update(self.member, self.projection, (lora_a, dropout, lora_b), x, result, module)
 
     def supports_lora_conversion(self) -> bool:
         return False
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs) -> None:
-        """Nothing to set up: the gate's weights live with the attention."""
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Do nothing: the gate's weights belong to the attention."""
 
     @staticmethod
-    def merge_safe(
-        module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> Any:
         raise ValueError("a gated LoRA depends on the input and cannot be merged into a weight")
 
     merge_unsafe = merge_safe
     unmerge = merge_safe
 
 
+def _update(
+    member: LoraMember,
+    role: str,
+    parts: tuple[nn.Module, nn.Module, nn.Module],
+    x: torch.Tensor,
+    result: torch.Tensor,
+    projection: Any,
+) -> torch.Tensor:
+    gate = member.gate(role)
+    if gate is None:
+        return result
+    lora_a, dropout, lora_b = parts
+    low_rank = member.product(role, x)
+    if low_rank is None:
+        low_rank = scaled(gate, lora_a(dropout(cast_to_weight(x, lora_a.weight))))
+    frozen = projection.get_base_layer() if isinstance(projection, LoraLayer) else projection
+    return add_lora(result, low_rank, lora_b, frozen)
+
+
+class LoraUpdate(nn.Module):
+    """The gated update of a projection in an exported folder, where it is not in the weight."""
+
+    def __init__(
+        self,
+        projection: nn.Module,
+        layout: FusedQKVLayout | None,
+        rank: int,
+        member: LoraMember,
+        role: str,
+    ):
+        super().__init__()
+        self.handles: list[Any] = []
+        if layout is None:
+            outputs, inputs = projection.weight.shape
+            self.lora_A = nn.Linear(inputs, rank, bias=False)
+            self.lora_B: nn.Module = nn.Linear(rank, outputs, bias=False)
+        else:
+            self.lora_A = nn.Linear(member.layer.site.hidden_size, 2 * rank, bias=False)
+            self.lora_B = FusedUpdate(rank, layout)
+        self._member, self.role = (member,), role
+        self.dropout = nn.Identity()
+        member.register(role, self.lora_A, None)
+
+    def after_projection(
+        self, projection: nn.Module, args: tuple, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Add the update. This is a forward hook of the projection."""
+        parts = (self.lora_A, self.dropout, self.lora_B)
+        updated = _update(self._member[0], self.role, parts, args[0], output, projection)
+        return updated.to(output.dtype)
+
+
 class FusedUpdate(nn.Module):
-    """B of a projection of query, key and value in one: [..., 2r] → [..., rows], the first r for the queries, the others for
-    the values, nothing for the keys. As two LoRA layers would, for one pass through the frozen weights.
+    """B of a fused projection of queries, keys and values, [..., 2R] → [..., rows].
+
+    The first R inputs are for the queries, the others for the values; keys get no update. It does what
+    two LoRA layers would do, with one pass through the frozen weights.
     """
 
-    def __init__(self, rank: int, rows: FusedQKVLayout):
+    def __init__(self, rank: int, layout: FusedQKVLayout):
         super().__init__()
-        self.rows = rows
-        self.sizes = (rows.heads * rows.head_size, rows.kv_heads * rows.head_size)
+        self.layout = layout
+        self.sizes = [layout.heads * layout.head_size, layout.kv_heads * layout.head_size]
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), rank))
 
     def forward(self, low_rank: torch.Tensor) -> torch.Tensor:
-        queries, values = self.sizes
         low_q, low_v = low_rank.chunk(2, dim=-1)
-        weight_q, weight_v = self.weight.split([queries, values])
-        update_q, update_v = (
-            nn.functional.linear(low_q, weight_q),
-            nn.functional.linear(low_v, weight_v),
-        )
+        weight_q, weight_v = self.weight.split(self.sizes)
+        update_q = nn.functional.linear(low_q, weight_q)
+        update_v = nn.functional.linear(low_v, weight_v)
         keys = update_v.new_zeros(()).expand_as(update_v)
-        if self.rows.order == "parts":
-            return torch.cat([update_q, keys, update_v], dim=-1)
-        per_head = [
-            part.unflatten(-1, (self.rows.heads, self.rows.head_size))
-            for part in (update_q, keys, update_v)
-        ]
-        return torch.stack(per_head, dim=-2).flatten(-3)
+        parts = [update_q, keys, update_v]
+        if self.layout.order == "parts":
+            return torch.cat(parts, dim=-1)
+        heads = (self.layout.heads, self.layout.head_size)
+        return torch.stack([part.unflatten(-1, heads) for part in parts], dim=-2).flatten(-3)
 
 
-def attach_fused(
-    projection: nn.Module, adapter_name: str, source: GateSource, rows: FusedQKVLayout
+class Lora(Submodule):
+    """LoRA L."""
+
+    name = "lora"
+    in_paper = True
+    options = LoraOptions
+    parameters = (".lora_A.", ".lora_B.")
+    prunable = False
+
+    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+        return [site.name for site in attentions]
+
+    def constant_gate(self, config: Any) -> float:
+        return config.lora_alpha / config.r
+
+    def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
+        return [name for site in attentions for name in (site.query, site.value)]
+
+    def attach(self, attachment: Any) -> None:
+        for site in attachment.attentions:
+            if not attachment.has(site.name, self.name):
+                continue
+            layer = attachment.attention(site)
+            member = layer.members.setdefault(self.name, LoraMember(layer))
+            roles = {"query": site.query, "value": site.value}
+            for role, path in list(roles.items())[: 1 if site.layout is not None else 2]:
+                projection = attachment.model.get_submodule(path)
+                if attachment.adapter_name is None:
+                    self._attach_hook(attachment, projection, site, member, role)
+                else:
+                    _attach_variant(projection, attachment.adapter_name, site, member, role)
+
+    def _attach_hook(
+        self,
+        attachment: Any,
+        projection: nn.Module,
+        site: AttentionSite,
+        member: LoraMember,
+        role: str,
+    ) -> None:
+        rank = attachment.config.r
+        attachment.child(
+            projection,
+            LORA_CHILD,
+            lambda: LoraUpdate(projection, site.layout, rank, member, role),
+            {"first": "after_projection"},  # a prefix reads the updated query
+        )
+
+    def fold(
+        self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> None:
+        """Add G_L B A to the weights where the gate is a constant, else keep A and B.
+
+        DeBERTa sends positions through the same projections without LoRA, so there A and B remain
+        beside the weight and B absorbs the constant.
+        """
+        for site in attentions:
+            roles = {site.query: self.name}
+            if site.layout is None:
+                measured = folding.gates is not None and (site.name, VALUE) in folding.gates
+                roles[site.value] = VALUE if measured and site.cross else self.name
+            update = folding.gates is not None and site.softmax_scale is None
+            if not update:
+                gate = f"{site.name}.{ATTENTION_CHILD}.unipelt_gate."
+                folding.keep_gate(site.name, gate, self.name)
+            for path, gate_name in roles.items():
+                factor = folding.factor(site.name, gate_name)
+                a = folding.checkpoint[f"{path}.lora_A.weight"]
+                b = folding.checkpoint[f"{path}.lora_B.weight"]
+                if update:
+                    folding.updates[f"{path}.weight"] = _weight_update(
+                        a.float(), factor * b.float(), site.layout, folding.config.r
+                    )
+                else:
+                    folding.tensors[f"{path}.{LORA_CHILD}.lora_A.weight"] = a
+                    folding.tensors[f"{path}.{LORA_CHILD}.lora_B.weight"] = b * factor
+
+
+def _attach_variant(
+    projection: nn.Module, adapter_name: str, site: AttentionSite, member: LoraMember, role: str
 ) -> None:
-    """As `attach` for query and value at once: A [2r, in], B [query rows + value rows, r]."""
+    """Put the gate on a projection that PEFT has turned into a LoRA layer."""
     assert isinstance(projection, LoraLayer), type(projection)
-    rank = projection.r[adapter_name]
-    lora_a = nn.Linear(projection.in_features, 2 * rank, bias=False)
-    nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))  # as PEFT's
-    projection.lora_A[adapter_name], projection.lora_B[adapter_name] = (
-        lora_a,
-        FusedUpdate(rank, rows),
-    )
-    projection._move_adapter_to_device_of_base_layer(adapter_name)
-    attach(projection, adapter_name, source, "query")
+    if site.layout is not None:  # A [2R, in] and B [query rows + value rows, R]
+        rank = projection.r[adapter_name]
+        lora_a = nn.Linear(projection.in_features, 2 * rank, bias=False)
+        nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))  # as PEFT initialises A
+        projection.lora_A[adapter_name] = lora_a
+        projection.lora_B[adapter_name] = FusedUpdate(rank, site.layout)
+        projection._move_adapter_to_device_of_base_layer(adapter_name)
+    projection.lora_variant[adapter_name] = GatedLora(member, role)
+    # A cast would copy x, and A x was computed from the original.
+    projection.cast_input_dtype_enabled = False
+    member.register(role, projection.lora_A, projection.lora_dropout)
 
 
-def attach(projection: nn.Module, adapter_name: str, source: GateSource, role: str) -> None:
-    """Puts the gate on a projection that PEFT has turned into a LoRA layer."""
-    assert isinstance(projection, LoraLayer), type(projection)
-    projection.lora_variant[adapter_name] = GatedLora(source, role)
-    projection.cast_input_dtype_enabled = False  # else x comes as a copy in A's type, which is not what A x was made of with the gates
-    source.lend(role, projection.lora_A, projection.lora_dropout)
+def _weight_update(
+    a_RI: torch.Tensor, b_OR: torch.Tensor, layout: FusedQKVLayout | None, rank: int
+) -> Any:
+    """Return a function that computes B A, [out, in]."""
+    if layout is None:
+        return lambda: b_OR @ a_RI
+    fused = FusedUpdate(rank, layout)
+    fused.weight.data = b_OR
+    return lambda: fused(a_RI.t()).detach().t()

@@ -1,14 +1,15 @@
-"""UniPELT as a PEFT method: its config, how it is attached to a backbone, and what it counts.
+"""UniPELT as a PEFT method: how it is attached to a backbone, and what it counts.
 
     model = get_peft_model(model, UniPeltConfig())                     attach and freeze
     PeftModel.from_pretrained(model, folder)                           after `import scaleup`
 
-Everything that is trained lives inside the backbone as PEFT tuner layers, so PEFT saves, loads, switches and disables it.
-This is the only file that extends PEFT's registries and overrides its private methods.
+Everything that is trained lives inside the backbone as PEFT tuner layers, so PEFT saves, loads, switches
+and disables it. This is the only file that extends PEFT's registries and overrides its private methods.
 """
 
 import re
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,24 +20,21 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from scaleup.unipelt.attach import (
-    PREFIX_CHILD,
-    BLOCK_CHILD,
-    TOKENS_CHILD,
-    attach,
-    use_prefix_attention,
-    with_own_config,
-)
-from scaleup.unipelt.config import UniPeltConfig
-from scaleup.unipelt.layer import AuxiliaryLayer
-from scaleup.unipelt.prefix import ATTENTION, CHILD, PrefixTuning
-from scaleup.unipelt.sites import find_sites, head_names
+from .attachment import Attachment, attach, site_gates
+from .attention import restore_attention
+from .config import UniPeltConfig
+from .layers import AuxiliaryLayer
+from .sites import find_sites, head_names
+from .submodules import SUBMODULES, chosen
+
+GATES = ".unipelt_gate."  # marks the parameters of gates
 
 
-class UniPeltModel(LoraModel):
-    """Attaches UniPELT to a model, see scaleup.unipelt.attach. Use it through `get_peft_model`."""
+class UniPeltModel(LoraModel):  # type: ignore[misc]
+    """A model with UniPELT. Create it through `get_peft_model`."""
 
-    # `inject_adapter_in_model` and `model.add_adapter` would skip the shared prefixes; PEFT refuses them for this flag.
+    # inject_adapter_in_model and model.add_adapter would skip the shared prefixes; PEFT refuses them
+    # because of this flag.
     uses_shared_state = True
     tuner_layer_cls = (LoraLayer, AuxiliaryLayer)
 
@@ -48,109 +46,109 @@ class UniPeltModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """LoRA the way PEFT does it, then gates, prefixes and adapters, then the head."""
+        """Let PEFT add its LoRA layers, then attach gates and submodules, and let the head train."""
         config = self.peft_config[adapter_name]
         attentions, blocks = find_sites(model)
-        if "prefix" in config.submodules and any(site.softmax_scale is None for site in attentions):
-            use_prefix_attention(model)
-        heads = head_names(model)
-        config.modules_to_save = (
-            list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
-        )
-        with_lora = "lora" in config.submodules
-        config.target_modules = (
-            [n for s in attentions for n in (s.query, s.value)]
-            if with_lora
-            else DUMMY_TARGET_MODULES
-        )
-        # GPT-2 keeps its weights [in, out]. PEFT wants to be told and would leave it in the config.
+        targets: list[str] = []
+        for submodule in chosen(config):
+            submodule.prepare(model, attentions)
+            targets += submodule.lora_targets(attentions)
+        to_save = [*(config.modules_to_save or []), *head_names(model)]
+        config.modules_to_save = list(dict.fromkeys(to_save)) or None
+        config.target_modules = targets or DUMMY_TARGET_MODULES
+        # GPT-2 keeps its weights [in, out], and PEFT needs to know.
         first = model.get_submodule(attentions[0].query)
-        config.fan_in_fan_out = isinstance(
-            first.get_base_layer() if isinstance(first, LoraLayer) else first, Conv1D
-        )
+        base_layer = first.get_base_layer() if isinstance(first, LoraLayer) else first
+        config.fan_in_fan_out = isinstance(base_layer, Conv1D)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        # Both are found again by structure when the config is loaded.
+        # Loading finds both again by structure.
         config.target_modules, config.fan_in_fan_out = None, False
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            attach(model, adapter_name, config, attentions, blocks)
+            gates = site_gates(config, attentions, blocks)
+            attach(Attachment(model, config, attentions, blocks, gates, adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter the active one. Raises ValueError for several: their gates would each expect to be alone."""
+        """Make one adapter the active one.
+
+        Raises:
+            ValueError: for several adapters, whose gates would each expect to be alone.
+        """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"UniPELT runs one adapter at a time; got {', '.join(adapter_name)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
             raise ValueError(
-                "UniPELT cannot be merged exactly: gates depend on the input, the prefix changes the softmax, the adapter is "
-                "nonlinear. Save the adapter with save_pretrained, or call unload() for the bare backbone"
+                "UniPELT cannot be merged exactly: gates depend on the input, the prefix changes the "
+                "softmax, the adapter is nonlinear. Save the adapter with save_pretrained, or call "
+                "unload() for the bare backbone"
             )
         unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for module in list(unloaded.modules()):
-            for name in (TOKENS_CHILD, *PREFIX_CHILD.values(), CHILD, BLOCK_CHILD):
-                child = module._modules.pop(name, None)
-                for handle in child.handles if child is not None else ():
+            for name in [name for name in module._modules if name.startswith("unipelt_")]:
+                for handle in getattr(module._modules.pop(name), "handles", ()):
                     handle.remove()
-        plain = {ours: theirs for theirs, ours in ATTENTION.items()}
-        for part in with_own_config(unloaded):
-            if part.config._attn_implementation in plain:
-                part.set_attn_implementation(plain[part.config._attn_implementation])
+        restore_attention(unloaded)
         return unloaded
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """PEFT expects the adapter's name right before the parameter's; in ours whole modules follow it."""
-        ours = re.sub(rf"\.(unipelt_\w+)\.{re.escape(adapter_name)}\.", r".\1.", key)
-        return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        """Remove the adapter's name, which PEFT expects right before the parameter's name."""
+        shorter = re.sub(rf"\.(unipelt_\w+)\.{re.escape(adapter_name)}\.", r".\1.", key)
+        return (
+            shorter if shorter != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        )
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter: ZeRO-3 keeps its count apart, 4-bit weights hold two in a byte."""
-    if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+def submodule_of(name: str) -> str | None:
+    """Return the submodule that a parameter belongs to, "gates" for a gate, None for the backbone."""
+    if GATES in f".{name}":
+        return "gates"
+    for submodule in SUBMODULES.values():
+        if any(mark in f".{name}" for mark in submodule.parameters):
+            return submodule.name
+    return None
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int | float | dict[str, int]]:
-    """Parameters of a model that UniPELT, BitFit or full fine-tuning trains.
+def parameter_counts(model: nn.Module) -> dict[str, Any]:
+    """Count the parameters of a model that UniPELT, BitFit or full fine-tuning trains.
 
-    backbone: the pretrained model without its head. head: the task head (trained in every method, in no other count).
-    trained: what gets gradients, prefix MLP included. stored: what remains after training, the MLP collapsed to the prefix.
-    submodules: stored, by part. trained_percent, stored_percent: of the backbone plus what was added to it, as in the
-    paper's Table 4.
+    Returns:
+        backbone: the pretrained model without its head.
+        head: the task head, which is trained in every method and is part of no other count.
+        trained: what gets gradients, including the prefix's MLP.
+        stored: what remains after training, where the MLP is collapsed to the prefix.
+        submodules: the stored parameters of each submodule and of the gates.
+        trained_percent, stored_percent: share of the backbone plus what was added to it, as in the
+            paper's Table 4.
     """
+    adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     heads = tuple(f"{name}." for name in head_names(base))
-    wrapped = [
-        f"{name}.original_module."
-        for name, m in base.named_modules()
-        if isinstance(m, ModulesToSaveWrapper)
-    ]
+    modules = base.named_modules()
+    wrapped = [f"{n}.original_module." for n, m in modules if isinstance(m, ModulesToSaveWrapper)]
     backbone = head = trained = added = 0
-    parts = dict.fromkeys(("adapter", "prefix", "lora", "gates"), 0)
+    parts = dict.fromkeys((*SUBMODULES, "gates"), 0)
     for name, parameter in base.named_parameters():
         count = _numel(parameter)
-        part = next((p for mark, p in PARTS if mark in f".{name}"), None)
         if name.startswith(tuple(wrapped)):
             continue
-        if (
-            name.startswith(heads) or ".modules_to_save." in name
-        ):  # a pooler that the backbone's files lack
+        # A pooler that the backbone's files lack is trained and saved with the head.
+        if name.startswith(heads) or ".modules_to_save." in name:
             head += count
             continue
         trained += count if parameter.requires_grad else 0
+        part = submodule_of(name)
         if part is None:
             backbone += count
         else:
             added += count
-            parts[part] += count if part != "prefix" else 0
-    for module in base.modules():
-        if isinstance(module, PrefixTuning):
-            parts["prefix"] += module.stored()
-    adapted = isinstance(model, PeftModel)
+            parts[part] += count
+    for name, submodule in SUBMODULES.items():
+        stored_of_part = submodule.stored(base) if parts[name] else None
+        parts[name] = parts[name] if stored_of_part is None else stored_of_part
     stored = sum(parts.values()) if adapted else trained
     return {
         "backbone": backbone,
@@ -163,17 +161,19 @@ def parameter_counts(model: nn.Module) -> dict[str, int | float | dict[str, int]
     }
 
 
-PARTS = (
-    (".unipelt_adapter.", "adapter"),
-    (".unipelt_prefix.", "prefix"),
-    (".unipelt_gate.", "gates"),
-    (".lora_A.", "lora"),
-    (".lora_B.", "lora"),
-)
+def _numel(parameter: nn.Parameter) -> int:
+    """Return the size of the whole parameter.
+
+    ZeRO-3 keeps the number apart, and 4-bit weights hold two values in a byte.
+    """
+    if hasattr(parameter, "ds_numel"):
+        return int(parameter.ds_numel)
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()
 
 
 def _register() -> None:
-    """UNIPELT among PEFT's types. An enum member, not a string: Trainer and PEFT read `.value`."""
+    """Add UNIPELT to PEFT's types, as an enum member because Trainer and PEFT read `.value`."""
     if "UNIPELT" in PeftType.__members__:
         return
     member = str.__new__(PeftType, "UNIPELT")

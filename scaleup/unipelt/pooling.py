@@ -101,6 +101,7 @@ class Tokens(nn.Module):
         """`find_argument`: position of each argument that is read here, for callers that pass it by position."""
         super().__init__()
         self.find_argument = find_argument
+        self.handles: list = []
         self.slots: dict[
             int, int
         ] = {}  # of each site whose totals go into the cache: where its gates begin → how many

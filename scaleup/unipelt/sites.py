@@ -1,26 +1,28 @@
 """Where UniPELT goes in a transformers model, found by the structure of the model.
 
-An empty copy of the model (meta device: no memory, no weights) runs once on four tokens with an attention function that only
-takes notes. An attention is a module that called it; a block is the entry of a list of equal layers that holds attentions; a
-block is post-LN if it returns the very tensor that its last norm returned, else pre-LN.
+An empty copy of the model (meta device: no memory, no weights) runs once on four tokens, with an
+attention function that only records its callers. An attention is a module that called it. A block is
+the entry of a list of equal layers that contains attentions. A block is post-LN if it returns the very
+tensor that its last norm returned, otherwise pre-LN.
 
-Two things structure cannot tell, and two small tables do: how a fused projection lays out its rows, and which models compute
-attention by themselves although a prefix can reach them.
+Structure does not tell how a fused projection lays out its rows, and which models compute attention
+themselves although a prefix can reach them. Two small tables do.
 """
 
 import copy
 import dataclasses
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scaleup.unipelt.prefix import ATTENTION, PROBE, Call, probing
+from .attention import ATTENTION, PROBE, Call, probing
 
-# The model types whose every submodule is compared with a plain reference (tests/test_contract.py). Others are taken if the
-# structure below is found in them.
+# Model types whose submodules are all compared with a plain reference (the contract tests). Others are
+# accepted if the structure below is found in them.
 TESTED = (
     "albert",
     "bart",
@@ -49,7 +51,7 @@ TESTED = (
     "umt5",
     "xlm-roberta",
 )
-# Decoders of them that tell by the positions where a packed text begins; OPT makes its mask without them.
+# Tested decoders that recognise by the positions where a packed text begins. OPT's mask ignores them.
 PACKS = (
     "gemma2",
     "gemma3_text",
@@ -62,11 +64,11 @@ PACKS = (
     "qwen2",
     "qwen3",
 )
-# Those of them whose sdpa attention does not do: the structure is looked at only to say why.
+# Tested model types whose sdpa attention does not work; find_sites says why.
 EAGER_ONLY = ("deberta-v2", "umt5")
 # Where a cross attention gets the encoder's output: BART and T5, BERT.
 ENCODER_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
-# Attention class → its projection of query, key and value in one, and the order of its rows: three parts one after another
+# Attention class → its fused projection and the order of its rows: three parts one after another
 # ("parts": all queries, all keys, all values) or three parts for each head ("heads").
 FUSED = {
     "GPT2Attention": ("c_attn", "parts"),
@@ -74,8 +76,9 @@ FUSED = {
     "ModernBertAttention": ("Wqkv", "parts"),
     "Phi3Attention": ("qkv_proj", "parts"),
 }
-# Attentions that call no exchangeable function but torch's softmax, once, on their scores [B, H, T, S] → the factor of q·k in
-# them. DeBERTa's is 1/√(E·n), n: how many kinds of scores it adds up (content to content, and those it names).
+# Attentions that call no exchangeable function but torch's softmax, once, on their scores [B, H, T, S] →
+# the factor of q·k in them. DeBERTa's is 1/√(E·n), where n is the number of kinds of scores it adds up:
+# content to content, and those it names.
 BY_SOFTMAX = {
     "DisentangledSelfAttention": lambda module: (
         (module.attention_head_size * (1 + len({"c2p", "p2c"} & set(module.pos_att_type)))) ** -0.5
@@ -86,7 +89,7 @@ SDPA = ("sdpa", ATTENTION["sdpa"])
 
 @dataclasses.dataclass(frozen=True)
 class FusedQKVLayout:
-    """What a fused projection's rows are: `order` as in FUSED, heads of queries and of keys, size of a head."""
+    """The rows of a fused projection: `order` as in FUSED, the numbers of heads, the head size."""
 
     order: str
     heads: int
@@ -96,32 +99,281 @@ class FusedQKVLayout:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSite:
-    """One attention. Names are paths in the model; `layer` counts the attentions of the same host and kind."""
+    """One attention of a model. Names are paths in the model.
+
+    Attributes:
+        name: path of the attention.
+        parent: path of the smallest model around it, which gets the padding mask.
+        cross: whether it attends to the encoder.
+        layer: its number among the attentions of the same parent model and kind.
+        query, value: paths of the projections; equal if they are fused.
+        layout: of a fused projection, else None.
+        hidden_size: width of its input.
+        kv_heads, head_size: number and size of the key-value heads.
+        causal: whether its mask hides later keys from a query.
+        causal_block: whether it belongs to a decoder's layer, where nothing may depend on later tokens.
+        softmax_scale: the factor of q·k where a prefix enters through the softmax (BY_SOFTMAX), else None.
+    """
 
     name: str
-    host: str  # the smallest model around it, the one that gets the padding mask
+    parent: str
     cross: bool
     layer: int
-    query: str  # path of the projection; the same for query and value where they are fused
+    query: str
     value: str
-    rows: FusedQKVLayout | None  # of a fused projection
+    layout: FusedQKVLayout | None
     hidden_size: int
     kv_heads: int
     head_size: int
-    causal: bool  # the attention's own mask: queries do not see later keys
-    causal_block: bool  # it belongs to a decoder's layer, where nothing may depend on later tokens
-    softmax_scale: float | None  # where a prefix enters through the softmax, see BY_SOFTMAX
+    causal: bool
+    causal_block: bool
+    softmax_scale: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSite:
-    """One layer of the stack. `norm`: path of the closing norm of a post-LN block, None for a pre-LN block."""
+    """One layer of the stack. Names are paths in the model.
+
+    Attributes:
+        name: path of the block.
+        parent: path of the smallest model around it.
+        norm: path of the closing norm of a post-LN block, None for a pre-LN block.
+        feed_forward: paths of the first and the last projection of its feed-forward sublayer, None if
+            they were not found.
+        hidden_size: width of its output.
+        causal: whether nothing in it may depend on later tokens.
+    """
 
     name: str
-    host: str
+    parent: str
     norm: str | None
+    feed_forward: tuple[str, str] | None
     hidden_size: int
     causal: bool
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the children that form the newly initialised task head.
+
+    They have weights and are neither the backbone nor its output embedding.
+    """
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return []
+    output = model.get_output_embeddings()
+    names = []
+    for name, child in model.named_children():
+        inside = set(map(id, child.modules()))
+        is_output = output is not None and id(output) in inside
+        if (
+            child is not model.base_model
+            and any(True for _ in child.parameters())
+            and not is_output
+        ):
+            names.append(name)
+    return names
+
+
+def mask_arguments(parent: nn.Module) -> dict[str, int]:
+    """Return the positions of the arguments from which pooling learns about tokens.
+
+    Empty for a model that takes no attention mask.
+    """
+    names = list(inspect.signature(parent.forward).parameters)
+    wanted = ("attention_mask", "encoder_attention_mask", "position_ids")
+    if "attention_mask" not in names:
+        return {}
+    return {name: names.index(name) for name in wanted if name in names}
+
+
+def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[BlockSite]]:
+    """Find all attentions and blocks of a transformers model, in the order in which they run.
+
+    This works on an adapted model too, because the names come from an empty copy.
+
+    Raises:
+        ValueError: for a model in which the structure is not found; it names what was looked for.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"UniPELT needs a transformers model, got {type(model).__name__}")
+    return _Search(model).sites()
+
+
+class _Search:
+    """The run of an empty copy, and what it shows about the structure of the model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        probe = _empty_copy(model)
+        self.modules: dict[str, nn.Module] = dict(probe.named_modules())
+        by_softmax = [n for n, m in self.modules.items() if type(m).__name__ in BY_SOFTMAX]
+        if not model._can_set_attn_implementation() and not by_softmax:
+            raise ValueError(f"{self._unsupported()}: its attention cannot be exchanged in transformers")
+        self.outputs: dict[str, Any] = {}  # in the order in which modules finished
+        self.cross: set[str] = set()
+        for name, module in self.modules.items():
+            self._watch(name, module)
+        paths = {id(module): name for name, module in self.modules.items()}
+        with probing() as calls:
+            self._run(probe)
+            self.calls: dict[str, Call | None] = {paths[id(call.module)]: call for call in calls}
+        self.calls |= dict.fromkeys(by_softmax)
+        self.attentions = [name for name in self.outputs if name in self.calls]
+        self.lists = _equal_layers(self.modules)
+        self._refuse_unknown()
+
+    def sites(self) -> tuple[list[AttentionSite], list[BlockSite]]:
+        """Return the attentions and blocks."""
+        causal = {n for n in self.attentions if n not in self.cross and self._is_causal(n)}
+        causal_blocks = {_enclosing(name, self.lists) for name in causal}
+        sees_later = any(not getattr(self.modules[name], "is_causal", True) for name in causal)
+        if self.model.config._attn_implementation in SDPA and sees_later:
+            raise ValueError(
+                "transformers' sdpa attention lets the decoder of "
+                f"{self.model.config.model_type} see later tokens; "
+                "load it with attn_implementation='eager'"
+            )
+        parents = {
+            name: module
+            for name, module in self.modules.items()
+            if isinstance(module, PreTrainedModel) and mask_arguments(module)
+        }
+        attentions: list[AttentionSite] = []
+        for name in self.attentions:
+            parent, cross = _enclosing(name, parents), name in self.cross
+            layer = sum(site.parent == parent and site.cross == cross for site in attentions)
+            in_causal_block = _enclosing(name, self.lists) in causal_blocks
+            attentions.append(self._attention(name, parent, layer, name in causal, in_causal_block))
+        blocks = dict.fromkeys(_enclosing(name, self.lists) for name in self.attentions)
+        return attentions, [
+            self._block(name, _enclosing(name, parents), name in causal_blocks) for name in blocks
+        ]
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
+                self.cross.add(name)
+
+        def after(_: nn.Module, args: tuple, output: Any) -> None:
+            self.outputs[name] = output[0] if isinstance(output, (tuple, list)) else output
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+
+    def _run(self, probe: PreTrainedModel) -> None:
+        """Run four tokens through the backbone, without a head."""
+        tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
+        # Without a mask, decoders look at values to find packed sequences.
+        inputs = {"input_ids": tokens, "attention_mask": tokens}
+        if probe.config.is_encoder_decoder:
+            inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+        try:
+            with torch.no_grad():
+                probe.base_model(**inputs)
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise ValueError(
+                f"{self._unsupported()}: it does not run without weights ({reason})"
+            ) from error
+
+    def _unsupported(self) -> str:
+        return f"UniPELT does not support the model type {self.model.config.model_type}"
+
+    def _refuse_unknown(self) -> None:
+        """Raise ValueError for a model to which UniPELT could be attached only in part."""
+        if not self.attentions:
+            raise ValueError(
+                f"{self._unsupported()}: looked for attentions that call transformers' exchangeable "
+                "attention function and found none"
+            )
+        for name in self.attentions:
+            module = self.modules[name]
+            if _projections(module) is None:
+                linear = ", ".join(n for n, m in module.named_children() if _is_linear(m))
+                raise ValueError(
+                    f"{self._unsupported()}: looked for one query, one key and one value projection "
+                    f"in {type(module).__name__}, found {linear}"
+                )
+            if not any(name.startswith(entry + ".") for entry in self.lists):
+                raise ValueError(f"{self._unsupported()}: {name} is in no list of equal layers")
+        used = {_enclosing(name, self.lists).rpartition(".")[0] for name in self.attentions}
+        for entry, module in self.lists.items():
+            without = not any(name.startswith(entry + ".") for name in self.attentions)
+            if entry.rpartition(".")[0] in used and entry in self.outputs and without:
+                raise ValueError(
+                    f"{self._unsupported()}: the layer {entry} ({type(module).__name__}) "
+                    "has no attention"
+                )
+
+    def _is_causal(self, name: str) -> bool:
+        """Decide by the mask that the attention got, or else by its own attribute."""
+        call = self.calls[name]
+        if call is None or call.causal is None:
+            return bool(getattr(self.modules[name], "is_causal", False))
+        return call.causal
+
+    def _attention(
+        self, name: str, parent: str, layer: int, causal: bool, causal_block: bool
+    ) -> AttentionSite:
+        module: Any = self.modules[name]
+        kind = type(module).__name__
+        projections, call = _projections(module), self.calls[name]
+        assert projections is not None
+        query, _, value = projections
+        if call is None:  # BY_SOFTMAX
+            heads = module.num_attention_heads
+            call = Call(module, heads, heads, module.attention_head_size, None)
+        layout = None
+        if query == value:
+            layout = FusedQKVLayout(FUSED[kind][1], call.heads, call.kv_heads, call.head_size)
+        return AttentionSite(
+            name=name,
+            parent=parent,
+            cross=name in self.cross,
+            layer=layer,
+            query=f"{name}.{query}",
+            value=f"{name}.{value}",
+            layout=layout,
+            hidden_size=_sizes(self.modules[f"{name}.{query}"])[0],
+            kv_heads=call.kv_heads,
+            head_size=call.head_size,
+            causal=causal,
+            causal_block=causal_block,
+            softmax_scale=BY_SOFTMAX[kind](module) if kind in BY_SOFTMAX else None,
+        )
+
+    def _block(self, name: str, parent: str, causal: bool) -> BlockSite:
+        inside = [path for path in self.outputs if path.startswith(name + ".")]
+        output = self.outputs[name]
+        closing = [
+            path
+            for path in inside
+            if "Norm" in type(self.modules[path]).__name__ and self.outputs[path] is output
+        ]
+        return BlockSite(
+            name=name,
+            parent=parent,
+            norm=closing[-1] if closing else None,
+            feed_forward=self._feed_forward(inside, output.shape[-1]),
+            hidden_size=output.shape[-1],
+            causal=causal,
+        )
+
+    def _feed_forward(self, inside: list[str], hidden_size: int) -> tuple[str, str] | None:
+        """Find the projections around the feed-forward sublayer's inner units.
+
+        The last one returns to the hidden size. The first one is the first projection after the
+        attentions that leads from the hidden size to as many units, or twice as many if it is gated.
+        """
+        last_attention = max(inside.index(n) for n in self.attentions if n in inside)
+        after = [path for path in inside[last_attention:] if _is_linear(self.modules[path])]
+        sizes = {path: _sizes(self.modules[path]) for path in after}
+        last = next((path for path in reversed(after) if sizes[path][1] == hidden_size), None)
+        if last is None:
+            return None
+        units = sizes[last][0]
+        wanted = {(hidden_size, units), (hidden_size, 2 * units)}
+        first = next((path for path in after if sizes[path] in wanted and path != last), None)
+        return None if first is None else (first, last)
 
 
 def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -133,269 +385,40 @@ def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config).eval()
 
 
-def _run_once(model: PreTrainedModel) -> None:
-    """Four tokens through the backbone, without a head."""
-    tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": tokens,
-    }  # without a mask, decoders look at values for packed sequences
-    if model.config.is_encoder_decoder:
-        inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
-    try:
-        with torch.no_grad():
-            model.base_model(**inputs)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"UniPELT does not support the model type {model.config.model_type}: it does not run without weights ({' '.join(str(error).split())[:100]})"
-        ) from error
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _first(output: object) -> object:
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _sizes(projection: Any) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a projection."""
+    if isinstance(projection, Conv1D):
+        return projection.nx, projection.nf
+    return projection.in_features, projection.out_features
 
 
 def _projections(module: nn.Module) -> tuple[str, str, str] | None:
-    """Names of the query, key and value projection: the only linear children whose names begin with q, k and v."""
+    """Return the names of the query, key and value projections.
+
+    They are the only linear children whose names begin with q, k and v, or one fused projection.
+    """
     linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
-    named = [[name for name in linear if name.startswith(letter)] for letter in "qkv"]
-    if all(len(names) == 1 for names in named):
-        return tuple(names[0] for names in named)
+    q, k, v = ([name for name in linear if name.startswith(letter)] for letter in "qkv")
+    if len(q) == len(k) == len(v) == 1:
+        return q[0], k[0], v[0]
     fused = FUSED.get(type(module).__name__)
     return (fused[0],) * 3 if fused is not None else None
 
 
-def _enclosing(path: str, candidates: dict[str, object]) -> str:
-    """The longest of the candidates' paths that contains `path`."""
-    around = [
-        name for name in candidates if path == name or path.startswith(name + ".") or name == ""
-    ]
+def _enclosing(path: str, candidates: dict[str, Any]) -> str:
+    """Return the longest of the candidates' paths that contains a path."""
+    around = [n for n in candidates if path == n or path.startswith(n + ".") or n == ""]
     return max(around, key=len)
 
 
-def _layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Entries of lists whose entries are all of one class: T5 keeps the parts of a layer in a list, too."""
-    found = {}
-    for name, parent in modules.items():
-        if isinstance(parent, nn.ModuleList) and len({type(child) for child in parent}) == 1:
-            found |= {f"{name}.{i}": child for i, child in enumerate(parent)}
-    return found
-
-
-class _Notes:
-    """What the modules of interest returned, in running order, and which attentions got an encoder's output."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, object] = {}
-        self.cross: set[str] = set()
-
-    def watch(self, name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
-                self.cross.add(name)
-
-        def after(_: nn.Module, args: tuple, output: object) -> None:
-            self.outputs[name] = _first(output)
-
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after)
-
-
-def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[BlockSite]]:
-    """All attentions and blocks of a transformers model, in the order in which they run.
-
-    Works on an adapted model too: names come from an empty copy. Raises ValueError for a model in which the structure is
-    not found, with the modules that were looked for.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"UniPELT needs a transformers model, got {type(model).__name__}")
-    probe = _empty_copy(model)
-    modules = dict(probe.named_modules())
-    if not model._can_set_attn_implementation() and not any(
-        type(module).__name__ in BY_SOFTMAX for module in modules.values()
-    ):
-        raise ValueError(
-            f"UniPELT does not support the model type {model.config.model_type}: its attention cannot be exchanged in transformers"
-        )
-    names = {id(module): name for name, module in modules.items()}
-    by_softmax = [name for name, module in modules.items() if type(module).__name__ in BY_SOFTMAX]
-    notes = _Notes()
+def _equal_layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the entries of lists of one class. T5 also keeps the parts of a layer in a list."""
+    layers = {}
     for name, module in modules.items():
-        notes.watch(name, module)
-    with probing() as calls:
-        _run_once(probe)
-        calls = {names[id(call.module)]: call for call in calls} | dict.fromkeys(by_softmax)
-    attentions = [name for name in notes.outputs if name in calls]
-    lists = _layers(modules)
-    _refuse_unknown(model, modules, attentions, lists, notes)
-    blocks = dict.fromkeys(_enclosing(name, lists) for name in attentions)
-    causal = {
-        name
-        for name in attentions
-        if name not in notes.cross and _causal(modules[name], calls[name])
-    }
-    causal_blocks = {_enclosing(name, lists) for name in causal}
-    if model.config._attn_implementation in SDPA and any(
-        not getattr(modules[name], "is_causal", True) for name in causal
-    ):
-        raise ValueError(
-            f"transformers' sdpa attention lets the decoder of {model.config.model_type} see later tokens; load it with attn_implementation='eager'"
-        )
-    hosts = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, PreTrainedModel) and mask_arguments(module)
-    }
-    sites = []
-    for name in attentions:
-        host, block = _enclosing(name, hosts), _enclosing(name, lists)
-        layer = sum(site.host == host and site.cross == (name in notes.cross) for site in sites)
-        sites.append(
-            _attention_site(
-                name,
-                modules,
-                calls[name],
-                host,
-                layer,
-                name in notes.cross,
-                name in causal,
-                block in causal_blocks,
-            )
-        )
-    norms = [
-        name
-        for name, module in modules.items()
-        if "Norm" in type(module).__name__ and name in notes.outputs
-    ]
-    return sites, [
-        _block_site(name, norms, notes.outputs, _enclosing(name, hosts), name in causal_blocks)
-        for name in blocks
-    ]
-
-
-def _refuse_unknown(
-    model: PreTrainedModel, modules: dict, attentions: list[str], lists: dict, notes: _Notes
-) -> None:
-    """Raises ValueError for a model to which UniPELT could be attached only in part."""
-    kind = f"UniPELT does not support the model type {model.config.model_type}"
-    if not attentions:
-        raise ValueError(
-            f"{kind}: looked for attentions that call transformers' exchangeable attention function and found none"
-        )
-    for name in attentions:
-        module = modules[name]
-        if _projections(module) is None:
-            linear = ", ".join(
-                child for child, m in module.named_children() if isinstance(m, (nn.Linear, Conv1D))
-            )
-            raise ValueError(
-                f"{kind}: looked for one query, one key and one value projection in {type(module).__name__}, found {linear}"
-            )
-        if not any(name.startswith(entry + ".") for entry in lists):
-            raise ValueError(f"{kind}: {name} is in no list of equal layers")
-    used = {entry.rpartition(".")[0] for entry in (_enclosing(name, lists) for name in attentions)}
-    for entry, module in lists.items():
-        if (
-            entry.rpartition(".")[0] in used
-            and entry in notes.outputs
-            and not any(name.startswith(entry + ".") for name in attentions)
-        ):
-            raise ValueError(
-                f"{kind}: the layer {entry} ({type(module).__name__}) has no attention"
-            )
-
-
-def _causal(module: nn.Module, call: Call | None) -> bool:
-    """By the mask it was given, else by its own word."""
-    return (
-        bool(getattr(module, "is_causal", False))
-        if call is None or call.causal is None
-        else call.causal
-    )
-
-
-def _attention_site(
-    name: str,
-    modules: dict,
-    call: Call | None,
-    host: str,
-    layer: int,
-    cross: bool,
-    causal: bool,
-    causal_block: bool,
-) -> AttentionSite:
-    module = modules[name]
-    query, _, value = _projections(module)
-    if call is None:  # BY_SOFTMAX
-        call = Call(
-            module,
-            module.num_attention_heads,
-            module.num_attention_heads,
-            module.attention_head_size,
-            None,
-        )
-    projection = modules[f"{name}.{query}"]
-    fused = FUSED.get(type(module).__name__) if query == value else None
-    return AttentionSite(
-        name=name,
-        host=host,
-        cross=cross,
-        layer=layer,
-        query=f"{name}.{query}",
-        value=f"{name}.{value}",
-        rows=FusedQKVLayout(fused[1], call.heads, call.kv_heads, call.head_size)
-        if fused is not None
-        else None,
-        hidden_size=projection.nx if isinstance(projection, Conv1D) else projection.in_features,
-        kv_heads=call.kv_heads,
-        head_size=call.head_size,
-        causal=causal,
-        causal_block=causal_block,
-        softmax_scale=BY_SOFTMAX[type(module).__name__](module)
-        if type(module).__name__ in BY_SOFTMAX
-        else None,
-    )
-
-
-def _block_site(
-    name: str, norms: list[str], outputs: dict[str, object], host: str, causal: bool
-) -> BlockSite:
-    closing = [
-        norm for norm in norms if norm.startswith(name + ".") and outputs[norm] is outputs[name]
-    ]
-    return BlockSite(
-        name=name,
-        host=host,
-        norm=closing[-1] if closing else None,
-        hidden_size=outputs[name].shape[-1],
-        causal=causal,
-    )
-
-
-def mask_arguments(host: nn.Module) -> dict[str, int]:
-    """Position of the arguments that a gate's pooling reads among a model's: padding masks and positions."""
-    names = list(inspect.signature(host.forward).parameters)
-    wanted = ("attention_mask", "encoder_attention_mask", "position_ids")
-    return (
-        {name: names.index(name) for name in wanted if name in names}
-        if "attention_mask" in names
-        else {}
-    )
-
-
-def head_names(model: nn.Module) -> list[str]:
-    """Children with weights that are neither the backbone nor its output embedding: the newly initialised head."""
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        return []
-    output = model.get_output_embeddings()
-    names = []
-    for name, child in model.named_children():
-        inside = set(map(id, child.modules()))
-        if (
-            child is model.base_model
-            or next(child.parameters(), None) is None
-            or (output is not None and id(output) in inside)
-        ):
-            continue
-        names.append(name)
-    return names
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+            layers |= {f"{name}.{i}": child for i, child in enumerate(module)}
+    return layers

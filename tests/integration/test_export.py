@@ -1,6 +1,5 @@
 """Exports: what is written gives what was trained, for every family; and the proof around it notices when it does not."""
 
-import ast
 import json
 import pathlib
 import shutil
@@ -12,8 +11,9 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
-from scaleup import errors
+from scaleup import errors, unipelt
 from scaleup.backbone import loading as backbones
 from scaleup.cli import main
 from scaleup.errors import CheckpointError, ConfigError
@@ -21,6 +21,7 @@ from scaleup.export import calibrate, export, fold
 from scaleup.export import folder as ship
 from scaleup.export import verify as proof
 from scaleup.unipelt.sites import find_sites
+from scaleup.unipelt.submodules import SUBMODULES
 from tests.utils.tiny import FAMILIES, adapt, backbone, implementation, logits, same, task_type
 from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
@@ -58,7 +59,7 @@ class Exported:
         dtype: torch.dtype = torch.float32,
     ):
         """The folder, written and loaded again, without a tensor missing or left over."""
-        config, tensors = fold.read_bundle(self.folder / "bundle")
+        config, tensors = fold.read_checkpoint(self.folder / "bundle")
         folded = fold.fold(config, tensors, self.attentions, self.blocks, gates, dropped)
         out = self.folder / "out"
         out.mkdir()
@@ -74,7 +75,7 @@ class Exported:
         )
         more = {"attn_implementation": implementation(self.family), "output_loading_info": True}
         model, info = self.auto.from_pretrained(
-            out, trust_remote_code=folded.spec is not None, **more
+            out, trust_remote_code=folded.specification is not None, **more
         )
         assert not any(info.values()), info
         return model.eval()
@@ -83,7 +84,7 @@ class Exported:
         draw = torch.Generator().manual_seed(0)
         places = [
             (site.name, part) for site in self.attentions for part in ("prefix", "lora", "value")
-        ] + [(fold.place(site), "adapter") for site in self.blocks]
+        ] + [(path, "adapter") for path in SUBMODULES["adapter"].paths([], self.blocks)]
         return {key: torch.rand((), generator=draw).item() for key in places}
 
 
@@ -116,7 +117,7 @@ def test_constants_folded_into_weights_equal_constants_in_the_gates(family, tmp_
     gates, before = exported.random_gates(), logits(exported.model)
     dropped = {
         (exported.attentions[0].name, "prefix"),
-        (fold.place(exported.blocks[-1]), "adapter"),
+        (SUBMODULES["adapter"].paths([], exported.blocks)[-1], "adapter"),
     }
     calibrate.freeze(exported.model, gates, dropped)
     expected = logits(exported.model)
@@ -131,7 +132,7 @@ def test_lora_alone_becomes_plain_weights_without_code(family, tmp_path):
     exported = Exported(family, tmp_path, submodules=["lora"])
     expected = logits(exported.model)
     loaded = exported.load(
-        fold.fixed_gates(
+        fold.constant_gates(
             exported.model.peft_config["default"], exported.attentions, exported.blocks
         )
     )
@@ -184,10 +185,10 @@ def test_learned_gates_stay_float32_in_a_half_precision_folder(tmp_path):
 def test_a_collapsed_prefix_gives_the_same_logits_under_peft(family, tmp_path):
     exported = Exported(family, tmp_path)
     expected = logits(exported.model)
-    config, tensors = fold.read_bundle(tmp_path / "bundle")
+    config, tensors = fold.read_checkpoint(tmp_path / "bundle")
     assert not any(".transform." in name for name in tensors)
     save_file(
-        {fold.OUTSIDE + name: tensor.contiguous() for name, tensor in tensors.items()},
+        {fold.PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()},
         tmp_path / "bundle" / "adapter_model.safetensors",
     )
     config.save_pretrained(str(tmp_path / "bundle"))
@@ -198,30 +199,17 @@ def test_a_collapsed_prefix_gives_the_same_logits_under_peft(family, tmp_path):
     assert (logits(again) - expected).abs().max() < 1e-6
 
 
-def test_the_folders_code_has_only_what_it_uses():
-    frozen, learned = (
-        ship.modelling_code(backbone("bert"), learned, version="0") for learned in (False, True)
-    )
-    trees = [ast.parse(code) for code in (frozen, learned)]
-    for tree in trees:
-        imported = {
-            node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        }
-        assert {name.partition(".")[0] for name in imported} <= {
-            "torch",
-            "transformers",
-            *sys.stdlib_module_names,
-        }
-    classes = [
-        {node.name for node in tree.body if isinstance(node, ast.ClassDef)} for tree in trees
-    ]
-    assert "LearnedGate" in classes[1] and not classes[0] & {
-        "LearnedGate",
-        "Tokens",
-        "PrefixTuning",
-    }
+def test_the_folders_code_is_a_copy_of_the_package_that_needs_neither_scaleup_nor_peft(tmp_path):
+    exported = Exported("bert", tmp_path)
+    exported.load(None)
+    package = pathlib.Path(unipelt.__file__).parent
+    sources = {path.read_bytes() for path in package.rglob("*.py")}
+    files = [p for p in (tmp_path / "out").glob("*.py") if p.name != "modeling_unipelt.py"]
+    assert {"exported.py", "adapter.py", "kernels.py", "narrow.py"} <= {p.name for p in files}
+    for path in [*files, tmp_path / "out" / "modeling_unipelt.py"]:
+        assert path in files and path.read_bytes() in sources or path.name == "modeling_unipelt.py"
+        needed = set(dynamic_module_utils.get_imports(path))
+        assert needed <= {"torch", "transformers", *sys.stdlib_module_names}, path
 
 
 @pytest.fixture(scope="module")

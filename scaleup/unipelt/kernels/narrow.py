@@ -22,21 +22,19 @@ FEW_ROWS = 32  # from here on x Wᵀ is the faster way
 FEW_COLUMNS = 4  # the same
 
 
-class WithoutGradients:
+class NoGradients:
     """In the place of autograd's context where no gradient is wanted."""
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Keeps nothing."""
 
 
-class Written(torch.autograd.Function):
+class HandWritten(torch.autograd.Function):
     """One whose gradients are written out. `run` is `apply`, without autograd's bookkeeping where no gradient is wanted."""
 
     @classmethod
     def run(cls, *args: object) -> Any:
-        return (
-            cls.apply(*args) if torch.is_grad_enabled() else cls.forward(WithoutGradients(), *args)
-        )
+        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(NoGradients(), *args)
 
 
 def _computes(wide: torch.Tensor, *linears: nn.Module) -> torch.dtype | None:
@@ -66,7 +64,7 @@ def _narrow(x_MD: torch.Tensor, weight_DR: torch.Tensor) -> torch.Tensor:
     return x_MD @ (weight_DR.contiguous() if x_MD.device.type == "cpu" else weight_DR)
 
 
-class _Narrow(Written):
+class _Narrow(HandWritten):
     @staticmethod
     def forward(
         ctx, x_BTD: torch.Tensor, dtype: torch.dtype, groups: list[int], *weights_RD: torch.Tensor
@@ -112,7 +110,7 @@ def narrow_products(x_BTD: torch.Tensor, *groups: list[nn.Linear]) -> list[torch
     )
 
 
-class _FewRows(Written):
+class _FewRows(HandWritten):
     @staticmethod
     def forward(
         ctx, x_LD: torch.Tensor, weight_RD: torch.Tensor, bias_R: torch.Tensor
@@ -138,7 +136,7 @@ def few_rows(x_LD: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     return _FewRows.run(x_LD, linear.weight, linear.bias)
 
 
-class _Add(Written):
+class _Add(HandWritten):
     @staticmethod
     def forward(
         ctx, result_BTD, v_BTR, gate_BT1, weight_DR, bias_D, in_place: bool

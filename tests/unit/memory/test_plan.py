@@ -215,7 +215,7 @@ def test_a_plan_for_a_gpu_knows_nothing_of_a_cpus_attention(workspace, monkeypat
     )
     planned = trace(lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32)
     monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
-    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_BESIDE_SLOW", 0)
+    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
     assert planned == trace(
         lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32
     )

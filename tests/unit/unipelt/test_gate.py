@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from scaleup.unipelt.gate import (
-    ConstantGate,
-    GateMoments,
-    LearnedGate,
-    gate_factory,
-    pool,
-    resolve_pooling,
-)
+from scaleup.unipelt.attachment import site_gates
+from scaleup.unipelt.config import UniPeltConfig
+from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool, resolve_pooling
+from scaleup.unipelt.sites import find_sites
+from tests.utils.tiny import backbone
 
 G = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
@@ -64,12 +61,11 @@ def test_one_projection_serves_several_gates():
 
 
 def test_an_ungated_site_is_a_constant_gate():
-    make = gate_factory(False, "auto", lora_scaling=2.0)
-    gate = make(4, ("prefix", "lora"), True)
-    assert isinstance(gate, ConstantGate) and gate(torch.randn(1, 2, 4), None) == {
-        "prefix": 1.0,
-        "lora": 2.0,
-    }
+    config = UniPeltConfig(submodules=["prefix", "lora"], gates="none", r=8, lora_alpha=16)
+    gates = site_gates(config, *find_sites(backbone("bert")))
+    assert gates["bert.encoder.layer.0.attention.self"] == {"prefix": 1.0, "lora": 2.0}
+    gate = ConstantGate({"prefix": 1.0, "lora": 2.0})
+    assert gate(torch.randn(1, 2, 4), None) == {"prefix": 1.0, "lora": 2.0}
     assert not list(gate.parameters())
 
 

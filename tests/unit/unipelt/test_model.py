@@ -20,8 +20,8 @@ from transformers import (
 from scaleup import parameter_counts
 from scaleup.backbone.method import apply_method
 from scaleup.settings.schema import MethodSettings
-from scaleup.unipelt.attention_site import AttentionGates
 from scaleup.unipelt.config import UniPeltConfig
+from scaleup.unipelt.lora import LoraMember
 from scaleup.unipelt.sites import find_sites
 from tests.utils.plain import PlainBart
 from tests.utils.tiny import LABELS, adapt, backbone, batch, inputs, same
@@ -357,14 +357,14 @@ def test_torch_compile_has_no_graph_break(family):
 @pytest.mark.parametrize("family", ["bert", "bart", "llama", "gpt2", "deberta-v2"])
 def test_lora_reads_what_one_product_made_with_the_gates(family, monkeypatch):
     """But in cross attention, whose values come from elsewhere; and not with dropout before A."""
-    seen, plain = [], AttentionGates.lora_product
+    seen, plain = [], LoraMember.product
 
     def product(self, projection, x_BTD):
-        found = plain(self, projection, x_BTD)
-        seen.append((self.site.cross and projection == "value") == (found is None))
-        return found
+        low_rank = plain(self, projection, x_BTD)
+        seen.append((self.layer.site.cross and projection == "value") == (low_rank is None))
+        return low_rank
 
-    monkeypatch.setattr(AttentionGates, "lora_product", product)
+    monkeypatch.setattr(LoraMember, "product", product)
     model = adapt(backbone(family), lora_dropout=0.5)
     model.eval()(**inputs(model))
     assert seen and all(seen)

@@ -114,7 +114,7 @@ def test_second_derivatives_are_refused_and_not_wrong():
 def test_it_is_the_way_for_few_keys_in_float32_on_a_cpu():
     query, few, more = (
         torch.zeros(2, H, tokens, E)
-        for tokens in (T, short.MOST_KEYS - L, short.MOST_KEYS_BESIDE_SLOW - L)
+        for tokens in (T, short.MOST_KEYS - L, short.MOST_KEYS_WITHOUT_FUSED - L)
     )
 
     def way(query, key, value=None, mask=None, length=L, dropout=0.0, per_query=False) -> bool:

@@ -9,14 +9,14 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from scaleup.unipelt.prefix import (
+from scaleup.unipelt.attention import (
     ATTENTION,
-    CHILD,
-    PrefixTuning,
-    spare_columns,
+    ATTENTION_CHILD,
+    alignment_padding,
     unipelt_sdpa,
     widen_mask,
 )
+from scaleup.unipelt.prefix import PrefixTuning
 
 B, T, S, H, E, L = 2, 4, 6, 4, 8, 3
 
@@ -28,9 +28,10 @@ class Site(nn.Module):
         super().__init__()
         self.is_causal, self.num_key_value_groups = causal, groups
         child = nn.Module()
-        child.site, child.take_prefix = types.SimpleNamespace(causal=causal), lambda: prefix
-        child.widened = widen_mask
-        self.add_module(CHILD, child)
+        child.prefix_source = types.SimpleNamespace(
+            causal=causal, take_prefix=lambda: prefix, widened=widen_mask, observer=lambda: None
+        )
+        self.add_module(ATTENTION_CHILD, child)
 
 
 def explicit(query, key, value, allowed, keys, values, gate, groups) -> torch.Tensor:
@@ -99,7 +100,7 @@ def test_a_mask_is_widened_in_its_own_kind():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_spare_columns_are_seen_by_nobody(causal):
+def test_alignment_padding_are_seen_by_nobody(causal):
     query, key = torch.zeros(B, H, T, E), torch.zeros(B, H, T, E)
     plain = torch.ones(T, T, dtype=torch.bool)
     seen = plain.tril() if causal else plain
@@ -108,7 +109,7 @@ def test_spare_columns_are_seen_by_nobody(causal):
         (seen[None, None], lambda wide: wide),
         (torch.zeros(1, 1, T, T).masked_fill(~seen, -torch.inf), lambda wide: wide == 0),
     ):
-        wide = allowed(widen_mask(mask, L, query, key, causal, spare=5)).expand(1, 1, T, -1)[0, 0]
+        wide = allowed(widen_mask(mask, L, query, key, causal, padding=5)).expand(1, 1, T, -1)[0, 0]
         assert (
             not wide[:, :5].any()
             and wide[:, 5 : 5 + L].all()
@@ -119,13 +120,13 @@ def test_spare_columns_are_seen_by_nobody(causal):
 def test_keys_are_brought_to_a_multiple_of_16_where_torch_is_faster_so():
     query, key = torch.zeros(B, H, T, E), torch.zeros(B, H, 128, E)
     assert (
-        spare_columns(query, key, 10, 0.0) == 6
-        and spare_columns(query, key[:, :, :118], 10, 0.0) == 0
+        alignment_padding(query, key, 10, 0.0) == 6
+        and alignment_padding(query, key[:, :, :118], 10, 0.0) == 0
     )
     assert (
-        spare_columns(query, key, 10, 0.1)
-        == spare_columns(query[:, :, :1], key, 10, 0.0)
-        == spare_columns(query.to("meta"), key, 10, 0.0)
+        alignment_padding(query, key, 10, 0.1)
+        == alignment_padding(query[:, :, :1], key, 10, 0.0)
+        == alignment_padding(query.to("meta"), key, 10, 0.0)
         == 0
     )
 

@@ -1,0 +1,165 @@
+"""Attaching UniPELT to the sites of a model.
+
+Every parent model (one that gets a padding mask) gets a `Tokens` child, every attention and block gets
+the layers of the submodules that sit there. The same code attaches a PEFT adapter for training and the
+modules of an exported folder.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .attention import ATTENTION_CHILD
+from .gate import ConstantGate, LearnedGate, resolve_pooling
+from .layers import AttentionGates, SiteLayer
+from .pooling import Tokens
+from .sites import AttentionSite, BlockSite, mask_arguments
+from .submodules import SUBMODULES, chosen
+
+TOKENS_CHILD = "unipelt_tokens"
+
+# Path of a site → submodule → constant in place of its gate, None for a learned gate.
+SiteGates = dict[str, dict[str, float | None]]
+
+
+def site_gates(config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]) -> SiteGates:
+    """Return the gates of a model in training: learned, or each submodule's constant (NoGate)."""
+    gates: SiteGates = {}
+    for submodule in chosen(config):
+        value = None if config.gates == "learned" else submodule.constant_gate(config)
+        for path in submodule.paths(attentions, blocks):
+            gates.setdefault(path, {})[submodule.name] = value
+    return gates
+
+
+class Attachment:
+    """One adapter on its way into a model.
+
+    Attributes:
+        model: the backbone.
+        config: settings of the method, with the fields of UniPeltConfig.
+        attentions, blocks: the sites of the model.
+        adapter_name: the name of the PEFT adapter, None in an exported folder.
+        tokens: the `Tokens` of each parent model, by path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        attentions: list[AttentionSite],
+        blocks: list[BlockSite],
+        gates: SiteGates,
+        adapter_name: str | None = None,
+    ):
+        self.model, self.config, self.adapter_name = model, config, adapter_name
+        self.attentions, self.blocks, self.gates = attentions, blocks, gates
+        learned = any(value is None for site in gates.values() for value in site.values())
+        parents = dict.fromkeys(site.parent for site in [*attentions, *blocks])
+        hooked = learned or adapter_name is not None
+        self.tokens = {parent: self._tokens(parent, hooked) for parent in parents}
+        self._attentions: dict[str, AttentionGates] = {}
+
+    def child(
+        self, parent: nn.Module, name: str, make: Callable[[], nn.Module], hooks: dict[str, str]
+    ) -> Any:
+        """Return `parent.name`, made and hooked the first time.
+
+        Args:
+            parent: the module that gets the child.
+            name: name of the child.
+            make: makes the child.
+            hooks: kind of hook on the parent (see `hook`) → name of a method of the child.
+        """
+        if name not in parent._modules:
+            child = make()
+            parent.add_module(name, child)
+            for kind, method in hooks.items():
+                self.hook(child, parent, kind, getattr(child, method))
+        return parent._modules[name]
+
+    def hook(self, layer: Any, module: nn.Module, kind: str, method: Callable) -> None:
+        """Call a bound method at each forward pass of a module until the layer is removed.
+
+        Hooks are bound methods, because closures would break copies of the model.
+
+        Args:
+            layer: the layer that owns the hook.
+            module: the module to watch.
+            kind: "before" the pass, "after" it, "first" of those after it, or "always" after it, which
+                includes passes that raised an exception.
+            method: the hook.
+        """
+        if kind == "before":
+            handle = module.register_forward_pre_hook(method, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(
+                method, always_call=kind == "always", prepend=kind == "first"
+            )
+        layer.handles.append(handle)
+
+    def has(self, path: str, submodule: str) -> bool:
+        """Return whether a submodule sits at a site."""
+        return submodule in self.gates.get(path, {})
+
+    def gate(
+        self, layer: SiteLayer, path: str, names: tuple[str, ...], hidden_size: int, causal: bool
+    ) -> nn.Module:
+        """Return the gate of submodules that share a layer.
+
+        Args:
+            layer: the layer that will hold the gate.
+            path: path of the site.
+            names: the submodules.
+            hidden_size: width of the input that the gate reads.
+            causal: whether the gate must not depend on later tokens.
+        """
+        constants = {name: self.gates[path][name] for name in names}
+        known = {name: value for name, value in constants.items() if value is not None}
+        if len(known) == len(names):
+            return ConstantGate(known)
+        pooling = resolve_pooling(self.config.gate_pooling, causal)
+        gate, tokens, slots = (
+            LearnedGate(hidden_size, names, pooling),
+            layer.tokens,
+            layer.running.slots,
+        )
+        if pooling == "causal" and tokens.kv_layers and len(names) not in slots:
+            slots[len(names)] = tokens.new_slot(len(names))  # its totals travel in the KV cache
+        return gate
+
+    def attention(self, site: AttentionSite) -> AttentionGates:
+        """Return the layer of an attention, with this adapter's gates for all submodules there."""
+        if site.name not in self._attentions:
+            query = self.model.get_submodule(site.query)
+            layer = self.child(
+                self.model.get_submodule(site.name),
+                ATTENTION_CHILD,
+                lambda: AttentionGates(query, site, self.tokens[site.parent]),
+                {"before": "before_attention", "always": "after_attention"},
+            )
+            names = tuple(name for name in SUBMODULES if name in self.gates[site.name])
+            gate = self.gate(layer, site.name, names, site.hidden_size, site.causal_block)
+            layer.add(self.adapter_name, unipelt_gate=gate)
+            self._attentions[site.name] = layer
+        return self._attentions[site.name]
+
+    def _tokens(self, parent: str, hooked: bool) -> Tokens:
+        module = self.model.get_submodule(parent)
+        new = TOKENS_CHILD not in module._modules
+        hooks = {"before": "capture", "after": "store"} if hooked else {}
+        child: Tokens = self.child(
+            module, TOKENS_CHILD, lambda: Tokens(mask_arguments(module)), hooks
+        )
+        causal = [site for site in self.attentions if site.parent == parent and site.causal]
+        if new and hooked and causal:
+            child.kv_layers = len(causal)
+            self.hook(child, self.model.get_submodule(causal[0].name), "before", child.note_cache)
+        return child
+
+
+def attach(attachment: Attachment) -> None:
+    """Attach all submodules of an adapter. PEFT's LoRA layers must be there already."""
+    for submodule in chosen(attachment.config):
+        submodule.attach(attachment)

@@ -1,0 +1,378 @@
+"""Attention with a gated prefix, registered as attention functions of transformers.
+
+    softmax([g q·P_Kᵀ, q·Kᵀ] / √E) · [g P_V; V]
+
+The prefix enters in the attention function, so that it takes part in every attention (encoder, decoder,
+cross), every query sees it, positions of real tokens do not shift, and nothing of it is kept in a KV
+cache. A gate per example scales keys and values; a gate per token scales scores and values per query.
+
+This is the only file that touches transformers' attention and mask registries and the eager attention
+functions of its modelling files.
+
+Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, L prefix length.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .gate import GateValue
+from .kernels import attend, is_short, target_device
+
+# The plain implementation → its name with a prefix. An exported folder has names of its own, because
+# one process may load scaleup and several exported models.
+FAMILY = "unipelt" if __name__.startswith("scaleup.") else "unipelt_exported"
+ATTENTION = {plain: f"{FAMILY}_{plain}" for plain in ("sdpa", "eager")}
+PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
+ATTENTION_CHILD = "unipelt_attention"  # the child of an attention that evaluates its gates
+ALIGNMENT = 16  # keys; torch's fused CPU attention takes a fifth longer over 138 keys than over 144
+
+Prefix = tuple[torch.Tensor, GateValue]  # keys and values [2, G, L, E], gate
+
+
+def use_prefix_attention(model: PreTrainedModel) -> None:
+    """Switch a model to the attention functions that take a prefix.
+
+    Raises:
+        ValueError: for an attention implementation without such a function.
+    """
+    for part in models_with_own_config(model):
+        current = part.config._attn_implementation
+        if current in ATTENTION.values():
+            continue
+        if current not in ATTENTION:
+            raise ValueError(
+                f"the prefix works with sdpa or eager attention, not with {current}; "
+                "load the model with attn_implementation='sdpa'"
+            )
+        part.set_attn_implementation(ATTENTION[current])
+        assert part.config._attn_implementation == ATTENTION[current]
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Switch a model back to the plain attention functions."""
+    plain = {name: implementation for implementation, name in ATTENTION.items()}
+    for part in models_with_own_config(model):
+        if part.config._attn_implementation in plain:
+            part.set_attn_implementation(plain[part.config._attn_implementation])
+
+
+def models_with_own_config(model: nn.Module) -> list[PreTrainedModel]:
+    """Return one model per config: T5's encoder and decoder have copies, which need a switch each."""
+    models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return list({id(part.config): part for part in models}.values())
+
+
+def alignment_padding(
+    query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, length: int, dropout: float
+) -> int:
+    """Return how many invisible keys bring the number of keys to a multiple of ALIGNMENT.
+
+    0 where that is not worth a mask: with dropout the fused CPU attention is not used, and a single
+    query takes next to no time.
+    """
+    worth = target_device(query_BHTE) == "cpu" and query_BHTE.shape[2] > 1 and not dropout
+    return -(key_BGSE.shape[2] + length) % ALIGNMENT if worth else 0
+
+
+def widen_mask(
+    mask: torch.Tensor | None,
+    length: int,
+    query_BHTE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    causal: bool,
+    padding: int = 0,
+) -> torch.Tensor | None:
+    """Add columns for a prefix in front of an attention mask.
+
+    No mask with causal attention means "rely on is_causal", which a longer key would misalign, so the
+    causal mask is written out.
+
+    Args:
+        mask: boolean or additive, [B or 1, H or 1, T, S], or None. The result has the same type.
+        length: columns that every query sees.
+        query_BHTE, key_BGSE: tensors that give the sizes.
+        causal: whether queries do not see later keys.
+        padding: columns in front of these that no query sees.
+    """
+    queries, keys = query_BHTE.shape[2], key_BGSE.shape[2]
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        front = mask.new_full((*mask.shape[:-1], padding + length), True if boolean else 0.0)
+        front[..., :padding] = False if boolean else torch.finfo(mask.dtype).min
+        return torch.cat([front, mask], dim=-1)
+    if (not causal or queries == 1) and not padding:
+        return None
+    rows = queries if causal else 1
+    visible = query_BHTE.new_ones(rows, padding + length + keys, dtype=torch.bool)
+    visible = visible.tril(diagonal=padding + length) if causal else visible
+    visible[:, :padding] = False
+    return visible[None, None]
+
+
+class WideMasks:
+    """The widened masks of one forward pass. Layers with the same mask share one."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple] = []
+
+    def __call__(
+        self,
+        mask: torch.Tensor | None,
+        length: int,
+        query_BHTE: torch.Tensor,
+        key_BGSE: torch.Tensor,
+        causal: bool,
+        padding: int = 0,
+    ) -> torch.Tensor | None:
+        """Return `widen_mask` of these arguments."""
+        sizes = (length, query_BHTE.shape[2], key_BGSE.shape[2], causal, padding)
+        for other, same_sizes, wide in self.known:
+            if other is mask and sizes == same_sizes:
+                return wide
+        wide = widen_mask(mask, length, query_BHTE, key_BGSE, causal, padding)
+        self.known.append((mask, sizes, wide))
+        return wide
+
+
+def _join_scaled(
+    prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor, padding: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the prefix, scaled by one gate per example, and `padding` zeros in front of keys and values."""
+    kv, gate = prefix
+    if isinstance(gate, torch.Tensor):  # a matrix product, because its gradients are faster
+        kv = (gate.flatten(1).to(kv.dtype) @ kv.reshape(1, -1)).unflatten(1, kv.shape)  # [B, 2, …]
+    elif gate != 1.0:
+        kv = gate * kv
+    batch = key_BGSE.shape[0]
+    keys, values = (part.to(key_BGSE.dtype).expand(batch, -1, -1, -1) for part in kv.unbind(dim=-4))
+    zeros = key_BGSE.new_zeros(()).expand(*key_BGSE.shape[:2], padding, key_BGSE.shape[3])
+    front = [zeros] if padding else []
+    return torch.cat([*front, keys, key_BGSE], dim=2), torch.cat([*front, values, value_BGSE], 2)
+
+
+def _attend_per_token(
+    plain: Callable,
+    module: nn.Module,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    prefix: Prefix,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute softmax([g_t q_t·P_Kᵀ, q_t·Kᵀ]) · [g_t P_V; V] with any attention kernel.
+
+    Heads grow by L columns. A query carries its gated prefix scores there, the prefix keys are unit
+    vectors that read them, and the same unit vectors among the values return the prefix's share of the
+    softmax, which then weighs P_V.
+    """
+    query, key, value = qkv
+    kv, gate_BT1 = prefix
+    assert isinstance(gate_BT1, torch.Tensor)
+    keys_HLE, values_HLE = kv.to(query.dtype).repeat_interleave(query.shape[1] // kv.shape[1], 1)
+    head_size, length = query.shape[-1], keys_HLE.shape[1]
+    extra = -(head_size + length) % 8 + length  # kernels need multiples of 8
+
+    scores_BHTL = gate_BT1.unsqueeze(1) * (query @ keys_HLE.transpose(1, 2))
+    wide_query = torch.cat([query, nn.functional.pad(scores_BHTL, (0, extra - length))], dim=-1)
+    eye_LW = torch.eye(length, extra, device=query.device, dtype=query.dtype)
+    unit = nn.functional.pad(eye_LW, (head_size, 0)).expand(*key.shape[:2], -1, -1)
+    wide_key = torch.cat([unit, nn.functional.pad(key, (0, extra))], dim=2)
+    wide_value = torch.cat([unit, nn.functional.pad(value, (0, extra))], dim=2)
+    out_BTHW, weights = plain(module, wide_query, wide_key, wide_value, mask, **kwargs)
+    share_BTHL = out_BTHW[..., head_size : head_size + length]
+    of_prefix = torch.einsum("bthl,hle->bthe", share_BTHL, values_HLE) * gate_BT1.unsqueeze(-1)
+    return out_BTHW[..., :head_size] + of_prefix, weights
+
+
+class PrefixSource(Protocol):
+    """What hands the prefix of the running pass to an attention function."""
+
+    causal: bool  # the attention's own mask: queries do not see later keys
+
+    def take_prefix(self) -> Prefix | None: ...
+
+    def widened(self, *mask_and_sizes: Any) -> torch.Tensor | None: ...
+
+    def observer(self) -> Callable[[torch.Tensor, torch.Tensor], None] | None: ...
+
+
+def _attend(
+    plain: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call `plain` as transformers calls it, with the prefix of the module if there is one."""
+    layer = module._modules.get(ATTENTION_CHILD)
+    source: PrefixSource | None = layer.prefix_source if layer is not None else None
+    prefix = source.take_prefix() if source is not None else None
+    if source is None or prefix is None:
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observer = source.observer()
+    if observer is None:
+        return _join(
+            plain, module, (query, key, value), attention_mask, scaling, source, prefix, kwargs
+        )
+    without = plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
+    out, weights = _join(
+        plain, module, (query, key, value), attention_mask, scaling, source, prefix, kwargs
+    )
+    observer((out - without).flatten(2), out.flatten(2))
+    return out, weights
+
+
+def _join(
+    plain: Callable,
+    module: nn.Module,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    source: PrefixSource,
+    prefix: Prefix,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call `plain` with the prefix in front of keys and values, or an equivalent kernel."""
+    query, key, value = qkv
+    length, gate = prefix[0].shape[2], prefix[1]
+    causal = kwargs.get("is_causal")
+    causal = source.causal if causal is None else causal
+    per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
+    dropout, sdpa = kwargs.get("dropout", 0.0), plain is not _plain_eager
+    biased = kwargs.get("position_bias") is not None
+    if sdpa and not biased and is_short(*qkv, attention_mask, length, dropout, per_token):
+        mask = source.widened(attention_mask, length, query, key, causal)
+        return attend(*qkv, *prefix, mask, scaling, dropout), None
+    padding = alignment_padding(query, key, length, dropout) if sdpa and not per_token else 0
+    mask = source.widened(attention_mask, length, query, key, causal, padding)
+    kwargs = kwargs | {"is_causal": False, "scaling": scaling}  # the mask contains the causal part
+    if biased:  # T5's bias depends on the distance between tokens, which a prefix does not have
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (padding + length, 0))
+    if per_token:
+        return _attend_per_token(plain, module, qkv, mask, prefix, **kwargs)
+    key, value = _join_scaled(prefix, key, value, padding)
+    return plain(module, query, key, value, mask, **kwargs)
+
+
+def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+    """Compute scaled-dot-product attention with the module's gated prefix."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return _attend(plain, module, query, key, value, attention_mask, **kwargs)
+
+
+def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+    """Call the eager attention of the module's modelling file with the module's gated prefix."""
+    return _attend(_plain_eager, module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain_eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+class SoftmaxPrefix(TorchFunctionMode):
+    """A prefix for an attention that computes softmax(scores [B, H, T, S]) itself.
+
+    While the mode is active, the scores grow by L columns in front. Their share of the softmax is kept
+    for `context`; the rest returns to the attention, which multiplies it with its values.
+    """
+
+    def __init__(self, prefix: Prefix, query_BTD: torch.Tensor, scaling: float, dropout: float):
+        super().__init__()
+        self.prefix, self.query_BTD = prefix, query_BTD
+        self.scaling, self.dropout = scaling, dropout
+        self.share_BHTL: torch.Tensor | None = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is not nn.functional.softmax:
+            return function(*args, **(kwargs or {}))
+        assert self.share_BHTL is None, "one softmax per attention"
+        (keys_HLE, _), gate = self.prefix
+        scores_BHTS = args[0]
+        heads, length, size = keys_HLE.shape
+        query_BHTE = self.query_BTD.unflatten(-1, (heads, size)).transpose(1, 2)
+        scores_BHTL = query_BHTE @ keys_HLE.to(query_BHTE.dtype).transpose(1, 2)
+        scores_BHTL = scores_BHTL * self.scaling * _per_head(gate)
+        share = torch.cat([scores_BHTL.to(scores_BHTS.dtype), scores_BHTS], dim=-1).softmax(dim=-1)
+        self.share_BHTL = nn.functional.dropout(share[..., :length], self.dropout)
+        return share[..., length:]
+
+    def context(self) -> torch.Tensor:
+        """Return what the prefix adds to the attention's output, [B, T, H·E]."""
+        assert self.share_BHTL is not None
+        (_, values_HLE), gate = self.prefix
+        out_BHTE = self.share_BHTL @ values_HLE.to(self.share_BHTL.dtype) * _per_head(gate)
+        return out_BHTE.transpose(1, 2).flatten(2)
+
+
+def _per_head(gate: GateValue) -> GateValue:
+    """Shape a gate [B, 1 or T, 1] for scores [B, H, T, L]."""
+    return gate.unsqueeze(1) if isinstance(gate, torch.Tensor) else gate
+
+
+class Call(NamedTuple):
+    """What an attention asked of its attention function. `causal` is None without a mask."""
+
+    module: nn.Module
+    heads: int
+    kv_heads: int
+    head_size: int
+    causal: bool | None
+
+
+_calls: list[Call] = []
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[list[Call]]:
+    """Record the calls of attentions in models whose attention implementation is PROBE."""
+    _calls.clear()
+    try:
+        yield _calls
+    finally:
+        _calls.clear()
+
+
+def unipelt_probe(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+    """Record the call and return zeros of the right shape."""
+    causal = None if attention_mask is None else attention_mask.shape[2] > 1
+    _calls.append(Call(module, query.shape[1], key.shape[1], query.shape[3], causal))
+    return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def probe_mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = None, **kwargs: Any
+) -> torch.Tensor:
+    """Return the mask of PROBE, which has one row per query if it is causal.
+
+    Real mask functions look at values, which a model on the meta device does not have.
+    """
+    first, last = torch.tensor(0), torch.tensor(kv_length - 1)
+    visible = mask_function is None or bool(mask_function(first, first, first, last))
+    return torch.empty(batch_size, 1, 1 if visible else q_length, kv_length, device="meta")
+
+
+def register_attention() -> None:
+    """Register the attention functions in transformers.
+
+    Their mask functions are registered too: without them a model's mask would silently be None.
+    """
+    for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
+        AttentionInterface.register(ATTENTION[plain], function)
+        AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    AttentionInterface.register(PROBE, unipelt_probe)
+    AttentionMaskInterface.register(PROBE, probe_mask)
+
+
+register_attention()

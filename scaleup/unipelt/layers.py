@@ -1,0 +1,201 @@
+"""Modules that sit beside a module of the backbone instead of wrapping it.
+
+    AuxiliaryLayer     entries (gates, adapters, prefixes) of one or more PEFT adapters
+    SiteLayer          adds the gates of a site; evaluates the gates and all narrow maps that read the
+                       same input as one product
+    AttentionGates     the SiteLayer of an attention, whose gates several submodules share
+
+In an exported folder, where there is only one set of weights, entries are plain child modules.
+
+Shapes: B examples, T tokens, D hidden size, R columns of a narrow product.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import PrefixSource
+from .gate import GateValue
+from .kernels import narrow_products
+from .peft_names import BaseTunerLayer
+from .pooling import RunningMean, Tokens
+from .sites import AttentionSite
+
+
+class AuxiliaryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A PEFT tuner layer beside a module. PEFT saves, freezes and switches its entries.
+
+    Args:
+        reference_module: the module whose device and dtype new entries take. Beside quantised weights
+            entries stay float32.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+
+    def __init__(self, reference_module: nn.Module):
+        super().__init__()
+        # In a tuple, because an attribute would register the module as a child.
+        self._reference_module = (reference_module,)
+        self.merged_adapters: list[str] = []
+        self.handles: list[Any] = []
+        # Called as observer(submodule, change_BTD, whole_BTD) while an export measures by how much
+        # each submodule changes the value that it is added to.
+        self.observer: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the module that PEFT asks for device and dtype."""
+        module = self._reference_module[0]
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+    def add(self, adapter_name: str | None, **entries: nn.Module | nn.Parameter) -> None:
+        """Add the entries of one adapter; without a name they become plain children."""
+        assert entries.keys() == set(self.adapter_layer_names), entries.keys()
+        for container, entry in entries.items():
+            if adapter_name is None:
+                setattr(self, container, entry)
+            else:
+                getattr(self, container)[adapter_name] = entry
+        if adapter_name is not None:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def active(self, container: str) -> Any:
+        """Return the entry of the active adapter, or None if there is none or it is disabled."""
+        return self.active_entry(getattr(self, container))
+
+    def active_entry(self, entries: Any) -> Any:
+        """Return the active adapter's entry of a container that belongs to another layer."""
+        if not isinstance(entries, nn.ModuleDict):  # an exported folder
+            return entries
+        if self.disable_adapters:
+            return None
+        return next((entries[name] for name in self.active_adapters if name in entries), None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError: a gated submodule cannot be merged into weights."""
+        raise ValueError(
+            "UniPELT cannot be merged into the weights exactly; keep the adapter, or unload() it"
+        )
+
+    def unmerge(self) -> None:
+        assert not self.merged_adapters
+
+
+class SiteLayer(AuxiliaryLayer):
+    """An auxiliary layer with gates that read the input of its site."""
+
+    adapter_layer_names = ("unipelt_gate",)
+
+    def __init__(self, reference_module: nn.Module, tokens: Tokens):
+        super().__init__(reference_module)
+        self._tokens = (tokens,)  # in a tuple, because the parent model owns it
+        self.running = RunningMean(tokens)
+
+    @property
+    def tokens(self) -> Tokens:
+        """What is known about the tokens of the running pass."""
+        return self._tokens[0]
+
+    def evaluate(
+        self, x_BTD: torch.Tensor, groups: Sequence[Sequence[nn.Linear]], joined: bool = False
+    ) -> tuple[dict[str, GateValue], list[torch.Tensor | None]]:
+        """Evaluate the gates and the narrow linear maps of one input, the latter without biases.
+
+        Args:
+            x_BTD: input of the site.
+            groups: linear maps of that input, each with few outputs.
+            joined: whether one product for everything is faster than one per group.
+
+        Returns:
+            The gates by name, and the products of each group side by side, [B, T, R]. A product is None
+            if the caller has to call its maps itself.
+        """
+        gate = self.active("unipelt_gate")
+        products: list[torch.Tensor | None] = [None] * len(groups)
+        logits = None
+        maps = [linear for group in groups for linear in group]
+        if maps and isinstance(gate, nn.Linear):
+            results = narrow_products(x_BTD, *([[*maps, gate]] if joined else [*groups, [gate]]))
+            if results is not None and joined:
+                widths = [sum(linear.out_features for linear in group) for group in groups]
+                results = results[0].split_with_sizes([*widths, gate.out_features], dim=-1)
+            if results is not None:
+                *products, logits = results
+        mask_BT = self.tokens.real(x_BTD.shape[1])
+        return gate(x_BTD, mask_BT, running=self.running, logits_BTN=logits), products
+
+
+class AttentionMember:
+    """The part of one submodule at one attention. It keeps the state of a pass until `end`."""
+
+    def maps(self) -> list[nn.Linear]:
+        """Return the linear maps of the attention's input to evaluate together with the gates.
+
+        The list is empty if there are none, or if the member must evaluate them itself this time.
+        """
+        return []
+
+    def begin(self, attention: nn.Module, kwargs: dict, inputs: "AttentionInputs") -> None:
+        """Take its gate when the attention is called."""
+        raise NotImplementedError
+
+    def end(self, output: Any) -> Any:
+        """Finish the pass.
+
+        Args:
+            output: the attention's output, None if the attention raised an exception.
+
+        Returns:
+            The output that replaces it, or None.
+        """
+        return None
+
+
+@dataclasses.dataclass(slots=True)
+class AttentionInputs:
+    """What a member gets when its attention is called.
+
+    Attributes:
+        h_BTD: input of the attention.
+        gate: the member's gate.
+        product_BTR: its `maps` of the input side by side, None if it has to evaluate them itself.
+    """
+
+    h_BTD: torch.Tensor
+    gate: GateValue
+    product_BTR: torch.Tensor | None
+
+
+class AttentionGates(SiteLayer):
+    """The child of an attention that evaluates its gates and hands them to the submodules there."""
+
+    def __init__(self, reference_module: nn.Module, site: AttentionSite, tokens: Tokens):
+        super().__init__(reference_module, tokens)
+        self.site = site
+        self.members: dict[str, AttentionMember] = {}  # by the name of the submodule
+        self.prefix_source: PrefixSource | None = None
+
+    def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Evaluate the gates. This is a forward pre-hook of the attention."""
+        gate = self.active("unipelt_gate")
+        if gate is None:
+            return
+        h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        names = [name for name in gate.names if name in self.members]
+        groups = [self.members[name].maps() for name in names]
+        gates, products = self.evaluate(h_BTD, groups, joined=True)
+        for name, group, product in zip(names, groups, products):
+            inputs = AttentionInputs(h_BTD, gates[name], product if group else None)
+            self.members[name].begin(attention, kwargs, inputs)
+
+    def after_attention(self, attention: nn.Module, args: tuple, output: object) -> object:
+        """Finish the pass. This is a forward hook of the attention, also after an exception."""
+        replaced = None
+        for member in self.members.values():
+            result = member.end(output if replaced is None else replaced)
+            replaced = result if result is not None else replaced
+        return replaced

@@ -1,0 +1,15 @@
+"""The names of PEFT that submodules build on.
+
+The files of this package also run inside exported folders, where PEFT need not be installed. There
+the names below are placeholders, and the code that needs PEFT is never reached.
+"""
+
+try:
+    from peft import PrefixEncoder, PrefixTuningConfig
+    from peft.tuners.lora.layer import LoraLayer, LoraVariant
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError:
+    PrefixEncoder = PrefixTuningConfig = None
+    LoraLayer = LoraVariant = BaseTunerLayer = object
+
+__all__ = ["BaseTunerLayer", "LoraLayer", "LoraVariant", "PrefixEncoder", "PrefixTuningConfig"]
