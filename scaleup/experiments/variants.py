@@ -230,10 +230,10 @@ def _merged(options: BenchOptions) -> PreTrainedModel:
         work = pathlib.Path(name)
         base.save_pretrained(work / "base")
         model.save_pretrained(str(work / "adapter"))
-        config, tensors = fold.read_bundle(work / "adapter")
+        config, tensors = fold.read_checkpoint(work / "adapter")
         empty = empty_model(copy.deepcopy(base.config), "sdpa", torch.float32, cpu.auto_class)
         sites = find_sites(empty)
-        gates = dict.fromkeys(fold.fixed_gates(config, *sites), 0.5)
+        gates = dict.fromkeys(fold.constant_gates(config, *sites), 0.5)
         folded = fold.fold(config, tensors, *sites, gates)
         out = work / "merged"
         out.mkdir()
