@@ -1,7 +1,8 @@
 """The names of PEFT that submodules build on.
 
 The files of this package also run inside exported folders, where PEFT need not be installed. There
-the names below are placeholders, and the code that needs PEFT is never reached.
+the names below are empty classes: nothing is an instance of them, and the code that needs PEFT is
+never reached.
 """
 
 try:
@@ -9,7 +10,10 @@ try:
     from peft.tuners.lora.layer import LoraLayer, LoraVariant
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError:
-    PrefixEncoder = PrefixTuningConfig = None
-    LoraLayer = LoraVariant = BaseTunerLayer = object
+    BaseTunerLayer = type("BaseTunerLayer", (), {})
+    LoraLayer = type("LoraLayer", (), {})
+    LoraVariant = type("LoraVariant", (), {})
+    PrefixEncoder = type("PrefixEncoder", (), {})
+    PrefixTuningConfig = type("PrefixTuningConfig", (), {})
 
 __all__ = ["BaseTunerLayer", "LoraLayer", "LoraVariant", "PrefixEncoder", "PrefixTuningConfig"]
