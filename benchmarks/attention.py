@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks.cases import argument_parser, write_result
+from scaleup.unipelt.attention import ATTENTION_CHILD, unipelt_sdpa, widen_mask
 from scaleup.unipelt.kernels import short_attention
-from scaleup.unipelt.prefix import CHILD, unipelt_sdpa, widen_mask
 
 # (examples, tokens)
 SHAPES = ((16, 16), (16, 32), (16, 48), (16, 64), (16, 96), (16, 128), (8, 180), (4, 256))
@@ -34,9 +34,10 @@ class Attention(nn.Module):
         super().__init__()
         self.is_causal, self.num_key_value_groups = causal, 1
         child = nn.Module()
-        child.site = types.SimpleNamespace(causal=causal)
-        child.take_prefix, child.widened = lambda: prefix, widen_mask
-        self.add_module(CHILD, child)
+        child.prefix_source = types.SimpleNamespace(
+            causal=causal, take_prefix=lambda: prefix, widened=widen_mask, observer=lambda: None
+        )
+        self.add_module(ATTENTION_CHILD, child)
 
 
 def measure(batch: int, tokens: int, gate: str, rounds: int) -> dict[str, list[float]]:
@@ -51,7 +52,7 @@ def measure(batch: int, tokens: int, gate: str, rounds: int) -> dict[str, list[f
     milliseconds: dict[str, list[float]] = {way: [] for way in MOST_KEYS}
     for number in range(rounds + WARM_UP_ROUNDS):
         for way, most in MOST_KEYS.items():
-            short_attention.MOST_KEYS = short_attention.MOST_KEYS_BESIDE_SLOW = most
+            short_attention.MOST_KEYS = short_attention.MOST_KEYS_WITHOUT_FUSED = most
             for leaf in (*hidden, prefix, gates):
                 leaf.grad = None
             began = time.perf_counter()

@@ -99,7 +99,11 @@ def _checked_submodules(names: Any) -> list[str]:
     """Return the submodules in the order of the list, or raise ValueError."""
     names = [names] if isinstance(names, str) else names
     is_list = isinstance(names, list | tuple | set) and len(names) > 0
-    if not is_list or any(n not in list(SUBMODULES) for n in names) or len(set(names)) != len(names):
+    if (
+        not is_list
+        or any(n not in list(SUBMODULES) for n in names)
+        or len(set(names)) != len(names)
+    ):
         *first, last = SUBMODULES
         raise ValueError(
             f"submodules must name {', '.join(first)} or {last}, each at most once and at least one; "

@@ -207,7 +207,9 @@ class _Search:
         self.modules: dict[str, nn.Module] = dict(probe.named_modules())
         by_softmax = [n for n, m in self.modules.items() if type(m).__name__ in BY_SOFTMAX]
         if not model._can_set_attn_implementation() and not by_softmax:
-            raise ValueError(f"{self._unsupported()}: its attention cannot be exchanged in transformers")
+            raise ValueError(
+                f"{self._unsupported()}: its attention cannot be exchanged in transformers"
+            )
         self.outputs: dict[str, Any] = {}  # in the order in which modules finished
         self.cross: set[str] = set()
         for name, module in self.modules.items():

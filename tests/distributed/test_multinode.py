@@ -157,7 +157,8 @@ def test_a_link_that_goes_down_is_reported_by_both_sides_within_a_minute(both, w
     assert "error: " in both.output(1) and "rank 0 on host n01" in both.output(1)
     for host in (0, 1):
         assert (
-            "Traceback" not in both.output(host) and both.output(host).count("train.resume=auto") == 1
+            "Traceback" not in both.output(host)
+            and both.output(host).count("train.resume=auto") == 1
         )
 
 

@@ -19,7 +19,6 @@ from scaleup.training.checkpoint import verify
 from scaleup.training.trainer import RunTrainer
 from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
 
-
 TQDM_OFF = "train.disable_tqdm=true"
 
 
