@@ -30,8 +30,8 @@ from scaleup.settings.schema import DataSettings, Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training import checkpoint
 from scaleup.training.callbacks import GateStatistics
-from scaleup.unipelt.config import SUBMODULES
 from scaleup.unipelt.gate import LearnedGate, pool
+from scaleup.unipelt.submodules import SUBMODULES
 
 SPLITS = ("train", "dev", "test")
 Site = tuple[str, str]  # module and submodule of a gate
