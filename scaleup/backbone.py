@@ -178,6 +178,7 @@ def load_model(
             )  # fmt: skip
             if settings.quantization == "8bit":
                 quantised.leave_out_scales(model)
+            quantised.keep_layout(model)
             quantised.renew_heads(model, empty, heads)
     except ConfigError:
         raise

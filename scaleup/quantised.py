@@ -4,6 +4,7 @@ What both libraries leave undone around it is mended here, and only here.
 """
 
 import logging
+import sys
 
 import torch
 from torch import nn
@@ -21,6 +22,28 @@ def leave_out_scales(model: nn.Module) -> None:
 def _without_scales(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
     for key in ("SCB", "weight_format"):
         state.pop(prefix + key, None)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference, on CPUs with AVX512-BF16.
+
+    At the first forward pass in evaluation mode it would replace them by a layout that no gradient
+    passes, in training mode neither, with scales rounded to bfloat16; and it would fail for layers
+    whose inputs are no multiple of 64 or whose outputs are none of 32. Call it before that pass.
+
+    Raises ValueError for weights that are repacked already: bitsandbytes cannot restore them.
+    """
+    library = sys.modules.get("bitsandbytes")  # not imported: no module can be one of its layers
+    for name, module in model.named_modules() if library is not None else ():
+        if not isinstance(module, library.nn.Linear4bit):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has repacked the 4-bit weights of {name} for inference on this CPU, "
+                "and no gradient passes them any more; load the model anew and attach UniPELT "
+                "before the first forward pass in evaluation mode"
+            )
+        module.support_avx512bf16_for_cpu = False  # all that decides, in each layer
 
 
 def arguments(quantization: str, whole: tuple[str, ...], dtype: torch.dtype, device: torch.device | None) -> dict:

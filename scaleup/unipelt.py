@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from scaleup import quantised
 from scaleup.attach import BANK_CHILD, BLOCK_CHILD, TOKENS_CHILD, attach, use_prefix_attention, with_own_config
 from scaleup.backbone import head_names
 from scaleup.config import SUBMODULES, MethodSettings
@@ -115,6 +116,7 @@ class UniPeltModel(LoraModel):
     ) -> None:  # fmt: skip
         """LoRA the way PEFT does it, then gates, prefixes and adapters, then the head."""
         config = self.peft_config[adapter_name]
+        quantised.keep_layout(model)  # a backbone that the user has loaded
         attentions, blocks = find_sites(model)
         if "prefix" in config.submodules and any(site.softmax_scale is None for site in attentions):
             use_prefix_attention(model)
