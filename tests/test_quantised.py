@@ -1,7 +1,7 @@
 """Frozen weights in 4 and 8 bit: an evaluation changes neither them nor the gradients through them.
 
 On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first pass for inference.
-Here every CPU counts as one of those: bitsandbytes' own question for the feature is answered by yes,
+Here every CPU counts as one of those: bitsandbytes' own check for the feature is answered by yes,
 and the repacking itself is plain torch code that runs everywhere.
 """
 
