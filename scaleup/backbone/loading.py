@@ -19,6 +19,7 @@ from scaleup.backbone.int8 import replace_linears
 from scaleup.backbone.sharded import Weights, checkpoint_folder, load_sharded, set_values
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, ModelSettings, Settings
+from scaleup.unipelt.quantized import keep_layout, leave_out_scales
 from scaleup.unipelt.sites import head_names
 
 UNREADABLE = (
@@ -241,7 +242,8 @@ def load_model(
                 ),
             )
             if settings.quantization == "8bit":
-                quantised.leave_out_scales(model)
+                leave_out_scales(model)
+            keep_layout(model)
             quantised.renew_heads(model, empty, heads)
     except ConfigError:
         raise

@@ -10,19 +10,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def leave_out_scales(model: nn.Module) -> None:
-    """Keeps 8-bit scales out of state dicts: DeepSpeed drops the frozen weights they belong to from its checkpoints, and scales
-    alone cannot be loaded. Frozen weights always come from the backbone's own folder."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.register_state_dict_post_hook(_without_scales)
-
-
-def _without_scales(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    for key in ("SCB", "weight_format"):
-        state.pop(prefix + key, None)
-
-
 def arguments(
     quantization: str, whole: tuple[str, ...], dtype: torch.dtype, device: torch.device | None
 ) -> dict:

@@ -24,6 +24,7 @@ from .attachment import Attachment, attach, site_gates
 from .attention import restore_attention
 from .config import UniPeltConfig
 from .layers import AuxiliaryLayer
+from .quantized import keep_layout, unpacked_numel
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, chosen
 
@@ -48,6 +49,7 @@ class UniPeltModel(LoraModel):  # type: ignore[misc]
     ) -> None:
         """Let PEFT add its LoRA layers, then attach gates and submodules, and let the head train."""
         config = self.peft_config[adapter_name]
+        keep_layout(model)
         attentions, blocks = find_sites(model)
         targets: list[str] = []
         for submodule in chosen(config):
@@ -162,14 +164,10 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Return the size of the whole parameter.
-
-    ZeRO-3 keeps the number apart, and 4-bit weights hold two values in a byte.
-    """
+    """Return the size of the whole parameter, of which a ZeRO-3 process holds a share."""
     if hasattr(parameter, "ds_numel"):
         return int(parameter.ds_numel)
-    state = getattr(parameter, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else parameter.numel()
+    return unpacked_numel(parameter)
 
 
 def _register() -> None:

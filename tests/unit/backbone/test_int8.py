@@ -101,3 +101,19 @@ def test_only_plain_linears_outside_the_skipped_modules_are_replaced():
         and model["a"].in_features == 4
     )
     assert type(model["head"][0]) is nn.Linear and type(model["emb"]) is type(before["emb"])
+
+
+def test_an_evaluation_changes_neither_weight_nor_gradient(ours):
+    """The same of bitsandbytes' layers, in whole models: tests/test_quantised.py."""
+    weights = copy.deepcopy(ours.state_dict())
+
+    def gradient() -> torch.Tensor:
+        x = torch.linspace(-1, 1, 96).view(2, 48).requires_grad_()
+        ours.train()(x).square().sum().backward()
+        return x.grad
+
+    before = gradient()
+    with torch.inference_mode():
+        ours.eval()(torch.ones(2, 48))
+    assert torch.equal(gradient(), before) and before.any()
+    assert all(torch.equal(value, weights[name]) for name, value in ours.state_dict().items())
