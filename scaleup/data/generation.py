@@ -334,7 +334,9 @@ def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
     metrics use the best one.
     """
     most = max(map(len, references))
-    columns: Any = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    columns: Any = [
+        [refs[i] if i < len(refs) else None for refs in references] for i in range(most)
+    ]
     scores = {"bleu": sacrebleu.corpus_bleu(written, columns).score / 100}
     kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(kinds.values()), use_stemmer=False)

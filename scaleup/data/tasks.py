@@ -66,8 +66,9 @@ def check(sections: dict[str, Section]) -> list[str]:
             task.module.load(data)
         except ConfigError as error:
             problems += error.problems
-    readable = isinstance(model, ModelSettings) and not model.trust_remote_code
-    config = local_config(model) if readable else None
+    config = None
+    if isinstance(model, ModelSettings) and not model.trust_remote_code:
+        config = local_config(model)
     if config is not None and type(config) not in task.auto._model_mapping:
         problems.append(
             f"model.name: transformers has no {config.model_type} model "
