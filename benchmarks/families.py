@@ -53,9 +53,9 @@ def table(report: pathlib.Path) -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `python -m benchmarks.families`. Each number counts the passing cases (sdpa and "
-        'eager, subsets of submodules, kinds of\ngeneration) of one contract test; "–" means that '
-        "the test does not apply to the family.",
+        "Written by `python -m benchmarks.families`. Each number counts the passing cases (sdpa "
+        "and eager, subsets of submodules, kinds of\n"
+        'generation) of one contract test; "–" means that the test does not apply to the family.',
         "",
         "| family | " + " | ".join(checks) + " |",
         "|---|" + "---|" * len(checks),

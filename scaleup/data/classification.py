@@ -319,7 +319,8 @@ def compute_metrics(
         guess = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
         scores = {"accuracy": float(metrics.accuracy_score(truth, guess))}
         if examples.metric == "f1":
-            classes = [1] if len(examples.labels) == 2 else sorted(set(truth) | set(guess) - {-1})
+            binary = examples.labels is not None and len(examples.labels) == 2
+            classes = [1] if binary else sorted(set(truth) | set(guess) - {-1})
             scores["f1"] = float(
                 metrics.f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
             )

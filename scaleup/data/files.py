@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -76,13 +76,15 @@ def _wrong_field_count(count: int, header: list[str], delimiter: str, line: int)
 
 
 def _delimited(
-    text: str, place: str, delimiter: str, quoting: int
+    text: str, place: str, delimiter: str, quoting: Literal[0, 3]
 ) -> tuple[dict[str, list], list[int]]:
     """Parse CSV or TSV text into columns and the line on which each row begins."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, refuses long documents
     stream = io.StringIO(text, newline="")
     reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
-    header, rows, lines, line = [], [], [], 1
+    header: list[str] = []
+    rows: list[list[str]] = []
+    lines, line = [], 1
     try:
         for row in reader:
             if row and not header:

@@ -133,7 +133,7 @@ def _load(settings: str, _state: tuple) -> Examples:
         test=_scored(test_groups, len(dev_groups)) if test_groups else None,
         labels=None,
         metric=data.metric or ("bleu" if data.task == "seq2seq" else "loss"),
-        task=data.task,
+        task=data.task or "seq2seq",
         test_is_dev=False,
         sources=sources,
         references=[*dev_groups.values(), *test_groups.values()],
@@ -334,7 +334,9 @@ def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
     metrics use the best one.
     """
     most = max(map(len, references))
-    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    columns: Any = [
+        [refs[i] if i < len(refs) else None for refs in references] for i in range(most)
+    ]
     scores = {"bleu": sacrebleu.corpus_bleu(written, columns).score / 100}
     kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(kinds.values()), use_stemmer=False)
@@ -354,6 +356,7 @@ def compute_metrics(
     """
 
     def score_texts(prediction: EvalPrediction) -> dict[str, float]:
+        assert examples.references is not None
         rows = np.asarray(prediction.label_ids).reshape(-1)
         references = [examples.references[row] for row in rows]
         return score(decode(tokenizer, prediction.predictions), references)

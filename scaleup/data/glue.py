@@ -48,7 +48,7 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
         return {}
     files = {}
     for split in ("train", "validation"):
-        roots = (os.path.join(path, data.name), path)
+        roots = (os.path.join(path, data.name or ""), path)
         candidates = [os.path.join(root, split + end) for root in roots for end in ENDINGS]
         files[split] = ("data.path", next(filter(os.path.exists, candidates), candidates[0]))
     return files

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import ModuleType
+from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
@@ -13,7 +14,7 @@ from scaleup.backbone.loading import local_config
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, Section
+from scaleup.settings.schema import DataSettings, ModelSettings, Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Task:
     """One kind of task."""
 
     module: ModuleType  # has source_files, load, tokenize, collator and compute_metrics
-    auto: type  # transformers' AutoModelFor… class
+    auto: Any  # transformers' AutoModelFor… class
     writes: bool = False  # evaluation generates text
     token_mean: bool = False  # the loss of a step is a mean over its tokens, not over its batches
 
@@ -65,7 +66,9 @@ def check(sections: dict[str, Section]) -> list[str]:
             task.module.load(data)
         except ConfigError as error:
             problems += error.problems
-    config = local_config(model) if model is not None and not model.trust_remote_code else None
+    config = None
+    if isinstance(model, ModelSettings) and not model.trust_remote_code:
+        config = local_config(model)
     if config is not None and type(config) not in task.auto._model_mapping:
         problems.append(
             f"model.name: transformers has no {config.model_type} model "

@@ -47,7 +47,7 @@ class GateStatistics:
 
         Every process must call this together. It is the only point that waits for the device.
         """
-        sums = [gate.statistics.take() for gate in self.gates.values()]
+        sums = [g.statistics.take() for g in self.gates.values() if g.statistics is not None]
         if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             joined_3N = torch.cat(sums, 1)
             torch.distributed.all_reduce(joined_3N)

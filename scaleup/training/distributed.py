@@ -246,6 +246,7 @@ def copy_from_first(
         folder.mkdir(parents=True, exist_ok=True)
     for name, size in gather(world, [(path.name, path.stat().st_size) for path in paths])[0]:
         target = folder / name if world.local_main else pathlib.Path(os.devnull)
+        file: Any
         with target.open("rb" if world.main else "wb") as file:
             for start in range(0, size, chunk):
                 data = torch.empty(min(chunk, size - start), dtype=torch.uint8)

@@ -393,9 +393,11 @@ def _write_predictions(run: _Run, tokens, numbers) -> None:
         tokens: generated tokens, [examples, T], in the order of evaluation (by length).
         numbers: the number of each one's reference, [examples].
     """
+    prompts, references = run.examples.prompts, run.examples.references
+    assert prompts is not None and references is not None
     rows = zip(decode(run.tokenizer, tokens), numbers.tolist())
     lines = [
-        {"text": run.examples.prompts[i], "written": text, "references": run.examples.references[i]}
+        {"text": prompts[i], "written": text, "references": references[i]}
         for text, i in sorted(rows, key=lambda row: row[1])
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -263,7 +263,8 @@ class Watchdog:
 
     def _arm(self) -> None:
         # A process that holds its interpreter lock longer than this counts as dead anyway.
-        faulthandler.dump_traceback_later(1.5 * self.limit_s, exit=True, file=sys.__stderr__)
+        stream = sys.__stderr__ or sys.stderr
+        faulthandler.dump_traceback_later(1.5 * self.limit_s, exit=True, file=stream)
 
     def _guard(self) -> None:
         rounds, silent_s, last = -1, 0.0, time.monotonic()

@@ -1,7 +1,8 @@
-"""What only a GPU can show. `pytest -m gpu` on a machine with one; everywhere else these are left out.
+"""Tests that need a CUDA GPU: `pytest -m gpu`. All other machines skip them.
 
-Gradients and logits are the CPU's, nothing waits for the GPU within a step, half types and compiled models stay near, and the real entry script
-trains, resumes and is exported in each precision, quantisation and ZeRO stage that this machine has the libraries for.
+Gradients equal those of the CPU, no step waits for the GPU, half types and compiled models stay
+close, and `scaleup train` and `scaleup export` work in every precision, quantisation and ZeRO stage
+for which this machine has the libraries.
 """
 
 import importlib.util
@@ -32,16 +33,16 @@ pytestmark = [
 ]
 
 
-def on_gpu(things: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in things.items()}
+def on_gpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
 def step(
-    model: torch.nn.Module, given: dict[str, torch.Tensor]
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients, on the CPU."""
+    """Return the loss and the gradients, moved to the CPU."""
     model.zero_grad()
-    loss = model(**given).loss
+    loss = model(**batch).loss
     loss.backward()
     return loss.item(), {
         name: p.grad.float().cpu().clone()
@@ -50,70 +51,72 @@ def step(
     }
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest ‖found − expected‖ / ‖expected‖, of the tensors that are not all but zero."""
-    assert found.keys() == expected.keys()
-    whole = max(e.norm() for e in expected.values())
+def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest ‖actual − expected‖ / ‖expected‖ of the tensors that are not tiny."""
+    assert actual.keys() == expected.keys()
+    largest = max(e.norm() for e in expected.values())
     return max(
-        ((found[name] - e).norm() / e.norm()).item()
+        ((actual[name] - e).norm() / e.norm()).item()
         for name, e in expected.items()
-        if e.norm() > 1e-4 * whole
+        if e.norm() > 1e-4 * largest
     )
 
 
 @pytest.mark.parametrize("gates", ["learned", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_the_cpus(family, gates):
-    model = adapt(backbone(family), gates=gates)  # no dropout
-    given = inputs(model, labels=True)
-    loss, expected = step(model, given)
-    model.cuda()
-    found_loss, found = step(model, on_gpu(given))
-    assert found_loss == pytest.approx(loss, rel=1e-4)
-    assert distance(found, expected) < 2e-3
+def test_loss_and_gradients_equal_those_of_the_cpu(family, gates):
+    model = adapt(backbone(family), gates=gates)  # without dropout
+    batch = inputs(model, labels=True)
+    cpu_loss, cpu_gradients = step(model, batch)
+    loss, gradients = step(model.cuda(), on_gpu(batch))
+    assert loss == pytest.approx(cpu_loss, rel=1e-4)
+    assert distance(gradients, cpu_gradients) < 2e-3
 
 
 @pytest.mark.parametrize("flat", ["none", "mlp"])
 @pytest.mark.parametrize("family", ["bert", "bart", "t5", "llama", "gpt2", "deberta-v2"])
 def test_a_step_never_waits_for_the_gpu(family, flat):
-    """Under autocast and with statistics of the gates, as in a run; transformers' own waits are the bare backbone's."""
+    """Count synchronizations under autocast and with statistics of the gates, as in a run.
 
-    def waits(model) -> int:
-        given = on_gpu(inputs(model, labels=True))
+    transformers synchronizes too, so the bare backbone is the reference.
+    """
+
+    def count_waits(model) -> int:
+        batch = on_gpu(inputs(model, labels=True))
         for gate in model.modules():
             if isinstance(gate, LearnedGate):
                 gate.statistics = GateMoments(len(gate.names), gate.bias.device)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
-                model(**given).loss.backward()
+                model(**batch).loss.backward()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with pytest.warns() as said:
+            with pytest.warns() as warnings:
                 with torch.autocast("cuda", torch.bfloat16):
-                    loss = model(**given).loss
+                    loss = model(**batch).loss
                 loss.backward()
-                loss.item()  # one that must be seen
+                loss.item()  # this one must be counted
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in said)
+        return sum("synchroniz" in str(warning.message) for warning in warnings)
 
-    bare = waits(backbone(family).cuda().train())
-    own = waits(adapt(backbone(family), prefix_reparameterization=flat).cuda().train())
-    assert bare >= 1, "the GPU's waits are not seen"
-    assert own == bare
+    bare = count_waits(backbone(family).cuda().train())
+    adapted = adapt(backbone(family), prefix_reparameterization=flat)
+    assert bare >= 1, "synchronizations are not counted"
+    assert count_waits(adapted.cuda().train()) == bare
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "t5", "llama"])
-def test_bfloat16_stays_near_float32(family):
+def test_bfloat16_stays_close_to_float32(family):
     model = adapt(backbone(family), randomise=False).cuda().train()
-    given = on_gpu(inputs(model, labels=True))
-    loss, _ = step(model, given)
+    batch = on_gpu(inputs(model, labels=True))
+    loss, _ = step(model, batch)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     with torch.autocast("cuda", torch.bfloat16):
-        half = model(**given).loss
+        half = model(**batch).loss
     half.backward()
     assert half.item() == pytest.approx(loss, rel=0.05)
     assert all(
@@ -123,18 +126,19 @@ def test_bfloat16_stays_near_float32(family):
     )
 
 
-# BART writes: its classification head picks tokens by their value, for which torch's compiler has no code.
+# BART as a language model: its classification head selects tokens by their value, which torch's
+# compiler does not support.
 @pytest.mark.parametrize(
     ("family", "cls"), [("bert", None), ("bart", BartForConditionalGeneration), ("llama", None)]
 )
 def test_the_compiled_model_is_one_graph_with_the_same_logits(family, cls):
     model = adapt(backbone(family, cls=cls).cuda(), prefix_reparameterization="none")
-    given = on_gpu(inputs(model)) | ({} if family == "bert" else {"use_cache": False})
+    batch = on_gpu(inputs(model)) | ({} if family == "bert" else {"use_cache": False})
     with torch.no_grad():
-        expected = model(**given).logits
+        expected = model(**batch).logits
         torch._dynamo.reset()
-        found = torch.compile(model, fullgraph=True)(**given).logits
-    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+        logits = torch.compile(model, fullgraph=True)(**batch).logits
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +148,19 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def visible() -> dict[str, str]:
-    """The environment of a run that finds the GPU."""
+def gpu_environment() -> dict[str, str]:
+    """Return the environment of a run that can see the GPU."""
     hidden = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
     return {key: value for key, value in environment().items() if key not in hidden} | {
         key: os.environ[key] for key in hidden if key in os.environ
     }
 
 
-def script(name: str, *words: str) -> subprocess.CompletedProcess:
+def scaleup(name: str, *words: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
         [sys.executable, "-m", "scaleup", name, *words],
         cwd=ROOT,
-        env=visible(),
+        env=gpu_environment(),
         capture_output=True,
         text=True,
         timeout=400,
@@ -166,12 +170,12 @@ def script(name: str, *words: str) -> subprocess.CompletedProcess:
 
 
 def needs(*words: str) -> list:
-    """Marks for a run whose libraries this machine may lack."""
+    """Return marks that skip a run if this machine lacks a library for it."""
     library = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
-    wanted = {package for key, package in library.items() if any(key in word for word in words)}
+    required = {package for key, package in library.items() if any(key in word for word in words)}
     return [
-        pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"no {package} here")
-        for package in wanted
+        pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+        for package in required
     ]
 
 
@@ -193,10 +197,10 @@ RUNS = [
 @pytest.mark.parametrize(
     "run", [pytest.param(run, id="-".join(run), marks=needs(*run)) for run in RUNS]
 )
-def test_the_entry_script_learns_on_the_gpu_and_resumes(workspace, tmp_path, run):
+def test_a_run_learns_on_the_gpu_and_resumes(workspace, tmp_path, run):
     family, *more = run
     out = tmp_path / "run"
-    asked = overrides(
+    words = overrides(
         workspace,
         out,
         "train.max_steps=64",
@@ -208,24 +212,24 @@ def test_the_entry_script_learns_on_the_gpu_and_resumes(workspace, tmp_path, run
         *more,
         family=family,
     )
-    done = script("train", *asked)
+    done = scaleup("train", *words)
     assert "cuda" in done.stdout
     results = json.loads((out / "results.json").read_text())
-    learned = losses(out)
-    assert sum(learned[-8:]) < 0.9 * sum(learned[:8]), learned
-    script(
+    logged = losses(out)
+    assert sum(logged[-8:]) < 0.9 * sum(logged[:8]), logged
+    scaleup(
         "train",
-        *(word.replace("max_steps=64", "max_steps=68") for word in asked),
+        *(word.replace("max_steps=64", "max_steps=68") for word in words),
         "train.resume=auto",
     )
     assert (results["steps"], json.loads((out / "results.json").read_text())["steps"]) == (64, 68)
 
 
-def test_a_run_on_the_gpu_is_exported_and_gives_the_same_answers(workspace, tmp_path):
+def test_a_run_on_the_gpu_can_be_exported_as_every_kind(workspace, tmp_path):
     out = tmp_path / "run"
-    script("train", *overrides(workspace, out, "train.max_steps=8", "train.disable_tqdm=true"))
+    scaleup("train", *overrides(workspace, out, "train.max_steps=8", "train.disable_tqdm=true"))
     for kind in ("exact", "standalone", "merged"):
-        script(
+        scaleup(
             "export",
             "--checkpoint",
             str(out / "best"),
@@ -239,9 +243,9 @@ def test_a_run_on_the_gpu_is_exported_and_gives_the_same_answers(workspace, tmp_
         assert (tmp_path / kind / "export.json").is_file()
 
 
-def test_a_language_model_learns_and_writes_on_the_gpu(workspace, tmp_path):
+def test_a_language_model_learns_and_generates_on_the_gpu(workspace, tmp_path):
     out = tmp_path / "run"
-    script(
+    scaleup(
         "train",
         *writing(
             workspace,

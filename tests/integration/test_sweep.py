@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from scaleup.cli import main
-from scaleup.experiments import grid, sweep
+from scaleup.experiments import grid, results, sweep
 from scaleup.experiments.grid import Sweep, Trial
 from scaleup.experiments.sweep import Sweeper
 from scaleup.settings import schema as config
@@ -32,7 +32,7 @@ def workspace(tmp_path_factory) -> pathlib.Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-# Running, with a stand-in for launch/train.py
+# With a stand-in for training
 
 FAKE = """
 import fcntl, json, os, pathlib, signal, sys, time
@@ -114,12 +114,12 @@ def journal(made: Sweep) -> list[list]:
 
 
 def at_once(made: Sweep) -> int:
-    """Most runs that were going on together."""
+    """Return the largest number of trials that ran at the same time."""
     events = sorted((when, 1 if what == "start" else -1) for what, _, when, *_ in journal(made))
     return max(sum(step for _, step in events[: i + 1]) for i in range(len(events)))
 
 
-def test_all_cells_run_and_leave_only_results(fakes):
+def test_all_trials_run_and_leave_only_results(fakes):
     made = fakes(3, **{"t-1-m-0": {"seconds": 0.3}})
     one = sweeper(made)
     assert one.run() and len(one.done) == 3 and at_once(made) <= 2
@@ -134,7 +134,7 @@ def test_all_cells_run_and_leave_only_results(fakes):
     )  # nothing runs twice
 
 
-def test_what_a_power_cut_left_half_written_stops_nobody(fakes):
+def test_files_that_a_power_cut_left_half_written_do_no_harm(fakes):
     made = fakes(2)
     assert sweeper(made).run()
     for text in ("", '{"seconds": 1}'):
@@ -143,7 +143,7 @@ def test_what_a_power_cut_left_half_written_stops_nobody(fakes):
         assert sweeper(made).run() and made.trials[1].finished
 
 
-def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(workspace, tmp_path):
+def test_results_that_a_sweep_with_other_settings_left_meanwhile_do_not_count(workspace, tmp_path):
     made = grid.load(
         str(sweep_file(workspace, tmp_path, methods={"lora": ["method.submodules=[lora]"]}))
     )
@@ -151,20 +151,20 @@ def test_what_a_sweep_with_other_settings_has_left_meanwhile_is_not_counted(work
         str(sweep_file(workspace, tmp_path, methods={"lora": ["method.submodules=[lora]"]})),
         ["train.learning_rate=0.01"],
     )
-    said, trial = [], made.trials[0]
-    one = Sweeper(made, made.trials, 1, said.append)
+    lines, trial = [], made.trials[0]
+    one = Sweeper(made, made.trials, 1, lines.append)
     trial.folder.mkdir(parents=True)
     (trial.folder / "config.yaml").write_text(to_yaml(other.trials[0].settings))
     (trial.folder / "results.json").write_text("{}")
     assert not one.run() and not one.done
     assert (
         "has a run with another train.learning_rate" in one.failed[trial.name]
-        and trial.name in said[0]
+        and trial.name in lines[0]
     )
     assert locked(made) == []
 
 
-def test_keep_best_keeps_the_best_bundle(fakes):
+def test_keep_best_keeps_the_best_checkpoint(fakes):
     made = fakes(1, keep="best")
     assert sweeper(made).run()
     assert (made.trials[0].folder / "best").is_dir() and not (
@@ -209,7 +209,7 @@ def test_each_slot_has_its_own_gpu_and_the_threads_of_the_file(fakes, monkeypatc
     assert sorted(starts) == [("3", "1"), ("3", "1"), ("5", "1"), ("5", "1")]
 
 
-def test_done_cells_are_counted_before_the_first_run_is_over(fakes):
+def test_finished_trials_are_counted_before_the_first_run_is_over(fakes):
     made = fakes(4, **{"t-1-m-0": {"seconds": 1}})
     for trial in made.trials[1:]:
         trial.folder.mkdir()
@@ -219,14 +219,14 @@ def test_done_cells_are_counted_before_the_first_run_is_over(fakes):
     assert shown[0].startswith("3/4 done; ")
 
 
-def test_a_run_that_went_on_does_not_tell_how_long_a_whole_one_takes(fakes):
+def test_the_time_of_a_resumed_run_is_not_used_for_estimates(fakes):
     made = fakes(1)
     (made.trials[0].folder / "checkpoint-1").mkdir(parents=True)
     one = sweeper(made)
     assert one.run() and not one.seconds
 
 
-def test_the_line_of_progress_tells_the_time_left(fakes):
+def test_the_progress_line_shows_the_time_left(fakes):
     made = fakes(3, **{f"t-1-m-{i}": {"seconds": 0.5} for i in range(3)})
 
     def lines() -> list[str]:
@@ -249,7 +249,7 @@ def test_the_line_of_progress_tells_the_time_left(fakes):
     )  # an earlier run says that it took 7 s
 
 
-def test_sigterm_ends_the_runs_in_order_and_a_new_start_goes_on(fakes):
+def test_sigterm_lets_runs_save_and_a_new_start_continues(fakes):
     made = fakes(2, **{f"t-1-m-{i}": {"seconds": 30} for i in range(2)})
     one = sweeper(made)
 
@@ -266,7 +266,7 @@ def test_sigterm_ends_the_runs_in_order_and_a_new_start_goes_on(fakes):
 
 
 def forked(made: Sweep, jobs: int = 2, **options) -> multiprocessing.Process:
-    """A sweep in a process of its own, which can be killed."""
+    """Start a sweep in its own process, so that it can be killed."""
     process = multiprocessing.get_context("fork").Process(
         target=lambda: Sweeper(made, made.trials, jobs, say=lambda line: None, **options).run()
     )
@@ -281,7 +281,7 @@ def wait_for(condition, seconds: float = 240) -> None:
         time.sleep(0.005)
 
 
-def test_two_sweeps_on_one_folder_share_the_cells(fakes):
+def test_two_sweeps_on_one_folder_share_its_trials(fakes):
     made = fakes(6, **{f"t-1-m-{i}": {"seconds": 0.2} for i in range(6)})
     other = forked(made, jobs=1, command=stand_in(made))
     sweeper(made, jobs=1).run()
@@ -313,14 +313,14 @@ def test_a_run_whose_sweep_was_killed_is_waited_for_not_doubled(fakes):
 
 
 def run_alone(made: Sweep, folder: pathlib.Path) -> None:
-    """The trials without a sweep, one after the other."""
+    """Run the trials without a sweep, one after the other."""
     for trial in made.trials:
         overrides = [word.replace(str(made.output), str(folder)) for word in trial.arguments]
         train.run(config.load(None, overrides))
 
 
 @pytest.mark.distributed
-def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(workspace, tmp_path):
+def test_a_killed_sweep_ends_with_the_results_of_an_uninterrupted_one(workspace, tmp_path):
     """SIGKILL for the sweep, then for the run it left behind, right after its first checkpoint."""
     made = grid.load(str(sweep_file(workspace, tmp_path)))
     alone = multiprocessing.get_context("fork").Process(
@@ -344,6 +344,8 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_results_of_one_left_alone(wo
     assert again.run() and len(again.done) == 2
     assert "resume     " in (first.folder / sweep.LOG).read_text()
     alone.join()
+    table = results.load([str(sweep.save_table(made))])
+    assert [run.folder.name for run in table] == sorted(trial.name for trial in made.trials)
     for trial in made.trials:
         assert (trial.folder / "results.json").read_bytes() == (
             tmp_path / "alone" / trial.name / "results.json"

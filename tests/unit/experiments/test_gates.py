@@ -49,18 +49,18 @@ def gated(tmp_path_factory) -> pathlib.Path:
     for name in ("one", "other", "albert"):
         out = folder / name / "run" if name == "albert" else folder / name
         model_name = "albert" if name == "albert" else "bert"
-        said = [
+        overrides = [
             f"model.name={workspace / model_name}",
             f"data.train_file={workspace / 'train.csv'}",
             f"data.test_file={workspace / 'test.csv'}",
         ]
-        said += [
+        overrides += [
             "data.k=64",
             "data.dev_size=32",
             "method.prefix_hidden_size=16",
             f"train.output_dir={out}",
         ]
-        settings = config.load(None, said)
+        settings = config.load(None, overrides)
         found = backbone.load_config(settings.model)
         settings = backbone.fit_length(settings, found)
         examples = data.load(settings.data)
@@ -128,7 +128,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
+def test_a_pass_over_the_dev_set_gives_the_statistics_of_the_run(gated):
     run = results.read(gated / "one" / "results.json")
     own, passed = gate_values.from_results(run, "one"), gate_values.from_pass(run, "one", "dev")
     assert list(own.mean.index) == list(passed.mean.index) == ["layer 0", "layer 1", "layer 2"]
@@ -142,7 +142,7 @@ def test_a_pass_over_the_dev_set_gives_the_runs_own_statistics(gated):
     assert own.std.iloc[2, 0] == written["bert.encoder.layer.2.output.LayerNorm"]["adapter"]["std"]
 
 
-def test_gates_are_not_looked_at_in_another_backbone_or_on_other_data(gated, tmp_path):
+def test_another_backbone_or_other_data_are_refused(gated, tmp_path):
     workspace = shutil.copytree(gated / "one", tmp_path / "one") and tmp_path
     for name in ("bert", "train.csv", "test.csv"):
         source = next(path for path in (gated, *gated.iterdir()) if (path / name).exists()) / name
@@ -200,16 +200,16 @@ def test_a_layer_that_is_called_many_times_has_the_mean_over_its_calls(gated):
     assert passed.each.shape[0] == 32 and np.allclose(own.mean, passed.mean, atol=1e-5)
 
 
-def test_runs_of_different_backbones_are_said_to_be(gated, tmp_path):
-    for other, said in ((gated / "other", 0), (gated / "albert" / "run", 1)):
+def test_different_backbones_of_runs_are_noted(gated, tmp_path):
+    for other, count in ((gated / "other", 0), (gated / "albert" / "run", 1)):
         screen = gates.report([str(gated / "one"), str(other)], None, tmp_path / "out")
         assert (
             sum(line.startswith("The runs have different backbones: one ") for line in screen)
-            == said
+            == count
         )
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(gated, tmp_path):
+def test_runs_with_the_same_name_are_shown_with_their_folders(gated, tmp_path):
     shutil.copytree(gated / "one", tmp_path / "one", ignore=shutil.ignore_patterns("best"))
     screen = gates.report([str(gated / "one"), str(tmp_path / "one")], None, tmp_path / "out")
     text = (tmp_path / "out" / "gates.md").read_text()
@@ -220,18 +220,18 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(gated, tmp_path):
     )
 
 
-def test_a_run_that_writes_text_shows_its_own_statistics(gated, tmp_path):
+def test_a_run_that_generates_text_shows_its_statistics_only(gated, tmp_path):
     shutil.copytree(gated / "one", tmp_path / "one")
-    said = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
-    said["data"] |= {"task": "causal_lm", "target_column": "label", "label_column": None}
-    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(said))
+    settings = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
+    settings["data"] |= {"task": "causal_lm", "target_column": "label", "label_column": None}
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(settings))
     screen = gates.report([str(tmp_path / "one")], None, tmp_path / "out")
     assert (tmp_path / "out" / "gates.png").is_file() and "No view by class or example" in screen[
         -2
     ]
 
 
-def test_a_file_of_the_users_can_be_looked_at(gated, tmp_path):
+def test_the_examples_of_another_file_can_be_examined(gated, tmp_path):
     run = results.read(gated / "one" / "results.json")
     view = gate_values.from_pass(run, "one", "dev")
     with (tmp_path / "mine.csv").open("w", newline="") as file:
@@ -299,7 +299,7 @@ def test_the_gate_report_has_every_view_and_compares_two_runs(gated, tmp_path):
     assert kinds == {"all", "good", "bad"}
 
 
-def test_without_the_bundle_there_are_the_runs_own_statistics_and_a_word_about_it(gated, tmp_path):
+def test_without_the_checkpoint_the_statistics_of_the_run_are_shown_with_a_note(gated, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("results.json", "config.yaml"):
         (tmp_path / "run" / name).write_text((gated / "one" / name).read_text())
@@ -313,7 +313,7 @@ def test_without_the_bundle_there_are_the_runs_own_statistics_and_a_word_about_i
         gates.report([str(tmp_path / "run")], "dev", tmp_path / "out")
 
 
-def test_a_changed_bundle_and_a_run_without_gates_are_refused(gated, tmp_path):
+def test_a_changed_checkpoint_and_a_run_without_gates_are_refused(gated, tmp_path):
     leave_run(tmp_path, "cola", 100, "ap_nogate", 0, 0.1)
     with pytest.raises(ConfigError, match=r"has no learned gates \(ap_nogate\)"):
         gates.report([str(tmp_path / "cola-100-ap_nogate-0")], None, tmp_path / "out")

@@ -17,7 +17,7 @@ def workspace(tmp_path_factory) -> pathlib.Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def test_every_combination_is_a_cell_with_its_own_settings_and_the_first_seed_comes_first(
+def test_every_combination_is_a_trial_with_its_own_settings_and_the_first_seed_comes_first(
     workspace, tmp_path
 ):
     made = grid.load(
@@ -68,18 +68,18 @@ def test_the_base_may_be_a_config_file_beside_the_sweep(workspace, tmp_path):
     )
 
 
-def test_problems_of_all_cells_are_said_together_and_once(workspace, tmp_path):
+def test_problems_of_all_trials_are_reported_together_and_once(workspace, tmp_path):
     methods = {
         "lora": ["method.submodules=[lora]", "method.adapter_size=3"],
         "apl": ["method.sise=1"],
     }
     with pytest.raises(ConfigError) as caught:
         grid.load(str(sweep_file(workspace, tmp_path, methods=methods, seeds=[0, 1], k=[64, 5000])))
-    said = "\n".join(caught.value.problems)
-    assert "films-64-lora-0 and 3 more: method.adapter_size: has no effect here" in said
-    assert "films-64-apl-0 and 3 more: method.sise: unknown setting" in said
+    problems = "\n".join(caught.value.problems)
+    assert "films-64-lora-0 and 3 more: method.adapter_size: has no effect here" in problems
+    assert "films-64-apl-0 and 3 more: method.sise: unknown setting" in problems
     assert (
-        "films-5000-lora-0 and 3 more: data.k: 5000 examples" in said
+        "films-5000-lora-0 and 3 more: data.k: 5000 examples" in problems
         and len(caught.value.problems) == 3
     )
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_an_output_may_have_any_name(workspace, tmp_path, name):
     assert trial.settings.train.output_dir == str(tmp_path / name / trial.name) == str(trial.folder)
 
 
-def test_an_override_of_an_axis_that_makes_cells_alike_is_refused(workspace, tmp_path):
+def test_an_override_of_an_axis_that_makes_trials_alike_is_refused(workspace, tmp_path):
     with pytest.raises(
         ConfigError,
         match="films-64-lora-0 and 1 more: the same run as another trial: an override makes",
@@ -150,7 +150,7 @@ def test_an_override_of_an_axis_that_makes_cells_alike_is_refused(workspace, tmp
         grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64])), ["data.k=48"])
 
 
-def test_shards_share_the_grid_out_and_patterns_choose_from_it(workspace, tmp_path):
+def test_shards_divide_the_grid_and_patterns_select_from_it(workspace, tmp_path):
     trials = grid.load(str(sweep_file(workspace, tmp_path, k=[32, 64], seeds=[0, 1]))).trials
     parts = [grid.select(trials, shard=f"{i}/3") for i in (1, 2, 3)]
     assert collections.Counter(
@@ -174,7 +174,7 @@ def test_shards_share_the_grid_out_and_patterns_choose_from_it(workspace, tmp_pa
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_a_sweep_that_comes_with_the_project_is_in_order(path, tmp_path, monkeypatch, request):
+def test_the_sweeps_of_this_repository_are_valid(path, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # its runs/… must not meet what lies in the checkout
     local = (
         [f"data.path={request.getfixturevalue('data_dir') / 'glue'}"]

@@ -31,7 +31,7 @@ def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
     (small / "cola-100-full-1" / "results.json").write_text("{}")
     with pytest.raises(ConfigError) as caught:
         report.report("table1", [str(small), str(tmp_path / "none")], tmp_path / "out")
-    said = "\n".join(caught.value.problems)
+    reported = "\n".join(caught.value.problems)
     (small / "cola-100-full-0" / "results.json").write_text(
         (tmp_path / "large" / "cola-500-full-0" / "results.json").read_text()
     )
@@ -39,9 +39,9 @@ def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
     with pytest.raises(ConfigError, match=r"cola-100-full-0/config.yaml is damaged"):
         results.read(small / "cola-100-full-0" / "results.json")
     assert (
-        "results.json is damaged" in said
-        and "is no results file of a run: it has no task" in said
-        and "none has no results.json" in said
+        "results.json is damaged" in reported
+        and "is no results file of a run: it has no task" in reported
+        and "none has no results.json" in reported
     )
     assert not (tmp_path / "out").exists()
 
@@ -100,7 +100,7 @@ def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):
     ] == ["20.0", "90.0"]
 
 
-def test_what_methods_differ_in_beside_themselves_is_said(small, tmp_path):
+def test_settings_in_which_methods_differ_are_noted(small, tmp_path):
     path = small / "cola-100-apl-0" / "config.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -156,7 +156,7 @@ def test_scores_of_two_metrics_are_not_compared(small, tmp_path):
     ],
     ids=str,
 )
-def test_damaged_results_are_named_and_nothing_is_made_of_them(small, tmp_path, changes):
+def test_damaged_results_are_named_and_no_report_is_made(small, tmp_path, changes):
     path = small / "cola-100-apl-0" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=f"{path} is damaged .*; run it again, or leave it out"):
@@ -183,7 +183,7 @@ def test_a_setting_that_only_some_runs_of_a_method_have_is_noted(small, tmp_path
     )
 
 
-def test_several_settings_of_one_method_stand_under_the_sweeps_names(tmp_path):
+def test_several_settings_of_one_method_have_the_names_of_the_sweep(tmp_path):
     for name, score in {"lora_slow": 0.3, "lora_fast": 0.6}.items():
         leave_run(tmp_path / "runs", "cola", 100, "lora", 0, score).rename(
             tmp_path / "runs" / f"cola-100-{name}-0"

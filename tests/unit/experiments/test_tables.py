@@ -95,7 +95,7 @@ def test_what_is_missing_is_named(small, tmp_path):
     assert "Missing: task SST-2" in (tmp_path / "out" / "table1.md").read_text()
 
 
-def test_what_own_data_lack_is_a_matter_of_their_own_methods_and_seeds(tmp_path):
+def test_runs_on_other_data_are_compared_with_each_other_only(tmp_path):
     for method, seeds in {"lora": (0, 1), "apl": (0,)}.items():
         for seed in seeds:
             leave_run(tmp_path / "runs", "films", 64, method, seed, 0.5)
@@ -103,7 +103,7 @@ def test_what_own_data_lack_is_a_matter_of_their_own_methods_and_seeds(tmp_path)
     assert "Missing: UniPELT (APL) on films at K = 64, seed 1." in screen
 
 
-def test_a_score_that_is_no_number_is_missing_and_a_loss_is_no_score(tmp_path):
+def test_a_score_that_is_not_a_number_is_missing_and_a_loss_is_refused(tmp_path):
     leave_run(tmp_path / "runs", "rte", 100, "lora", 0, float("nan"))
     leave_run(tmp_path / "runs", "rte", 100, "full", 0, 0.5)
     screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")

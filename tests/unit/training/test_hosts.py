@@ -1,4 +1,4 @@
-"""What processes find out about each other at the start: hosts, and whose folder the output folder is."""
+"""What processes learn about each other at the start: hosts, and who shares the output folder."""
 
 import json
 import os
@@ -15,32 +15,33 @@ from scaleup.training.distributed import World, gather, hosts, shares_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
-# Three processes, each the first of its host as far as it knows; where each one's folder is, as if it were one path.
+# Started in three processes, each with LOCAL_RANK 0. Each process has its own folders, as if they
+# were the same path on three hosts.
 SCRIPT = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from scaleup.training import distributed as runtime
 from scaleup.training import watchdog
 world = runtime.start(False)
-told = {"hosts": runtime.hosts(world)}
-for name, places in (("shared", "aaa"), ("own", "bcd"), ("mixed", "eef")):
+answers = {"hosts": runtime.hosts(world)}
+for name, places in (("shared", "aaa"), ("separate", "bcd"), ("mixed", "eef")):
     folder = pathlib.Path(sys.argv[2], places[world.rank])
     try:
-        told[name] = runtime.shares_folder(world, folder, wait_s=1.0)
+        answers[name] = runtime.shares_folder(world, folder, wait_s=1.0)
     except runtime.ConfigError as error:
-        told[name] = str(error)
-    if name == "own":
+        answers[name] = str(error)
+    if name == "separate":
         (folder / "deep").mkdir()
         if world.main:
             (folder / "a.bin").write_bytes(bytes(range(256)) * 50), (folder / "empty").touch()
         runtime.copy_from_first(world, folder, chunk=1000)
-print(json.dumps(told))
+print(json.dumps(answers))
 watchdog.stop()
 """
 
 
 @pytest.mark.distributed
-def test_processes_find_out_whose_folder_the_output_folder_is(tmp_path):
+def test_processes_detect_which_of_them_share_the_output_folder(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -61,26 +62,24 @@ def test_processes_find_out_whose_folder_the_output_folder_is(tmp_path):
         )
         for rank in range(3)
     ]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    for stdout, _ in said:
-        told = json.loads(stdout.splitlines()[-1])
-        assert told["hosts"] == [[socket.gethostname(), "cpu"]] * 3
-        assert (
-            told["shared"] is True
-            and told["own"] is False
-            and "shared by some processes only" in told["mixed"]
-        )
-    left = {name: sorted(path.name for path in (tmp_path / name).iterdir()) for name in "abcdef"}
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    for stdout, _ in outputs:
+        answers = json.loads(stdout.splitlines()[-1])
+        assert answers["hosts"] == [[socket.gethostname(), "cpu"]] * 3
+        assert answers["shared"] is True and answers["separate"] is False
+        assert "shared by some processes only" in answers["mixed"]
+    contents = {
+        name: sorted(path.name for path in (tmp_path / name).iterdir()) for name in "abcdef"
+    }
     copied = ["a.bin", "deep", "empty"]
-    assert left == {"a": [], "b": copied, "c": copied, "d": copied, "e": [], "f": []}
+    assert contents == {"a": [], "b": copied, "c": copied, "d": copied, "e": [], "f": []}
     for name in "bcd":
-        assert (tmp_path / name / "a.bin").read_bytes() == bytes(range(256)) * 50 and (
-            tmp_path / name / "empty"
-        ).read_bytes() == b""
+        assert (tmp_path / name / "a.bin").read_bytes() == bytes(range(256)) * 50
+        assert (tmp_path / name / "empty").read_bytes() == b""
 
 
-def test_one_process_asks_nobody(tmp_path):
+def test_a_single_process_needs_no_communication(tmp_path):
     world = World(0, 0, 1, torch.device("cpu"), False)
     assert shares_folder(world, tmp_path / "none") and not (tmp_path / "none").exists()
     assert gather(world, 3) == [3] and hosts(world) == [(socket.gethostname(), "cpu")]
