@@ -80,7 +80,7 @@ class BottleneckLayer(SiteLayer):
 
     entry = "unipelt_adapter"
     gate = "adapter"
-    adapter_layer_names = (entry, "unipelt_gate")
+    adapter_layer_names: tuple[str, ...] = (entry, "unipelt_gate")
 
     def updated(
         self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, owned: bool = False
@@ -122,8 +122,8 @@ class PreNormAdapter(BottleneckLayer):
     """The adapter of a pre-LN block."""
 
     def after_block(
-        self, block: nn.Module, args: tuple, output: torch.Tensor | tuple
-    ) -> torch.Tensor | tuple:
+        self, block: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]
+    ) -> torch.Tensor | tuple[Any, ...]:
         """Add the gated adapter to the block's first output. This is a forward hook of the block."""
         z_BTD = output[0] if isinstance(output, tuple) else output
         updated_BTD = self.updated(z_BTD, nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))

@@ -56,7 +56,9 @@ class Attachment:
         self.model, self.config, self.adapter_name = model, config, adapter_name
         self.attentions, self.blocks, self.gates = attentions, blocks, gates
         learned = any(value is None for site in gates.values() for value in site.values())
-        parents = dict.fromkeys(site.parent for site in [*attentions, *blocks])
+        parents = dict.fromkeys(
+            [site.parent for site in attentions] + [site.parent for site in blocks]
+        )
         hooked = learned or adapter_name is not None
         self.tokens = {parent: self._tokens(parent, hooked) for parent in parents}
         self._attentions: dict[str, AttentionGates] = {}
@@ -79,7 +81,7 @@ class Attachment:
                 self.hook(child, parent, kind, getattr(child, method))
         return parent._modules[name]
 
-    def hook(self, layer: Any, module: nn.Module, kind: str, method: Callable) -> None:
+    def hook(self, layer: Any, module: nn.Module, kind: str, method: Callable[..., Any]) -> None:
         """Call a bound method at each forward pass of a module until the layer is removed.
 
         Hooks are bound methods, because closures would break copies of the model.

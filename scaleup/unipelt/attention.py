@@ -122,7 +122,7 @@ class WideMasks:
     """The widened masks of one forward pass. Layers with the same mask share one."""
 
     def __init__(self) -> None:
-        self.known: list[tuple] = []
+        self.known: list[tuple[Any, ...]] = []
 
     def __call__(
         self,
@@ -160,7 +160,7 @@ def _join_scaled(
 
 
 def _attend_per_token(
-    plain: Callable,
+    plain: Callable[..., Any],
     module: nn.Module,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
@@ -205,7 +205,7 @@ class PrefixSource(Protocol):
 
 
 def _attend(
-    plain: Callable,
+    plain: Callable[..., Any],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -215,7 +215,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call `plain` as transformers calls it, with the prefix of the module if there is one."""
-    layer = module._modules.get(ATTENTION_CHILD)
+    layer: Any = module._modules.get(ATTENTION_CHILD)
     source: PrefixSource | None = layer.prefix_source if layer is not None else None
     prefix = source.take_prefix() if source is not None else None
     if source is None or prefix is None:
@@ -235,7 +235,7 @@ def _attend(
 
 
 def _join(
-    plain: Callable,
+    plain: Callable[..., Any],
     module: nn.Module,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,

@@ -77,9 +77,9 @@ class UniPeltConfig(*dict.fromkeys(_BASES)):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.UNIPELT  # type: ignore[attr-defined]
-        self.submodules = _checked_submodules(self.submodules)
-        if self.gates is None:
+        self.peft_type = PeftType.UNIPELT
+        self.submodules = _checked_submodules(self.submodules)  # type: ignore[has-type]
+        if self.gates is None:  # type: ignore[has-type]
             self.gates = "learned" if len(self.submodules) > 1 else "none"
         for group in (CommonOptions, *(submodule.options for submodule in chosen(self))):
             for field in dataclasses.fields(group):

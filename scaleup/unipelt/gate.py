@@ -130,7 +130,7 @@ class LearnedGate(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         h_BTD: torch.Tensor,
         mask_BT: torch.Tensor | None,

@@ -25,7 +25,7 @@ from .pooling import RunningMean, Tokens
 from .sites import AttentionSite
 
 
-class AuxiliaryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class AuxiliaryLayer(nn.Module, BaseTunerLayer):
     """A PEFT tuner layer beside a module. PEFT saves, freezes and switches its entries.
 
     Args:
@@ -34,6 +34,9 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """
 
     adapter_layer_names: tuple[str, ...] = ()
+    # Of BaseTunerLayer; without these lines, type checkers take them for parameters or modules.
+    active_adapters: list[str]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, reference_module: nn.Module):
         super().__init__()
@@ -88,7 +91,7 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 class SiteLayer(AuxiliaryLayer):
     """An auxiliary layer with gates that read the input of its site."""
 
-    adapter_layer_names = ("unipelt_gate",)
+    adapter_layer_names: tuple[str, ...] = ("unipelt_gate",)
 
     def __init__(self, reference_module: nn.Module, tokens: Tokens):
         super().__init__(reference_module)
@@ -119,7 +122,9 @@ class SiteLayer(AuxiliaryLayer):
         logits = None
         maps = [linear for group in groups for linear in group]
         if maps and isinstance(gate, nn.Linear):
-            results = narrow_products(x_BTD, *([[*maps, gate]] if joined else [*groups, [gate]]))
+            results: Any = narrow_products(
+                x_BTD, *([[*maps, gate]] if joined else [*groups, [gate]])
+            )
             if results is not None and joined:
                 widths = [sum(linear.out_features for linear in group) for group in groups]
                 results = results[0].split_with_sizes([*widths, gate.out_features], dim=-1)
@@ -139,7 +144,9 @@ class AttentionMember:
         """
         return []
 
-    def begin(self, attention: nn.Module, kwargs: dict, inputs: "AttentionInputs") -> None:
+    def begin(
+        self, attention: nn.Module, kwargs: dict[str, Any], inputs: "AttentionInputs"
+    ) -> None:
         """Take its gate when the attention is called."""
         raise NotImplementedError
 
@@ -179,7 +186,9 @@ class AttentionGates(SiteLayer):
         self.members: dict[str, AttentionMember] = {}  # by the name of the submodule
         self.prefix_source: PrefixSource | None = None
 
-    def before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Evaluate the gates. This is a forward pre-hook of the attention."""
         gate = self.active("unipelt_gate")
         if gate is None:
@@ -192,7 +201,9 @@ class AttentionGates(SiteLayer):
             inputs = AttentionInputs(h_BTD, gates[name], product if group else None)
             self.members[name].begin(attention, kwargs, inputs)
 
-    def after_attention(self, attention: nn.Module, args: tuple, output: object) -> object:
+    def after_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], output: object
+    ) -> object:
         """Finish the pass. This is a forward hook of the attention, also after an exception."""
         replaced = None
         for member in self.members.values():

@@ -76,7 +76,7 @@ class LoraMember(AttentionMember):
             linears.append(linear)
         return linears
 
-    def begin(self, attention: nn.Module, kwargs: dict, inputs: AttentionInputs) -> None:
+    def begin(self, attention: nn.Module, kwargs: dict[str, Any], inputs: AttentionInputs) -> None:
         self.gates = {"query": inputs.gate, "value": inputs.gate}
         if self.layer.site.cross:
             del self.gates["value"]
@@ -113,7 +113,7 @@ class LoraMember(AttentionMember):
         return self.low_rank.get(projection) if x_BTD is self.h_BTD else None
 
 
-class GatedLora(LoraVariant):  # type: ignore[misc]
+class GatedLora(LoraVariant):
     """PEFT's LoRA of one projection, "query" or "value", with a gate."""
 
     def __init__(self, member: LoraMember, projection: str):
@@ -157,7 +157,7 @@ class GatedLora(LoraVariant):  # type: ignore[misc]
 def _update(
     member: LoraMember,
     role: str,
-    parts: tuple[nn.Module, nn.Module, nn.Module],
+    parts: tuple[Any, Any, Any],
     x: torch.Tensor,
     result: torch.Tensor,
     projection: Any,
@@ -178,7 +178,7 @@ class LoraUpdate(nn.Module):
 
     def __init__(
         self,
-        projection: nn.Module,
+        projection: Any,
         layout: FusedQKVLayout | None,
         rank: int,
         member: LoraMember,
@@ -198,7 +198,7 @@ class LoraUpdate(nn.Module):
         member.register(role, self.lora_A, None)
 
     def after_projection(
-        self, projection: nn.Module, args: tuple, output: torch.Tensor
+        self, projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor:
         """Add the update. This is a forward hook of the projection."""
         parts = (self.lora_A, self.dropout, self.lora_B)

@@ -31,7 +31,7 @@ from .submodules import SUBMODULES, chosen
 GATES = ".unipelt_gate."  # marks the parameters of gates
 
 
-class UniPeltModel(LoraModel):  # type: ignore[misc]
+class UniPeltModel(LoraModel):
     """A model with UniPELT. Create it through `get_peft_model`."""
 
     # inject_adapter_in_model and model.add_adapter would skip the shared prefixes; PEFT refuses them

@@ -92,7 +92,9 @@ class PrefixTuning(AuxiliaryLayer):
         out = out.view(-1, self.layers, 2, self.kv_heads, self.head_size)
         return out.permute(1, 2, 3, 0, 4).contiguous()
 
-    def before_forward(self, parent: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_forward(
+        self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Evaluate the prefixes. This is a forward pre-hook of the parent model."""
         self.masks = WideMasks()
         entry = self.active("unipelt_prefix")
@@ -110,9 +112,10 @@ class PrefixTuning(AuxiliaryLayer):
     def stored(self) -> int:
         """Return the number of values that remain after training."""
         width = 2 * self.layers * self.kv_heads * self.head_size
-        return sum(e.embedding.num_embeddings * width for e in self.unipelt_prefix.values())
+        encoders: Any = self.unipelt_prefix
+        return sum(e.embedding.num_embeddings * width for e in encoders.values())
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # The running prefix is part of a graph, which copies and pickles cannot contain.
         return self.__dict__ | {"layers_kv": None, "masks": WideMasks()}
 
@@ -128,7 +131,7 @@ class PrefixMember(AttentionMember):
         self.softmax: SoftmaxPrefix | None = None
         self.dropout = 0.0
 
-    def begin(self, attention: nn.Module, kwargs: dict, inputs: AttentionInputs) -> None:
+    def begin(self, attention: Any, kwargs: dict[str, Any], inputs: AttentionInputs) -> None:
         """Keep the prefix until the attention function takes it.
 
         Raises:
@@ -160,7 +163,9 @@ class PrefixMember(AttentionMember):
         observer = self.layer.observer
         return None if observer is None else lambda change, whole: observer("prefix", change, whole)
 
-    def after_query(self, projection: nn.Module, args: tuple, query_BTD: torch.Tensor) -> None:
+    def after_query(
+        self, projection: nn.Module, args: tuple[Any, ...], query_BTD: torch.Tensor
+    ) -> None:
         """Intercept the softmax. This is a forward hook of the query projection.
 
         The first call of a pass is for the queries. DeBERTa sends its position embeddings through the

@@ -251,11 +251,11 @@ class _Search:
         ]
 
     def _watch(self, name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
                 self.cross.add(name)
 
-        def after(_: nn.Module, args: tuple, output: Any) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.outputs[name] = output[0] if isinstance(output, (tuple, list)) else output
 
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -419,7 +419,7 @@ def _enclosing(path: str, candidates: dict[str, Any]) -> str:
 
 def _equal_layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the entries of lists of one class. T5 also keeps the parts of a layer in a list."""
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
             layers |= {f"{name}.{i}": child for i, child in enumerate(module)}

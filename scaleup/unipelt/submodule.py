@@ -48,14 +48,15 @@ def option(
         at_least, above, below: bounds of a number.
     """
     bounds = {"at_least": at_least, "above": above, "below": below}
-    metadata = {"description": description, "choices": tuple(choices), "accepts": tuple(accepts)}
+    metadata: dict[str, Any] = {"description": description}
+    metadata |= {"choices": tuple(choices), "accepts": tuple(accepts)}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def invalid_option(field: dataclasses.Field, value: Any) -> str | None:
+def invalid_option(field: dataclasses.Field[Any], value: Any) -> str | None:
     """Return what is wrong with the value of an option, or None."""
     rule = field.metadata
     texts = rule["accepts"] or rule["choices"]

@@ -88,7 +88,7 @@ class _Attend(HandWritten):
     """A gate per example scales the prefix; a gate per query scales its scores and weights."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query_BHTE: torch.Tensor,
         key_BHSE: torch.Tensor,
@@ -131,7 +131,7 @@ class _Attend(HandWritten):
         return out_BHTE.transpose(1, 2).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad_BTHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of query, key, value, the prefix and its gate.
 
         Raises:
@@ -175,13 +175,13 @@ class _Attend(HandWritten):
             grad_query = _by_tokens(grad_query_NTE.view(batch, heads, queries, size), ctx.scaling)
         grad_keys = torch.bmm(grad_scores_NTS.transpose(1, 2), scaled_NTE)
         grad_keys_BHSE = grad_keys.view(batch, heads, -1, size)
-        grad_prefix = torch.stack(
+        grad_parts = torch.stack(
             [part[:, :, :length] for part in (grad_keys_BHSE, grad_values_BHSE)], 1
         )
         if per_query:
-            grad_prefix = grad_prefix.sum(dim=0)
+            grad_prefix: torch.Tensor | None = grad_parts.sum(dim=0)
         else:  # as matrix products: the prefix [P], its gradient for each example [B, P]
-            of_examples_BP = grad_prefix.view(batch, -1)
+            of_examples_BP = grad_parts.view(batch, -1)
             grad_gate = of_examples_BP @ prefix.reshape(-1, 1) if need_gate else None
             grad_prefix = (gate_BT.t() @ of_examples_BP).view(prefix.shape) if need_prefix else None
         grad_key = _by_tokens(grad_keys_BHSE[:, :, length:]) if need_key else None
