@@ -132,7 +132,56 @@ class PreNormAdapter(BottleneckLayer):
         return (updated_BTD, *output[1:]) if isinstance(output, tuple) else updated_BTD
 
 
-class Adapter(Submodule):
+class BottleneckSubmodule(Submodule):
+    """A submodule that is one gated bottleneck per block. Subclasses say where it is placed.
+
+    Its settings are `<name>_size` and `<name>_activation`.
+    """
+
+    def path(self, site: BlockSite) -> str:
+        """Return the path under which the gate of a block is reported."""
+        raise NotImplementedError
+
+    def layer_path(self, site: BlockSite) -> str:
+        """Return the path of the block's BottleneckLayer."""
+        raise NotImplementedError
+
+    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+        """Return the BottleneckLayer of a block, made and hooked the first time."""
+        raise NotImplementedError
+
+    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+        return [self.path(site) for site in blocks]
+
+    def attach(self, attachment: Any) -> None:
+        size = getattr(attachment.config, f"{self.name}_size")
+        activation = getattr(attachment.config, f"{self.name}_activation")
+        for site in attachment.blocks:
+            path, width = self.path(site), site.hidden_size
+            if attachment.has(path, self.name):
+                layer = self.layer(attachment, site)
+                gate = attachment.gate(layer, path, (self.name,), width, site.causal)
+                entries = {layer.entry: Bottleneck(width, size, activation), "unipelt_gate": gate}
+                layer.add(attachment.adapter_name, **entries)
+
+    def fold(
+        self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> None:
+        """Scale W_up and b_up by the constant gate."""
+        (mark,) = self.parameters
+        for site in blocks:
+            path, layer = self.path(site), self.layer_path(site)
+            if (path, self.name) not in folding.dropped:
+                self.replace(folding, site)
+                folding.keep(f"{layer}{mark}down.")
+                folding.keep(f"{layer}{mark}up.", folding.factor(path, self.name))
+                folding.keep_gate(path, f"{layer}.unipelt_gate.", self.name)
+
+    def replace(self, folding: Folding, site: BlockSite) -> None:
+        """Note which module of the backbone the layer replaces, if it does."""
+
+
+class Adapter(BottleneckSubmodule):
     """The bottleneck adapter A."""
 
     name = "adapter"
@@ -140,63 +189,31 @@ class Adapter(Submodule):
     options = AdapterOptions
     parameters = (".unipelt_adapter.",)
 
-    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
-        return [_path(site) for site in blocks]
+    def path(self, site: BlockSite) -> str:
+        return site.norm or site.name
 
-    def attach(self, attachment: Any) -> None:
-        for site in attachment.blocks:
-            path, tokens = _path(site), attachment.tokens[site.parent]
-            if not attachment.has(path, self.name):
-                continue
-            layer = _post_norm(attachment, site, tokens) if site.norm else None
-            if layer is None:
-                block = attachment.model.get_submodule(site.name)
-                layer = attachment.child(
-                    block,
-                    BLOCK_CHILD,
-                    lambda block=block, tokens=tokens: PreNormAdapter(_first_linear(block), tokens),
-                    {"after": "after_block"},
-                )
-            config = attachment.config
-            layer.add(
-                attachment.adapter_name,
-                unipelt_adapter=Bottleneck(
-                    site.hidden_size, config.adapter_size, config.adapter_activation
-                ),
-                unipelt_gate=attachment.gate(
-                    layer, path, (self.name,), site.hidden_size, site.causal
-                ),
+    def layer_path(self, site: BlockSite) -> str:
+        return site.norm or f"{site.name}.{BLOCK_CHILD}"
+
+    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+        tokens = attachment.tokens[site.parent]
+        if site.norm is None:
+            block = attachment.model.get_submodule(site.name)
+            return attachment.child(
+                block,
+                BLOCK_CHILD,
+                lambda: PreNormAdapter(_first_linear(block), tokens),
+                {"after": "after_block"},
             )
-
-    def fold(
-        self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
-    ) -> None:
-        """Scale W_up and b_up by the constant gate."""
-        for site in blocks:
-            path = _path(site)
-            if (path, self.name) in folding.dropped:
-                continue
-            layer = site.norm or f"{site.name}.{BLOCK_CHILD}"
-            if site.norm is not None:
-                folding.renamed[site.norm] = f"{site.norm}.base_layer"
-            folding.keep(f"{layer}.unipelt_adapter.down.")
-            folding.keep(f"{layer}.unipelt_adapter.up.", folding.factor(path, self.name))
-            folding.keep_gate(path, f"{layer}.unipelt_gate.", self.name)
-
-
-def _path(site: BlockSite) -> str:
-    """Return where the adapter of a block sits: at its closing norm, or at the block itself."""
-    return site.norm or site.name
-
-
-def _post_norm(attachment: Any, site: BlockSite, tokens: Any) -> PostNormAdapter:
-    assert site.norm is not None
-    norm = attachment.model.get_submodule(site.norm)
-    if isinstance(norm, PostNormAdapter):
+        norm = attachment.model.get_submodule(site.norm)
+        if not isinstance(norm, PostNormAdapter):
+            norm = PostNormAdapter(norm, tokens)
+            attachment.model.set_submodule(site.norm, norm)
         return norm
-    layer = PostNormAdapter(norm, tokens)
-    attachment.model.set_submodule(site.norm, layer)
-    return layer
+
+    def replace(self, folding: Folding, site: BlockSite) -> None:
+        if site.norm is not None:
+            folding.renamed[site.norm] = f"{site.norm}.base_layer"
 
 
 def _first_linear(block: nn.Module) -> nn.Module:

@@ -47,5 +47,5 @@ def attach_exported(model: PreTrainedModel, specification: dict[str, Any]) -> No
     used = {name for site in gates.values() for name in site}
     for submodule in chosen(config):
         if submodule.name in used:
-            submodule.prepare(model, attentions)
+            submodule.prepare(model, attentions, blocks)
     attach(Attachment(model, config, attentions, blocks, gates))

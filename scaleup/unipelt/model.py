@@ -53,7 +53,7 @@ class UniPeltModel(LoraModel):
         attentions, blocks = find_sites(model)
         targets: list[str] = []
         for submodule in chosen(config):
-            submodule.prepare(model, attentions)
+            submodule.prepare(model, attentions, blocks)
             targets += submodule.lora_targets(attentions)
         to_save = [*(config.modules_to_save or []), *head_names(model)]
         config.modules_to_save = list(dict.fromkeys(to_save)) or None

@@ -209,7 +209,7 @@ class PrefixSubmodule(Submodule):
     def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
         return [site.name for site in attentions]
 
-    def prepare(self, model: nn.Module, attentions: list[AttentionSite]) -> None:
+    def prepare(self, model: Any, attentions: list[AttentionSite], blocks: list[BlockSite]) -> None:
         if any(site.softmax_scale is None for site in attentions):
             use_prefix_attention(model)
 

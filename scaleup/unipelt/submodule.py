@@ -155,8 +155,10 @@ class Submodule:
         """Return the factor that stands in for the gate where gates are not learned."""
         return 1.0
 
-    def prepare(self, model: nn.Module, attentions: list[AttentionSite]) -> None:
-        """Change the model before anything is attached, or raise ValueError if it cannot be."""
+    def prepare(
+        self, model: nn.Module, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> None:
+        """Change the model before anything is attached, or raise ValueError if that is impossible."""
 
     def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
         """Return the paths of the projections that PEFT shall turn into its LoRA layers."""
