@@ -145,6 +145,16 @@ def backbone(
     return model
 
 
+def auto_class(family: str) -> type:
+    """transformers' auto class for the head of the family's tiny model."""
+    name = {
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+        "CAUSAL_LM": "AutoModelForCausalLM",
+    }[task_type(backbone(family))]
+    return getattr(transformers, name)
+
+
 def task_type(model: PreTrainedModel) -> str:
     """PEFT's name for what the model is for."""
     if type(model).__name__.endswith("ForSequenceClassification"):
