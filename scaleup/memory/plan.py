@@ -36,7 +36,8 @@ from scaleup.data import tasks
 from scaleup.errors import ConfigError
 from scaleup.memory.activations import Kernels, Step, trace
 from scaleup.memory.states import States, Zero, read_zero, states
-from scaleup.settings.schema import ZERO_PRESETS, Settings
+from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.settings.schema import Settings
 from scaleup.unipelt.model import parameter_counts
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import torch
 from transformers import TrainingArguments
 
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import ZERO_PRESETS, Settings, TrainSettings
+from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.training.distributed import World
 
 PRESETS = pathlib.Path(__file__).parents[1] / "settings" / "deepspeed"

@@ -136,6 +136,7 @@ class Adapter(Submodule):
     """The bottleneck adapter A."""
 
     name = "adapter"
+    learning_rate = 1e-4
     in_paper = True
     options = AdapterOptions
     parameters = (".unipelt_adapter.",)

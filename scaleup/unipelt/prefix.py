@@ -202,6 +202,7 @@ class PrefixSubmodule(Submodule):
     """Prefix-tuning P."""
 
     name = "prefix"
+    learning_rate = 2e-4
     in_paper = True
     options = PrefixOptions
     parameters = (".unipelt_prefix.",)

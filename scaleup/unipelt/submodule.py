@@ -135,6 +135,9 @@ class Submodule:
     name: ClassVar[str]
     """The name in `submodules`, in reports and of its gate."""
 
+    learning_rate: ClassVar[float] = 5e-4
+    """The default learning rate of a run that trains this submodule alone."""
+
     options: ClassVar[type] = NoOptions
     """A dataclass of `option` fields; they become fields of UniPeltConfig."""
 

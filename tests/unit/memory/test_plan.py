@@ -19,6 +19,7 @@ from scaleup.backbone.method import apply_method
 from scaleup.memory import plan
 from scaleup.memory import states as memory
 from scaleup.memory.activations import Kernels, _fake_step, step, trace
+from scaleup.settings import rules
 from scaleup.settings import schema as config
 from scaleup.training.preflight import CHECKS
 from tests.utils import measured
@@ -302,7 +303,7 @@ def test_states_shrink_from_stage_to_stage(workspace):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zeros = {
         name: memory.read_zero(ROOT / "configs" / "deepspeed" / f"{name}.json", 128)
-        for name in config.ZERO_PRESETS
+        for name in rules.ZERO_PRESETS
     }
     alone, ddp = (memory.states(model, "none", memory.Zero(), world, None) for world in (1, 8))
     assert (
@@ -312,7 +313,7 @@ def test_states_shrink_from_stage_to_stage(workspace):
         and ddp.buffers == trained * 4
     )
     one, two, three, offload = (
-        memory.states(model, "none", zeros[name], 8, None) for name in config.ZERO_PRESETS
+        memory.states(model, "none", zeros[name], 8, None) for name in rules.ZERO_PRESETS
     )
     assert (
         one.resident == two.resident > three.resident > offload.resident
