@@ -7,8 +7,8 @@ over that list. The file of a submodule states
 - where it sits: at attentions (they share one gate projection) or at blocks;
 - which narrow linear maps of the site's input it reads;
 - what its gate scales, and what it computes;
-- what it stores (`parameters`, `stored`), what becomes of it when its gate is a constant (`fold`), and
-  by how much it changes the value at its site (its layers call their `observer`).
+- what it stores (`parameters`, `stored`), what becomes of it when its gate is a constant (`fold`),
+  and by how much it changes the value at its site (its layers call their `observer`).
 """
 
 from __future__ import annotations
