@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from scaleup import __version__, io
 from scaleup.backbone import loading as backbone
-from scaleup.backbone import sharded as weights
+from scaleup.backbone import weights
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, ExportError
 from scaleup.export import fold

@@ -34,7 +34,8 @@ from transformers.utils import logging as hf_logging
 from scaleup import io
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
-from scaleup.backbone.method import device_half_dtype, load_run_model
+from scaleup.backbone.method import load_run_model
+from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
