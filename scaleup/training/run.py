@@ -42,9 +42,10 @@ from scaleup.data.files import Examples
 from scaleup.data.generation import decode
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
 from scaleup.memory.states import estimate
+from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training import console, distributed, resume, watchdog
-from scaleup.training.arguments import deepspeed_file, training_arguments
+from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import Manifest
 from scaleup.training.preflight import hub_structure, packing_problems
