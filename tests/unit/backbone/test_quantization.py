@@ -208,7 +208,7 @@ def test_weights_that_are_repacked_already_are_refused(tmp_path):
     weight = model.bert.encoder.layer[1].output.dense.weight
     convert = bnb.nn.modules._convert_weight_packed_for_cpu
     weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
-    with pytest.raises(ValueError, match="encoder.layer.1.output.dense .* load the model anew"):
+    with pytest.raises(ValueError, match="encoder.layer.1.output.dense .* load the model again"):
         get_peft_model(model, UniPeltConfig(task_type="SEQ_CLS", **SMALL))
 
 

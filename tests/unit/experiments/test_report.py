@@ -1,24 +1,5 @@
 """The report command."""
 
-<<<<<<< HEAD
-=======
-import csv
-import json
-import pathlib
-import shutil
-import statistics
-
-import numpy as np
-import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
-from transformers import AlbertConfig, AlbertForSequenceClassification
-
-from scaleup.backbone import loading as backbone
-from scaleup.backbone import weights
-from scaleup.backbone.method import apply_method
->>>>>>> 52a195d (backbone: weight files, lengths and shards in files of their own; NF4 keeps its layout on AVX512-BF16 CPUs)
 from scaleup.cli import main
 from scaleup.experiments import results
 
