@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from benchmarks.cases import ROOT, argument_parser, command, write_result
-from scaleup.backbone import sharded
+from scaleup.backbone import weights
 from scaleup.settings import schema
 from scaleup.training import checkpoint
 from scaleup.unipelt.config import UniPeltConfig
@@ -204,7 +204,7 @@ def save_large_checkpoint(
             "name": str(base),
             "revision": None,
             "quantization": "none",
-            "fingerprint": sharded.fingerprint(str(base), None),
+            "fingerprint": weights.fingerprint(str(base), None),
         },
         task="seq2seq",
         labels=None,

@@ -21,7 +21,7 @@ import psutil
 from safetensors.torch import load_file
 
 from benchmarks.cases import ROOT, argument_parser, command, write_result
-from scaleup.training.checkpoint import verify
+from scaleup.training.checkpoint import staging_folder, verify
 from tests.utils.workspace import environment, losses, make_workspace, overrides
 
 MODES = {
@@ -70,7 +70,7 @@ def kill_once(
     delay = generator.uniform(0, 3)
     deadline = None
     while process.poll() is None:
-        saving = out.is_dir() and any(out.glob(".checkpoint-*.draft"))
+        saving = out.is_dir() and any(out.glob(staging_folder(out / "checkpoint-*").name))
         if in_save and saving:
             time.sleep(generator.uniform(0, 0.05))
             kill(process)

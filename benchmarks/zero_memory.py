@@ -53,6 +53,8 @@ def frozen_bytes(model) -> dict[str, int]:
     """
     from torch import nn
 
+    from scaleup.backbone.sharded import stored_tensor
+
     wrappers = ("modules_to_save", "original_module")
     heads = tuple(name for name, _ in model.named_modules() if name.endswith(wrappers))
     totals = {"frozen": 0, "linear": 0}
@@ -60,7 +62,7 @@ def frozen_bytes(model) -> dict[str, int]:
         if name.startswith(heads):
             continue
         frozen = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
-        tensors = [getattr(p, "ds_tensor", p.data) for p in frozen]
+        tensors = [stored_tensor(p) for p in frozen]
         state = getattr(module, "state", None)  # where bitsandbytes refers to int8 weights
         tensors += [getattr(state, key, None) for key in ("CB", "SCB")]
         distinct = {t.data_ptr(): t for t in tensors if t is not None and t.numel()}
@@ -100,6 +102,7 @@ def train_worker(path: pathlib.Path) -> None:
     import torch
     from transformers import TrainerCallback
 
+    from scaleup.backbone.sharded import whole_shape
     from scaleup.training import distributed
 
     class Meter(TrainerCallback):
@@ -130,7 +133,7 @@ def train_worker(path: pathlib.Path) -> None:
             self.row = {
                 **frozen_bytes(model),
                 "sent": {key: n for key, n in sent.items() if n},
-                "trained": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
+                "trained": sum(whole_shape(p).numel() for p in trained),
                 "trained_dtype": str(trained[0].dtype),
             }
 
@@ -154,6 +157,7 @@ def load_worker(quantisation: str, folder: str, name: str) -> None:
     from transformers import AutoModelForSequenceClassification, TrainingArguments
 
     from scaleup.backbone import loading
+    from scaleup.backbone.sharded import whole_shape, stored_tensor
     from scaleup.settings import schema
     from scaleup.training import distributed
 
@@ -172,7 +176,7 @@ def load_worker(quantisation: str, folder: str, name: str) -> None:
         settings, config, AutoModelForSequenceClassification, torch.bfloat16, world.device, True
     )
     peak = growth.stop()
-    tensors = [(p.ds_tensor, p.ds_numel) for p in model.parameters()]
+    tensors = [(stored_tensor(p), whole_shape(p).numel()) for p in model.parameters()]
     row = {
         "peak": peak,
         "after": private_bytes() - growth.begin,

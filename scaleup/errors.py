@@ -1,4 +1,4 @@
-"""Errors that a command reports to its user in plain sentences."""
+"""Errors that a command prints in plain sentences, without a traceback."""
 
 
 class ScaleupError(Exception):
@@ -18,16 +18,16 @@ class ConfigError(ScaleupError, ValueError):
 
 
 class CheckpointError(ScaleupError, ValueError):
-    """A folder that is not a whole, unaltered checkpoint."""
+    """A folder is not a complete, unaltered checkpoint."""
 
 
 class RunError(ScaleupError, RuntimeError):
-    """A run that cannot continue. The checkpoints that it saved remain."""
+    """A run cannot continue. The checkpoints that it saved remain."""
 
 
 class Preempted(ScaleupError):
-    """A run that was asked to stop and has saved its state."""
+    """A run was asked to stop and has saved its state."""
 
 
 class ExportError(ScaleupError, RuntimeError):
-    """An export that cannot be made or failed its verification. Nothing is left under its name."""
+    """An export cannot be made, or failed its verification. Nothing is left under its name."""

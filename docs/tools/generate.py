@@ -12,7 +12,7 @@ from typing import Any
 DOCS = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent))
 
-from scaleup.settings.schema import json_schema  # noqa: E402
+from scaleup.settings.describe import json_schema  # noqa: E402
 
 PASSED_THROUGH = "transformers.TrainingArguments"
 INTRODUCTION = """# Configuration

@@ -1,1 +1,1 @@
-"""The frozen backbone: loading, precision, quantization and ZeRO-3 shards."""
+"""The frozen backbone: loading, precision, quantisation and ZeRO-3 shards."""

@@ -1,10 +1,11 @@
-"""A frozen linear layer in int8 that ZeRO-3 shards, which bitsandbytes' own cannot be: it keeps a second reference to its
-weights, so every rank holds them whole.
+"""A frozen int8 linear layer that ZeRO-3 can shard.
 
     W ≈ diag(s / 127) · Q,   s = max |W| per output row,   Q = round(127 W / s)
 
-The same numbers as `bitsandbytes.nn.Linear8bitLt`, quantised by bitsandbytes itself. Forward and backward read the
-parameter at the time they run and keep no reference to it: between the two ZeRO-3 frees the gathered weight.
+These are the numbers of `bitsandbytes.nn.Linear8bitLt`, quantised by bitsandbytes. That layer
+cannot be sharded: it keeps a second reference to its weights, so every rank holds all of them. Here
+the forward and backward pass read the parameter when they run and keep no reference to it, so that
+ZeRO-3 can free the gathered weight between the two.
 
 Shapes: O outputs, I inputs.
 """
@@ -12,22 +13,22 @@ Shapes: O outputs, I inputs.
 import torch
 from torch import nn
 
-OUTLIER = 6.0  # bitsandbytes' threshold: on a GPU, input columns beyond it are multiplied in half precision
+from scaleup.backbone.quantization import int8_product
 
 
 class Int8Linear(nn.Linear):
-    """y = x Wᵀ + b with frozen int8 W [O, I] and float32 row scales [O]. The gradient goes through to x and, if it trains, to b."""
+    """y = x Wᵀ + b with frozen int8 W [O, I] and float32 row scales [O].
+
+    The gradient flows to x and, if it requires one, to b.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        """Empty: weights come from `quantise`."""
+        """Create the layer on the meta device; `load_sharded` fills it."""
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            requires_grad=False,
-        )
-        self.scale = nn.Parameter(
-            torch.empty(out_features, dtype=torch.float32, device="meta"), requires_grad=False
-        )
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        scale = torch.empty(out_features, dtype=torch.float32, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -36,54 +37,46 @@ class Int8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-def quantise(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 weight and float32 row scales of a weight matrix, as bitsandbytes computes them (through float16)."""
-    from bitsandbytes.functional import int8_vectorwise_quant  # an optional package
-
-    weight_int8_OI, scale_O, _ = int8_vectorwise_quant(weight_OI.to(torch.float16))
-    return weight_int8_OI, scale_O
-
-
-def dequantise(weight_OI: torch.Tensor, scale_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight matrix [O, I] that the int8 one stands for."""
+def dequantize(weight_OI: torch.Tensor, scale_O: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight matrix [O, I] that an int8 weight and its row scales represent."""
     return weight_OI.to(dtype).mul_(scale_O.unsqueeze(1).mul(1.0 / 127.0))
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x Wᵀ. The parameters are kept as objects, not as saved tensors: ZeRO-3 empties and refills their `.data`."""
+    """Compute x Wᵀ.
+
+    The parameters are kept as objects, not as saved tensors, because ZeRO-3 empties and refills
+    their `.data`.
+    """
 
     @staticmethod
     def forward(
         ctx, x: torch.Tensor, weight_OI: nn.Parameter, scale_O: nn.Parameter
     ) -> torch.Tensor:
         ctx.parameters = (weight_OI, scale_O)
-        if x.device.type != "cuda":
-            return nn.functional.linear(x, dequantise(weight_OI.data, scale_O.data, x.dtype))
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        flat = x.reshape(-1, x.shape[-1])
-        x_int8, x_scale, outliers = int8_vectorwise_quant(flat.to(torch.float16), threshold=OUTLIER)
-        out, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            flat, x_int8, weight_OI.data, x_scale, scale_O.data, outliers, None
-        )
-        return out.view(*x.shape[:-1], -1)
+        if x.device.type == "cuda":
+            return int8_product(x, weight_OI.data, scale_O.data)
+        return nn.functional.linear(x, dequantize(weight_OI.data, scale_O.data, x.dtype))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight_OI, scale_O = ctx.parameters
-        return grad @ dequantise(weight_OI.data, scale_O.data, grad.dtype), None, None
+        return grad @ dequantize(weight_OI.data, scale_O.data, grad.dtype), None, None
 
 
 def replace_linears(model: nn.Module, skip: tuple[str, ...], dtype: torch.dtype) -> int:
-    """Puts an empty `Int8Linear` for every nn.Linear outside the modules named in `skip`, as bitsandbytes would. Returns how many."""
+    """Replace every nn.Linear outside the modules named in `skip` by an empty `Int8Linear`.
+
+    Returns:
+        The number of replaced layers.
+    """
     count = 0
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or any(
-            name == s or name.startswith(s + ".") for s in skip
-        ):
+        skipped = any(name == other or name.startswith(f"{other}.") for other in skip)
+        if type(module) is not nn.Linear or skipped:
             continue
         parent, _, child = name.rpartition(".")
-        new = Int8Linear(module.in_features, module.out_features, module.bias is not None, dtype)
-        setattr(model.get_submodule(parent), child, new.train(module.training))
+        layer = Int8Linear(module.in_features, module.out_features, module.bias is not None, dtype)
+        setattr(model.get_submodule(parent), child, layer.train(module.training))
         count += 1
     return count

@@ -22,27 +22,32 @@ from scaleup.unipelt.sites import head_names
 
 
 def task_type(model: PreTrainedModel) -> str:
-    """PEFT's name for what the model's head does."""
+    """Return PEFT's name for what the model's head does."""
     if model.get_output_embeddings() is None:
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def apply_method(
-    model: PreTrainedModel, method: MethodSettings, fresh: Sequence[str] = ()
+    model: PreTrainedModel, method: MethodSettings, missing: Sequence[str] = ()
 ) -> nn.Module:
-    """The model with exactly the parameters of `method` trainable; what is added is float32. The head trains in every method, and so
-    do `fresh`, modules of the backbone without pretrained weights."""
+    """Return the model with exactly the parameters of `method` trainable.
+
+    Added parameters are float32. The head trains in every method.
+
+    Args:
+        missing: modules of the backbone without pretrained weights. They train as well.
+    """
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"})
         config = UniPeltConfig(
             task_type=task_type(model),
             gates=method.resolved_gates,
-            modules_to_save=list(fresh) or None,
+            modules_to_save=list(missing) or None,
             **values,
         )
         return get_peft_model(model, config)
-    heads = tuple(f"{name}." for name in (*head_names(model), *fresh))
+    heads = tuple(f"{name}." for name in (*head_names(model), *missing))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
             method.name == "full" or name.endswith(".bias") or name.startswith(heads)
@@ -64,12 +69,6 @@ def complete_config(
         loading.set_labels(config, labels)
     if config.pad_token_id is None:  # a decoder's classifier finds the last token by it
         config.pad_token_id = loading.load_tokenizer(settings.model, config).pad_token_id
-
-
-def device_half_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
-    """Return the data type of mixed precision on `device`, or None for float32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision.half_dtype(settings, has_bf16)
 
 
 def load_run_model(
@@ -102,7 +101,7 @@ def load_run_model(
         CheckpointError: `weights` do not fit the model.
     """
     complete_config(settings, config, auto, labels)
-    half = device_half_dtype(settings, device)
+    half = precision.device_half_dtype(settings, device)
     dtype = dtype or precision.backbone_dtype(settings, half)
     model, missing = loading.load_model(
         settings.model, config, auto, dtype, device, zero3=zero3, prior=prior
@@ -110,10 +109,9 @@ def load_run_model(
     if adapter is not None:
         return PeftModel.from_pretrained(model, str(adapter)).to(device)
     model = apply_method(model, settings.method, missing)
-    deepspeed = settings.train.deepspeed is not None
-    if for_training and half is not None and (deepspeed or settings.method.name == "unipelt"):
-        # The head has the backbone's type so far. In bfloat16, steps of 1e-4 would be rounded away.
-        precision.cast_trained(model, half if deepspeed else torch.float32)
+    trained = precision.trained_dtype(settings, half) if for_training else None
+    if trained is not None:
+        precision.cast_trained(model, trained)
     if weights is not None:
         load_weights(model, weights)
     return model

@@ -1,4 +1,7 @@
-"""Which type a run computes in, and which one its frozen weights are stored in. A run and the plan for it decide here."""
+"""Decide the data types of a run: what it computes in, and how weights are stored.
+
+Runs and memory plans decide here and nowhere else.
+"""
 
 import torch
 from torch import nn
@@ -7,45 +10,67 @@ from scaleup.settings.schema import Settings
 
 
 def half_dtype(settings: Settings, has_bf16: bool) -> torch.dtype | None:
-    """The type of mixed precision, None for float32. `train.bf16: auto` is bfloat16 where the device computes in it (`has_bf16`)."""
+    """Return the data type of mixed precision, or None for float32.
+
+    Args:
+        has_bf16: the device computes in bfloat16. `train.bf16: auto` means bfloat16 if it does.
+    """
     train = settings.train
     if train.fp16:
         return torch.float16
     return torch.bfloat16 if (has_bf16 if train.bf16 == "auto" else train.bf16) else None
 
 
+def device_half_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    """Return the data type of mixed precision on `device`, or None for float32."""
+    return half_dtype(settings, device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def backbone_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype:
-    """Storage type of the backbone. auto: bfloat16 with bf16 training of a frozen backbone, else float32."""
+    """Return the storage type of the backbone.
+
+    `model.dtype: auto` is bfloat16 if the backbone is frozen and the run computes in bfloat16, else
+    float32.
+    """
     if settings.model.dtype != "auto":
         return getattr(torch, settings.model.dtype)
-    return (
-        torch.bfloat16
-        if half is torch.bfloat16 and settings.method.name == "unipelt"
-        else torch.float32
-    )
+    frozen = settings.method.name == "unipelt"
+    return torch.bfloat16 if half is torch.bfloat16 and frozen else torch.float32
+
+
+def trained_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype | None:
+    """Return the storage type of trained parameters; None if they keep the backbone's type.
+
+    DeepSpeed keeps float32 masters itself and needs the type of mixed precision. Otherwise the head
+    must not stay in the type of a frozen backbone: in bfloat16, steps of 1e-4 are rounded away.
+    """
+    if half is None:
+        return None
+    if settings.train.deepspeed is not None:
+        return half
+    return torch.float32 if settings.method.name == "unipelt" else None
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """DeepSpeed keeps float32 masters itself and wants one type, that of mixed precision, among what it trains."""
+    """Convert the parameters that require gradients to `dtype`."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 def problems(settings: Settings, half: torch.dtype | None) -> list[str]:
-    """DeepSpeed computes in one type; a backbone stored in another would meet it in the middle of the model."""
-    computes = str(half or torch.float32).removeprefix("torch.")
-    if (
-        settings.train.deepspeed is None
-        and settings.model.dtype == "float16"
-        and settings.method.name != "unipelt"
-    ):
+    """Return what is wrong with `model.dtype` for this run.
+
+    DeepSpeed computes in one type and cannot use a backbone that is stored in another half type.
+    """
+    dtype, deepspeed = settings.model.dtype, settings.train.deepspeed is not None
+    if not deepspeed and dtype == "float16" and settings.method.name != "unipelt":
         return [
-            "model.dtype: weights that train cannot be float16; leave it out (train.fp16=true computes in float16 all the same)"
+            "model.dtype: weights that train cannot be float16; leave it out "
+            "(train.fp16=true computes in float16 all the same)"
         ]
-    if settings.train.deepspeed is None or settings.model.dtype in ("auto", "float32", computes):
+    computes = str(half or torch.float32).removeprefix("torch.")
+    if not deepspeed or dtype in ("auto", "float32", computes):
         return []
-    switch = "train.bf16=true" if settings.model.dtype == "bfloat16" else "train.fp16=true"
-    return [
-        f"model.dtype: {settings.model.dtype} weights under DeepSpeed need {switch}, or leave model.dtype out"
-    ]
+    switch = "train.bf16=true" if dtype == "bfloat16" else "train.fp16=true"
+    return [f"model.dtype: {dtype} weights under DeepSpeed need {switch}, or leave model.dtype out"]

@@ -11,6 +11,7 @@ argument must change; 130 interrupted.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -36,36 +37,39 @@ def positive(word: str) -> int:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add one subcommand per measurement, each with the options that affect it."""
-    model = argparse.ArgumentParser(add_help=False)
+    """Add one subcommand per measurement, each with the options that affect it.
+
+    The defaults are those of `BenchOptions`.
+    """
+    options_parser = functools.partial(
+        argparse.ArgumentParser, add_help=False, argument_default=argparse.SUPPRESS
+    )
+    model = options_parser()
     model.add_argument(
         "--geometry",
         choices=GEOMETRIES,
-        default="bert-base",
         help="sizes of the model (default: bert-base). bert-narrow: BERT-base without its width, to"
         " time Python alone; llama-8b: needs --dtype bfloat16",
     )
-    model.add_argument("--batch", type=positive, default=16, help="examples per step (default: 16)")
-    model.add_argument("--length", type=positive, default=128, help="tokens (default: 128)")
-    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    model.add_argument("--batch", type=positive, help="examples per step (default: 16)")
+    model.add_argument("--length", type=positive, help="tokens (default: 128)")
+    model.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
     model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="bfloat16: frozen weights in bfloat16, trained weights in float32, autocast",
+        help="default: float32; bfloat16: frozen weights in bfloat16, trained weights in float32,"
+        " autocast",
     )
     model.add_argument("--output", type=pathlib.Path, help="the JSON file to write")
 
-    timed = argparse.ArgumentParser(add_help=False)
-    timed.add_argument("--rounds", type=positive, default=15, help="timed rounds (default: 15)")
+    timed = options_parser()
+    timed.add_argument("--rounds", type=positive, help="timed rounds (default: 15)")
     timed.add_argument("--reference", help="variant to divide by (default: the first)")
 
-    chosen = argparse.ArgumentParser(add_help=False)
-    chosen.add_argument(
-        "--only", nargs="+", default=(), metavar="VARIANT", help="the variants that take part"
-    )
+    chosen = options_parser()
+    chosen.add_argument("--only", nargs="+", metavar="VARIANT", help="the variants that take part")
 
-    step = argparse.ArgumentParser(add_help=False)
+    step = options_parser()
     step.add_argument("--ragged", action="store_true", help="make half of all tokens padding")
     way = step.add_mutually_exclusive_group()
     way.add_argument(
@@ -84,14 +88,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="interpreter of an environment with the library `adapters`, whose UniPELT takes part",
     )
 
-    padding = argparse.ArgumentParser(add_help=False)
+    padding = options_parser()
     padding.add_argument(
         "--texts",
         nargs=3,
         metavar=("TASK", "DATA", "TOKENIZER"),
         help="use the lengths of a GLUE task's texts (default: half of all tokens are padding)",
     )
-    padding.add_argument("--examples", type=positive, default=256, help="how many (default: 256)")
+    padding.add_argument("--examples", type=positive, help="how many (default: 256)")
 
     measurements = parser.add_subparsers(dest="what", required=True, metavar="MEASUREMENT")
     for name, parents, summary in (

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan. Returns the exit code."""
     # DeepSpeed is only imported here; without this variable it warns while it looks for devices.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from scaleup.memory import plan
+    from scaleup.memory.plan import make_plan
+    from scaleup.memory.report import as_json, table
     from scaleup.settings.schema import load
     from scaleup.training.preflight import CHECKS
 
@@ -67,10 +68,10 @@ def run(options: argparse.Namespace) -> int:
         problems += error.problems
     settings = load(options.config, options.overrides, checks=(*CHECKS, lambda _: problems))
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
-    made = plan.make_plan(
+    made = make_plan(
         settings, options.world, options.device, limit, options.configured, report_progress
     )
-    print(*plan.table(made), sep="\n")
+    print(*table(made), sep="\n")
     if options.json:
-        write_json(pathlib.Path(options.json), plan.as_json(made))
+        write_json(pathlib.Path(options.json), as_json(made))
     return DONE if made.fits else FAILED

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write or print the schema. Returns the exit code."""
-    from scaleup.settings.schema import json_schema
+    from scaleup.settings.describe import json_schema
 
     text = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
     if options.output is None:

@@ -45,7 +45,7 @@ class _HelpWithSettings(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from scaleup.cli.entry import HELP_COLUMNS
-        from scaleup.settings.schema import describe
+        from scaleup.settings.describe import describe
 
         print(parser.format_help() + "\n" + describe(HELP_COLUMNS))
         parser.exit()

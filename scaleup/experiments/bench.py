@@ -33,7 +33,6 @@ from scaleup.settings import schema
 from scaleup.settings.loading import override
 
 BASELINE_SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "baseline_library.py"
-COMPILED = {None: "", "default": ", compiled", "reduce-overhead": ", compiled, as CUDA graphs"}
 # variant → (what is trained, quantization, gradient checkpointing)
 MEMORY = {
     "full fine-tuning": ("all", "none", False),
@@ -87,20 +86,23 @@ def run(options: BenchOptions) -> None:
     logging.disable_progress_bar()
     rows = memory_rows(options) if options.what == "memory" else timed_rows(options)
     reference = options.reference or next(iter(rows))
-    machine = {
+    machine: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
     }
-    print(
-        f"{options.what}, {options.geometry}, {options.batch} x {options.length}"
-        + (" half padding" if options.ragged else "")
-        + (f", {options.rounds} rounds" if options.what != "memory" else "")
-        + f"{COMPILED[options.compile]}, {machine['gpu'] or str(machine['threads']) + ' threads'}"
-        + f", {options.dtype}; relative to {reference}"
-    )
+    facts = [
+        options.what,
+        options.geometry,
+        f"{options.batch} x {options.length}" + (" half padding" if options.ragged else ""),
+        f"{options.rounds} rounds" if options.what != "memory" else "",
+        f"compiled ({options.compile})" if options.compile else "",
+        machine["gpu"] or f"{machine['threads']} threads",
+        f"{options.dtype}; relative to {reference}",
+    ]
+    print(", ".join(fact for fact in facts if fact))
     width = max(map(len, rows))
     for name, row in rows.items():
         print(f"{name:<{width}}  {row['ratio']:.3f}  {_describe(row)}")

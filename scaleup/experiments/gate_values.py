@@ -30,6 +30,7 @@ from scaleup.settings.schema import DataSettings, Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training import checkpoint
 from scaleup.training.callbacks import GateStatistics
+from scaleup.training.preflight import model_folder
 from scaleup.unipelt.gate import LearnedGate, pool
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -153,8 +154,8 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             f"--run: {folder} has no {' and no '.join(absent)}, which a pass over data needs "
             "(a sweep keeps best/ with keep: best)"
         )
-    overrides = ["train.resume=auto", override("train.output_dir", folder)]
-    settings = load_config(str(folder / "config.yaml"), overrides)
+    overrides = [override("train.output_dir", folder)]
+    settings = load_config(str(folder / "config.yaml"), overrides, checks=[model_folder])
     if tasks.of(settings.data).writes:
         raise ConfigError(
             f"--run: {folder}: classes and examples are for classification and regression, not "

@@ -26,7 +26,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments.runs import Run, name_variants
 from scaleup.io import write_text
 from scaleup.settings.loading import flat
-from scaleup.settings.rules import ASIDE
+from scaleup.training.output_folder import SET_ASIDE
 
 SUMMARY = ("trial", "task", "k", "method", "data_seed", "train_seed", "metric", "dev", "test")
 
@@ -163,7 +163,7 @@ def _files(folder: pathlib.Path) -> list[Callable[[], Run]]:
     files = [
         path
         for path in sorted(folder.rglob("results.json"))
-        if not any(ASIDE.fullmatch(part) for part in path.relative_to(folder).parts)
+        if not any(SET_ASIDE.fullmatch(part) for part in path.relative_to(folder).parts)
     ] or sorted(folder.glob("*.json"))
     if not files:
         raise ConfigError(

@@ -32,9 +32,10 @@ from transformers import (
 )
 
 from scaleup.backbone.loading import empty_model
-from scaleup.backbone.method import task_type
+from scaleup.backbone.method import apply_method, task_type
 from scaleup.errors import ConfigError
 from scaleup.export import fold, folder
+from scaleup.settings.schema import MethodSettings
 from scaleup.training.sampler import ResumableSampler
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites, head_names
@@ -176,13 +177,6 @@ def half_padding_lengths(count: int, width: int) -> list[int]:
     return [round(width / 8 + 3 * width / 4 * i / steps) for i in range(count - 1)] + [width]
 
 
-def _train_only_head(model: PreTrainedModel) -> PreTrainedModel:
-    model.requires_grad_(False)
-    for name in head_names(model):
-        model.get_submodule(name).float().requires_grad_(True)
-    return model
-
-
 def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
     """Add the PEFT method of `config`, with LoRA's second factor away from its initial zero."""
     model = get_peft_model(base, config)
@@ -197,17 +191,17 @@ def add_unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
     return _add_adapter(base, UniPeltConfig(task_type=task_type(base), **fields))
 
 
+def _unipelt_makers(options: BenchOptions) -> dict[str, Callable[[], nn.Module]]:
+    return {
+        name: lambda fields=fields: add_unipelt(options.backbone(), fields)
+        for name, fields in UNIPELT.items()
+    }
+
+
 def _peft_lora(base: PreTrainedModel) -> nn.Module:
     targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
     config = LoraConfig(task_type=task_type(base), r=8, lora_alpha=16, target_modules=targets)
     return _add_adapter(base, config)
-
-
-def _bitfit(base: PreTrainedModel) -> nn.Module:
-    for name, parameter in _train_only_head(base).named_parameters():
-        if name.endswith(".bias"):
-            parameter.requires_grad = True
-    return base
 
 
 def lower_bound(base: PreTrainedModel) -> nn.Module:
@@ -216,7 +210,10 @@ def lower_bound(base: PreTrainedModel) -> nn.Module:
     def require_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return out.requires_grad_()
 
-    for module in _train_only_head(base).modules():
+    base.requires_grad_(False)
+    for name in head_names(base):
+        base.get_submodule(name).float().requires_grad_(True)
+    for module in base.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == base.config.vocab_size:
             module.register_forward_hook(require_gradient)
     return base
@@ -251,10 +248,8 @@ def inference_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant
     The prefix has no MLP, because at inference only the keys and values remain of it.
     """
     inputs = {name: tensor.to(options.device) for name, tensor in batch.items() if name != "labels"}
-    makers: dict[str, Callable[[], nn.Module]] = {"bare": options.backbone}
-    for name, fields in UNIPELT.items():
-        if "MLP" not in name:
-            makers[name] = lambda fields=fields: add_unipelt(options.backbone(), fields)
+    makers = {"bare": options.backbone} | _unipelt_makers(options)
+    del makers["APL, prefix MLP"]
     if options.geometry not in LANGUAGE_MODELS:
         makers["APL merged"] = lambda: _merged(options)
 
@@ -310,11 +305,11 @@ def training_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]
     makers: dict[str, Callable[[], nn.Module]] = {
         "full fine-tuning": lambda: options.backbone(torch.float32),
         "lower-bound": lambda: lower_bound(options.backbone()),
-        "BitFit": lambda: _bitfit(options.backbone(torch.float32)),
+        "BitFit": lambda: apply_method(
+            options.backbone(torch.float32), MethodSettings(name="bitfit")
+        ),
         "PEFT LoRA": lambda: _peft_lora(options.backbone()),
-    }
-    for name, fields in UNIPELT.items():
-        makers[name] = lambda fields=fields: add_unipelt(options.backbone(), fields)
+    } | _unipelt_makers(options)
     models = {name: makers[name]() for name in select(makers, options.only)}
     return {name: training_variant(options, model, [batch]) for name, model in models.items()}
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from scaleup import __version__, io
 from scaleup.backbone import loading as backbone
-from scaleup.backbone import sharded as weights
+from scaleup.backbone import weights
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, ExportError
 from scaleup.export import fold
@@ -42,6 +42,7 @@ from scaleup.training.checkpoint import (
     staging_folder,
     verify,
 )
+from scaleup.training.preflight import model_folder
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites
 
@@ -94,11 +95,8 @@ def _read_run(options: Options) -> tuple[Settings, dict]:
                 f"--checkpoint: {options.checkpoint} is an export itself ({manifest.export}); name the run's best/ or final/"
             ]
         )
-    own = ["train.resume=auto"]  # else a config refuses a folder that is not empty
-    settings = config.load(
-        str(path),
-        own if options.backbone is None else [*own, override("model.name", options.backbone)],
-    )
+    overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
+    settings = config.load(str(path), overrides, checks=[model_folder])
     method = manifest.method
     if method["name"] != "unipelt":
         raise ConfigError(

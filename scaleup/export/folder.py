@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scaleup.backbone.sharded import Weights, return_freed_memory
+from scaleup.backbone.weights import Weights, return_freed_memory
 from scaleup.export.fold import Folded
 from scaleup.unipelt import exported
 

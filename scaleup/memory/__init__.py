@@ -1,1 +1,1 @@
-"""Estimates of the memory that a run needs."""
+"""Predictions of the memory that a run needs."""

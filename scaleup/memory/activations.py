@@ -1,13 +1,15 @@
-"""How much memory a training step needs beside weights and states, without weights: it runs on tensors that hold no data.
+"""Predict the memory of a training step beside weights and states.
 
-    passed = trace(model, Precision(...), batch=16, length=128)      model: on the meta device
+    step = trace(make_model, config, Kernels(...), batch=16, length=128)
 
-The adapted model itself runs forward and backward under FakeTensorMode, where every operation says which tensors it would
-make. Two numbers come out: what autograd keeps between the passes, and the most that is alive at once.
+The adapted model runs forward and backward under FakeTensorMode: no tensor holds data, but every
+operation reports which tensors it would make. Two numbers come out: what autograd keeps between the
+passes, and the most that is allocated at once.
 
-On a machine without a GPU nothing can run "on cuda", not even without data. What differs there is put in by hand
-(`_Rules`): fused attention and dropout, the operations that CUDA's autocast computes in float32, linear layers of quantised
-weights (bitsandbytes, scaleup.backbone.int8), and DeepSpeed's own linear layer under ZeRO-3, which keeps its input.
+On a machine without a GPU nothing can run "on cuda", not even without data. `_Replacements`
+imitates what differs there: fused attention and dropout, the operations that CUDA's autocast
+computes in float32, linear layers with quantised weights (bitsandbytes, scaleup.backbone.int8), and
+DeepSpeed's linear layer under ZeRO-3, which keeps its input.
 """
 
 import contextlib
@@ -17,7 +19,8 @@ import functools
 import gc
 import warnings
 import weakref
-from typing import Any, Callable, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -31,99 +34,94 @@ from scaleup.unipelt.kernels import planned_for
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
-LAYERS = (
+LAYERS = (  # the settings by which configs say how deep a model is
     "num_hidden_layers",
     "encoder_layers",
     "decoder_layers",
     "num_layers",
     "num_decoder_layers",
     "n_layer",
-)  # where a config says how deep the model is
-# CUDA's autocast computes these in float32 (CPU's does not), and their results stay float32.
+)
+# CUDA's autocast computes these in float32, and their results stay float32. CPU's does not.
 FLOAT32 = ("layer_norm", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Bytes of one step on one process. kept: what autograd keeps for the backward pass. peak: the most alive at once in
-    the step beyond what lived before it, `kept` included, gradients of parameters left out."""
+    """Bytes of one step on one process."""
 
-    kept: int
-    peak: int
+    kept: int  # what autograd keeps for the backward pass
+    peak: int  # the most allocated at once, `kept` included, gradients of parameters excluded
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What decides which tensors a step makes. linear: frozen weights are plain; plain under ZeRO-3; bitsandbytes 8 bit;
-    scaleup's int8 (ZeRO-3); NF4. autocast: its type, None without. device: whose kernels."""
+    """What decides which tensors a step makes."""
 
     device: Literal["cuda", "cpu"]
     autocast: torch.dtype | None
+    # Frozen weights: plain; plain under ZeRO-3; bitsandbytes int8; `Int8Linear`; NF4.
     linear: Literal["plain", "zero3", "8bit", "int8", "nf4"]
     checkpointing: bool
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x Wᵀ + b with a W that is quantised, or that ZeRO-3 gathers: which of its tensors live how long."""
+    """x Wᵀ + b with a W that is quantised or that ZeRO-3 gathers: how long each tensor lives."""
 
     @staticmethod
     def forward(
         ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, cuda: bool
     ) -> torch.Tensor:
-        if kind in (
-            "zero3",
-            "8bit",
-        ):  # DeepSpeed saves its input though W is frozen, bitsandbytes likewise
+        if kind in ("zero3", "8bit"):  # DeepSpeed and bitsandbytes save the input needlessly
             ctx.save_for_backward(x)
         ctx.weight, ctx.kind = weight, kind
         if kind in ("8bit", "int8") and cuda:
             rows = x.reshape(-1, x.shape[-1])
             rows = (rows.half(), torch.empty_like(rows, dtype=torch.int8))
-        matrix = (
-            torch.empty_like(weight, dtype=x.dtype)
-            if kind == "int8" and not cuda
-            else weight.to(x.dtype)
-        )
+        if kind == "int8" and not cuda:
+            matrix = torch.empty_like(weight, dtype=x.dtype)
+        else:
+            matrix = weight.to(x.dtype)
         return PLAIN_LINEAR(x, matrix, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.saved_tensors  # noqa: B018 (reading them is what a backward pass does)
-        matrix = (
-            ctx.weight if ctx.kind == "zero3" else torch.empty_like(ctx.weight, dtype=grad.dtype)
-        )
+        ctx.saved_tensors  # noqa: B018 (a backward pass reads them)
+        matrix = ctx.weight
+        if ctx.kind != "zero3":
+            matrix = torch.empty_like(matrix, dtype=grad.dtype)
         return grad @ matrix.to(grad.dtype), None, None, None, None
 
 
-class _Rules:
-    """The functions of a model as the wanted kernels would do them, put in place of torch's while the rules are entered.
+class _Replacements:
+    """Functions that make the tensors of the given kernels, in place of torch's while entered.
 
-    Replaced in their modules, as DeepSpeed does it, because a mode would not reach what a checkpoint recomputes."""
+    They are replaced in torch's modules, as DeepSpeed does it, because a dispatch mode would not
+    reach what a gradient checkpoint recomputes.
+    """
 
     def __init__(self, kernels: Kernels):
         self.kernels = kernels
 
-    def replacements(self) -> list[tuple[Any, str, Callable]]:
-        """(module, name, function) of everything that is not to run as it is."""
-        found = [(torch, "rand", self._rand)]
+    def functions(self) -> list[tuple[Any, str, Callable]]:
+        """Return (module, name, function) of every replacement."""
+        replaced = [(torch, "rand", self._rand)]
         if self.kernels.linear != "plain":
-            found.append((functional, "linear", self._linear))
+            replaced.append((functional, "linear", self._linear))
         if self.kernels.device == "cuda":
-            found += [
+            replaced += [
                 (functional, "scaled_dot_product_attention", self._attention),
                 (functional, "dropout", self._dropout),
             ]
             if self.kernels.autocast is not None:
-                found += [
-                    (functional, name, self._in_float32(getattr(functional, name)))
-                    for name in FLOAT32
-                ]
-        return found
+                for name in FLOAT32:
+                    replaced.append((functional, name, _in_float32(getattr(functional, name))))
+        return replaced
 
     def __enter__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(planned_for(self.kernels.device))
-        for module, name, function in self.replacements():
+        for module, name, function in self.functions():
             self._stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
 
@@ -131,20 +129,8 @@ class _Rules:
         self._stack.close()
 
     def _rand(self, *size: Any, **kwargs: Any) -> torch.Tensor | float:
-        """BART draws one number per layer to decide whether to skip it; a number without a value decides nothing."""
+        """Return 1.0 for a scalar: BART compares it to decide whether to skip a layer."""
         return 1.0 if size in ((), ([],)) else PLAIN_RAND(*size, **kwargs)
-
-    @staticmethod
-    def _in_float32(function: Callable) -> Callable:
-        def in_float32(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
-            return function(
-                x.float(),
-                *args,
-                **{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
-            )
-
-        return in_float32
 
     def _linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -152,16 +138,15 @@ class _Rules:
         kind, autocast = self.kernels.linear, self.kernels.autocast
         if weight.requires_grad or not x.is_floating_point():
             return PLAIN_LINEAR(x, weight, bias)
-        given = x.dtype
+        dtype = x.dtype
         if kind in ("zero3", "int8") and autocast is not None:
             x = x.to(autocast)
         elif kind == "nf4":
             x = x.to(weight.dtype)
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # custom functions compute in the type they are given
+        # Custom autograd functions compute in the type that they receive.
+        with torch.autocast("cpu", enabled=False):
             out = _FrozenLinear.apply(x, weight, bias, kind, self.kernels.device == "cuda")
-        return out.to(given) if kind == "nf4" else out
+        return out.to(dtype) if kind == "nf4" else out
 
     def _attention(
         self,
@@ -174,7 +159,7 @@ class _Rules:
         scale=None,
         enable_gqa=False,
     ) -> torch.Tensor:
-        """The memory-efficient kernel, which takes any mask; flash attention, without one, keeps the same tensors."""
+        """Run the memory-efficient kernel. Flash attention keeps the same tensors."""
         if self.kernels.autocast is not None:
             query, key, value = (t.to(self.kernels.autocast) for t in (query, key, value))
         if enable_gqa:
@@ -182,12 +167,10 @@ class _Rules:
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
-                    attn_mask.logical_not(), float("-inf")
-                )
-            attn_mask = functional.pad(attn_mask.to(query.dtype), (0, -attn_mask.shape[-1] % 16))[
-                ..., : attn_mask.shape[-1]
-            ]
+                zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+                attn_mask = zeros.masked_fill(attn_mask.logical_not(), float("-inf"))
+            length = attn_mask.shape[-1]
+            attn_mask = functional.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
@@ -199,104 +182,112 @@ class _Rules:
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
-class _Ledger(TorchDispatchMode):
-    """The bytes of all storages made while it is on, and the most that were alive at once."""
+def _in_float32(function: Callable) -> Callable:
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) else value
+
+    def in_float32(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return function(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+    return in_float32
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is active, and the most alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._seen: dict[int, weakref.ref] = {}
+        self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
-        for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (storage := tensor.untyped_storage())._cdata not in inputs
-            ):
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if storage._cdata not in inputs:
                 self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen[key] = weakref.ref(storage, functools.partial(self._drop, key, size))
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
+        if key not in self._references:
+            remove = functools.partial(self._remove, key, size)
+            self._references[key] = weakref.ref(storage, remove)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
 
-    def _drop(self, key: int, size: int, _: weakref.ref) -> None:
-        if self._seen.pop(key, None) is not None:
+    def _remove(self, key: int, size: int, _: weakref.ref) -> None:
+        if self._references.pop(key, None) is not None:
             self.alive -= size
 
 
-def _run(model: nn.Module, batch: int, length: int, target: int) -> torch.Tensor:
-    """A loss of `batch` full examples, padding mask given. target: tokens that an encoder-decoder writes. BART's pooling looks its token up in the data, so it is done here."""
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tensor:
+    """Return a loss of `batch` examples of full length, with a padding mask.
+
+    Args:
+        target: tokens that an encoder-decoder generates.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    encoder_decoder = base.config.is_encoder_decoder
     ids = torch.ones(batch, length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.get_output_embeddings() is not None:
-        labels = (
-            ids
-            if not base.config.is_encoder_decoder
-            else torch.ones(batch, target, dtype=torch.long)
-        )
+        labels = torch.ones(batch, target, dtype=torch.long) if encoder_decoder else ids
         return model(**inputs, labels=labels, use_cache=False).loss
-    if not base.config.is_encoder_decoder:
-        logits = model(**inputs).logits
-    else:
+    if encoder_decoder:  # BART's own pooling would search the data for a token
         hidden = base.base_model(**inputs, decoder_input_ids=ids).last_hidden_state
-        logits = base.classification_head(hidden[:, -1, :])
-    return logits.float().sum()
+        return base.classification_head(hidden[:, -1, :]).float().sum()
+    return model(**inputs).logits.float().sum()
 
 
 def step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int = 128) -> Step:
-    """Runs the model once forward and backward and counts. length, target: tokens read, and written by an encoder-decoder. The model must be where it can run: real, or fake tensors."""
+    """Run the model forward and backward once and count.
+
+    Args:
+        model: a model that can run, with real or fake tensors.
+        length: tokens of each example.
+        target: tokens that an encoder-decoder generates.
+    """
     model.train()
     if kernels.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    permanent = {
+        tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())
+    }
     for parameter in model.parameters():
-        if (
-            parameter.requires_grad
-        ):  # gradients are counted by their own rules (scaleup.memory.plan)
+        if parameter.requires_grad:  # scaleup.memory.states counts the gradients
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in permanent:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    cast = (
-        torch.autocast("cpu", kernels.autocast)
-        if kernels.autocast is not None
-        else contextlib.nullcontext()
-    )
-    ledger = _Ledger()
-    with ledger, _Rules(kernels), warnings.catch_warnings():
+    cast = contextlib.nullcontext()
+    if kernels.autocast is not None:
+        cast = torch.autocast("cpu", kernels.autocast)
+    counter = _AllocationCounter()
+    with counter, _Replacements(kernels), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with cast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = _run(model, batch, length, target)
-        between = ledger.alive
+            loss = _loss(model, batch, length, target)
+        between = counter.alive
         loss.backward()
-    return Step(max(sum(kept.values()), between if kernels.checkpointing else 0), ledger.peak)
+    return Step(max(sum(kept.values()), between if kernels.checkpointing else 0), counter.peak)
 
 
-def _fake_step(
-    model: nn.Module, kernels: Kernels, batch: int, length: int, target: int = 128
-) -> Step:
+def _fake_step(model: nn.Module, *args: Any) -> Step:
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            return step(model.to_empty(device="cpu"), kernels, batch, length, target)
+            return step(model.to_empty(device="cpu"), *args)
         finally:
             gc.collect()  # modules and their hooks refer to each other
 
@@ -309,16 +300,18 @@ def trace(
     length: int,
     target: int = 128,
 ) -> Step:
-    """What one step of the model that `make(config)` gives on the meta device would need.
+    """Predict one step of the model that `make(config)` builds on the meta device.
 
-    All layers of a stack are alike, so a deep model is extrapolated from copies that are two and three layers deep; the test
-    compares. Random skipping of layers (BART's layerdrop) is off: the worst case. Raises whatever the model raises.
+    All layers of a stack are alike, so a deep model is extrapolated from copies with two and three
+    layers. Random skipping of layers (BART's layerdrop) is off, which is the worst case. Whatever
+    the model raises is passed on.
     """
     config = copy.deepcopy(config)
+    names = config.to_dict()
     depths = {
         name: getattr(config, name)
         for name in LAYERS
-        if name in config.to_dict() and name not in config.attribute_map
+        if name in names and name not in config.attribute_map
     }
     if len(depths) > 1:  # BART's num_hidden_layers repeats its encoder_layers
         depths.pop("num_hidden_layers", None)
@@ -334,7 +327,7 @@ def trace(
     kept, peak = base.kept, base.peak
     for name, depth in depths.items():
         if depth > low[name]:
-            more = at(**(low | {name: low[name] + 1}))
-            kept += (depth - low[name]) * (more.kept - base.kept)
-            peak += (depth - low[name]) * (more.peak - base.peak)
+            deeper = at(**(low | {name: low[name] + 1}))
+            kept += (depth - low[name]) * (deeper.kept - base.kept)
+            peak += (depth - low[name]) * (deeper.peak - base.peak)
     return Step(kept, peak)

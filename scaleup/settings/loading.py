@@ -1,4 +1,8 @@
-"""Reading a config file: YAML in which 5e-4 is a number and no key stands twice, and `section.key=value` overrides."""
+"""Read config files: strict YAML, and overrides of the form `section.key=value`.
+
+The YAML differs from that of PyYAML in two ways: 5e-4 is a number, and a key that stands twice is
+an error.
+"""
 
 import difflib
 import json
@@ -11,8 +15,8 @@ import yaml
 
 from scaleup.errors import ConfigError
 
-# What other libraries call it.
-KNOWN_AS = {
+# Names of settings in other libraries → their names here.
+SYNONYMS = {
     "lr": "learning_rate",
     "rank": "r",
     "lora_r": "r",
@@ -33,31 +37,32 @@ KNOWN_AS = {
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A question that names the closest valid name; empty if none is close."""
+    """Return a question that names the closest valid name, or nothing if none is close."""
     valid = list(valid)
-    close = (
-        [KNOWN_AS[name]]
-        if KNOWN_AS.get(name) in valid
-        else difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    )
+    if SYNONYMS.get(name) in valid:
+        return f"; did you mean {SYNONYMS[name]}?"
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, cut; Python refuses to write integers of thousands of digits."""
+    """Return a value as Python writes it, cut to 80 characters."""
     try:
         return f"{value!r:.80}"
-    except ValueError:
+    except ValueError:  # Python refuses to write integers of thousands of digits
         return "a very long number"
 
 
 def override(key: str, value: Any) -> str:
-    """The word of a command line that sets `key` to just this value, whatever YAML would make of its characters. JSON is YAML on one line."""
+    """Return the word of a command line that sets `key` to exactly this value.
+
+    The value is written as JSON, which is YAML on one line.
+    """
     return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
 
 
 def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`section.key` → value."""
+    """Return nested sections as `section.key` → value."""
     return {
         f"{section}.{key}": value
         for section, values in sections.items()
@@ -66,11 +71,25 @@ def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML where 5e-4 is a number and a key given twice is an error."""
+    """YAML in which 5e-4 is a number and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping whose keys are unique; merge keys (<<) may still be overridden."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads: the text "5e-4", a commit say, gets quotes."""
+    """Writes what Loader reads: a text such as the commit "5e4" gets quotes."""
 
 
 for _yaml in (Loader, Dumper):
@@ -80,89 +99,82 @@ for _yaml in (Loader, Dumper):
         list("-+0123456789"),
     )
 
-
-def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = str(loader.construct_object(key_node, deep=True))
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key} stands twice", problem_mark=key_node.start_mark
-            )
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+# PyYAML lets these pass for values such as `!!int x`, `!!bool x`, `!!timestamp x`, 0:0:… and [[[….
+_PARSER_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
+def parse(text: str, source: str) -> Any:
+    """Return the value of a YAML text.
 
+    Args:
+        text: YAML.
+        source: file or key that an error message names.
 
-def parse(text: str, where: str) -> Any:
+    Raises:
+        ConfigError: the text is not valid YAML.
+    """
     try:
-        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        # Beyond its own error PyYAML lets through what Python raises for `!!int x`, `!!bool x`, `!!timestamp x`, 0:0:… and [[[[….
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, Loader)  # a SafeLoader
+    except (yaml.YAMLError, *_PARSER_ERRORS) as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read(
     path: str | None, overrides: Sequence[str], sections: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """The file and the overrides as nested dicts, and what is wrong with their shape.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Read a config file and apply overrides.
 
-    Raises ConfigError for a file that cannot be read or is not YAML: nothing else can be said of it.
+    Args:
+        path: YAML file, or None for an empty config.
+        overrides: words `section.key=value`.
+        sections: names of the valid sections.
+
+    Returns:
+        The valid sections as nested dicts, and one sentence for each problem with their shape.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a YAML mapping.
     """
     raw: Any = {}
     if path is not None:
         try:
             raw = parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}"
-            ) from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: cannot be read: not UTF-8 text") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path}: expected sections {', '.join(sections)}, found {type(raw).__name__}"
         )
+    config: dict[str, dict[str, Any]] = {}
     problems = []
-    if isinstance(raw.get("method"), str):  # `method: full` is short for `method: {name: full}`
-        raw["method"] = {"name": raw["method"]}
-    for name in list(raw):
+    for name, section in raw.items():
+        if name == "method" and isinstance(section, str):
+            section = {"name": section}  # `method: full` is short for `method: {name: full}`
         if name not in sections:
-            problems.append(
-                f"{name}: unknown section{nearest(str(name), sections)} (sections: {', '.join(sections)})"
-            )
-            del raw[name]
-        elif raw[name] is None:
-            raw[name] = {}
-        elif not isinstance(raw[name], dict):
-            problems.append(f"{name}: expected settings, found {shown(raw[name])}")
-            del raw[name]
+            problems.append(_unknown_section(str(name), str(name), sections))
+        elif section is not None and not isinstance(section, dict):
+            problems.append(f"{name}: expected settings, found {shown(section)}")
         else:
-            raw[name] = {str(key): value for key, value in raw[name].items()}
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        section, dot, field = key.partition(".")
-        if section == "method" and not dot and sign:
-            field, dot = "name", "."
-        if not sign or not dot or not field:
-            problems.append(f"{item}: overrides look like section.key=value")
+            config[name] = {str(key): value for key, value in (section or {}).items()}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        key = "method.name" if key == "method" else key
+        section, _, field = key.partition(".")
+        if not equals or not field:
+            problems.append(f"{word}: overrides look like section.key=value")
         elif section not in sections:
-            problems.append(
-                f"{key}: unknown section{nearest(section, sections)} (sections: {', '.join(sections)})"
-            )
+            problems.append(_unknown_section(key, section, sections))
         else:
             try:
-                raw.setdefault(section, {})[field] = parse(text, key)
+                config.setdefault(section, {})[field] = parse(text, key)
             except ConfigError as error:
                 problems += error.problems
-    return raw, problems
+    return config, problems
+
+
+def _unknown_section(key: str, name: str, sections: Sequence[str]) -> str:
+    known = ", ".join(sections)
+    return f"{key}: unknown section{nearest(name, sections)} (sections: {known})"

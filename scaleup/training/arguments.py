@@ -1,16 +1,14 @@
 """Translate a run's config into transformers' TrainingArguments."""
 
-import pathlib
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import ZERO_PRESETS, Settings, TrainSettings
+from scaleup.settings.presets import deepspeed_file
+from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.training.distributed import World
-
-PRESETS = pathlib.Path(__file__).parents[1] / "settings" / "deepspeed"
 
 
 def training_arguments(
@@ -92,8 +90,3 @@ def _set_evaluation(passed: dict[str, Any], train: TrainSettings) -> str:
                 " leave it out, or set train.save_strategy=best"
             )
     return strategy
-
-
-def deepspeed_file(name: str | None) -> str | None:
-    """Return the path of the JSON file that `train.deepspeed` means, or None."""
-    return str(PRESETS / f"{name}.json") if name in ZERO_PRESETS else name

@@ -5,7 +5,9 @@
 Types are checked by the schema, and rules that need no files in `scaleup.settings.rules`.
 """
 
+import os
 import pathlib
+import re
 
 import torch
 from torch import nn
@@ -13,7 +15,16 @@ from transformers import PretrainedConfig
 
 from scaleup.backbone import loading as backbone
 from scaleup.data import tasks
-from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings, Section, Settings
+from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.settings.schema import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    Section,
+    Settings,
+    TrainSettings,
+)
+from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, AttentionSite, find_sites, head_names
 
 
@@ -114,4 +125,38 @@ def model_features(sections: dict[str, Section]) -> list[str]:
     return [backbone.no_bias(type(empty).__name__)] if linear and linear[-1].bias is None else []
 
 
-CHECKS = (tasks.check, backbone.check, structure, model_features)
+def model_folder(sections: dict[str, Section]) -> list[str]:
+    """Check that model.name is the folder of a model, or looks like the id of one on the hub."""
+    model = sections.get("model")
+    if not isinstance(model, ModelSettings):
+        return []
+    name = model.name
+    # os.path answers False where pathlib raises: for names too long and folders without access.
+    if os.path.exists(name):
+        if os.path.isfile(os.path.join(name, "config.json")):
+            return []
+        return [f"model.name: {name} has no config.json; give the folder of a transformers model"]
+    # A name beside existing folders is a misspelt path, even if it looks like a hub id.
+    parent = os.path.dirname(name)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not (parent and os.path.isdir(parent)):
+        return []
+    return [
+        f"model.name: no folder {name}; give an existing folder or a hub id like "
+        "facebook/bart-large"
+    ]
+
+
+def training_files(sections: dict[str, Section]) -> list[str]:
+    """Check the DeepSpeed config and the output folder."""
+    train = sections.get("train")
+    if not isinstance(train, TrainSettings):
+        return []
+    problems = output_folder_problems(train)
+    deepspeed = train.deepspeed
+    if deepspeed is not None and deepspeed not in ZERO_PRESETS and not os.path.isfile(deepspeed):
+        presets = ", ".join(ZERO_PRESETS)
+        problems.append(f"train.deepspeed: {deepspeed} is neither a file nor one of {presets}")
+    return problems
+
+
+CHECKS = (model_folder, training_files, tasks.check, backbone.check, structure, model_features)

@@ -14,9 +14,9 @@ import yaml
 
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import LOCK
-from scaleup.settings.rules import ASIDE, LOGS_OF_OTHERS, OURS
 from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training.checkpoint import Manifest, verify
+from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
 
 NAME = re.compile(r"checkpoint-(\d+)")
 # Optimizer, schedule and order of examples depend on these settings. The other settings of the
@@ -57,7 +57,7 @@ def clear_unfinished(out: pathlib.Path) -> None:
 
     If a checkpoint was just being replaced, its old version gets its name back.
     """
-    for path in [path for path in out.glob(".*") if OURS.fullmatch(path.name)]:
+    for path in [path for path in out.glob(".*") if LEFTOVERS.fullmatch(path.name)]:
         if path.name.endswith(".old"):
             final = path.with_name(path.name[1 : -len(".old")])
             if not final.exists() and path.is_dir():
@@ -257,7 +257,7 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
 
 def _set_aside_folders(out: pathlib.Path) -> list[pathlib.Path]:
     """Return the folders of runs that were set aside, oldest first."""
-    return sorted((path for path in out.iterdir() if ASIDE.fullmatch(path.name)), key=_number)
+    return sorted((path for path in out.iterdir() if SET_ASIDE.fullmatch(path.name)), key=_number)
 
 
 def set_aside(out: pathlib.Path) -> None:
@@ -266,7 +266,7 @@ def set_aside(out: pathlib.Path) -> None:
     target = out / f"before-{_number(folders[-1]) + 1 if folders else 1}"
     target.mkdir()
     for path in list(out.iterdir()):
-        stays = ASIDE.fullmatch(path.name) or path.suffix in LOGS_OF_OTHERS or path.name == LOCK
+        stays = SET_ASIDE.fullmatch(path.name) or path.suffix in SCHEDULER_LOGS or path.name == LOCK
         if not stays:
             path.rename(target / path.name)
 

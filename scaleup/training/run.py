@@ -34,16 +34,18 @@ from transformers.utils import logging as hf_logging
 from scaleup import io
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
-from scaleup.backbone.method import device_half_dtype, load_run_model
+from scaleup.backbone.method import load_run_model
+from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.data.generation import decode
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
 from scaleup.memory.states import estimate
+from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training import console, distributed, resume, watchdog
-from scaleup.training.arguments import deepspeed_file, training_arguments
+from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import Manifest
 from scaleup.training.preflight import hub_structure, packing_problems

@@ -1,14 +1,14 @@
-"""The bottleneck adapter after the feed-forward sublayer (Houlsby et al. 2019; UniPELT's placement).
+"""The bottleneck adapter after the feed-forward sublayer (Houlsby et al. 2019).
 
     adapter(n) = W_up φ(W_down n + b_down) + b_up            m = 48 units, φ = ReLU
 
     post-LN block (BERT, BART):   z = x + h_F,  n = LN(z),    out = LN(z + G_A adapter(n))
     pre-LN block (T5, Llama):     z = x + h_F,  n = norm(z),  out = z + G_A adapter(n)
 
-A post-LN block uses its closing LayerNorm LN twice; `PostNormAdapter` replaces that norm. In a pre-LN
-block `PreNormAdapter` changes the block's output, and norm() normalises to mean 0 and variance 1
-without parameters: the residual stream grows with depth, and gate and adapter should see the same
-scale in every layer.
+A post-LN block uses its closing LayerNorm LN twice; `PostNormAdapter` replaces that norm. In a
+pre-LN block `PreNormAdapter` changes the block's output, and norm() normalises to mean 0 and
+variance 1 without parameters: the residual stream grows with depth, and gate and adapter should see
+the same scale in every layer.
 
 Shapes: B examples, T tokens, D hidden size, M bottleneck size.
 """
@@ -124,7 +124,7 @@ class PreNormAdapter(BottleneckLayer):
     def after_block(
         self, block: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]
     ) -> torch.Tensor | tuple[Any, ...]:
-        """Add the gated adapter to the block's first output. This is a forward hook of the block."""
+        """Add the gated adapter to the first output of the block, as its forward hook."""
         z_BTD = output[0] if isinstance(output, tuple) else output
         updated_BTD = self.updated(z_BTD, nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
         if updated_BTD is None:
@@ -185,6 +185,7 @@ class Adapter(BottleneckSubmodule):
     """The bottleneck adapter A."""
 
     name = "adapter"
+    learning_rate = 1e-4
     in_paper = True
     options = AdapterOptions
     parameters = (".unipelt_adapter.",)

@@ -1,8 +1,8 @@
 """Attaching UniPELT to the sites of a model.
 
-Every parent model (one that gets a padding mask) gets a `Tokens` child, every attention and block gets
-the layers of the submodules that sit there. The same code attaches a PEFT adapter for training and the
-modules of an exported folder.
+Every parent model (one that gets a padding mask) gets a `Tokens` child, every attention and block
+gets the layers of the submodules that sit there. The same code attaches a PEFT adapter for training
+and the modules of an exported folder.
 """
 
 from collections.abc import Callable
@@ -89,8 +89,8 @@ class Attachment:
         Args:
             layer: the layer that owns the hook.
             module: the module to watch.
-            kind: "before" the pass, "after" it, "first" of those after it, or "always" after it, which
-                includes passes that raised an exception.
+            kind: "before" the pass, "after" it, "first" of those after it, or "always" after it,
+                which includes passes that raised an exception.
             method: the hook.
         """
         if kind == "before":

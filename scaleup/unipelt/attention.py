@@ -2,12 +2,13 @@
 
     softmax([g q·P_Kᵀ, q·Kᵀ] / √E) · [g P_V; V]
 
-The prefix enters in the attention function, so that it takes part in every attention (encoder, decoder,
-cross), every query sees it, positions of real tokens do not shift, and nothing of it is kept in a KV
-cache. A gate per example scales keys and values; a gate per token scales scores and values per query.
+The prefix enters in the attention function, so that it takes part in every attention (encoder,
+decoder, cross), every query sees it, positions of real tokens do not shift, and nothing of it is
+kept in a KV cache. A gate per example scales keys and values; a gate per token scales scores and
+values per query.
 
-This is the only file that touches transformers' attention and mask registries and the eager attention
-functions of its modelling files.
+This is the only file that touches transformers' attention and mask registries and the eager
+attention functions of its modelling files.
 
 Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, L prefix length.
 """
@@ -27,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .gate import GateValue
 from .kernels import attend, is_short, target_device
 
-# The plain implementation → its name with a prefix. An exported folder has names of its own, because
-# one process may load scaleup and several exported models.
+# The plain implementation → its name with a prefix. An exported folder has names of its own,
+# because one process may load scaleup and several exported models.
 FAMILY = "unipelt" if __name__.startswith("scaleup.") else "unipelt_exported"
 ATTENTION = {plain: f"{FAMILY}_{plain}" for plain in ("sdpa", "eager")}
 PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
@@ -66,7 +67,7 @@ def restore_attention(model: nn.Module) -> None:
 
 
 def models_with_own_config(model: nn.Module) -> list[PreTrainedModel]:
-    """Return one model per config: T5's encoder and decoder have copies, which need a switch each."""
+    """Return one model per config: T5's encoder and decoder have one each."""
     models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     return list({id(part.config): part for part in models}.values())
 
@@ -93,8 +94,8 @@ def widen_mask(
 ) -> torch.Tensor | None:
     """Add columns for a prefix in front of an attention mask.
 
-    No mask with causal attention means "rely on is_causal", which a longer key would misalign, so the
-    causal mask is written out.
+    No mask with causal attention means "rely on is_causal", which a longer key would misalign, so
+    the causal mask is written out.
 
     Args:
         mask: boolean or additive, [B or 1, H or 1, T, S], or None. The result has the same type.
@@ -146,7 +147,7 @@ class WideMasks:
 def _join_scaled(
     prefix: Prefix, key_BGSE: torch.Tensor, value_BGSE: torch.Tensor, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the prefix, scaled by one gate per example, and `padding` zeros in front of keys and values."""
+    """Put the prefix, gated per example, and `padding` zeros in front of keys and values."""
     kv, gate = prefix
     if isinstance(gate, torch.Tensor):  # a matrix product, because its gradients are faster
         kv = (gate.flatten(1).to(kv.dtype) @ kv.reshape(1, -1)).unflatten(1, kv.shape)  # [B, 2, …]
@@ -170,8 +171,8 @@ def _attend_per_token(
     """Compute softmax([g_t q_t·P_Kᵀ, q_t·Kᵀ]) · [g_t P_V; V] with any attention kernel.
 
     Heads grow by L columns. A query carries its gated prefix scores there, the prefix keys are unit
-    vectors that read them, and the same unit vectors among the values return the prefix's share of the
-    softmax, which then weighs P_V.
+    vectors that read them, and the same unit vectors among the values return the prefix's share of
+    the softmax, which then weighs P_V.
     """
     query, key, value = qkv
     kv, gate_BT1 = prefix
@@ -284,8 +285,8 @@ def _plain_eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class SoftmaxPrefix(TorchFunctionMode):
     """A prefix for an attention that computes softmax(scores [B, H, T, S]) itself.
 
-    While the mode is active, the scores grow by L columns in front. Their share of the softmax is kept
-    for `context`; the rest returns to the attention, which multiplies it with its values.
+    While the mode is active, the scores grow by L columns in front. Their share of the softmax is
+    kept for `context`; the rest returns to the attention, which multiplies it with its values.
     """
 
     def __init__(self, prefix: Prefix, query_BTD: torch.Tensor, scaling: float, dropout: float):

@@ -47,15 +47,15 @@ class CommonOptions:
     )
     gates: str | None = option(
         None,
-        "learned, or none (NoGate). Default: learned for several submodules, none for one, as in the "
-        "paper.",
+        "learned, or none (NoGate). Default: learned for several submodules, none for one, as in "
+        "the paper.",
         choices=("learned", "none"),
     )
     gate_pooling: str = option(
         "auto",
-        "Mean of the per-token gates over every position (paper), real tokens (masked) or the tokens so "
-        "far (causal). auto: masked in bidirectional attention, causal in causal attention and its "
-        "layer.",
+        "Mean of the per-token gates over every position (paper), real tokens (masked) or the "
+        "tokens so far (causal). auto: masked in bidirectional attention, causal in causal attention "
+        "and its layer.",
         choices=("auto", "paper", "masked", "causal"),
     )
 
@@ -71,8 +71,8 @@ class UniPeltConfig(*dict.fromkeys(_BASES)):  # type: ignore[misc]
     LoraConfig.
 
     Raises:
-        ValueError: for values outside of their range, and for fields of LoraConfig that have no meaning
-            here.
+        ValueError: for values outside of their range, and for fields of LoraConfig that have no
+            meaning here.
     """
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ def _checked_submodules(names: Any) -> list[str]:
     ):
         *first, last = SUBMODULES
         raise ValueError(
-            f"submodules must name {', '.join(first)} or {last}, each at most once and at least one; "
-            f"got {names}"
+            f"submodules must name {', '.join(first)} or {last}, each at most once and at least "
+            f"one; got {names}"
         )
     return [name for name in SUBMODULES if name in names]

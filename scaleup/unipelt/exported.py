@@ -1,8 +1,9 @@
 """Attaching what is left of UniPELT to a model that is loaded from an exported folder.
 
-The files of this package are copied next to the folder's modelling code unchanged. Neither scaleup nor
-PEFT has to be installed there. A layer holds one set of weights instead of one per PEFT adapter, prefixes
-are keys and values instead of PEFT's encoder, and LoRA is a hook instead of PEFT's layer.
+The files of this package are copied next to the folder's modelling code unchanged. Neither scaleup
+nor PEFT has to be installed there. A layer holds one set of weights instead of one per PEFT
+adapter, prefixes are keys and values instead of PEFT's encoder, and LoRA is a hook instead of
+PEFT's layer.
 """
 
 import dataclasses

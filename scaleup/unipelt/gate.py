@@ -2,11 +2,12 @@
 
     g = pool(sigmoid(W h + b)),   W ~ N(0, 0.02), b = 0        (Mao et al. 2022, section 3.2)
 
-The sigmoid is applied per token, and the mean over tokens is taken after it. Gates that read the same
-input share one projection.
+The sigmoid is applied per token, and the mean over tokens is taken after it. Gates that read the
+same input share one projection.
 
-Shapes: B examples, T tokens, D hidden size, N gates in one projection. A gate is [B, 1, 1] (one scalar
-per example) or, with causal pooling, [B, T, 1] (at each token, the mean over the tokens so far).
+Shapes: B examples, T tokens, D hidden size, N gates in one projection. A gate is [B, 1, 1] (one
+scalar per example) or, with causal pooling, [B, T, 1] (at each token, the mean over the tokens so
+far).
 """
 
 from typing import Any
@@ -23,8 +24,8 @@ GateValue = torch.Tensor | float
 def resolve_pooling(requested: str, causal: bool) -> str:
     """Return the pooling of one site.
 
-    `masked` averages over real tokens where all of them may be seen. In causal attention that mean would
-    show a token its future, so `masked` and `auto` become the running mean there.
+    `masked` averages over real tokens where all of them may be seen. In causal attention that mean
+    would show a token its future, so `masked` and `auto` become the running mean there.
 
     Args:
         requested: `gate_pooling`: "auto", "paper", "masked" or "causal".
@@ -76,8 +77,8 @@ def cast_to_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class GateMoments:
     """Mean and standard deviation of the values of N gates since the last call of `take`.
 
-    Sums are updated on the device and in place: there is no synchronisation per step, and no reference
-    to a step's own tensors, which CUDA graphs overwrite.
+    Sums are updated on the device and in place: there is no synchronisation per step, and no
+    reference to a step's own tensors, which CUDA graphs overwrite.
     """
 
     def __init__(self, gates: int, device: torch.device):

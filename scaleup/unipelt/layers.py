@@ -1,8 +1,8 @@
 """Modules that sit beside a module of the backbone instead of wrapping it.
 
     AuxiliaryLayer     entries (gates, adapters, prefixes) of one or more PEFT adapters
-    SiteLayer          adds the gates of a site; evaluates the gates and all narrow maps that read the
-                       same input as one product
+    SiteLayer          adds the gates of a site; evaluates the gates and all narrow maps that read
+                       the same input as one product
     AttentionGates     the SiteLayer of an attention, whose gates several submodules share
 
 In an exported folder, where there is only one set of weights, entries are plain child modules.
@@ -29,8 +29,8 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
     """A PEFT tuner layer beside a module. PEFT saves, freezes and switches its entries.
 
     Args:
-        reference_module: the module whose device and dtype new entries take. Beside quantised weights
-            entries stay float32.
+        reference_module: the module whose device and dtype new entries take. Beside quantised
+            weights entries stay float32.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -114,8 +114,8 @@ class SiteLayer(AuxiliaryLayer):
             joined: whether one product for everything is faster than one per group.
 
         Returns:
-            The gates by name, and the products of each group side by side, [B, T, R]. A product is None
-            if the caller has to call its maps itself.
+            The gates by name, and the products of each group side by side, [B, T, R]. A product is
+            None if the caller has to call its maps itself.
         """
         gate = self.active("unipelt_gate")
         products: list[torch.Tensor | None] = [None] * len(groups)

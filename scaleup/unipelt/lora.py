@@ -1,15 +1,15 @@
 """LoRA with a gate on the query and value projections (Hu et al. 2021).
 
-    y = W x + G_L · B(A x)          r = 8; the gate replaces alpha/r. Ungated: the constant alpha/r = 2
+    y = W x + G_L · B(A x)      r = 8; the gate replaces alpha/r. Ungated: the constant alpha/r = 2
 
-For training this is a variant of PEFT's LoRA layers: `Linear`, `bnb.Linear8bitLt` and `bnb.Linear4bit`
-all ask their variant for the forward pass, so one class serves every kind of frozen weight. In an
-exported folder it is a hook on the projection, or folded into the weight.
+For training this is a variant of PEFT's LoRA layers: `Linear`, `bnb.Linear8bitLt` and
+`bnb.Linear4bit` all ask their variant for the forward pass, so one class serves every kind of
+frozen weight. In an exported folder it is a hook on the projection, or folded into the weight.
 
-Query and value share the gate of their attention. In cross attention the queries come from the decoder
-and the values from the encoder, so the value projection's gate is the same gate projection pooled over
-the encoder's tokens. It is computed when that projection runs: once per generation, as the values are
-cached.
+Query and value share the gate of their attention. In cross attention the queries come from the
+decoder and the values from the encoder, so the value projection's gate is the same gate projection
+pooled over the encoder's tokens. It is computed when that projection runs: once per generation, as
+the values are cached.
 
 Shapes: B examples, T tokens, D hidden size, R rank.
 """
@@ -94,8 +94,8 @@ class LoraMember(AttentionMember):
     def gate(self, projection: str) -> GateValue | None:
         """Return G_L of this pass for "query" or "value", None for no update.
 
-        DeBERTa also sends position embeddings through these projections. They belong to no example, so
-        only the first call of a pass is gated there.
+        DeBERTa also sends position embeddings through these projections. They belong to no example,
+        so only the first call of a pass is gated there.
         """
         if self.layer.site.softmax_scale is not None:
             return self.gates.pop(projection, None)
@@ -209,8 +209,8 @@ class LoraUpdate(nn.Module):
 class FusedUpdate(nn.Module):
     """B of a fused projection of queries, keys and values, [..., 2R] → [..., rows].
 
-    The first R inputs are for the queries, the others for the values; keys get no update. It does what
-    two LoRA layers would do, with one pass through the frozen weights.
+    The first R inputs are for the queries, the others for the values; keys get no update. It does
+    what two LoRA layers would do, with one pass through the frozen weights.
     """
 
     def __init__(self, rank: int, layout: FusedQKVLayout):

@@ -3,8 +3,9 @@
     model = get_peft_model(model, UniPeltConfig())                     attach and freeze
     PeftModel.from_pretrained(model, folder)                           after `import scaleup`
 
-Everything that is trained lives inside the backbone as PEFT tuner layers, so PEFT saves, loads, switches
-and disables it. This is the only file that extends PEFT's registries and overrides its private methods.
+Everything that is trained lives inside the backbone as PEFT tuner layers, so PEFT saves, loads,
+switches and disables it. This is the only file that extends PEFT's registries and overrides its
+private methods.
 """
 
 import re
@@ -34,8 +35,8 @@ GATES = ".unipelt_gate."  # marks the parameters of gates
 class UniPeltModel(LoraModel):
     """A model with UniPELT. Create it through `get_peft_model`."""
 
-    # inject_adapter_in_model and model.add_adapter would skip the shared prefixes; PEFT refuses them
-    # because of this flag.
+    # inject_adapter_in_model and model.add_adapter would skip the shared prefixes; PEFT refuses
+    # them because of this flag.
     uses_shared_state = True
     tuner_layer_cls = (LoraLayer, AuxiliaryLayer)
 
@@ -47,7 +48,7 @@ class UniPeltModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Let PEFT add its LoRA layers, then attach gates and submodules, and let the head train."""
+        """Let PEFT add its LoRA layers, attach gates and submodules, and train the head."""
         config = self.peft_config[adapter_name]
         keep_layout(model)
         attentions, blocks = find_sites(model)
@@ -83,9 +84,9 @@ class UniPeltModel(LoraModel):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
             raise ValueError(
-                "UniPELT cannot be merged exactly: gates depend on the input, the prefix changes the "
-                "softmax, the adapter is nonlinear. Save the adapter with save_pretrained, or call "
-                "unload() for the bare backbone"
+                "UniPELT cannot be merged exactly: gates depend on the input, the prefix changes "
+                "the softmax, and the adapter is nonlinear. Save the adapter with "
+                "save_pretrained, or call unload() for the bare backbone"
             )
         unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for module in list(unloaded.modules()):
@@ -105,7 +106,7 @@ class UniPeltModel(LoraModel):
 
 
 def submodule_of(name: str) -> str | None:
-    """Return the submodule that a parameter belongs to, "gates" for a gate, None for the backbone."""
+    """Return the submodule of a parameter, "gates" for a gate, None for the backbone."""
     if GATES in f".{name}":
         return "gates"
     for submodule in SUBMODULES.values():

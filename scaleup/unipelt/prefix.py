@@ -1,9 +1,9 @@
 """Prefix-tuning: learned keys and values in front of every attention (Li and Liang 2021).
 
-    softmax([g q·P_Kᵀ, q·Kᵀ] / √E) · [g P_V; V]         L = 10; MLP d → 512 → 2·N·d with Tanh in training
+    softmax([g q·P_Kᵀ, q·Kᵀ] / √E) · [g P_V; V]    L = 10; MLP d → 512 → 2·N·d with Tanh in training
 
-The parameters are PEFT's `PrefixEncoder`, evaluated once per forward pass of the model that owns the
-attentions. How the prefix enters the attention is in `attention.py`.
+The parameters are PEFT's `PrefixEncoder`, evaluated once per forward pass of the model that owns
+the attentions. How the prefix enters the attention is in `attention.py`.
 
 Shapes: B examples, T queries, G key-value heads, E head size, L prefix length, N layers.
 """
@@ -56,9 +56,9 @@ class PrefixTuning(AuxiliaryLayer):
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> nn.Module:
         """Return PEFT's prefix encoder: an MLP ("mlp") or the keys and values themselves ("none").
 
-        As in the authors' code, where BERT's initialisation reaches the prefix, weights are drawn from
-        N(0, 0.02) and biases start at 0. PEFT's default, an embedding from N(0, 1), starts with a prefix
-        that outweighs a short sentence.
+        As in the authors' code, where BERT's initialisation reaches the prefix, weights are drawn
+        from N(0, 0.02) and biases start at 0. PEFT's default, an embedding from N(0, 1), starts
+        with a prefix that outweighs a short sentence.
         """
         config = PrefixTuningConfig(
             num_virtual_tokens=length,
@@ -78,9 +78,11 @@ class PrefixTuning(AuxiliaryLayer):
     def keys_values(self, encoder: Any) -> torch.Tensor:
         """Compute the keys and values of all layers, [N, 2, G, L, E].
 
-        The layout is the authors' and PEFT's: entry 2i are the keys of layer i, entry 2i+1 its values.
+        The layout is the authors' and PEFT's: entry 2i are the keys of layer i, entry 2i+1 its
+        values.
         """
-        # Under ZeRO-3 the weight is empty between calls, so the length comes from the layer's record.
+        # Under ZeRO-3 the weight is empty between calls, so the length comes from the layer's
+        # record.
         weight = encoder.embedding.weight
         out = encoder.embedding(
             torch.arange(encoder.embedding.num_embeddings, device=weight.device)
@@ -106,7 +108,7 @@ class PrefixTuning(AuxiliaryLayer):
             self.layers_kv = self.keys_values(entry).unbind()
 
     def layer(self, index: int) -> torch.Tensor | None:
-        """Return keys and values [2, G, L, E] of one layer in the running pass, None if inactive."""
+        """Return keys and values [2, G, L, E] of one layer, None if the prefix is inactive."""
         return None if self.layers_kv is None else self.layers_kv[index]
 
     def stored(self) -> int:
@@ -155,7 +157,7 @@ class PrefixMember(AttentionMember):
         return prefix
 
     def widened(self, *mask_and_sizes: Any) -> torch.Tensor | None:
-        """Return the attention mask with the prefix's columns, made once for layers that share it."""
+        """Return the attention mask with the prefix's columns, made once per shared mask."""
         return self.bank.masks(*mask_and_sizes)
 
     def observer(self) -> Any:
@@ -168,8 +170,8 @@ class PrefixMember(AttentionMember):
     ) -> None:
         """Intercept the softmax. This is a forward hook of the query projection.
 
-        The first call of a pass is for the queries. DeBERTa sends its position embeddings through the
-        same projection later.
+        The first call of a pass is for the queries. DeBERTa sends its position embeddings through
+        the same projection later.
         """
         prefix = self.take_prefix()
         if prefix is not None:
@@ -192,8 +194,8 @@ class PrefixMember(AttentionMember):
             return None
         if unused or (softmax is not None and softmax.share_BHTL is None):
             raise RuntimeError(
-                "the attention ignored its prefix: its implementation was changed after UniPELT was "
-                "attached; use set_attn_implementation('unipelt_sdpa') or 'unipelt_eager'"
+                "the attention ignored its prefix: its implementation was changed after UniPELT "
+                "was attached; use set_attn_implementation('unipelt_sdpa') or 'unipelt_eager'"
             )
         return None if softmax is None else (output[0] + softmax.context(), *output[1:])
 
@@ -202,6 +204,7 @@ class PrefixSubmodule(Submodule):
     """Prefix-tuning P."""
 
     name = "prefix"
+    learning_rate = 2e-4
     in_paper = True
     options = PrefixOptions
     parameters = (".unipelt_prefix.",)
@@ -219,11 +222,11 @@ class PrefixSubmodule(Submodule):
             sites = [site for site in sites if attachment.has(site.name, self.name)]
             if not sites:
                 continue
-            first = sites[0]
+            first, count = sites[0], len(sites)
             bank = attachment.child(
                 attachment.model.get_submodule(parent),
                 PREFIX_CHILD[cross],
-                lambda first=first, count=len(sites): PrefixTuning(
+                lambda first=first, count=count: PrefixTuning(
                     attachment.model.get_submodule(first.value),
                     count,
                     first.kv_heads,

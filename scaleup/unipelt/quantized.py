@@ -1,7 +1,7 @@
 """What UniPELT has to know about the quantised layers of bitsandbytes.
 
-This is the only file that touches private names of bitsandbytes. It does not import bitsandbytes: if no
-other module has, no layer can be one of its layers.
+This is the only file that touches private names of bitsandbytes. It does not import bitsandbytes:
+if no other module has, no layer can be one of its layers.
 """
 
 import sys
@@ -13,9 +13,9 @@ from torch import nn
 def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
-    At the first forward pass in evaluation mode it would replace them in place by a layout through which
-    no gradient passes, with scales rounded to bfloat16. It would also fail for layers whose number of
-    inputs is not a multiple of 64 or whose number of outputs is not a multiple of 32.
+    At the first forward pass in evaluation mode it would replace them in place by a layout through
+    which no gradient passes, with scales rounded to bfloat16. It would also fail for layers whose
+    number of inputs is not a multiple of 64 or whose number of outputs is not a multiple of 32.
 
     Raises:
         ValueError: for weights that are repacked already, which bitsandbytes cannot restore.
@@ -26,9 +26,9 @@ def keep_layout(model: nn.Module) -> None:
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
-                f"bitsandbytes has repacked the 4-bit weights of {name} for inference on this CPU, and "
-                "no gradient passes through them any more; load the model again and attach UniPELT "
-                "before the first forward pass in evaluation mode"
+                f"bitsandbytes has repacked the 4-bit weights of {name} for inference on this CPU, "
+                "and no gradient passes through them any more; load the model again and attach "
+                "UniPELT before the first forward pass in evaluation mode"
             )
         module.support_avx512bf16_for_cpu = False
 

@@ -1,9 +1,9 @@
 """Where UniPELT goes in a transformers model, found by the structure of the model.
 
 An empty copy of the model (meta device: no memory, no weights) runs once on four tokens, with an
-attention function that only records its callers. An attention is a module that called it. A block is
-the entry of a list of equal layers that contains attentions. A block is post-LN if it returns the very
-tensor that its last norm returned, otherwise pre-LN.
+attention function that only records its callers. An attention is a module that called it. A block
+is the entry of a list of equal layers that contains attentions. A block is post-LN if it returns
+the very tensor that its last norm returned, otherwise pre-LN.
 
 Structure does not tell how a fused projection lays out its rows, and which models compute attention
 themselves although a prefix can reach them. Two small tables do.
@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention import ATTENTION, PROBE, Call, probing
 
-# Model types whose submodules are all compared with a plain reference (the contract tests). Others are
-# accepted if the structure below is found in them.
+# Model types whose submodules are all compared with a plain reference (the contract tests). Others
+# are accepted if the structure below is found in them.
 TESTED = (
     "albert",
     "bart",
@@ -51,7 +51,8 @@ TESTED = (
     "umt5",
     "xlm-roberta",
 )
-# Tested decoders that recognise by the positions where a packed text begins. OPT's mask ignores them.
+# Tested decoders that recognise by the positions where a packed text begins. OPT's mask ignores
+# them.
 PACKS = (
     "gemma2",
     "gemma3_text",
@@ -76,9 +77,9 @@ FUSED = {
     "ModernBertAttention": ("Wqkv", "parts"),
     "Phi3Attention": ("qkv_proj", "parts"),
 }
-# Attentions that call no exchangeable function but torch's softmax, once, on their scores [B, H, T, S] →
-# the factor of q·k in them. DeBERTa's is 1/√(E·n), where n is the number of kinds of scores it adds up:
-# content to content, and those it names.
+# Attentions that call no exchangeable function but torch's softmax, once, on their scores [B, H, T,
+# S] → the factor of q·k in them. DeBERTa's is 1/√(E·n), where n is the number of kinds of scores it
+# adds up: content to content, and those it names.
 BY_SOFTMAX = {
     "DisentangledSelfAttention": lambda module: (
         (module.attention_head_size * (1 + len({"c2p", "p2c"} & set(module.pos_att_type)))) ** -0.5
@@ -111,8 +112,10 @@ class AttentionSite:
         hidden_size: width of its input.
         kv_heads, head_size: number and size of the key-value heads.
         causal: whether its mask hides later keys from a query.
-        causal_block: whether it belongs to a decoder's layer, where nothing may depend on later tokens.
-        softmax_scale: the factor of q·k where a prefix enters through the softmax (BY_SOFTMAX), else None.
+        causal_block: whether it belongs to a decoder's layer, where nothing may depend on later
+            tokens.
+        softmax_scale: the factor of q·k where a prefix enters through the softmax (BY_SOFTMAX),
+            else None.
     """
 
     name: str
@@ -138,8 +141,8 @@ class BlockSite:
         name: path of the block.
         parent: path of the smallest model around it.
         norm: path of the closing norm of a post-LN block, None for a pre-LN block.
-        feed_forward: paths of the first and the last projection of its feed-forward sublayer, None if
-            they were not found.
+        feed_forward: paths of the first and the last projection of its feed-forward sublayer, None
+            if they were not found.
         hidden_size: width of its output.
         causal: whether nothing in it may depend on later tokens.
     """
@@ -284,16 +287,16 @@ class _Search:
         """Raise ValueError for a model to which UniPELT could be attached only in part."""
         if not self.attentions:
             raise ValueError(
-                f"{self._unsupported()}: looked for attentions that call transformers' exchangeable "
-                "attention function and found none"
+                f"{self._unsupported()}: looked for attentions that call transformers' "
+                "exchangeable attention function and found none"
             )
         for name in self.attentions:
             module = self.modules[name]
             if _projections(module) is None:
                 linear = ", ".join(n for n, m in module.named_children() if _is_linear(m))
                 raise ValueError(
-                    f"{self._unsupported()}: looked for one query, one key and one value projection "
-                    f"in {type(module).__name__}, found {linear}"
+                    f"{self._unsupported()}: looked for one query, one key and one value "
+                    f"projection in {type(module).__name__}, found {linear}"
                 )
             if not any(name.startswith(entry + ".") for entry in self.lists):
                 raise ValueError(f"{self._unsupported()}: {name} is in no list of equal layers")
@@ -364,7 +367,8 @@ class _Search:
         """Find the projections around the feed-forward sublayer's inner units.
 
         The last one returns to the hidden size. The first one is the first projection after the
-        attentions that leads from the hidden size to as many units, or twice as many if it is gated.
+        attentions that leads from the hidden size to as many units, or twice as many if it is
+        gated.
         """
         last_attention = max(inside.index(n) for n in self.attentions if n in inside)
         after = [path for path in inside[last_attention:] if _is_linear(self.modules[path])]

@@ -7,8 +7,8 @@ over that list. The file of a submodule states
 - where it sits: at attentions (they share one gate projection) or at blocks;
 - which narrow linear maps of the site's input it reads;
 - what its gate scales, and what it computes;
-- what it stores (`parameters`, `stored`), what becomes of it when its gate is a constant (`fold`), and
-  by how much it changes the value at its site (its layers call their `observer`).
+- what it stores (`parameters`, `stored`), what becomes of it when its gate is a constant (`fold`),
+  and by how much it changes the value at its site (its layers call their `observer`).
 """
 
 from __future__ import annotations
@@ -134,6 +134,9 @@ class Submodule:
 
     name: ClassVar[str]
     """The name in `submodules`, in reports and of its gate."""
+
+    learning_rate: ClassVar[float] = 5e-4
+    """The default learning rate of a run that trains this submodule alone."""
 
     options: ClassVar[type] = NoOptions
     """A dataclass of `option` fields; they become fields of UniPeltConfig."""

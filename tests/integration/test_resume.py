@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 
 from scaleup.backbone.method import load_weights
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
-from scaleup.settings import rules
 from scaleup.settings import schema as config
 from scaleup.settings.schema import TrainSettings
 from scaleup.training import resume
 from scaleup.training import run as train
 from scaleup.training.callbacks import rewind
 from scaleup.training.checkpoint import verify
+from scaleup.training.output_folder import output_folder_problems
 from scaleup.training.preflight import CHECKS
 from tests.utils.workspace import losses, make_workspace, overrides
 
@@ -220,11 +220,11 @@ def test_a_folder_that_is_no_run_is_left_alone(workspace, tmp_path):
 def test_a_run_that_was_killed_at_its_first_file_goes_on(workspace, tmp_path):
     for name in (".config.yaml.part", ".lock", "train.out"):
         (tmp_path / name).touch()
-    assert rules._output_problems(TrainSettings(output_dir=str(tmp_path), resume="auto")) == []
+    assert output_folder_problems(TrainSettings(output_dir=str(tmp_path), resume="auto")) == []
     (tmp_path / "train.out").unlink()
-    assert rules._output_problems(TrainSettings(output_dir=str(tmp_path))) == []
+    assert output_folder_problems(TrainSettings(output_dir=str(tmp_path))) == []
     (tmp_path / "notes.txt").touch()
-    assert "is not empty" in rules._output_problems(TrainSettings(output_dir=str(tmp_path)))[0]
+    assert "is not empty" in output_folder_problems(TrainSettings(output_dir=str(tmp_path)))[0]
 
 
 def test_only_names_that_a_run_makes_are_cleared(tmp_path):

@@ -1,12 +1,12 @@
 """Attention over few keys on a CPU, including a prefix, as batched matrix products.
 
-    softmax(scaling · [g Q P_Kᵀ, Q Kᵀ] + mask) · [g P_V; V]          g: one gate per example, or per query
+    softmax(scaling · [g Q P_Kᵀ, Q Kᵀ] + mask) · [g P_V; V]    g: one gate per example, or per query
 
-Joining a prefix to keys and values copies both, and torch's fused attention for CPUs then copies them
-again, block by block. With few keys, batched products read the first copies and are faster
-(docs/performance.md): up to 64 keys against the fused kernel, and up to more where the fused kernel cannot
-be used as it is, because of dropout or a gate per query. The weights [B, H, T, S] are kept for the
-backward pass.
+Joining a prefix to keys and values copies both, and torch's fused attention for CPUs then copies
+them again, block by block. With few keys, batched products read the first copies and are faster
+(docs/performance.md): up to 64 keys against the fused kernel, and up to more where the fused kernel
+cannot be used as it is, because of dropout or a gate per query. The weights [B, H, T, S] are kept
+for the backward pass.
 
 Shapes: B examples, T queries, S keys including the prefix's, H heads, E head size, L prefix length,
 N = B·H.
@@ -206,7 +206,7 @@ def _joined(
 
 
 def _transposed(x_NSE: torch.Tensor) -> torch.Tensor:
-    """Return a copy [N, E, S]: batched small products with a transposed side take three times as long."""
+    """Return a copy [N, E, S]. Batched products with a transposed side take 3 times as long."""
     return x_NSE.transpose(1, 2).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The device that kernels are chosen for: that of a tensor, unless a plan is made for another one."""
+"""The device that kernels are chosen for: that of a tensor, unless a plan names another."""
 
 import contextlib
 from collections.abc import Iterator

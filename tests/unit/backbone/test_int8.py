@@ -1,4 +1,4 @@
-"""Our int8 linear against bitsandbytes' and against plain arithmetic."""
+"""`Int8Linear` compared with bitsandbytes and with plain arithmetic."""
 
 import copy
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from scaleup.backbone.int8 import Int8Linear, dequantise, quantise, replace_linears
+from scaleup.backbone.int8 import Int8Linear, dequantize, replace_linears
+from scaleup.backbone.quantization import quantize_rows
 
 
 @pytest.fixture
@@ -17,9 +18,9 @@ def linear() -> nn.Linear:
 
 
 @pytest.fixture
-def ours(linear) -> Int8Linear:
+def int8_linear(linear) -> Int8Linear:
     layer = Int8Linear(48, 24, True, torch.float32)
-    weight, scale = quantise(linear.weight.data)
+    weight, scale = quantize_rows(linear.weight.data)
     layer.weight, layer.scale = (
         nn.Parameter(weight, requires_grad=False),
         nn.Parameter(scale, requires_grad=False),
@@ -28,15 +29,15 @@ def ours(linear) -> Int8Linear:
     return layer
 
 
-def test_forward_and_gradient_equal_bitsandbytes_in_training(linear, ours):
-    theirs = bnb.nn.Linear8bitLt(48, 24, has_fp16_weights=False, threshold=6.0)
-    theirs.load_state_dict(linear.state_dict())
-    theirs = theirs.to("cpu").train()
+def test_forward_and_gradient_equal_bitsandbytes_in_training(linear, int8_linear):
+    reference = bnb.nn.Linear8bitLt(48, 24, has_fp16_weights=False, threshold=6.0)
+    reference.load_state_dict(linear.state_dict())
+    reference = reference.to("cpu").train()
     x, y = (
         torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for _ in range(2)
     )
-    one, other = ours(x), theirs(y)
+    one, other = int8_linear(x), reference(y)
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     one.square().sum().backward()
     other.square().sum().backward()
@@ -51,42 +52,42 @@ def test_linear_layers_outside_those_left_out_are_counted():
     )
 
 
-def test_the_error_is_that_of_int8_rounding(linear, ours):
-    restored = dequantise(ours.weight, ours.scale, torch.float32)
+def test_the_error_is_that_of_int8_rounding(linear, int8_linear):
+    restored = dequantize(int8_linear.weight, int8_linear.scale, torch.float32)
     step = linear.weight.abs().amax(dim=1, keepdim=True) / 127
     assert ((restored - linear.weight).abs() <= 0.51 * step + 1e-4).all()
 
 
-def test_the_gradient_is_exact_for_the_dequantised_weight(ours):
+def test_the_gradient_is_exact_for_the_dequantized_weight(int8_linear):
     plain = nn.Linear(48, 24).double()
     plain.weight.data, plain.bias.data = (
-        dequantise(ours.weight, ours.scale, torch.float64),
-        ours.bias.data.double(),
+        dequantize(int8_linear.weight, int8_linear.scale, torch.float64),
+        int8_linear.bias.data.double(),
     )
     x = torch.randn(4, 48, dtype=torch.float64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    ours(x).sin().sum().backward()
+    int8_linear(x).sin().sum().backward()
     plain(y).sin().sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-6)
 
 
-def test_nothing_but_the_parameter_itself_is_kept_for_the_backward_pass(ours):
-    """Else ZeRO-3 could not free the gathered weight between forward and backward."""
+def test_nothing_but_the_parameter_itself_is_kept_for_the_backward_pass(int8_linear):
+    """Otherwise ZeRO-3 could not free the gathered weight between forward and backward."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
     ):
-        out = ours(torch.randn(2, 48, requires_grad=True))
-    assert not [tensor for tensor in kept if tensor.numel() >= ours.weight.numel()]
-    empty, whole = torch.empty(0, dtype=torch.int8), ours.weight.data
-    ours.weight.data = empty
-    ours.weight.data = whole  # gathered again, as ZeRO-3 does before the backward pass
+        out = int8_linear(torch.randn(2, 48, requires_grad=True))
+    assert not [tensor for tensor in kept if tensor.numel() >= int8_linear.weight.numel()]
+    empty, whole = torch.empty(0, dtype=torch.int8), int8_linear.weight.data
+    int8_linear.weight.data = empty
+    int8_linear.weight.data = whole  # gathered again, as ZeRO-3 does before the backward pass
     out.sum().backward()
 
 
-def test_under_autocast_it_computes_in_bfloat16(ours):
+def test_under_autocast_it_computes_in_bfloat16(int8_linear):
     with torch.autocast("cpu", torch.bfloat16):
-        assert ours(torch.randn(2, 48)).dtype == torch.bfloat16
+        assert int8_linear(torch.randn(2, 48)).dtype == torch.bfloat16
 
 
 def test_only_plain_linears_outside_the_skipped_modules_are_replaced():
@@ -103,17 +104,18 @@ def test_only_plain_linears_outside_the_skipped_modules_are_replaced():
     assert type(model["head"][0]) is nn.Linear and type(model["emb"]) is type(before["emb"])
 
 
-def test_an_evaluation_changes_neither_weight_nor_gradient(ours):
-    """The same of bitsandbytes' layers, in whole models: tests/test_quantised.py."""
-    weights = copy.deepcopy(ours.state_dict())
+def test_an_evaluation_changes_neither_weight_nor_gradient(int8_linear):
+    weights = copy.deepcopy(int8_linear.state_dict())
 
     def gradient() -> torch.Tensor:
         x = torch.linspace(-1, 1, 96).view(2, 48).requires_grad_()
-        ours.train()(x).square().sum().backward()
+        int8_linear.train()(x).square().sum().backward()
         return x.grad
 
     before = gradient()
     with torch.inference_mode():
-        ours.eval()(torch.ones(2, 48))
+        int8_linear.eval()(torch.ones(2, 48))
     assert torch.equal(gradient(), before) and before.any()
-    assert all(torch.equal(value, weights[name]) for name, value in ours.state_dict().items())
+    assert all(
+        torch.equal(value, weights[name]) for name, value in int8_linear.state_dict().items()
+    )

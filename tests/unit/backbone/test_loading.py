@@ -1,4 +1,4 @@
-"""Loading, and refusing backbones that would train on noise or fail in the middle of a run."""
+"""Loading a backbone; refusing those that would train on noise or fail in the middle of a run."""
 
 import pytest
 import torch
@@ -60,7 +60,10 @@ def test_a_head_of_another_size_is_replaced_and_named(folder):
 
 
 def test_a_pooler_without_pretrained_weights_trains_and_is_saved(folder, tmp_path):
-    """Checkpoints of masked language models have none. Frozen, it would be another one in every process that loads the backbone."""
+    """Checkpoints of masked language models have no pooler.
+
+    If it were frozen, every process that loads the backbone would have a different one.
+    """
     state = {
         name: tensor
         for name, tensor in backbone("bert").state_dict().items()

@@ -5,9 +5,7 @@ Here every CPU counts as one of those: bitsandbytes' own check for the feature i
 and the repacking itself is plain torch code that runs everywhere.
 """
 
-import json
 import pathlib
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -18,15 +16,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from scaleup.backbone import loading as backbone
+from scaleup import UniPeltConfig
+from scaleup.backbone import loading
 from scaleup.backbone.method import apply_method
-from scaleup.export import export
 from scaleup.settings.schema import MethodSettings, ModelSettings
-from scaleup.training.checkpoint import verify
-from scaleup.unipelt import quantized
-from scaleup.unipelt.config import UniPeltConfig
+from scaleup.unipelt.quantized import keep_layout
 from tests.utils import tiny
-from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
 LAYERS = {"nf4": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -35,13 +30,13 @@ SMALL = {"adapter_size": 6, "prefix_length": 3, "prefix_hidden_size": 8}
 
 @pytest.fixture(autouse=True)
 def avx512bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer made from here on believes that the CPU has the feature."""
+    """Make every new layer believe that the CPU has the feature."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
 
 
 @pytest.fixture
 def repacked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The weights that bitsandbytes wanted to repack; they are left as they are."""
+    """Record the weights that bitsandbytes wants to repack, and leave them as they are."""
     found: list[torch.Tensor] = []
 
     def note(weight: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
@@ -61,18 +56,18 @@ def linear4bit() -> bnb.nn.Linear4bit:
 
 
 def save(folder: pathlib.Path, hidden_size: int) -> pathlib.Path:
-    """The folder of a tiny BERT without dropout."""
+    """Save a tiny BERT without dropout and return its folder."""
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
     tiny.backbone("bert", **STILL, **sizes).save_pretrained(folder / "base")
     return folder / "base"
 
 
 def as_run(folder: pathlib.Path, kind: str) -> nn.Module:
-    """As training, resuming, calibrating and plotting load it."""
+    """Load the model as training, resuming, calibrating and plotting do."""
     settings = ModelSettings(name=str(folder), quantization=kind)
-    model, fresh = backbone.load_model(
+    model, fresh = loading.load_model(
         settings,
-        backbone.load_config(settings),
+        loading.load_config(settings),
         AutoModelForSequenceClassification,
         torch.float32,
         torch.device("cpu"),
@@ -81,7 +76,7 @@ def as_run(folder: pathlib.Path, kind: str) -> nn.Module:
 
 
 def by_user(folder: pathlib.Path, kind: str) -> PreTrainedModel:
-    """As a user loads a backbone without us."""
+    """Load a backbone with transformers alone."""
     kinds = {
         "nf4": {
             "load_in_4bit": True,
@@ -97,20 +92,20 @@ def by_user(folder: pathlib.Path, kind: str) -> PreTrainedModel:
 
 
 def as_user(folder: pathlib.Path, kind: str) -> nn.Module:
-    """As a user attaches UniPELT."""
+    """Attach UniPELT through PEFT's Python API."""
     return get_peft_model(by_user(folder, kind), UniPeltConfig(task_type="SEQ_CLS", **SMALL))
 
 
-def as_bundle(folder: pathlib.Path, kind: str) -> nn.Module:
-    """As a user goes on with a trained adapter."""
-    as_user(folder, kind).save_pretrained(str(folder.parent / "bundle"))
+def as_checkpoint(folder: pathlib.Path, kind: str) -> nn.Module:
+    """Load an adapter checkpoint with PEFT to train it further."""
+    as_user(folder, kind).save_pretrained(str(folder.parent / "adapter"))
     return PeftModel.from_pretrained(
-        by_user(folder, kind), folder.parent / "bundle", is_trainable=True
+        by_user(folder, kind), folder.parent / "adapter", is_trainable=True
     )
 
 
 def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the frozen weights and of the scales that belong to them."""
+    """Copy the frozen weights and their scales."""
     found = {n: p.data.clone() for n, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -122,7 +117,7 @@ def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of everything that trains, from one pass in training mode. Dropout in the head is off."""
+    """Return the gradients of one pass in training mode, without dropout in the head."""
     model.train().zero_grad()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -132,7 +127,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names whose tensors are not the same bits, or that only one side has."""
+    """Return the names of tensors that differ in any bit or that only one side has."""
     both = one.keys() & other.keys()
     moved = {name for name in both if not torch.equal(one[name], other[name])}
     return sorted((one.keys() ^ other.keys()) | moved)
@@ -146,11 +141,11 @@ def test_bitsandbytes_asks_the_flag_of_the_layer_before_it_repacks(repacked):
     assert vars(layer)["support_avx512bf16_for_cpu"] is True
     with torch.no_grad():
         layer(x)
-    assert len(repacked) == 1, "bitsandbytes repacks no more: quantized.keep_layout can go"
+    assert len(repacked) == 1, "bitsandbytes repacks no more: keep_layout can go"
     layer.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         layer(x)
-    assert len(repacked) == 1, "bitsandbytes asks something else now: mend quantized.keep_layout"
+    assert len(repacked) == 1, "bitsandbytes asks something else now: mend keep_layout"
 
 
 def test_repacking_marks_the_weights_and_changes_them_for_good():
@@ -172,7 +167,7 @@ def test_repacking_marks_the_weights_and_changes_them_for_good():
 
 @pytest.mark.parametrize("hidden_size", [32, 64], ids=["repacking fails", "repacking works"])
 @pytest.mark.parametrize("kind", ["nf4", "8bit"])
-@pytest.mark.parametrize("load", [as_run, as_user, as_bundle])
+@pytest.mark.parametrize("load", [as_run, as_user, as_checkpoint])
 def test_an_evaluation_changes_no_frozen_weight_and_no_gradient(
     load: Callable[[pathlib.Path, str], nn.Module],
     kind: str,
@@ -219,41 +214,7 @@ def test_weights_that_are_repacked_already_are_refused(tmp_path):
 
 def test_a_model_that_is_not_quantised_is_left_alone(monkeypatch):
     model = nn.Sequential(nn.Linear(2, 2))
-    quantized.keep_layout(model)
+    keep_layout(model)
     monkeypatch.delitem(sys.modules, "bitsandbytes")  # as where the optional package is missing
-    quantized.keep_layout(model)
+    keep_layout(model)
     assert not hasattr(model[0], "support_avx512bf16_for_cpu")
-
-
-# Whole runs, on the CPU as it is
-
-
-def train(*words: str) -> None:
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_evaluating_more_often_and_resuming_leave_an_nf4_run_the_same_bits(tmp_path):
-    """And its exports prove themselves. The other run is evaluated once an epoch, of four steps."""
-    folder = make_workspace(tmp_path)
-    shared = (
-        "model.quantization=nf4",
-        "train.lr_scheduler_type=constant",
-        "train.warmup_steps=0",
-        "train.max_steps=8",
-    )
-    often = ("train.eval_strategy=steps", "train.eval_steps=1")
-    train(*overrides(folder, folder / "once", *shared))
-    train(*overrides(folder, folder / "often", *shared, *often, "train.max_steps=4"))
-    train(*overrides(folder, folder / "often", *shared, *often, "train.resume=auto"))
-    ends = [verify(folder / name / "final").tensors for name in ("once", "often")]
-    assert ends[0] == ends[1]
-    for kind in ("exact", "standalone"):
-        out = folder / f"out-{kind}"
-        options = export.Options(checkpoint=folder / "often" / "best", kind=kind, output=out)
-        proof = export.run(options, print)["proof"]
-        assert proof["reload_difference"] < 1e-5
-        results = json.loads((folder / "often" / "results.json").read_text())
-        expected = 100 * results["dev"]["accuracy"]
-        assert proof["metric"]["before"] == pytest.approx(expected, abs=1e-3)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from scaleup.backbone import loading as backbone
-from scaleup.backbone import sharded
+from scaleup.backbone import weights
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
@@ -103,7 +103,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
                 method=settings.dump()["method"],
                 backbone={
                     "name": settings.model.name,
-                    "fingerprint": sharded.fingerprint(settings.model.name, None),
+                    "fingerprint": weights.fingerprint(settings.model.name, None),
                 },
                 task=examples.task,
                 labels=examples.labels,

@@ -5,19 +5,21 @@ import pathlib
 
 import pytest
 
+from scaleup.settings import rules
 from scaleup.settings import schema as config
+from scaleup.settings.describe import json_schema
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[3] / "configs"
 PRESETS = CONFIGS.parent / "scaleup" / "settings" / "deepspeed"
 
 
 def test_the_schema_for_editors_is_current():
-    assert (
-        json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8")) == config.json_schema()
-    ), "run `make schema`"
+    assert json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8")) == json_schema(), (
+        "run `make schema`"
+    )
 
 
-@pytest.mark.parametrize("name", config.ZERO_PRESETS)
+@pytest.mark.parametrize("name", rules.ZERO_PRESETS)
 def test_a_zero_preset_leaves_to_the_trainer_what_the_trainer_knows(name):
     preset = json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))
     assert preset["zero_optimization"]["stage"] == int(name[4])
@@ -43,12 +45,13 @@ def test_a_zero_preset_leaves_to_the_trainer_what_the_trainer_knows(name):
         {"offload_optimizer", "offload_param"} if name.endswith("offload") else set()
     )
     assert all(value == {"device": "cpu", "pin_memory": True} for value in offloaded.values())
-    # Else Accelerate swaps the Trainer's AdamW for DeepSpeed's CPU one, which has to be compiled on the user's machine.
+    # Otherwise Accelerate replaces the Trainer's AdamW by DeepSpeed's CPU version, which has to be
+    # compiled on the user's machine.
     assert preset.get("zero_force_ds_cpu_optimizer", True) != bool(offloaded)
 
 
 def test_every_zero_preset_has_a_file_and_the_other_way_round():
-    assert {path.stem for path in (PRESETS).glob("*.json")} == set(config.ZERO_PRESETS)
+    assert {path.stem for path in (PRESETS).glob("*.json")} == set(rules.ZERO_PRESETS)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

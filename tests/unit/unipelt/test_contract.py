@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from scaleup import parameter_counts
-from scaleup.backbone import quantization as quantised
+from scaleup.backbone import quantization
 from scaleup.unipelt.gate import LearnedGate
 from scaleup.unipelt.sites import head_names
 from tests.utils.plain_any import Plain
@@ -294,7 +294,7 @@ def test_an_8bit_backbone_trains_and_is_close(family, tmp_path):
         tmp_path,
         attn_implementation=implementation(family),
         dtype=torch.float32,
-        **quantised.arguments("8bit", whole, torch.float32, torch.device("cpu")),
+        **quantization.loading_arguments("8bit", whole, torch.float32, torch.device("cpu")),
     )
     assert any(type(module).__name__ == "Linear8bitLt" for module in loaded.modules())
     model, exact = adapt(loaded), logits(adapt(plain))

@@ -1,0 +1,95 @@
+"""Predicted activations compared with those of real steps."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from scaleup.memory.activations import Kernels, _fake_step, step, trace
+from tests.utils import measured
+from tests.utils.planning import adapted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_activations_are_those_of_a_real_step(workspace, family, checkpointing):
+    """Hooks count what autograd saves in a real pass, and the CPU allocator records its peak."""
+    kernels = Kernels("cpu", None, "plain", checkpointing)
+    planned = trace(
+        lambda shape: adapted(workspace, family, "meta", shape),
+        AutoConfig.from_pretrained(workspace / family),
+        kernels,
+        8,
+        64,
+    )
+    model = adapted(workspace, family, "cpu").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(0)
+    ids = torch.randint(5, 1000, (8, 64))
+    ids[:, -1] = 3
+    mask = torch.ones_like(ids)
+    mask[0, 50:] = 0
+    own, kept = (
+        {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())},
+        {},
+    )
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage().nbytes(),
+            tensor,
+        )  # held: addresses are used again
+        return tensor
+
+    if not checkpointing:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(input_ids=ids, attention_mask=mask).logits.sum()
+        real = sum(size for address, (size, _) in kept.items() if address not in own)
+        assert planned.kept == pytest.approx(real, rel=0.05)
+        kept.clear()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    peak = measured.allocated_peak(
+        lambda: model(input_ids=ids, attention_mask=mask).logits.sum().backward()
+    )
+    print(f"{family}: kept {planned.kept:,}, peak {planned.peak:,} planned, {peak:,} allocated")
+    assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("linear", ["plain", "8bit"])
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_a_deep_model_follows_from_shallow_copies(workspace, family, linear):
+    kernels = Kernels("cuda", torch.bfloat16, linear, False)
+    shape = AutoConfig.from_pretrained(workspace / family)
+    whole = _fake_step(adapted(workspace, family, "meta"), kernels, 8, 64)
+    shallow = trace(lambda shape: adapted(workspace, family, "meta", shape), shape, kernels, 8, 64)
+    assert shallow.kept == pytest.approx(whole.kept, rel=0.02) and shallow.peak == pytest.approx(
+        whole.peak, rel=0.02
+    )
+
+
+def test_a_plan_for_a_gpu_knows_nothing_of_a_cpus_attention(workspace, monkeypatch):
+    shape, kernels = (
+        AutoConfig.from_pretrained(workspace / "bert"),
+        Kernels("cuda", None, "plain", False),
+    )
+    planned = trace(lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32)
+    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
+    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
+    assert planned == trace(
+        lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32
+    )
+
+
+def test_torchs_functions_are_put_back_after_a_failure():
+    before = (nn.functional.linear, nn.functional.layer_norm, nn.functional.dropout, torch.rand)
+    with pytest.raises(AttributeError):  # no config, no forward
+        step(nn.Module(), Kernels("cuda", torch.bfloat16, "8bit", False), 1, 4)
+    assert before == (
+        nn.functional.linear,
+        nn.functional.layer_norm,
+        nn.functional.dropout,
+        torch.rand,
+    )

@@ -1,0 +1,196 @@
+"""Mistakes in a config: every kind is refused with one plain sentence."""
+
+import pytest
+
+from scaleup.errors import ConfigError
+from scaleup.settings import rules
+from scaleup.settings import schema as config
+from scaleup.settings.schema import load
+from tests.utils.configs import GLUE, problems, write
+
+CHECKPOINTING = "train.gradient_checkpointing_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.learning_rat=1", "learning_rate"),
+        ("train.eval_step=5", "eval_steps"),
+        ("method.prefix_len=5", "prefix_length"),
+        ("data.trainfile=x", "train_file"),
+        ("modle.name=x", "model"),
+        ("tain.seed=1", "train"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_valid_one(override, nearest):
+    assert any(
+        "unknown" in problem and f"did you mean {nearest}?" in problem
+        for problem in problems(GLUE, override)
+    )
+
+
+def test_a_name_like_none_of_ours_is_answered_without_a_guess():
+    assert problems(GLUE, "train.zzzzqqqq=1") == ["train.zzzzqqqq: unknown setting"]
+
+
+@pytest.mark.parametrize(
+    "override", ["train", "train.seed", "=3", ".seed=3", "train.=3", "train=3", ""]
+)
+def test_an_override_of_another_shape_is_refused(override):
+    assert any(
+        "overrides look like section.key=value" in p or "unknown section" in p
+        for p in problems(GLUE, override)
+    )
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    sections = [
+        "modle: {}",
+        "data: {name: rte, metric: spearman}",
+        "method: {adapter_size: -1}",
+        "train: {seed: x, do_eval: true}",
+    ]
+    path = write(tmp_path, "\n".join(sections))
+    found = problems("model.nam=x", "nonsense", path=path)
+    for start in (
+        "modle:",
+        "nonsense:",
+        "model.nam:",
+        "method.adapter_size:",
+        "train.seed:",
+        "train.do_eval:",
+        "data.metric:",
+    ):
+        assert sum(problem.startswith(start) for problem in found) == 1, (start, found)
+    assert len(found) == 7
+
+
+def test_a_second_section_is_still_checked_when_another_is_invalid():
+    idle = [
+        "data.pad_to_max_length=true",
+        "train.group_by_length=true",
+        "method.prefix_hidden_size=4",
+        "method.submodules=[lora]",
+    ]
+    found = problems(GLUE, *idle, "train.seed=x")
+    assert any(p.startswith("train.seed") for p in found) and any(
+        p.startswith("method.prefix_hidden_size") for p in found
+    )
+
+
+def test_the_value_found_is_shown_and_cut_when_long():
+    (problem,) = problems(GLUE, f"train.seed={'x' * 5000}")
+    assert "'xxxx" in problem and len(problem) < 300
+
+
+def test_a_setting_with_alternatives_is_one_problem():
+    assert len(problems(GLUE, "data.k=some")) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=full", "method.r=4"],
+        ["method.submodules=[lora, adapter]", "method.prefix_length=5"],
+        ["method.submodules=[prefix]", "method.r=4"],
+        ["method.submodules=[prefix]", "method.gate_pooling=paper"],
+        ["method.prefix_reparameterization=none", "method.prefix_hidden_size=64"],
+        ["method.lora_alpha=4"],
+        ["data.train_file=mine.csv"],
+        ["data.dev_size=5"],
+        ["data.seed=5"],
+        ["data.pad_to_max_length=true", "train.group_by_length=false"],
+        ["data.name=null", "data.train_file=a.csv", "data.task=seq2seq", "model.head_bias=prior"],
+        [f"{CHECKPOINTING}={{use_reentrant: false}}"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_without_effect_is_refused(overrides):
+    (problem,) = problems(GLUE, *overrides)
+    assert problem.startswith(overrides[-1].partition("=")[0] + ": has no effect here (")
+
+
+def test_saying_a_default_out_loud_is_no_mistake():
+    assert load(None, [GLUE, "method=full", "method.r=8"]).method.name == "full"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([GLUE, "model.quantization=8bit", "method=full"], "model.quantization"),
+        ([GLUE, "model.quantization=8bit", "method=bitfit"], "model.quantization"),
+        ([], "data"),
+        ([GLUE, "data.task=regression"], "data.task"),
+        (["data.name=stsb", "data.task=sequence_classification"], "data.task"),
+        (["data.name=stsb", "data.metric=accuracy"], "data.metric"),
+        (["data.train_file=a.csv", "data.metric=spearman"], "data.metric"),
+        (["data.train_file=a.csv", "data.task=regression", "data.metric=f1"], "data.metric"),
+        ([GLUE, "train.bf16=true", "train.fp16=true"], "train.fp16"),
+        (
+            [GLUE, "train.gradient_checkpointing=true", f"{CHECKPOINTING}={{use_reentrant: true}}"],
+            CHECKPOINTING,
+        ),
+        ([GLUE, "train.deepspeed=zero2", "train.use_cpu=true"], "train.use_cpu"),
+        ([GLUE, "method.submodules=[]"], "method.submodules"),
+        ([GLUE, "method.submodules=[lora, lora]"], "method.submodules"),
+        ([GLUE, "method.lora_dropout=1"], "method.lora_dropout"),
+    ],
+    ids=str,
+)
+def test_a_combination_that_cannot_work_is_refused(overrides, key):
+    (problem,) = problems(*overrides)
+    assert problem.startswith(f"{key}: ") or (key == "data" and problem.startswith("data: "))
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.learning_rate",
+        "train.num_train_epochs",
+        "train.adam_epsilon",
+        "method.lora_alpha",
+        "train.max_grad_norm",
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(key, value):
+    assert any(
+        problem.startswith(key)
+        for problem in problems(GLUE, "data.k=10", "method.gates=none", f"{key}={value}")
+    )
+
+
+@pytest.mark.parametrize("key", ["data.seed", "train.seed"])
+def test_a_seed_that_numpy_cannot_take_is_refused(key):
+    assert problems(GLUE, "data.k=10", f"{key}={2**32}")[0].startswith(key)
+    assert load(None, [GLUE, "data.k=10", f"{key}={2**32 - 1}"])
+
+
+def test_further_checks_get_the_valid_sections_and_add_their_problems():
+    seen = {}
+
+    def check(sections):
+        seen.update(sections)
+        return ["data.train_file: no such file"]
+
+    with pytest.raises(ConfigError) as caught:
+        load(None, ["data.train_file=a.csv", "train.seed=x"], checks=[check])
+    assert set(seen) == {"model", "method", "data"}
+    assert (
+        caught.value.problems[-1] == "data.train_file: no such file"
+        and len(caught.value.problems) == 2
+    )
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("dataloader_num_workers", -1, "should be at least 0"),
+        ("eval_accumulation_steps", 0, "should be at least 1"),
+        ("adam_beta1", 2, "below 1"),
+        ("max_steps", 0, "0 steps train nothing"),
+    ],
+)
+def test_values_that_libraries_would_refuse_later_are_refused_now(key, value, words):
+    found = rules.impossible({"train": config.TrainSettings(**{key: value})})
+    assert any(problem.startswith(f"train.{key}: ") and words in problem for problem in found)
