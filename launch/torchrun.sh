@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# One line per node; the same on every node but for NODE_RANK:
+# Start the processes of a run on this node. On several nodes, run the same line on every node with
+# its own NODE_RANK. On a machine without GPUs, NPROC sets the number of processes.
 #
+#   NPROC=2 launch/torchrun.sh configs/quickstart.yaml
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=n01 launch/torchrun.sh configs/bart_large.yaml train.deepspeed=zero2
 #
-#   NNODES       nodes of the run (1)            MASTER_ADDR  host name of node 0 (this host)
-#   NODE_RANK    this node, from 0 (0)           MASTER_PORT  a port that is free on node 0 (29500)
-#   NPROC        processes on this node (its GPUs; 1 without)
+#   NNODES       number of nodes (1)                      MASTER_ADDR  host name of node 0 (this host)
+#   NODE_RANK    number of this node, from 0 (0)          MASTER_PORT  a free port on node 0 (29500)
+#   NPROC        processes on this node (one per GPU, or 1 without GPUs)
 #   PYTHON       interpreter (.venv/bin/python of the checkout, else python3)
 #
-# Where one is not set, what Kubeflow (PET_*) or an Indexed Job (JOB_COMPLETION_INDEX) sets is taken. Inside a process that a
-# launcher has started already (RANK and LOCAL_RANK are there) it becomes that one process.
+# Variables that are not set default to those of Kubeflow (PET_*) or of an Indexed Job
+# (JOB_COMPLETION_INDEX). Inside a process that a launcher has already started (RANK and LOCAL_RANK
+# are set), this script becomes that process.
 set -euo pipefail
 if [ $# -lt 1 ]; then
   echo "usage: [NNODES=…] [NODE_RANK=…] [MASTER_ADDR=…] [MASTER_PORT=…] [NPROC=…] $0 CONFIG [section.key=value …]" >&2
@@ -45,15 +48,16 @@ if [ "$nodes" != 1 ] && [ -z "${NODE_RANK:-${PET_NODE_RANK:-${JOB_COMPLETION_IND
   exit 2
 fi
 
-# torchrun gives each process one thread unless told; on a node without GPUs that would leave cores idle.
+# torchrun gives each process one thread by default. On a node without GPUs, cores would be idle.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 where=(--nnodes "$nodes" --nproc_per_node "$processes")
-# A rendezvous that Kubeflow has set up (PET_RDZV_*) is read by torchrun itself; an address would contradict it.
+# torchrun itself reads the rendezvous of Kubeflow (PET_RDZV_*). An address would contradict it.
 if [ -z "${PET_RDZV_ENDPOINT:-}" ]; then
   where+=(--node_rank "$node" --master_addr "$address" --master_port "$port")
 fi
-# What is told to stop saves first: torchrun would give it 30 s, and end at once on SIGUSR1.
+# A run that receives a signal saves first. By default torchrun allows 30 s for that, and it dies of
+# SIGUSR1 instead of forwarding it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 where+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
 exec "$PYTHON" -m torch.distributed.run "${where[@]}" "$home/launch/train.py" --config "$config" "$@"
