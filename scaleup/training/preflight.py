@@ -91,15 +91,7 @@ def _find_attentions(
     try:
         with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
             return find_sites(backbone.empty_model(config, attention, None, auto))[0], None
-    except (
-        OSError,
-        ImportError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except (*backbone.UNREADABLE, RuntimeError) as error:
         return [], " ".join(str(error).split())
 
 

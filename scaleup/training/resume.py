@@ -22,20 +22,9 @@ NAME = re.compile(r"checkpoint-(\d+)")
 # Optimizer, schedule and order of examples depend on these settings. The other settings of the
 # section may change when a run continues.
 FIXED_IN_TRAINING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "group_by_length",
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args"
+    " adam_beta1 adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps"
+    " seed group_by_length"
 )
 
 
@@ -129,7 +118,7 @@ def _different(settings: Settings) -> list[str]:
             f"{section}.{key}"
             for section, values in settings.dump().items()
             for key in (values | then[section])
-            if (section != "train" or key in FIXED_IN_TRAINING)
+            if (section != "train" or key in FIXED_IN_TRAINING.split())
             and values.get(key) != then[section].get(key)
         ]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):

@@ -8,7 +8,6 @@ timing.json.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -39,7 +38,6 @@ from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
-from scaleup.data.generation import decode
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
 from scaleup.memory.states import estimate
 from scaleup.settings.presets import deepspeed_file
@@ -49,6 +47,7 @@ from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import Manifest
 from scaleup.training.preflight import hub_structure, packing_problems
+from scaleup.training.scoring import score
 from scaleup.training.trainer import RunContext, RunTrainer
 from scaleup.unipelt.model import parameter_counts
 
@@ -133,7 +132,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     if checkpoint or old_weights:
         _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     _train(prepared, trainer, checkpoint)
-    results = _score(prepared, trainer, counts)
+    results = score(settings, trainer, prepared.examples, counts)
     seconds = time.perf_counter() - begin
     if world.main:
         io.write_json(out / "results.json", results)
@@ -218,7 +217,7 @@ def _choose_checkpoint(run: _Run) -> tuple[pathlib.Path | None, pathlib.Path | N
     names = distributed.gather(run.world, [path.name for path in resume.checkpoints(out)])
     with _agreed(run.world):
         choice = resume.choose(run.settings, out, run.manifest, names)
-    return choice
+    return choice  # noqa: RET504 (mypy: the block could swallow an error)
 
 
 def _make_trainer(run: _Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
@@ -342,65 +341,3 @@ def _train(run: _Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> N
             f"stopped early: {patience} evaluations without a better dev {run.examples.metric}",
         )
     trainer.save_adapter_checkpoint("best")
-
-
-def _score(run: _Run, trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
-    """Score the best checkpoint on dev, with its gates, and on test. Return the results."""
-    examples, state = run.examples, trainer.state
-    trainer.gate_statistics.drain()
-    dev = _metrics(trainer.predict(examples.dev).metrics)
-    gates = trainer.gate_statistics.drain()
-    test = dev if examples.test_is_dev else None
-    if examples.test is not None and not examples.test_is_dev:
-        output = trainer.predict(examples.test)
-        test = _metrics(output.metrics)
-        if trainer.context.generation is not None and run.world.main:
-            _write_predictions(run, output.predictions, output.label_ids)
-    return {
-        "task": run.settings.data.name or examples.task,
-        "metric": examples.metric,
-        "test": test,
-        "test_is_dev": examples.test_is_dev,
-        "dev": dev,
-        "best_step": int(state.best_global_step or 0),
-        "steps": state.global_step,
-        "epochs": round(state.epoch or 0.0, 4),
-        "examples": {
-            "train": len(examples.train),
-            "dev": len(examples.dev),
-            "test": 0 if examples.test is None else len(examples.test),
-        },
-        "seeds": {"data": run.settings.data.seed, "train": run.settings.train.seed},
-        "parameters": counts,
-        "gates": gates,
-        "method": run.settings.dump()["method"],
-        "learning_rate": run.settings.learning_rate,
-        "sources": examples.sources,
-    }
-
-
-def _metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of `predict` under their own names, without times."""
-    return {
-        name.removeprefix("test_"): round(value, 6)
-        for name, value in metrics.items()
-        if not name.endswith(("runtime", "per_second")) and "model_preparation" not in name
-    }
-
-
-def _write_predictions(run: _Run, tokens, numbers) -> None:
-    """Write predictions.jsonl, in the order of the test set.
-
-    Args:
-        tokens: generated tokens, [examples, T], in the order of evaluation (by length).
-        numbers: the number of each one's reference, [examples].
-    """
-    prompts, references = run.examples.prompts, run.examples.references
-    assert prompts is not None and references is not None
-    rows = zip(decode(run.tokenizer, tokens), numbers.tolist())
-    lines = [
-        {"text": prompts[i], "written": text, "references": references[i]}
-        for text, i in sorted(rows, key=lambda row: row[1])
-    ]
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    io.write_text(run.out / "predictions.jsonl", content)

@@ -1,4 +1,4 @@
-"""launch/: the scripts for several nodes. What they derive, with stand-ins for the programs of a cluster."""
+"""The launch scripts for several nodes, with stand-ins for the programs of a cluster."""
 
 import os
 import pathlib
@@ -16,7 +16,10 @@ TORCHRUN, SBATCH, JOB = (
     ROOT / "launch" / "k8s" / "job.yaml",
 )
 # Stands in for the interpreter: what it is started with, and the ranks it sees.
-PYTHON = '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS:" "$@"\n'
+PYTHON = (
+    '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT'
+    ' $OMP_NUM_THREADS:" "$@"\n'
+)
 SCONTROL = (
     '#!/bin/sh\nif [ "$1" = show ]; then printf "gpu07\\ngpu08\\n"; else echo "scontrol $*"; fi\n'
 )
@@ -25,7 +28,8 @@ SRUN = """#!/bin/bash
 echo "srun $1 $2 $3 $4"
 while [ "$1" != bash ]; do shift; done
 for task in 0 1 2 3; do
-  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 SLURM_STEP_TASKS_PER_NODE="2(x2)" "$@"
+  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 \\
+    SLURM_STEP_TASKS_PER_NODE="2(x2)" "$@"
 done
 """
 
@@ -60,7 +64,7 @@ def run(
 
 @pytest.fixture
 def programs(tmp_path) -> pathlib.Path:
-    """A folder for PATH with scontrol, srun and an interpreter that do as told."""
+    """A folder for PATH with stand-ins for scontrol, srun, nvidia-smi and the interpreter."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in (
@@ -102,7 +106,10 @@ def test_every_slurm_task_derives_its_rank_inside_srun(programs):
     assert first.startswith(
         "srun --kill-on-bad-exit=0 --wait=120 --gpu-bind=none --distribution=block"
     )
-    command = "launch/train.py --config configs/bart_large.yaml train.deepspeed=zero2 data.text_column=two words"
+    command = (
+        "launch/train.py --config configs/bart_large.yaml train.deepspeed=zero2"
+        " data.text_column=two words"
+    )
     assert tasks == [f"{rank} {rank % 2} 4 2 gpu07 21234 6: {command}" for rank in range(4)]
 
 
@@ -117,7 +124,9 @@ def test_a_requeued_slurm_job_continues_its_run(programs):
 
 def test_a_slurm_job_near_its_time_limit_stops_its_step_and_goes_back_into_the_queue(programs):
     (programs / "srun").write_text(
-        "#!/bin/bash\ntrap 'echo the step was told; exit 0' USR1\ntrap 'echo killed; exit 1' TERM\nkill -USR1 $PPID\nfor i in $(seq 100); do sleep 0.1; done\n"
+        "#!/bin/bash\ntrap 'echo the step was told; exit 0' USR1\n"
+        "trap 'echo killed; exit 1' TERM\nkill -USR1 $PPID\n"
+        "for i in $(seq 100); do sleep 0.1; done\n"
     )
     result = slurm(programs, "c.yaml")
     assert result.returncode == 0
@@ -153,7 +162,8 @@ TORCH = "-m torch.distributed.run"
     [
         (
             {},
-            "--nnodes 1 --nproc_per_node 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29500",
+            "--nnodes 1 --nproc_per_node 1 --node_rank 0 --master_addr 127.0.0.1"
+            " --master_port 29500",
         ),
         (
             {
@@ -181,7 +191,8 @@ TORCH = "-m torch.distributed.run"
         ),
         (
             {"JOB_COMPLETION_INDEX": "1", "NNODES": "2", "MASTER_ADDR": "scaleup-0.scaleup"},
-            "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr scaleup-0.scaleup --master_port 29500",
+            "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr scaleup-0.scaleup"
+            " --master_port 29500",
         ),
     ],
     ids=["alone", "plain", "kubeflow", "kubeflow elastic", "indexed job"],
@@ -196,7 +207,8 @@ def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
     assert result.returncode == 0, result.stderr
     assert (
         result.stdout.partition(": ")[2]
-        == f"{TORCH} {words} --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
+        == f"{TORCH} {words} --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+        f" {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
     )
 
 

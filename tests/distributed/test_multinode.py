@@ -1,4 +1,4 @@
-"""Runs over two hosts with their own network, name and disk (tests/two_hosts.py), and ranks that die alone."""
+"""Runs over two hosts with their own network, name and disk, and ranks that die alone."""
 
 import contextlib
 import os
@@ -99,7 +99,10 @@ def test_zero2_over_two_hosts_with_a_shared_folder_equals_one_process(
 def test_zero3_with_a_disk_of_each_host_equals_one_process_and_resumes(
     both, workspace, one, tmp_path
 ):
-    """launch/torchrun.sh on each host; the same path is another disk on each. Stopped after 4 steps and continued to 8."""
+    """Each host starts launch/torchrun.sh, and the same path is another disk on each host.
+
+    The run stops after 4 steps and continues to 8.
+    """
     for name in ("disk", *NAMES):
         (tmp_path / name).mkdir()
     out = tmp_path / "disk" / "run"

@@ -1,4 +1,4 @@
-"""The watchdog with plain processes: who is named, what is tolerated, and that a normal end stays quiet."""
+"""The watchdog with plain processes: what it reports, what it tolerates, and a normal end."""
 
 import json
 import os
@@ -17,17 +17,20 @@ from scaleup.training import watchdog
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT = 6.0  # seconds; the interval is a tenth
 
-# Ranks without any process group: they meet over the store alone. Forked from one process that has imported torch, and nothing of
-# the package but the watchdog, since importing takes seconds. A line of JSON starts three ranks; their pids come back.
+# Ranks without a process group: they meet through the store alone. Importing takes seconds, so they
+# are forked from one process that has imported torch and only the watchdog of this package. A line
+# of JSON starts three ranks, and the process answers with their pids.
 NURSERY = """
 import ctypes, datetime, json, os, sys, time, types
-package = types.ModuleType("scaleup"); package.__path__ = [sys.argv[1] + "/scaleup"]; sys.modules["scaleup"] = package
+sys.modules["scaleup"] = package = types.ModuleType("scaleup")
+package.__path__ = [sys.argv[1] + "/scaleup"]
 from torch.distributed import TCPStore
 from scaleup.training import watchdog
 
 def live(rank, what, seconds, limit, port):
     os.environ["MASTER_PORT"] = port
-    meet = TCPStore("127.0.0.1", int(port), is_master=rank == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
+    minute = datetime.timedelta(seconds=60)
+    meet = TCPStore("127.0.0.1", int(port), None, rank == 0, minute, wait_for_workers=False)
     made = watchdog.prepare(rank, ["n01", "n01", "n02"], "token", limit)
     meet.add("here", 1)
     while meet.add("here", 0) < 3: time.sleep(0.05)
@@ -39,7 +42,8 @@ def live(rank, what, seconds, limit, port):
         code = 3
     elif what == "lost":                     # gloo noticed a closed connection
         time.sleep(seconds)
-        print("error:", watchdog.lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")), file=sys.stderr)
+        error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+        print("error:", watchdog.lost_connection(error), file=sys.stderr)
         code = 1
     else:
         time.sleep(seconds)
@@ -70,7 +74,7 @@ for line in sys.stdin:
 
 
 class Ranks:
-    """Three ranks, each doing what it is told."""
+    """Three ranks, each with its own task."""
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class Ranks:
         self.began = time.monotonic()
 
     def end(self, *ranks: int, within: float) -> list[tuple[int, str]]:
-        """Exit code and the error lines of each. torch's own warning of a store that closes is none."""
+        """Return exit code and error lines of each rank, without torch's own warnings."""
         found = []
         for rank in ranks:
             code = self.folder / f"{rank}.code"
@@ -172,7 +176,7 @@ def test_a_killed_rank_0_takes_the_store_along_and_is_named(ranks):
 
 
 def test_a_stopped_rank_0_whose_store_does_not_answer_is_named(ranks):
-    """As behind a dead link: the calls of the others block."""
+    """The calls of the others block, as behind a dead link."""
     group = ranks(*[("run", 60)] * 3)
     group.signal(0, signal.SIGSTOP)
     for code, line in group.end(1, 2, within=2 * LIMIT + 6):
@@ -235,7 +239,8 @@ def test_only_errors_of_the_network_are_explained():
     )
     line = watchdog.lost_connection(
         RuntimeError(
-            "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4711"
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:547]"
+            " Connection closed by peer [10.0.0.2]:4711"
         )
     )
     assert "[10.0.0.2]:4711" in line and "train.resume=auto" in line

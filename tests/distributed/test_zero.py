@@ -1,4 +1,4 @@
-"""DeepSpeed on two real processes (gloo): every ZeRO stage equals one process, and ZeRO-3 really shares the frozen weights out."""
+"""DeepSpeed on two real processes (gloo): every ZeRO stage equals one process."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path)
 
 @pytest.fixture(scope="module", params=["bert", pytest.param("bart", marks=pytest.mark.slow)])
 def runs(request, tmp_path_factory) -> pathlib.Path:
-    """Runs of one family: `one` alone, and `<stage>-<variant>` on two processes, all with a global batch of 16."""
+    """Runs of one family with a global batch of 16: `one` process, `<stage>-<variant>` on two."""
     folder = tmp_path_factory.mktemp(request.param)
     workspace = make_workspace(folder)
     # Parameters below the default threshold are never shared out, and all of a tiny model's are.

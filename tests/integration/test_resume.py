@@ -1,4 +1,7 @@
-"""Stopping and going on: signals, damaged and foreign checkpoints, full disks, retention. Runs in this process, with the real loop."""
+"""Stop and resume: signals, damaged and foreign checkpoints, full disks, retention.
+
+The runs are in this process, with the real training loop.
+"""
 
 import json
 import os
@@ -32,7 +35,7 @@ def workspace(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run takes SIGTERM over."""
+    """Restore the signal handlers that a run replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -45,7 +48,7 @@ def run(workspace: pathlib.Path, out: pathlib.Path, *more: str, callbacks=()) ->
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step."""
+    """Call `action` at the end of a step."""
 
     def __init__(self, step: int, action):
         self.step, self.action = step, action
@@ -72,8 +75,8 @@ def copy(finished, tmp_path) -> pathlib.Path:
     return out
 
 
-def weights(bundle: pathlib.Path) -> dict[str, torch.Tensor]:
-    return load_file(bundle / "adapter_model.safetensors")
+def weights(checkpoint: pathlib.Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -82,7 +85,8 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(workspace, finished, tm
     out = tmp_path / "run"
     with pytest.raises(
         Preempted,
-        match=f"stopped by {signal.Signals(number).name} at step 6, saved; continue with train.resume=auto",
+        match=f"stopped by {signal.Signals(number).name} at step 6, saved;"
+        " continue with train.resume=auto",
     ):
         run(workspace, out, callbacks=[At(5, lambda: os.kill(os.getpid(), number))])
     assert verify(out / "checkpoint-6").run == {"processes": 1, "zero_stage": 0}
@@ -397,7 +401,8 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_keeps_the_last_good_checkpoi
     try:
         with pytest.raises(
             RunError,
-            match=r"checkpoint-8 could not be written: .*The last good checkpoint is .*checkpoint-4",
+            match=r"checkpoint-8 could not be written: .*"
+            r"The last good checkpoint is .*checkpoint-4",
         ):
             run(
                 workspace,
@@ -426,7 +431,8 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch_and_keeps_the_last_goo
 
     with pytest.raises(
         RunError,
-        match=r"not a number at step 6 \(its batch 1, rank 0\)\. The last good checkpoint is .*checkpoint-4",
+        match=r"not a number at step 6 \(its batch 1, rank 0\)\. "
+        r"The last good checkpoint is .*checkpoint-4",
     ):
         run(workspace, tmp_path / "run", "train.logging_steps=4", callbacks=[Poison()])
 

@@ -1,4 +1,4 @@
-"""Runs that learn to write text: encoder-decoders and decoders, pairs and chats, quantised and packed; two processes."""
+"""Runs that learn to generate text: encoder-decoders and decoders, pairs, chats, packed rows."""
 
 import json
 
@@ -105,7 +105,7 @@ def test_what_was_written_for_the_test_set_is_kept(runs, name, count):
 
 
 def test_accumulating_gradients_gives_the_same_language_model(runs, folder):
-    """Batches of 8 with other numbers of tokens than those of 4: the loss is a mean over the step's tokens."""
+    """Batches of 8 and of 4 give the same loss: it is a mean over the tokens of a step."""
     shared = ["train.group_by_length=false", "train.max_steps=4", "train.num_train_epochs=1"]
     cases = {
         f"{size}": case(
@@ -139,7 +139,7 @@ RECIPES = {
 
 
 def recipe(folder, name: str) -> list[str]:
-    """The config as it is, with the paths, the length of the texts and the number of steps replaced."""
+    """Return the config with other paths, text lengths and number of steps."""
     family, more, file = RECIPES[name]
     if not (folder / family).exists():
         add_writer(folder, family)
@@ -161,9 +161,9 @@ def recipe(folder, name: str) -> list[str]:
 
 
 def test_the_recipes_run_on_tiny_models_of_their_classes_and_pass_the_plan(folder):
-    """One process under each one's ZeRO stage, one after another."""
+    """Each recipe keeps its ZeRO stage and runs as one process."""
     cases = {name: recipe(folder, name) for name in RECIPES}
-    for name, (path, *words) in cases.items():
+    for path, *words in cases.values():
         made = plan.make_plan(
             config.load(path, words, checks=CHECKS), 8, limit=2**30, configured=True
         )

@@ -83,7 +83,8 @@ def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_pa
     (tmp_path / "model.safetensors").touch()
     own = [o for o in overrides(workspace, tmp_path / "out") if not o.startswith("model.name")]
     assert problems(*own, f"model.name={tmp_path}", "model.head_bias=prior") == [
-        "model.head_bias: the head of GPT2ForSequenceClassification has no bias; leave the setting out"
+        "model.head_bias: the head of GPT2ForSequenceClassification has no bias;"
+        " leave the setting out"
     ]
     assert problems(*own, f"model.name={workspace / 'bert'}", "model.head_bias=prior") == []
 
@@ -145,7 +146,7 @@ def test_what_is_written_needs_positions_too(workspace, tmp_path, more, words):
 
 
 def test_the_task_needs_a_model_for_it(workspace, tmp_path):
-    own = [o for o in overrides(workspace, tmp_path / "out")]
+    own = overrides(workspace, tmp_path / "out")
     found = problems(
         *own, "data.task=seq2seq", "data.target_column=label", "data.k=40", "data.dev_size=20"
     )

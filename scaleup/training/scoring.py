@@ -1,0 +1,77 @@
+"""Scores of a trained model: the content of results.json and predictions.jsonl."""
+
+import json
+from typing import Any
+
+from transformers.trainer_utils import PredictionOutput
+
+from scaleup.data.files import Examples
+from scaleup.data.generation import decode
+from scaleup.io import write_text
+from scaleup.settings.schema import Settings
+from scaleup.training.trainer import RunTrainer
+
+
+def score(
+    settings: Settings, trainer: RunTrainer, examples: Examples, counts: dict[str, Any]
+) -> dict[str, Any]:
+    """Score the best checkpoint on dev, with its gates, and on test.
+
+    Args:
+        counts: as `scaleup.unipelt.model.parameter_counts` returns them.
+
+    Returns:
+        The content of results.json.
+    """
+    state, world = trainer.state, trainer.context.world
+    trainer.gate_statistics.drain()
+    dev = _metrics(trainer.predict(examples.dev).metrics)
+    gates = trainer.gate_statistics.drain()
+    test = dev if examples.test_is_dev else None
+    if examples.test is not None and not examples.test_is_dev:
+        output = trainer.predict(examples.test)
+        test = _metrics(output.metrics)
+        if trainer.context.generation is not None and world.main:
+            _write_predictions(trainer, examples, output)
+    return {
+        "task": settings.data.name or examples.task,
+        "metric": examples.metric,
+        "test": test,
+        "test_is_dev": examples.test_is_dev,
+        "dev": dev,
+        "best_step": int(state.best_global_step or 0),
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0.0, 4),
+        "examples": {
+            "train": len(examples.train),
+            "dev": len(examples.dev),
+            "test": 0 if examples.test is None else len(examples.test),
+        },
+        "seeds": {"data": settings.data.seed, "train": settings.train.seed},
+        "parameters": counts,
+        "gates": gates,
+        "method": settings.dump()["method"],
+        "learning_rate": settings.learning_rate,
+        "sources": examples.sources,
+    }
+
+
+def _metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of `predict` under their own names, without times."""
+    return {
+        name.removeprefix("test_"): round(value, 6)
+        for name, value in metrics.items()
+        if not name.endswith(("runtime", "per_second")) and "model_preparation" not in name
+    }
+
+
+def _write_predictions(trainer: RunTrainer, examples: Examples, output: PredictionOutput) -> None:
+    """Write predictions.jsonl in the order of the test set. It was evaluated by length."""
+    assert examples.prompts is not None and examples.references is not None
+    texts = decode(trainer.processing_class, output.predictions)
+    lines = [
+        {"text": examples.prompts[i], "written": text, "references": examples.references[i]}
+        for i, text in sorted(zip(output.label_ids.tolist(), texts))
+    ]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(trainer.out / "predictions.jsonl", content)
