@@ -23,6 +23,7 @@ from scaleup.backbone.method import device_half_dtype, load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
+from scaleup.data.glue import GLUE
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.experiments.runs import Run
 from scaleup.settings.loading import override
@@ -229,7 +230,8 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
         "k": "all",
     }
     if settings.name:
-        changes |= zip(("text_column", "text_pair_column"), data.GLUE[settings.name])
+        task = GLUE[settings.name]
+        changes |= {"text_column": task.text, "text_pair_column": task.text_pair}
         changes["label_column"] = "label"
     try:
         return data.load(settings.model_copy(update=changes)), "dev"

@@ -359,3 +359,17 @@ def test_the_gates_of_a_row_of_a_table_are_those_of_the_run(gated, tmp_path):
     assert [line[:2] for line in of_folder] == [line[:2] for line in of_table]
     for one, other in zip(of_folder, of_table):
         assert float(one[2]) == pytest.approx(float(other[2]), abs=1e-5)
+
+
+def test_a_file_with_the_columns_of_a_glue_task_can_be_examined(tmp_path):
+    rows = "".join(f"a film,a movie {i},{i % 6}\n" for i in range(12))
+    (tmp_path / "pairs.csv").write_text(f"sentence1,sentence2,label\n{rows}")
+    settings = config.DataSettings(name="stsb", k=8, dev_size=2)
+    examples, split = gate_values._examples(settings, str(tmp_path / "pairs.csv"))
+    chosen = getattr(examples, split)
+    assert len(chosen) == 12 and examples.labels is None
+    assert (chosen["text"][3], chosen["text_pair"][3], chosen["label"][3]) == (
+        "a film",
+        "a movie 3",
+        3.0,
+    )
