@@ -31,7 +31,8 @@ from scaleup.experiments.grid import Sweep, Trial, check_same_run
 from scaleup.io import LOCK
 from scaleup.training.resume import checkpoints
 
-TRAIN = (sys.executable, "-m", "scaleup", "train")
+# -P: files of the current folder do not shadow modules.
+TRAIN = (sys.executable, "-P", "-m", "scaleup", "train")
 ROOT = pathlib.Path(__file__).parents[2]  # the folder from which scaleup was imported
 TRIES = 2
 STOP_S = 120  # time for a trial to finish its step and save
