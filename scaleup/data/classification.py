@@ -9,9 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from scipy import stats
-from sklearn import metrics
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from scaleup.data.files import (
     Examples,
@@ -24,11 +22,15 @@ from scaleup.data.files import (
     user_files,
 )
 from scaleup.data.glue import GLUE, load_from_hub, local_files
+from scaleup.data.metrics import label_metrics
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
 NUMBER = re.compile(r"(?a)[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each token that is kept
+
+
+compute_metrics = label_metrics  # the interface of a task's module: see scaleup.data.tasks
 
 
 def source_files(data: DataSettings) -> dict[str, tuple[str, str]]:
@@ -285,47 +287,3 @@ def collator(
     """
     padding = "max_length" if data.pad_to_max_length else "longest"
     return _Collator(tokenizer, padding=padding, max_length=data.max_length)
-
-
-def _correlations(outputs: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return both correlations of outputs [examples, 1]; 0 if they are undefined."""
-    if not np.isfinite(outputs).all() or np.ptp(outputs) == 0 or np.ptp(truth) == 0:
-        return {"spearman": 0.0, "pearson": 0.0}
-    both = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
-    return {
-        name: float(np.nan_to_num(correlation(outputs[:, 0], truth).statistic))
-        for name, correlation in both.items()
-    }
-
-
-def compute_metrics(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function that computes the main metric and its companions, as shares of 1.
-
-    f1 and matthews come with accuracy; spearman comes with pearson. F1 is that of class id 1; with
-    more than two classes it is the macro average over the classes that occur. NaN among the outputs
-    of an example makes it wrong. In a regression NaN makes both correlations 0, as constant outputs
-    do.
-    """
-
-    def score(prediction: EvalPrediction) -> dict[str, float]:
-        outputs = prediction.predictions
-        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
-        truth = np.asarray(prediction.label_ids).reshape(-1)
-        outputs = np.asarray(outputs, dtype=np.float64).reshape(len(truth), -1)
-        if examples.task == "regression":
-            return _correlations(outputs, truth)
-        guess = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
-        scores = {"accuracy": float(metrics.accuracy_score(truth, guess))}
-        if examples.metric == "f1":
-            binary = examples.labels is not None and len(examples.labels) == 2
-            classes = [1] if binary else sorted(set(truth) | set(guess) - {-1})
-            scores["f1"] = float(
-                metrics.f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
-            )
-        if examples.metric == "matthews":
-            scores["matthews"] = float(metrics.matthews_corrcoef(truth, guess))
-        return scores
-
-    return score

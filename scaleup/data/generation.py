@@ -15,13 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
-import numpy as np
-import sacrebleu
 import torch
 from jinja2 import TemplateError
-from rouge_score.rouge_scorer import RougeScorer
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from scaleup.data.files import (
     Examples,
@@ -33,13 +30,14 @@ from scaleup.data.files import (
     replace_surrogates,
     user_files,
 )
+from scaleup.data.metrics import IGNORED, text_metrics
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
-IGNORED = -100  # label of tokens that the loss leaves out
 ROLES = ("system", "user", "assistant", "tool")
 
-source_files = user_files  # the interface of a task's module: see scaleup.data.tasks
+# The interface of a task's module: see scaleup.data.tasks.
+source_files, compute_metrics = user_files, text_metrics
 
 
 def _clean_chat(cell: Any) -> tuple[str | None, str | None]:
@@ -319,46 +317,3 @@ def collator(
 ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Return a function that pads examples to the longest of the batch, or to max_length."""
     return _Collator(tokenizer.pad_token_id, data.max_length if data.pad_to_max_length else 0)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
-    """Return generated texts without special tokens and surrounding blanks."""
-    tokens = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Compute BLEU (sacrebleu, corpus), ROUGE-1, -2 and -L (F1) and exact matches, as shares of 1.
-
-    ROUGE is the mean over examples. With several references BLEU uses all of them; the other
-    metrics use the best one.
-    """
-    most = max(map(len, references))
-    columns: Any = [
-        [refs[i] if i < len(refs) else None for refs in references] for i in range(most)
-    ]
-    scores = {"bleu": sacrebleu.corpus_bleu(written, columns).score / 100}
-    kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-    scorer = RougeScorer(list(kinds.values()), use_stemmer=False)
-    rouge = [scorer.score_multi(refs, text) for text, refs in zip(written, references)]
-    for name, kind in kinds.items():
-        scores[name] = float(np.mean([row[kind].fmeasure for row in rouge]))
-    exact = [text in {ref.strip() for ref in refs} for text, refs in zip(written, references)]
-    return scores | {"exact_match": float(np.mean(exact))}
-
-
-def compute_metrics(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function that scores generated texts.
-
-    Its predictions are tokens, and its label_ids are indices into `examples.references`.
-    """
-
-    def score_texts(prediction: EvalPrediction) -> dict[str, float]:
-        assert examples.references is not None
-        rows = np.asarray(prediction.label_ids).reshape(-1)
-        references = [examples.references[row] for row in rows]
-        return score(decode(tokenizer, prediction.predictions), references)
-
-    return score_texts

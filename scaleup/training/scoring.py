@@ -6,7 +6,7 @@ from typing import Any
 from transformers.trainer_utils import PredictionOutput
 
 from scaleup.data.files import Examples
-from scaleup.data.generation import decode
+from scaleup.data.metrics import decode
 from scaleup.io import write_text
 from scaleup.settings.schema import Settings
 from scaleup.training.trainer import RunTrainer

@@ -6,7 +6,8 @@ import pytest
 from transformers import BertTokenizerFast
 
 from scaleup.data import generation as sequences
-from scaleup.data.generation import IGNORED, collator, load, score, tokenize
+from scaleup.data.generation import collator, load, tokenize
+from scaleup.data.metrics import IGNORED, score
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 

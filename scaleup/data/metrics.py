@@ -1,0 +1,105 @@
+"""The metrics of every task.
+
+A metric that `data.metric` may name is also listed in `scaleup.settings.rules.METRICS`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+from scipy import stats
+from sklearn import metrics
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from scaleup.data.files import Examples
+
+IGNORED = -100  # label of tokens that the loss leaves out
+
+
+def _correlations(outputs: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return both correlations of outputs [examples, 1]; 0 if they are undefined."""
+    if not np.isfinite(outputs).all() or np.ptp(outputs) == 0 or np.ptp(truth) == 0:
+        return {"spearman": 0.0, "pearson": 0.0}
+    both = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+    return {
+        name: float(np.nan_to_num(correlation(outputs[:, 0], truth).statistic))
+        for name, correlation in both.items()
+    }
+
+
+def label_metrics(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return a function that computes the main metric and its companions, as shares of 1.
+
+    f1 and matthews come with accuracy; spearman comes with pearson. F1 is that of class id 1; with
+    more than two classes it is the macro average over the classes that occur. NaN among the outputs
+    of an example makes it wrong. In a regression NaN makes both correlations 0, as constant outputs
+    do.
+    """
+
+    def score(prediction: EvalPrediction) -> dict[str, float]:
+        outputs = prediction.predictions
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        truth = np.asarray(prediction.label_ids).reshape(-1)
+        outputs = np.asarray(outputs, dtype=np.float64).reshape(len(truth), -1)
+        if examples.task == "regression":
+            return _correlations(outputs, truth)
+        guess = np.where(np.isnan(outputs).any(axis=1), -1, outputs.argmax(axis=1))
+        scores = {"accuracy": float(metrics.accuracy_score(truth, guess))}
+        if examples.metric == "f1":
+            binary = examples.labels is not None and len(examples.labels) == 2
+            classes = [1] if binary else sorted(set(truth) | set(guess) - {-1})
+            scores["f1"] = float(
+                metrics.f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
+            )
+        if examples.metric == "matthews":
+            scores["matthews"] = float(metrics.matthews_corrcoef(truth, guess))
+        return scores
+
+    return score
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
+    """Return generated texts without special tokens and surrounding blanks."""
+    tokens = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
+    """Compute BLEU (sacrebleu, corpus), ROUGE-1, -2 and -L (F1) and exact matches, as shares of 1.
+
+    ROUGE is the mean over examples. With several references BLEU uses all of them; the other
+    metrics use the best one.
+    """
+    most = max(map(len, references))
+    columns: Any = [
+        [refs[i] if i < len(refs) else None for refs in references] for i in range(most)
+    ]
+    scores = {"bleu": sacrebleu.corpus_bleu(written, columns).score / 100}
+    kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    scorer = RougeScorer(list(kinds.values()), use_stemmer=False)
+    rouge = [scorer.score_multi(refs, text) for text, refs in zip(written, references)]
+    for name, kind in kinds.items():
+        scores[name] = float(np.mean([row[kind].fmeasure for row in rouge]))
+    exact = [text in {ref.strip() for ref in refs} for text, refs in zip(written, references)]
+    return scores | {"exact_match": float(np.mean(exact))}
+
+
+def text_metrics(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return a function that scores generated texts.
+
+    Its predictions are tokens, and its label_ids are indices into `examples.references`.
+    """
+
+    def score_texts(prediction: EvalPrediction) -> dict[str, float]:
+        assert examples.references is not None
+        rows = np.asarray(prediction.label_ids).reshape(-1)
+        references = [examples.references[row] for row in rows]
+        return score(decode(tokenizer, prediction.predictions), references)
+
+    return score_texts
