@@ -107,6 +107,8 @@ def main() -> None:
                 for key, words in cases.items()
                 if key.startswith(f"{stage}/") and options.only in key
             }
+            if not selected:
+                continue
             results |= start_cases(
                 selected,
                 folder / f"{stage}.json",
