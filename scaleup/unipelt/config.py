@@ -54,8 +54,8 @@ class CommonOptions:
     gate_pooling: str = option(
         "auto",
         "Mean of the per-token gates over every position (paper), real tokens (masked) or the "
-        "tokens so far (causal). auto: masked in bidirectional attention, causal in causal attention "
-        "and its layer.",
+        "tokens so far (causal). auto: masked in bidirectional attention, causal in causal "
+        "attention and its layer.",
         choices=("auto", "paper", "masked", "causal"),
     )
 

@@ -20,7 +20,7 @@ def keep_layout(model: nn.Module) -> None:
     Raises:
         ValueError: for weights that are repacked already, which bitsandbytes cannot restore.
     """
-    library = sys.modules.get("bitsandbytes")
+    library: Any = sys.modules.get("bitsandbytes")
     for name, module in model.named_modules() if library is not None else ():
         if not isinstance(module, library.nn.Linear4bit):
             continue
@@ -44,7 +44,7 @@ def leave_out_scales(model: nn.Module) -> None:
             module.register_state_dict_post_hook(_without_scales)
 
 
-def _without_scales(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+def _without_scales(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key in ("SCB", "weight_format"):
         state.pop(prefix + key, None)
 
