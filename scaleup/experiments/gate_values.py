@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from scaleup.backbone import loading as backbone
-from scaleup.backbone.method import device_half_dtype, load_run_model
+from scaleup.backbone.method import load_run_model
+from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
