@@ -17,14 +17,12 @@ from transformers import (
 
 from scaleup.backbone import quantization, weights
 from scaleup.backbone.int8 import replace_linears
-from scaleup.backbone.lengths import fit_length, length_problems, position_limit
+from scaleup.backbone.lengths import length_problems
 from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.quantized import leave_out_scales
 from scaleup.unipelt.sites import head_names
-
-__all__ = ["fit_length", "position_limit"]  # also used as attributes of this module
 
 # What transformers raises for an unusable config.json, and for other files.
 UNREADABLE_CONFIG = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)

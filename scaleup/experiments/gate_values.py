@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from scaleup.backbone import loading as backbone
-from scaleup.backbone.method import device_half_dtype, load_run_model
+from scaleup.backbone.lengths import fit_length
+from scaleup.backbone.method import load_run_model
+from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.files import Examples
@@ -172,7 +174,7 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             f"--run: {folder}: {settings.model.name} is not the backbone that was trained on "
             f"({trained_on['name']}, {trained_on['fingerprint'][:19]}…); put that one back"
         )
-    settings = backbone.fit_length(settings, config)
+    settings = fit_length(settings, config)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples, split = _examples(settings.data, which)
     if which in SPLITS and data.provenance(examples) != manifest.data:

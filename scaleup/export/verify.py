@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
-from scaleup.backbone import loading as backbone
+from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.errors import ConfigError, ExportError
@@ -122,7 +122,7 @@ class Job:
 def prepare(job: Job, shape: PretrainedConfig) -> None:
     """The examples to measure on, as batches, and what the processes need beside them."""
     settings, asked = job.settings, job.options.calibrate
-    settings = backbone.fit_length(settings, shape)
+    settings = fit_length(settings, shape)
     if asked not in ("dev", "test"):
         settings = settings.model_copy(
             update={"data": settings.data.model_copy(update={"validation_file": asked})}

@@ -33,6 +33,7 @@ from transformers.utils import logging as hf_logging
 from scaleup import io
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
+from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
@@ -90,7 +91,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     world = _start(settings)
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
-    settings = backbone.fit_length(settings, config)
+    settings = fit_length(settings, config)
     half = device_half_dtype(settings, world.device)
     problems = [
         *resume.changes(settings),

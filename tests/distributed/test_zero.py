@@ -28,12 +28,7 @@ BART = [("zero2", "both"), ("zero3", "both"), ("zero2", "8bit"), ("zero3", "8bit
 def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
     """launch/cases.py; every case must succeed."""
     found = start_cases(
-        cases,
-        folder / f"cases{processes}.json",
-        processes,
-        timeout=900,
-        cwd=ROOT,
-        env=environment(),
+        cases, folder / f"cases{processes}.json", processes, timeout=900, env=environment()
     )
     assert found == dict.fromkeys(cases)
 

@@ -68,7 +68,7 @@ def runs(folder):
         for name, words in cases.items()
     }
     assert start_cases(
-        cases, folder / "one.json", 1, timeout=600, cwd=ROOT, env=environment()
+        cases, folder / "one.json", 1, timeout=600, env=environment()
     ) == dict.fromkeys(cases)
     return folder / "one"
 
@@ -119,7 +119,7 @@ def test_accumulating_gradients_gives_the_same_language_model(runs, folder):
         for size in (8, 4)
     }
     assert start_cases(
-        cases, folder / "accumulate.json", 1, timeout=300, cwd=ROOT, env=environment()
+        cases, folder / "accumulate.json", 1, timeout=300, env=environment()
     ) == dict.fromkeys(cases)
     assert losses(folder / "accumulate" / "8") == pytest.approx(
         losses(folder / "accumulate" / "4"), abs=1e-5
@@ -169,7 +169,7 @@ def test_the_recipes_run_on_tiny_models_of_their_classes_and_pass_the_plan(folde
         )
         assert made.fits and made.counts["trained"] > 0
     assert start_cases(
-        cases, folder / "recipes.json", 1, timeout=500, cwd=ROOT, env=environment()
+        cases, folder / "recipes.json", 1, timeout=500, env=environment()
     ) == dict.fromkeys(cases)
     assert all((folder / name / "results.json").is_file() for name in RECIPES)
 
@@ -190,12 +190,12 @@ def test_two_processes_give_what_one_gives(folder):
 
     alone = cases(1)
     assert start_cases(
-        alone, folder / "alone.json", 1, timeout=300, cwd=ROOT, env=environment()
+        alone, folder / "alone.json", 1, timeout=300, env=environment()
     ) == dict.fromkeys(alone)
     for more in ("train.deepspeed=zero3",):
         both = cases(2, more)
         assert start_cases(
-            both, folder / f"{more[-5:]}.json", 2, timeout=300, cwd=ROOT, env=environment()
+            both, folder / f"{more[-5:]}.json", 2, timeout=300, env=environment()
         ) == dict.fromkeys(both)
         for name in both:
             one, two = folder / "1" / name, folder / f"2{more}" / name

@@ -6,14 +6,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from scaleup.backbone.loading import (
-    check,
-    load_config,
-    load_model,
-    load_tokenizer,
-    position_limit,
-    set_labels,
-)
+from scaleup.backbone.lengths import position_limit
+from scaleup.backbone.loading import check, load_config, load_model, load_tokenizer, set_labels
 from scaleup.backbone.method import apply_method
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings

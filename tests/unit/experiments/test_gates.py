@@ -15,6 +15,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import weights
+from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
@@ -62,7 +63,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
         ]
         settings = config.load(None, overrides)
         found = backbone.load_config(settings.model)
-        settings = backbone.fit_length(settings, found)
+        settings = fit_length(settings, found)
         examples = data.load(settings.data)
         tokenizer = backbone.load_tokenizer(settings.model, found)
         auto = tasks.of(settings.data).auto

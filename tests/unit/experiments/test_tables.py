@@ -212,7 +212,7 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
             "batch": 16,
             "length": 128,
             "device": "cpu",
-            "reference": "floor",
+            "reference": "lower-bound",
             "compile": compiled,
         }
         (tmp_path / "bench" / name).write_text(
@@ -221,7 +221,7 @@ def test_table_4_has_parameters_and_the_times_of_a_benchmark_where_there_is_one(
             )
         )
 
-    bench("training.json", "training", **{"full fine-tuning": 2.0, "floor": 1.0, "APL": 1.0})
+    bench("training.json", "training", **{"full fine-tuning": 2.0, "lower-bound": 1.0, "APL": 1.0})
     bench("large.json", "training", "bart-large", **{"full fine-tuning": 2.0, "APL": 1.9})
     bench("compiled.json", "training", compiled=True, **{"full fine-tuning": 2.0, "APL": 1.8})
     screen = report.report("table4", [str(small)], tmp_path / "out", [str(tmp_path / "bench")])

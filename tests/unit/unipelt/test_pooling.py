@@ -1,4 +1,4 @@
-"""Which tokens are real, where packed texts begin, and running means that go on from a cache."""
+"""Padding masks, beginnings of packed texts, and running means that continue from a cache."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.utils.tiny import backbone
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
 
 
-def test_the_mask_is_found_by_name_and_by_position():
+def test_masks_are_read_by_name_and_by_position():
     tokens = Tokens({"attention_mask": 1})
     tokens.capture(tokens, (torch.ones(3, 5), MASK), {})
     assert tokens.mask_BT is MASK and tokens.encoder_mask_BS is None
@@ -18,9 +18,9 @@ def test_the_mask_is_found_by_name_and_by_position():
     assert tokens.mask_BT is None and tokens.encoder_mask_BS is MASK
 
 
-def test_a_mask_per_query_tells_which_queries_are_padding():
+def test_in_a_mask_per_query_queries_that_see_no_key_are_padding():
     tokens = Tokens({})
-    tokens.kv_layers = 2  # of a decoder
+    tokens.kv_layers = 2  # as in a decoder
     seen = torch.ones(5, 5, dtype=torch.bool).tril() & MASK.bool()[:, None]
     for mask in (
         seen[:, None],
@@ -33,19 +33,19 @@ def test_a_mask_per_query_tells_which_queries_are_padding():
         tokens.capture(tokens, (), {"attention_mask": torch.ones(1, 2, 3)})
 
 
-def test_only_the_last_tokens_of_a_longer_mask_are_this_passs():
+def test_a_longer_mask_is_cut_to_the_tokens_of_the_pass():
     tokens = Tokens({})
     tokens.capture(tokens, (), {"attention_mask": MASK})
     assert torch.equal(tokens.real(2), MASK[:, -2:]) and tokens.real(5).shape == (3, 5)
 
 
-def test_texts_in_one_row_begin_where_positions_do_not_count_on():
+def test_a_packed_text_begins_where_positions_do_not_increase_by_one():
     positions = torch.tensor([[0, 1, 2, 0, 1, 5, 6], [3, 4, 5, 6, 7, 8, 9]])
     assert _starts(positions).tolist() == [[0, 0, 0, 3, 3, 5, 5], [0, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_running_mean_in_pieces_is_that_of_the_whole(static):
+def test_a_running_mean_in_pieces_equals_that_of_the_whole(static):
     config = backbone("llama").config
     cache = StaticCache(config=config, max_cache_len=8) if static else DynamicCache(config=config)
     g, tokens = torch.rand(3, 5, 2), Tokens({})
@@ -53,7 +53,7 @@ def test_a_running_mean_in_pieces_is_that_of_the_whole(static):
     tokens.capture(tokens, (), {"attention_mask": MASK})
     whole = running(g)
     tokens.kv_layers = config.num_hidden_layers
-    tokens.new_slot(1)  # of a site that is silent
+    tokens.new_slot(1)  # of a site that is not called
     running.slots[2] = tokens.new_slot(2)
     pieces = []
     for start, end in ((0, 2), (2, 3), (3, 5)):
