@@ -138,7 +138,7 @@ def set_labels(config: PretrainedConfig, labels: list[str] | None) -> None:
 
 
 def empty_model(
-    config: PretrainedConfig, attention: str, dtype: torch.dtype | None, auto: type
+    config: PretrainedConfig, attention: str, dtype: torch.dtype | None, auto: Any
 ) -> PreTrainedModel:
     """Return the model on the meta device.
 
@@ -160,7 +160,7 @@ def empty_model(
 def load_model(
     settings: ModelSettings,
     config: PretrainedConfig,
-    auto: type,
+    auto: Any,
     dtype: torch.dtype,
     device: torch.device,
     zero3: bool = False,

@@ -6,6 +6,7 @@ pad token, data types and trained parameters.
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -56,7 +57,7 @@ def apply_method(
 
 
 def complete_config(
-    settings: Settings, config: PretrainedConfig, auto: type, labels: list[str] | None
+    settings: Settings, config: PretrainedConfig, auto: Any, labels: list[str] | None
 ) -> None:
     """Set what a run adds to its backbone's config: the labels of the head and the pad token.
 
@@ -74,7 +75,7 @@ def complete_config(
 def load_run_model(
     settings: Settings,
     config: PretrainedConfig,
-    auto: type,
+    auto: Any,
     labels: list[str] | None,
     device: torch.device,
     *,
@@ -150,7 +151,7 @@ def _set_tensors(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def empty_run_model(
-    settings: Settings, config: PretrainedConfig, auto: type, dtype: torch.dtype
+    settings: Settings, config: PretrainedConfig, auto: Any, dtype: torch.dtype
 ) -> nn.Module:
     """Return the run's model with its backbone on the meta device, for counting and planning."""
     model = loading.empty_model(config, settings.model.attention, dtype, auto)

@@ -8,6 +8,8 @@ of this rank and frees the rest.
 This is the only file that uses `deepspeed.zero` and the `ds_*` attributes of parameters.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,7 +51,9 @@ class _Partitioner:
 
     def __call__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         if self.first is not None:
-            self.first.convert_to_zero_parameters(param_list=parameters)
+            self.first.convert_to_zero_parameters(  # type: ignore[attr-defined]
+                param_list=parameters
+            )
         elif parameters:
             import deepspeed  # slow to import, and optional
 
@@ -82,16 +86,17 @@ class _Loader:
             value = self._read(empty, module)
             complete = complete and value is not None
             tensor = torch.empty_like(empty, device=self.device) if value is None else value
-            parameter = nn.Parameter(tensor.to(self.device), empty.requires_grad)
+            parameter: Any = nn.Parameter(tensor.to(self.device), empty.requires_grad)
             parameter._is_hf_initialized = value is not None
             self.loaded[id(empty)] = (empty, parameter)
             module._parameters[name] = parameter
             new.append(parameter)
             if isinstance(module, Int8Linear) and name == "weight":
                 parameter.data, scale_O = quantize_rows(parameter.data)
-                module.scale = nn.Parameter(scale_O.to(self.device), requires_grad=False)
-                module.scale._is_hf_initialized = True
-                new.append(module.scale)
+                scale: Any = nn.Parameter(scale_O.to(self.device), requires_grad=False)
+                scale._is_hf_initialized = True
+                module.scale = scale
+                new.append(scale)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
                 value = self.weights.get([f"{prefix}.{name}"])
@@ -132,7 +137,7 @@ def load_sharded(
     for prefix, module in model.named_modules():
         parameters = loader.fill(prefix, module)
         partition(module, parameters)
-        read += sum(parameter.ds_numel for parameter in parameters)
+        read += sum(p.ds_numel for p in parameters)  # type: ignore[attr-defined]
         if read > TRIM_EVERY:
             return_freed_memory()
             read = 0

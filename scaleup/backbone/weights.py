@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,7 +36,7 @@ class Weights:
         renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
         expected = dict(model.named_parameters(remove_duplicate=False))
         expected |= dict(model.named_buffers(remove_duplicate=False))
-        self._sources: dict[str, tuple[object, str]] = {}
+        self._sources: dict[str, tuple[Any, str]] = {}
         for path in files:
             if path.suffix == ".safetensors":
                 source = safe_open(path, framework="pt")

@@ -13,8 +13,8 @@ import os
 import pathlib
 import sys
 
+from scaleup.cli.config import add_config_arguments, load_settings
 from scaleup.cli.exit_codes import DONE, FAILED
-from scaleup.cli.train import add_config_arguments
 from scaleup.errors import ConfigError
 from scaleup.io import parse_bytes, write_json
 
@@ -52,8 +52,6 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from scaleup.memory.plan import make_plan
     from scaleup.memory.report import as_json, table
-    from scaleup.settings.schema import load
-    from scaleup.training.preflight import CHECKS
 
     problems, limit = [], None
     if options.world < 1:
@@ -66,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else None
     except ConfigError as error:
         problems += error.problems
-    settings = load(options.config, options.overrides, checks=(*CHECKS, lambda _: problems))
+    settings = load_settings(options, problems)
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
     made = make_plan(
         settings, options.world, options.device, limit, options.configured, report_progress

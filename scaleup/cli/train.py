@@ -15,18 +15,9 @@ import signal
 import sys
 from typing import Any
 
+from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
 from scaleup.cli.exit_codes import DONE, FAILED, run_command, stopped_code
 from scaleup.errors import RunError
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --config and the overrides, which `train` and `plan` share."""
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with the sections model, method, data and train"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"
-    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +63,8 @@ def _stop_early(number: int, frame: object) -> None:
 
 
 def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
-    from scaleup.training import distributed, watchdog
+    with without_garbage_collection():
+        from scaleup.training import distributed, watchdog
 
     distributed.die_with_launcher(launcher)
     code = FAILED
@@ -88,12 +80,11 @@ def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from scaleup.settings.schema import load, to_yaml
+    settings = load_settings(options)
+    from scaleup.settings.schema import to_yaml
     from scaleup.training import distributed, watchdog
-    from scaleup.training.preflight import CHECKS
     from scaleup.training.run import run as train
 
-    settings = load(options.config, options.overrides, checks=CHECKS)
     if options.print_config:
         print(to_yaml(settings), end="")
         return DONE

@@ -153,7 +153,7 @@ def time_variants(
     with contextlib.ExitStack() as stack:
         for name, variant in contestants.items():
             if variant.model is None:
-                workers[name] = variant.step
+                workers[name] = variant.step  # type: ignore[assignment]
             elif interleave:
                 step = timing.PausingStep(variant.step, variant.model)
                 workers[name] = stack.enter_context(contextlib.closing(step)).resume
@@ -167,7 +167,8 @@ def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
     if options.what == "ragged":
         lengths = variants.half_padding_lengths(options.examples, options.length)
         if options.texts:
-            lengths = _text_lengths(*options.texts, options.examples, options.length)
+            task, data, tokenizer = options.texts
+            lengths = _text_lengths(task, data, tokenizer, options.examples, options.length)
         lengths = random.Random(0).sample(lengths, len(lengths))
         return variants.ragged_variants(options, lengths), sum(lengths)
     lengths = [options.length] * options.batch
@@ -215,9 +216,9 @@ def _baseline_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant
         file = f"{folder}/batch.pt"
         torch.save(batch, file)
         command = [str(options.baseline), str(BASELINE_SCRIPT), options.what, options.geometry]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            process = subprocess.Popen([*command, file], **pipes)
+            process: Any = subprocess.Popen([*command, file], **pipes)
             trained = process.stdout.readline()
         except OSError as error:
             trained, reason = "", error.strerror

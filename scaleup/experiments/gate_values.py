@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone.lengths import fit_length
@@ -172,7 +171,7 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
     if backbone.fingerprint(settings.model, config) != trained_on["fingerprint"]:
         raise ConfigError(
             f"--run: {folder}: {settings.model.name} is not the backbone that was trained on "
-            f"({trained_on['name']}, {trained_on['fingerprint'][:19]}…); put that one back"
+            f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); put that one back"
         )
     settings = fit_length(settings, config)
     tokenizer = backbone.load_tokenizer(settings.model, config)
@@ -254,7 +253,7 @@ class _Recorder:
 
 
 def _values(
-    model: nn.Module,
+    model: PreTrainedModel,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
@@ -264,7 +263,7 @@ def _values(
     gates: dict[str, LearnedGate] = GateStatistics(model).gates
     recorders = {module: _Recorder() for module in gates}
     for module, gate in gates.items():
-        gate.statistics = recorders[module]
+        gate.statistics = recorders[module]  # type: ignore[assignment]
     tokens = getattr(data.tokenize(examples, tokenizer, settings.data), split)
     order = np.argsort(tokens["length"], kind="stable").tolist()  # less padding
     loader = DataLoader(

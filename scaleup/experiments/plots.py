@@ -134,8 +134,9 @@ def draw_heats(heats: Sequence[Heat], title: str, path: pathlib.Path, signed: bo
         axes.set_xticks(range(values.shape[1]), heat.values.columns, fontsize=8)
         axes.set_yticks(range(values.shape[0]), heat.values.index, fontsize=7)
         axes.set_title(axes_title, fontsize=9)
-        for i, j in np.argwhere(~np.isnan(values)) if heat.notes is not None else ():
-            value, note = values[i, j], heat.notes.iat[i, j]
+        notes: Any = heat.notes
+        for i, j in np.argwhere(~np.isnan(values)) if notes is not None else ():
+            value, note = values[i, j], notes.iat[i, j]
             bright = abs(value) < 0.6 * limit if signed else value > 0.6
             text = f"{value:+.3f} {note}" if signed else f"{value:.2f} {note}"
             color = "black" if bright else "white"

@@ -17,6 +17,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -61,7 +62,7 @@ GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 LANGUAGE_MODELS = ("llama-8b",)  # the other geometries have a classification head
 FLAT = {"prefix_reparameterization": "none"}
-UNIPELT = {
+UNIPELT: dict[str, dict[str, Any]] = {
     "adapter": {"submodules": ["adapter"]},
     "prefix": {"submodules": ["prefix"], **FLAT},
     "lora": {"submodules": ["lora"]},
@@ -113,7 +114,7 @@ class BenchOptions:
         return GEOMETRIES[self.geometry]()
 
     @property
-    def auto_class(self) -> type:
+    def auto_class(self) -> Any:
         """Return the class of transformers' AutoModel family that has the geometry's head."""
         if self.geometry in LANGUAGE_MODELS:
             return AutoModelForCausalLM
@@ -192,10 +193,10 @@ def add_unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
 
 
 def _unipelt_makers(options: BenchOptions) -> dict[str, Callable[[], nn.Module]]:
-    return {
-        name: lambda fields=fields: add_unipelt(options.backbone(), fields)
-        for name, fields in UNIPELT.items()
-    }
+    def maker(fields: dict[str, Any]) -> Callable[[], nn.Module]:
+        return lambda: add_unipelt(options.backbone(), fields)
+
+    return {name: maker(fields) for name, fields in UNIPELT.items()}
 
 
 def _peft_lora(base: PreTrainedModel) -> nn.Module:
@@ -222,7 +223,8 @@ def lower_bound(base: PreTrainedModel) -> nn.Module:
 def _merged(options: BenchOptions) -> PreTrainedModel:
     """Write what `scaleup export --kind merged` makes of APL with all gates at 0.5, and load it."""
     cpu = BenchOptions("inference", options.geometry)
-    base, model = cpu.backbone(), add_unipelt(cpu.backbone(), UNIPELT["APL"])
+    base = cpu.backbone()
+    model: Any = add_unipelt(cpu.backbone(), UNIPELT["APL"])
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         work = pathlib.Path(name)
         base.save_pretrained(work / "base")
@@ -268,7 +270,7 @@ def inference_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant
     return {name: variant(makers[name]()) for name in select(makers, options.only)}
 
 
-def training_variant(options: BenchOptions, model: nn.Module, batches: list[Batch]) -> Variant:
+def training_variant(options: BenchOptions, model: Any, batches: list[Batch]) -> Variant:
     """Do one step of AdamW on each batch."""
     model.to(options.device).train()
     call = options.compiled(model)

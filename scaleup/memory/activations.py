@@ -28,7 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.unipelt.kernels import planned_for
 
@@ -76,7 +76,7 @@ class _FrozenLinear(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.weight, ctx.kind = weight, kind
         if kind in ("8bit", "int8") and cuda:
-            rows = x.reshape(-1, x.shape[-1])
+            rows: Any = x.reshape(-1, x.shape[-1])
             rows = (rows.half(), torch.empty_like(rows, dtype=torch.int8))
         if kind == "int8" and not cuda:
             matrix = torch.empty_like(weight, dtype=x.dtype)
@@ -233,7 +233,7 @@ def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tenso
     Args:
         target: tokens that an encoder-decoder generates.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     encoder_decoder = base.config.is_encoder_decoder
     ids = torch.ones(batch, length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -246,7 +246,9 @@ def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tenso
     return model(**inputs).logits.float().sum()
 
 
-def step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: int = 128) -> Step:
+def step(
+    model: PreTrainedModel, kernels: Kernels, batch: int, length: int, target: int = 128
+) -> Step:
     """Run the model forward and backward once and count.
 
     Args:
@@ -271,7 +273,7 @@ def step(model: nn.Module, kernels: Kernels, batch: int, length: int, target: in
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    cast = contextlib.nullcontext()
+    cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if kernels.autocast is not None:
         cast = torch.autocast("cpu", kernels.autocast)
     counter = _AllocationCounter()

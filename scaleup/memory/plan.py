@@ -111,7 +111,7 @@ def _stages(settings: Settings, hidden_size: int) -> dict[str, Zero]:
     """Return every preset and the config's own file by the name of its row."""
     files = dict.fromkeys([*ZERO_PRESETS, settings.train.deepspeed])
     return {
-        _stage_name(file): read_zero(deepspeed_file(file), hidden_size) if file else Zero()
+        _stage_name(file): read_zero(deepspeed_file(file) or file, hidden_size) if file else Zero()
         for file in (None, *filter(None, files))
     }
 
@@ -151,14 +151,15 @@ class _Planner:
             name = self.settings.model.name
             raise ConfigError(f"model.name: {name}: {reason}") from error
 
-    def _step(self, stage: str, zero: Zero, weights: str, checkpointing: bool) -> Step:
+    def _step(self, stage: str, zero: Zero, weights: Any, checkpointing: bool) -> Step:
         deepspeed, linear = stage != "none", weights
         if weights == "none":
             linear = "zero3" if zero.stage == 3 else "plain"
         elif weights == "8bit" and zero.stage == 3:
             linear = "int8"
         autocast = None if deepspeed else self.half
-        kernels = Kernels(self.device, autocast, linear, checkpointing)
+        device: Any = self.device
+        kernels = Kernels(device, autocast, linear, checkpointing)
         key = (kernels, deepspeed and self.half is not None)
         if key not in self.steps:
             suffix = ", checkpointing" if checkpointing else ""

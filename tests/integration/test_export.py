@@ -364,7 +364,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(workspace, tmp_path):
             options(workspace, "exact", checkpoint=tmp_path / "alone", output=tmp_path / "out"),
             print,
         )
-    with pytest.raises(CheckpointError, match="not a bundle"):
+    with pytest.raises(CheckpointError, match="not a finished checkpoint"):
         export.run(
             options(
                 workspace,

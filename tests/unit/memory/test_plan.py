@@ -80,6 +80,7 @@ def test_the_script_shows_writes_and_judges(workspace, tmp_path):
     )
     result = script("--gpu-memory", "1GiB", "--json", str(out), *common)
     assert result.returncode == 0, result.stderr
+    assert "bitsandbytes" not in result.stderr and "gemm" not in result.stderr
     for words in (
         "256 = 8 per process x 16 processes x 2 accumulation; 64 examples, 1 steps an epoch",
         "*zero2",

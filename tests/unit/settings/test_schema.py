@@ -1,5 +1,7 @@
 """Settings: defaults, fields of TrainingArguments, and that a written config loads again."""
 
+import dataclasses
+
 import pytest
 from transformers import TrainingArguments
 
@@ -7,6 +9,8 @@ from scaleup.settings import rules
 from scaleup.settings import schema as config
 from scaleup.settings.describe import describe
 from scaleup.settings.schema import load
+from scaleup.unipelt.config import UniPeltConfig
+from scaleup.unipelt.submodules import SUBMODULES
 from tests.utils.configs import GLUE, problems, write
 
 CHECKPOINTING = "train.gradient_checkpointing_kwargs"
@@ -73,6 +77,21 @@ def test_the_learning_rate_is_the_papers_for_the_method_unless_set(overrides, ra
 )
 def test_one_submodule_alone_is_ungated_unless_asked_for(overrides, gates):
     assert load(None, [GLUE, *overrides]).method.resolved_gates == gates
+
+
+def test_the_settings_of_the_method_are_those_of_the_peft_config():
+    peft_config, settings = UniPeltConfig(), config.MethodSettings()
+    names = set(config.MethodSettings.model_fields) - {"name"}
+    assert {"submodules", "gates", "gate_pooling", "adapter_size", "prefix_length", "r"} <= names
+    for name in names - {"gates"}:
+        assert getattr(settings, name) == getattr(peft_config, name), name
+    assert settings.resolved_gates == peft_config.gates
+    for submodule in SUBMODULES.values():
+        declared = {field.name for field in dataclasses.fields(submodule.options)}
+        alone = [name for name in SUBMODULES if name != submodule.name][:1]
+        run = load(None, [GLUE, f"method.submodules=[{alone[0]}]"])
+        idle = rules.without_effect({name: getattr(run, name) for name in config.SECTIONS})
+        assert {f"method.{name}" for name in declared} <= set(idle)
 
 
 def test_submodules_have_one_order_whatever_the_order_written():

@@ -1,0 +1,47 @@
+"""What the commands that take a config share: its arguments, and reading it."""
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scaleup.settings.schema import Settings
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Import large libraries faster: they create millions of objects, none of which is garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config and the overrides."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the sections model, method, data and train"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"
+    )
+
+
+def load_settings(options: argparse.Namespace, problems: Sequence[str] = ()) -> "Settings":
+    """Load and check the config of a command.
+
+    Args:
+        options: the parsed command line.
+        problems: problems with other arguments, which are reported with those of the config.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    with without_garbage_collection():
+        from scaleup.settings.schema import load
+        from scaleup.training.preflight import CHECKS
+
+    return load(options.config, options.overrides, checks=(*CHECKS, lambda _: list(problems)))
