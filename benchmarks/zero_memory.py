@@ -151,13 +151,14 @@ def train_worker(path: pathlib.Path) -> None:
 
 def load_worker(quantisation: str, folder: str, name: str) -> None:
     """Load the backbone under torchrun and ZeRO-3; each rank writes a file with its memory."""
-    import bitsandbytes  # noqa: F401 (imported now, so that its own memory does not count)
+    # Imported first, so that the memory of the libraries themselves does not count.
+    import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
     import torch
     from transformers import AutoModelForSequenceClassification, TrainingArguments
 
     from scaleup.backbone import loading
-    from scaleup.backbone.sharded import whole_shape, stored_tensor
+    from scaleup.backbone.sharded import stored_tensor, whole_shape
     from scaleup.settings import schema
     from scaleup.training import distributed
 

@@ -1,4 +1,4 @@
-"""What every test shares: a fixed environment, set before torch is imported, and the folder of real data."""
+"""Shared by all tests: the environment, set before torch is imported, and folders of real data."""
 
 import fcntl
 import os
@@ -10,20 +10,21 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# No test may reach a hub, and forks after a tokenizer has started threads would warn. One thread: the models are tiny, and two
-# test processes with two threads each would only wait for each other.
+# No test may reach a hub, and forks after a tokenizer has started threads would warn. One thread is
+# enough for tiny models, and test processes with two threads each would wait for each other.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # `-m gpu` alone leaves the GPU visible: everywhere else results are to be those of a machine without one.
+    # Only `-m gpu` leaves the GPU visible, so that other tests do not depend on it.
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    # A test of several processes waits for the other worker's: four processes at once on two cores are much slower than two after two.
+    # Tests with several processes run one at a time: four processes on two cores are much slower
+    # than two and then two.
     if not item.get_closest_marker("distributed") or not hasattr(item.config, "workerinput"):
         return (yield)
     with open(
@@ -38,7 +39,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
-    """Folder with glue/ and seq2seq/: $SCALEUP_DATA, else ../shared/data. Skips the test where there is none."""
+    """Return the folder with glue/ and seq2seq/, $SCALEUP_DATA or ../shared/data, or skip."""
     folder = pathlib.Path(os.environ.get("SCALEUP_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "glue").is_dir():
         pytest.skip(f"no GLUE data in {folder}; set SCALEUP_DATA to the folder that has glue/")
@@ -47,7 +48,7 @@ def data_dir() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def quickstart_dir() -> pathlib.Path:
-    """quickstart/ with its model and data. Skips the test where `make quickstart` has not made them."""
+    """Return quickstart/ with its model and data, or skip if `make quickstart` has not run."""
     folder = ROOT / "quickstart"
     if not all((folder / part / "SHA256SUMS").is_file() for part in ("model", "data")):
         pytest.skip("no quickstart/; benchmarks/quickstart_assets.py makes it")
@@ -56,7 +57,10 @@ def quickstart_dir() -> pathlib.Path:
 
 @pytest.fixture(params=["few keys", "many keys"])
 def keys(request, monkeypatch) -> str:
-    """Both ways of the sdpa attention with a prefix on a CPU: tiny models have few keys, which torch's kernels do not see."""
+    """Run a test with both implementations of sdpa attention with a prefix on a CPU.
+
+    Tiny models have few keys, so torch's kernels would not be tested otherwise.
+    """
     if request.param == "many keys":
         monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
         monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)

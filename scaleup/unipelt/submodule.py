@@ -161,7 +161,7 @@ class Submodule:
     def prepare(
         self, model: nn.Module, attentions: list[AttentionSite], blocks: list[BlockSite]
     ) -> None:
-        """Change the model before anything is attached, or raise ValueError if that is impossible."""
+        """Change the model before anything is attached, or raise ValueError if it cannot be."""
 
     def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
         """Return the paths of the projections that PEFT shall turn into its LoRA layers."""

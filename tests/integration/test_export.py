@@ -1,4 +1,4 @@
-"""Exports: what is written gives what was trained, for every family; and the proof around it notices when it does not."""
+"""Exports give the logits of the trained model for every family; verification notices errors."""
 
 import json
 import pathlib
@@ -289,8 +289,10 @@ def test_a_pipeline_classifies_where_neither_scaleup_nor_peft_exists(workspace):
     if not out.exists():
         export.run(options(workspace, "merged", verify=False), print)
     code = (
-        "import sys, json; sys.modules['scaleup'] = sys.modules['peft'] = None; from transformers import pipeline;"
-        f"print(json.dumps(pipeline('text-classification', {str(out)!r}, trust_remote_code=True)(['fine film', 'poor plot'])))"
+        "import sys, json; sys.modules['scaleup'] = sys.modules['peft'] = None;"
+        "from transformers import pipeline;"
+        f"classify = pipeline('text-classification', {str(out)!r}, trust_remote_code=True);"
+        "print(json.dumps(classify(['fine film', 'poor plot'])))"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code],

@@ -1,7 +1,8 @@
-"""UniPELT on BART, written out in plain float64 PyTorch from the paper's formulas; shares no code with scaleup.
+"""UniPELT on BART, written from the paper's formulas in plain float64 PyTorch, without scaleup.
 
-Reads the weights of an adapted model by name. Gates are per token in the decoder (mean over the tokens so far) and per
-example in the encoder (mean over real tokens); the value projection of cross attention is gated over the encoder's tokens.
+The weights of an adapted model are read by name. Gates are per token in the decoder (the mean over
+the tokens so far) and per example in the encoder (the mean over real tokens). The gate of the value
+projection of cross attention is a mean over the encoder's tokens.
 """
 
 import math
@@ -53,7 +54,10 @@ class PlainBart:
         ]
 
     def attention(self, x, host, layer, kind, mask, states=None, states_mask=None):
-        """x [B, T, D]; `states` are the encoder's in cross attention. Every head, query and example in a loop of its own."""
+        """Compute attention on x [B, T, D], with loops over heads, queries and examples.
+
+        `states` are those of the encoder in cross attention.
+        """
         name = f"{host}.layers.{layer}.{'encoder_attn' if kind == 'cross' else 'self_attn'}"
         causal = host.endswith("decoder")
         gates = f"{name}.unipelt_attention.unipelt_gate.default"
@@ -112,15 +116,22 @@ class PlainBart:
             x = sublayer(
                 x,
                 f"{at}.self_attn_layer_norm",
-                lambda h: self.attention(h, host, layer, "self", mask, None, own),
+                lambda h, layer=layer, own=own: self.attention(
+                    h, host, layer, "self", mask, None, own
+                ),
             )
             if causal:
                 x = sublayer(
                     x,
                     f"{at}.encoder_attn_layer_norm",
-                    lambda h: self.attention(h, host, layer, "cross", mask, states, states_mask),
+                    lambda h, layer=layer: self.attention(
+                        h, host, layer, "cross", mask, states, states_mask
+                    ),
                 )
-            feed = lambda h: self.linear(gelu(self.linear(h, f"{at}.fc1")), f"{at}.fc2")  # noqa: E731
+
+            def feed(h, at=at):
+                return self.linear(gelu(self.linear(h, f"{at}.fc1")), f"{at}.fc2")
+
             if self.pre_norm:
                 z = x + feed(self.norm(x, f"{at}.final_layer_norm"))
                 x = z + self.adapter(

@@ -1,7 +1,8 @@
-"""UniPELT on any backbone, from the paper's formulas: hooks on the bare model in float64; shares no code with scaleup.
+"""UniPELT on any backbone, from the paper's formulas, as float64 hooks, without scaleup.
 
-Where everything goes is written down by hand for each family; weights are read by name from an adapted model's state. Gates are
-computed token by token; attention is written out with the prefix in front.
+The places of the submodules are listed by hand for each family. Weights are read by name from the
+state of an adapted model. Gates are computed token by token, and attention is written out with the
+prefix in front.
 """
 
 import math
@@ -13,7 +14,8 @@ from torch.nn.functional import layer_norm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-# family → for each stack: host, attentions, blocks, closing norm of a post-LN block (None: pre-LN), causal
+# family → for each stack: parent model, attentions, blocks, closing norm of a post-LN block (None
+# for pre-LN), whether it is causal
 
 
 def _stack(
@@ -87,7 +89,8 @@ PLACES = {
         ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"), _LLAMA
     ),
 }
-# query and value projection; of fused ones the rows of queries and of values, with 4 heads of 8 (phi3: 2 key-value heads)
+# Query and value projection. Fused ones: the rows of queries and values with 4 heads of size 8
+# (phi3: 2 key-value heads).
 _HEADS = [
     list(range(h * 24 + part * 8, h * 24 + part * 8 + 8)) for part in (0, 2) for h in range(4)
 ]
@@ -131,7 +134,8 @@ class Site:
             self.g_value = self.plain.gate(states, gates, 1, self.plain.mask, False)
 
     def prefix(self, kv_heads: int):
-        name = f"{self.stack['host']}.unipelt_bank_{'cross' if self.cross else 'self'}.unipelt_prefix.default"
+        bank = f"unipelt_bank_{'cross' if self.cross else 'self'}"
+        name = f"{self.stack['host']}.{bank}.unipelt_prefix.default"
         w = self.plain.w
         hidden = torch.tanh(
             w[f"{name}.embedding.weight"] @ w[f"{name}.transform.0.weight"].T
@@ -188,7 +192,7 @@ AttentionMaskInterface.register("reference", ALL_MASK_ATTENTION_FUNCTIONS["eager
 
 
 class Plain:
-    """Call it with the inputs of the model. `bare`: the backbone before it was adapted; `adapted`: the source of weights."""
+    """UniPELT on `bare`, the backbone without adapter, with the weights of `adapted`."""
 
     def __init__(self, bare, adapted, family: str):
         self.model, self.w, self.family = bare.double(), {}, family

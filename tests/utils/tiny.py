@@ -1,4 +1,4 @@
-"""Tiny models of every family under test, built from configs: no download, deterministic weights."""
+"""Tiny models of every family under test, built from configs, with deterministic weights."""
 
 import torch
 import transformers
@@ -58,8 +58,9 @@ DEBERTA = dict(
     norm_rel_ebd="layer_norm",
 )
 
-# family → its model class, the values of its config. What they cover: post-LN and pre-LN blocks, shared layers, grouped and fused
-# projections, rotary and relative positions, sliding windows, capped scores, tied embeddings.
+# family → model class and values of its config. They cover post-LN and pre-LN blocks, shared
+# layers, grouped and fused projections, rotary and relative positions, sliding windows, capped
+# scores and tied embeddings.
 _MODELS = {
     "bert": ("BertForSequenceClassification", ENCODER),
     "roberta": ("RobertaForSequenceClassification", ENCODER),
@@ -112,7 +113,8 @@ FAMILIES = {
     family: (getattr(transformers, name), CONFIG_MAPPING[family], values)
     for family, (name, values) in _MODELS.items()
 }
-# transformers' sdpa: UMT5's decoder sees later tokens (refused), DeBERTa has none, Gemma 2 leaves out the cap.
+# With the sdpa of transformers, UMT5's decoder sees later tokens (refused) and Gemma 2 leaves out
+# the cap. DeBERTa has none.
 NO_SDPA = ("umt5", "deberta-v2", "gemma2")
 CASES = [
     (family, attention)
@@ -130,7 +132,7 @@ def implementation(family: str) -> str:
 def backbone(
     family: str, attention: str | None = None, cls: type | None = None, **changes
 ) -> PreTrainedModel:
-    """A tiny model with random weights, large enough that no part of it is close to the identity; dropout off."""
+    """Return a tiny model without dropout, in which no part is close to the identity."""
     usual, config_cls, values = FAMILIES[family]
     torch.manual_seed(0)
     config = config_cls(**(values | changes))
@@ -163,7 +165,10 @@ def task_type(model: PreTrainedModel) -> str:
 
 
 def adapt(model: PreTrainedModel, randomise: bool = True, **config) -> PeftModel:
-    """The model with a small UniPELT; `randomise` moves every trained weight off its initial value (LoRA's B starts at 0)."""
+    """Return the model with a small UniPELT.
+
+    `randomise` moves every trained weight off its initial value, because LoRA's B starts at 0.
+    """
     sizes = {
         "adapter_size": 6,
         "prefix_length": 3,
@@ -187,7 +192,10 @@ def adapt(model: PreTrainedModel, randomise: bool = True, **config) -> PeftModel
 def batch(
     lengths: tuple[int, ...] = (11, 7, 9), width: int = 0, seed: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Right-padded examples of the given lengths, each closed by EOS; the same seed gives the same tokens at any width."""
+    """Return right-padded examples of the given lengths, each with EOS at its end.
+
+    The same seed gives the same tokens at any width.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = max(width, *lengths)
     input_ids = torch.full((len(lengths), width), PAD)
@@ -205,7 +213,7 @@ TARGETS = batch((6, 6, 6), seed=5)["input_ids"]
 def inputs(
     model: PreTrainedModel | PeftModel, width: int = 0, labels: bool = False
 ) -> dict[str, torch.Tensor]:
-    """A batch for any model, with labels if asked: classes, target tokens, or the tokens themselves."""
+    """Return a batch for any model; labels are classes, target tokens, or the tokens themselves."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found, kind = batch(width=width), task_type(base)
     if kind == "SEQ_2_SEQ_LM":
@@ -221,7 +229,10 @@ def inputs(
 def logits(
     model: PreTrainedModel | PeftModel, given: dict[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Of real tokens only: what a causal model says about padding means nothing. [examples, …] at a width of 11 tokens."""
+    """Return the logits of real tokens, [examples, …] at a width of 11 tokens.
+
+    The logits of a causal model at padding have no meaning.
+    """
     given = inputs(model) if given is None else given
     with torch.no_grad():
         out = model(**given).logits
@@ -231,5 +242,8 @@ def logits(
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for the last bits: on some processors those of a product depend on where in memory a tensor begins."""
+    """Compare except for the last bits.
+
+    On some processors these depend on the address at which a tensor begins.
+    """
     return (found - expected).abs().max().item() < 1e-5 * max(1.0, expected.abs().max().item())

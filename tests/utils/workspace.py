@@ -1,4 +1,4 @@
-"""A workspace for runs of the real entry script: tiny backbones with a tokenizer, and data that a tiny model can learn."""
+"""A workspace for whole runs: tiny backbones with tokenizers, and data that they can learn."""
 
 import csv
 import json
@@ -36,7 +36,8 @@ def make_workspace(folder: pathlib.Path) -> pathlib.Path:
         extra = still if family == "bert" else {"dropout": 0.0, "decoder_start_token_id": 3}
         torch.manual_seed(0)
         model = cls(config_cls(**(values | special | extra | {"vocab_size": len(words)})))
-        # BERT as pretraining leaves it; BART with a head for three classes, which a run for two has to replace.
+        # BERT as pretraining leaves it, and BART with a head for three classes, which a run with
+        # two classes has to replace.
         (model.base_model if family == "bert" else model).save_pretrained(folder / family)
         names = dict(
             pad_token="<pad>",
@@ -67,7 +68,10 @@ def make_workspace(folder: pathlib.Path) -> pathlib.Path:
 
 
 def add_writer(folder: pathlib.Path, family: str, **changes) -> None:
-    """A tiny model of the family as it writes text, with a tokenizer, and pairs.jsonl and chats.jsonl to learn from: repeat the second word."""
+    """Add a tiny model of the family that generates text, a tokenizer, pairs.jsonl and chats.jsonl.
+
+    The task is to repeat the second word.
+    """
     words = [
         "<pad>",
         "<unk>",
@@ -105,7 +109,10 @@ def add_writer(folder: pathlib.Path, family: str, **changes) -> None:
         bos_token="<s>",
     )
     tokenizer = BertTokenizerFast(vocab=str(folder / "words.txt"), **names)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
     tokenizer.save_pretrained(folder / family)
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words[8:], k=draw.randint(2, 6))) for _ in range(120)]
@@ -158,7 +165,7 @@ def overrides(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a run started by a test: nothing of a launcher's, no GPU, no hub, one thread (two would only wait for each other here)."""
+    """Return the environment of a run: no variables of launchers, no GPU, no hub, one thread."""
     drop = ("ACCELERATE", "OMP_", "PET_", "SLURM_", "TORCHELASTIC", "SCALEUP_WATCHDOG")
     cpu = {
         "OMP_NUM_THREADS": "1",

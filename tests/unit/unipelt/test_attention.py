@@ -1,4 +1,4 @@
-"""The prefix attention against an explicit softmax, in every kind of mask and gate; and what it relies on in transformers."""
+"""Prefix attention against an explicit softmax, for every kind of mask and gate."""
 
 import math
 import types
@@ -145,7 +145,7 @@ def test_the_layout_is_the_authors(reparameterization):
 
 
 def test_both_registries_of_transformers_know_the_attentions():
-    """Without its mask function, transformers would hand an attention a mask of None without a word."""
+    """Without its mask function, transformers would silently pass a mask of None."""
     for plain, ours in ATTENTION.items():
         assert ours in ALL_ATTENTION_FUNCTIONS and ours in ALL_MASK_ATTENTION_FUNCTIONS
         assert ALL_MASK_ATTENTION_FUNCTIONS[ours] is ALL_MASK_ATTENTION_FUNCTIONS[plain]
@@ -153,7 +153,7 @@ def test_both_registries_of_transformers_know_the_attentions():
 
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
 def test_a_fresh_prefix_is_small_beside_real_keys(reparameterization):
-    """As the authors start it; PEFT's own start (entries near 1) drowns short inputs and UniPELT then does not learn."""
+    """The start is the authors'. With PEFT's, entries near 1 outweigh short inputs."""
     torch.manual_seed(0)
     bank = PrefixTuning(nn.Linear(H * E, H * E), layers=2, kv_heads=H, head_size=E)
     fresh = bank.keys_values(bank.encoder(10, 512, reparameterization))

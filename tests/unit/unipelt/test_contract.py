@@ -252,7 +252,7 @@ def test_logits_equal_the_plain_reference(family, attention):
 
 @families
 def test_trained_parameters_are_as_many_as_counted_by_hand(family):
-    """Width 32, bottleneck 6, rank 4, prefix of 3 through an MLP of 8; values are 16 wide where heads are grouped."""
+    """Width 32, bottleneck 6, rank 4, prefix of 3, MLP of 8; grouped heads have 16 values."""
     layers = 1 if family == "albert" else 3
     stacks = (
         [(2, 0), (2, 2)]

@@ -1,4 +1,4 @@
-"""Decoders: no token sees a later one, and generating with a KV cache gives what generating without it gives."""
+"""Decoders: no token sees a later one, and a KV cache does not change what is generated."""
 
 import copy
 
@@ -186,7 +186,7 @@ def test_the_state_of_the_gates_is_cropped_with_the_cache():
 @pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_guessed_tokens_that_are_taken_back_leave_no_trace(family, how):
-    """Assisted decoding crops the cache; a sliding window's layers then count in a tensor that they change in place."""
+    """Assisted decoding crops the cache; sliding layers then count in a tensor, in place."""
     model, given = decoder(family), {"input_ids": batch((9, 9, 9))["input_ids"][:1]}
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     given = {

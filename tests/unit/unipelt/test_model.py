@@ -1,4 +1,4 @@
-"""The PEFT method: the paper's counts, BART against a plain reference, quantised backbones, what is refused."""
+"""The PEFT method: counts, BART against a plain reference, quantised backbones, refusals."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Logits, loss and gradients equal the authors' own implementation (tests/reference, made by their published code)."""
+"""Logits, loss and gradients equal those of the authors' published code (tests/reference)."""
 
 import json
 import pathlib
@@ -56,7 +56,7 @@ class Reference:
         self.base = self.model.get_base_model()
 
     def pairs(self):
-        """(their name, our parameter, the rows of it that are theirs) for every trained parameter."""
+        """Return (name in the reference, parameter, its rows there) of all trained ones."""
         for name in self.file.files:
             if name.startswith("grad/"):
                 yield name.removeprefix("grad/"), *self.ours(name.removeprefix("grad/"))
@@ -121,7 +121,7 @@ def test_logits_loss_and_gradients_equal_the_authors(case, attention, keys):
     covered: dict[int, int] = {}
     expected: dict[tuple[int, int], list] = {}
     for name, parameter, rows in reference.pairs():
-        # The authors hold a copy of the one LoRA gate at query and at value: the shared gradient is the sum.
+        # The authors keep a copy of the LoRA gate at query and at value; its gradient is their sum.
         expected.setdefault((id(parameter), rows.start or 0), [parameter, rows, 0.0])[2] += (
             reference.file["grad/" + name]
         )

@@ -1,4 +1,4 @@
-"""Attention over few keys: equal to the formula, with gradients, in every kind of mask and gate; and when it is the way."""
+"""Attention over few keys: values, gradients, every kind of mask and gate, and when it is used."""
 
 import pytest
 import torch
