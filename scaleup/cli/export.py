@@ -18,11 +18,14 @@ import argparse
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from scaleup.cli.exit_codes import DONE
 from scaleup.errors import ConfigError
 from scaleup.io import parse_bytes
+
+if TYPE_CHECKING:
+    from scaleup.export.report import ExportReport, Proof
 
 # Options without effect on an export of this kind.
 IDLE = {
@@ -129,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     report = export.run(
-        export.Options(**chosen), lambda line: print(line, file=sys.stderr, flush=True)
+        export.ExportOptions(**chosen), lambda line: print(line, file=sys.stderr, flush=True)
     )
     print(*_summary(report, options.output), sep="\n")
     return DONE
@@ -157,47 +160,46 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _summary(report: dict[str, Any], output: pathlib.Path) -> list[str]:
+def _summary(report: "ExportReport", output: pathlib.Path) -> list[str]:
     """Return the lines that describe a finished export."""
-    sizes = report["bytes"]
+    sizes = report.bytes
     lines = [
-        f"{report['kind']:<10} {output}: {sizes['weights'] / 1e6:.1f} MB of weights "
-        f"(the checkpoint: {sizes['checkpoint'] / 1e6:.1f} MB), gates {report['gates']}"
+        f"{report.kind:<10} {output}: {sizes['weights'] / 1e6:.1f} MB of weights "
+        f"(the checkpoint: {sizes['checkpoint'] / 1e6:.1f} MB), gates {report.gates}"
     ]
-    if report["kind"] != "exact":
-        remote = report["remote_code"]
-        way = "trust_remote_code=True" if remote else "plain transformers, no remote code"
+    if report.kind != "exact":
+        way = "plain transformers, no remote code"
+        way = "trust_remote_code=True" if report.remote_code else way
         lines.append(f"loads with {way}")
-    if report["calibration"] is not None:
-        gates = report["calibration"]["gates"]
-        dropped = sum(gate["dropped"] for gate in gates)
+    if report.calibration is not None:
+        gates = report.calibration.gates
+        dropped = sum(gate.dropped for gate in gates)
         line = (
-            f"gates      {len(gates)} measured on {report['calibration']['examples']} examples, "
+            f"gates      {len(gates)} measured on {report.calibration.examples} examples, "
             f"{dropped} dropped"
         )
         if gates:
-            widest = max(gates, key=lambda gate: gate["spread"])
-            place = f"{widest['part']} at {widest['site']}"
-            line += f"; widest spread {widest['spread']:.3f} ({place})"
+            widest = max(gates, key=lambda gate: gate.spread)
+            line += f"; widest spread {widest.spread:.3f} ({widest.part} at {widest.site})"
         lines.append(line)
-    if "proof" in report:
-        lines += _verification_lines(report["proof"])
+    if report.proof is not None:
+        lines += _verification_lines(report.proof)
     return lines
 
 
-def _verification_lines(proof: dict[str, Any]) -> list[str]:
-    metric, milliseconds = proof["metric"], proof["milliseconds_per_batch"]
-    logits = proof["logit_difference"]
+def _verification_lines(proof: "Proof") -> list[str]:
+    metric, milliseconds = proof.metric, proof.milliseconds_per_batch
+    logits = proof.logit_difference
     score = (
-        f"{metric['name']:<10} {metric['before']:.2f} before, {metric['after']:.2f} after "
-        f"on {proof['data']} ({proof['examples']} examples)"
+        f"{metric.name:<10} {metric.before:.2f} before, {metric.after:.2f} after "
+        f"on {proof.data} ({proof.examples} examples)"
     )
-    if proof["agreement"] is not None:
-        score += f", {100 * proof['agreement']:.1f}% of predictions the same"
+    if proof.agreement is not None:
+        score += f", {100 * proof.agreement:.1f}% of predictions the same"
     return [
         score,
         f"logits     moved by at most {logits['max']:.2g}, {logits['mean']:.2g} on average; "
-        f"reloaded to within {proof['reload_difference']:.2g}",
+        f"reloaded to within {proof.reload_difference:.2g}",
         f"time       {milliseconds['before']:.1f} ms per batch of 16 before, "
         f"{milliseconds['after']:.1f} after (one process after the other, not side by side)",
     ]

@@ -35,7 +35,8 @@ from transformers import (
 from scaleup.backbone.loading import empty_model
 from scaleup.backbone.method import apply_method, task_type
 from scaleup.errors import ConfigError
-from scaleup.export import fold, folder
+from scaleup.export import fold
+from scaleup.export.folder import FolderWriter
 from scaleup.settings.schema import MethodSettings
 from scaleup.training.sampler import ResumableSampler
 from scaleup.unipelt.config import UniPeltConfig
@@ -236,11 +237,9 @@ def _merged(options: BenchOptions) -> PreTrainedModel:
         folded = fold.fold(config, tensors, *sites, gates)
         out = work / "merged"
         out.mkdir()
-        class_name = cpu.auto_class.__name__
-        folder.write_config(empty, class_name, folded, False, torch.float32, out, "bench")
-        folder.write_weights(
-            empty, work / "base", folded, torch.float32, torch.float32, out, 10**11
-        )
+        writer = FolderWriter(empty, folded, torch.float32, out)
+        writer.write_config(cpu.auto_class.__name__)
+        writer.write_weights(work / "base", shard_bytes=10**11)
         return cpu.auto_class.from_pretrained(out, trust_remote_code=True)
 
 

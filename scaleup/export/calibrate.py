@@ -1,49 +1,94 @@
-"""Runs a trained model over prepared batches in a process of its own, and takes its gates' means there.
+"""Measures a trained model over prepared batches, and its gates, in its own process.
 
     python -m scaleup.export.calibrate JOB.json
-
-JOB: config (YAML of the run), checkpoint (a bundle), weights ("trained": as training loads them, "user": as a user of PEFT does),
-full_precision (of a quantised run: load the backbone as it was before), dtype (of the backbone; null: as the run kept it), labels, batches, calibrate (examples, 0: none), gates (constants
-to put in the gates' place, null: none), dropped (sites and parts to leave out), generate, output (a file).
 
 Shapes: B examples, T tokens, D hidden size.
 """
 
+import dataclasses
 import functools
-import json
 import pathlib
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from scaleup.backbone import loading as backbone
+from scaleup.backbone import loading
 from scaleup.backbone.method import load_run_model
 from scaleup.data import tasks
-from scaleup.export.measure import measure
-from scaleup.settings import schema as config
-from scaleup.unipelt.gate import ConstantGate, LearnedGate, pool
+from scaleup.export.measure import Job, Measurements, measure
+from scaleup.settings import schema
+from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool
 from scaleup.unipelt.layers import SiteLayer
 from scaleup.unipelt.lora import VALUE
 from scaleup.unipelt.submodule import Gates
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+Place = tuple[str, str]  # path of a site, name of a submodule
 
-def load(job: dict) -> nn.Module:
-    """The trained model on this machine's device, in evaluation mode."""
-    settings = config.load(job["config"])
-    if job["full_precision"]:
+
+@dataclasses.dataclass(kw_only=True)
+class TrainedJob(Job):
+    """The job of measuring a trained model.
+
+    Attributes:
+        config: config.yaml of the run.
+        checkpoint: the adapter checkpoint.
+        labels: class names in id order, None for other tasks.
+        with_peft: load the checkpoint with PEFT alone, as a user does, instead of as in training.
+        full_precision: load the backbone of a quantised run without quantisation.
+        dtype: data type of the backbone, None for the one that the run kept it in.
+        examples: number of examples to measure the gates on; 0: do not measure gates.
+        gates: (site, submodule, constant) to put in place of each gate, None to keep the gates.
+        dropped: (site, submodule) pairs that are left out.
+    """
+
+    config: str
+    checkpoint: str
+    labels: list[str] | None
+    with_peft: bool = False
+    full_precision: bool = False
+    dtype: str | None = None
+    examples: int = 0
+    gates: list[tuple[str, str, float]] | None = None
+    dropped: list[Place] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainedMeasurements(Measurements):
+    """What was measured of a trained model.
+
+    Attributes:
+        dtype: data type of the backbone.
+        gates: mean and standard deviation of each gate over examples.
+        effects: norm of the change by each submodule, relative to the value that it changes.
+    """
+
+    dtype: str
+    gates: dict[Place, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    effects: dict[Place, float] = dataclasses.field(default_factory=dict)
+
+
+def load(job: TrainedJob) -> nn.Module:
+    """Load the trained model on this machine's device, in evaluation mode."""
+    settings = schema.load(job.config)
+    if job.full_precision:
         model_settings = settings.model.model_copy(update={"quantization": "none"})
         settings = settings.model_copy(update={"model": model_settings})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source: dict[str, Any] = {
+        "adapter" if job.with_peft else "weights": pathlib.Path(job.checkpoint)
+    }
     model = load_run_model(
         settings,
-        backbone.load_config(settings.model),
+        loading.load_config(settings.model),
         tasks.of(settings.data).auto,
-        job["labels"],
+        job.labels,
         device,
-        dtype=job["dtype"] and getattr(torch, job["dtype"]),
-        **{"adapter" if job["weights"] == "user" else "weights": pathlib.Path(job["checkpoint"])},
+        dtype=None if job.dtype is None else getattr(torch, job.dtype),
+        **source,
     )
     return model.to(device).eval()
 
@@ -53,40 +98,38 @@ def _site(name: str) -> str:
     return name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
 
 
-class _Measurement:
-    """Gate values per example, and by how much each submodule changes what it is added to."""
+class GateObserver:
+    """Collects gate values per example, and how much each submodule changes its value."""
 
     def __init__(self, model: nn.Module):
-        self.gates: dict[tuple[str, str], torch.Tensor] = {}  # count, sum, sum of squares
-        self.effects: dict[
-            tuple[str, str], torch.Tensor
-        ] = {}  # squares of the change, of the whole
+        self.moments: dict[Place, Any] = {}  # [3, 1]: count, sum and sum of squares of a gate
+        self.squares: dict[Place, Any] = {}  # [2]: sums of squares of the change and of the value
         self.handles = []
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
                 hook = functools.partial(self._add_gates, _site(name))
                 self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
             elif isinstance(module, SiteLayer):
-                module.observer = functools.partial(
-                    self._add_effect, module, _site(f"{name}.unipelt_")
-                )
+                site = _site(f"{name}.unipelt_")
+                module.observer = functools.partial(self._add_effect, module, site)
 
     def _add_gates(
         self,
         site: str,
         module: nn.Module,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         gates: dict[str, torch.Tensor],
     ) -> None:
-        of_encoder = len(args) > 2 or "pooling" in kwargs  # a cross attention's values
+        is_encoder = len(args) > 2 or "pooling" in kwargs  # the values of a cross-attention
         for name, g_BT1 in gates.items():
+            if is_encoder and name != "lora":
+                continue
             mask_BT = args[1] if g_BT1.shape[1] > 1 else None
             g_B = pool(g_BT1.float(), "masked", mask_BT)[:, 0, 0].double()
-            sums = torch.stack([torch.ones_like(g_B).sum(), g_B.sum(), g_B.square().sum()]).cpu()
-            if not of_encoder or name == "lora":
-                key = (site, VALUE if of_encoder else name)
-                self.gates[key] = self.gates.get(key, 0) + sums
+            sums = torch.stack([torch.ones_like(g_B), g_B, g_B.square()]).sum(1, keepdim=True).cpu()
+            key = site, VALUE if is_encoder else name
+            self.moments[key] = self.moments.get(key, 0) + sums
 
     def _add_effect(
         self,
@@ -96,72 +139,75 @@ class _Measurement:
         change_BTD: torch.Tensor,
         whole_BTD: torch.Tensor,
     ) -> None:
-        parts = [change_BTD.float().square().sum(-1), whole_BTD.float().square().sum(-1)]
-        squares = torch.stack(parts)
+        norms = [tensor.float().square().sum(-1) for tensor in (change_BTD, whole_BTD)]
+        squares_2BT = torch.stack(norms)
         mask_BT = layer.tokens.real(whole_BTD.shape[1])
-        sums = (squares if mask_BT is None else squares * mask_BT).sum(dim=(1, 2)).double().cpu()
-        self.effects[site, submodule] = self.effects.get((site, submodule), 0) + sums
+        if mask_BT is not None:
+            squares_2BT = squares_2BT * mask_BT
+        sums = squares_2BT.sum(dim=(1, 2)).double().cpu()
+        self.squares[site, submodule] = self.squares.get((site, submodule), 0) + sums
 
-    def summary(self) -> dict:
-        """Return JSON: gates [site, part, mean, spread], effects [site, part, relative change]."""
-        gates = []
-        for (site, part), (count, total, squares) in self.gates.items():
-            mean = total / count
-            spread = (squares / count - mean**2).clamp(min=0).sqrt()
-            gates.append([site, part, mean.item(), spread.item()])
-        effects = [
-            [*key, (part / whole).sqrt().item()] for key, (part, whole) in self.effects.items()
-        ]
-        return {"gates": gates, "effects": effects}
+    def gates(self) -> dict[Place, tuple[float, float]]:
+        """Return mean and standard deviation of every gate."""
+        return {key: GateMoments.moments(sums)[0] for key, sums in self.moments.items()}
+
+    def effects(self) -> dict[Place, float]:
+        """Return the norm of every submodule's change, relative to the value that it changes."""
+        return {
+            key: (change / value).sqrt().item() for key, (change, value) in self.squares.items()
+        }
 
 
-def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]], examples: int) -> dict:
-    """Gates and effects over the first `examples` of the batches."""
-    measurement, seen = _Measurement(model), 0
+def observe_gates(
+    model: Any, batches: list[dict[str, torch.Tensor]], examples: int
+) -> GateObserver:
+    """Run a model over the first examples of the batches and observe its gates."""
+    observer, remaining = GateObserver(model), examples
     device = next(model.parameters()).device
     with torch.inference_mode():
         for batch in batches:
-            if seen >= examples:
+            if remaining <= 0:
                 break
-            take = min(len(batch["labels"]), examples - seen)
-            seen += take
-            inputs = {
-                n: v[:take].to(device)
-                for n, v in batch.items()
-                if n in ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-            }
-            if batch["labels"].dim() > 1 and model.config.is_encoder_decoder:
-                inputs["labels"] = batch["labels"][:take].to(device)
-            model(**inputs, **({"use_cache": False} if batch["labels"].dim() > 1 else {}))
-    for handle in measurement.handles:
+            labels = batch["labels"]
+            is_text = labels.dim() > 1
+            names = [name for name in MODEL_INPUTS if name in batch]
+            if is_text and model.config.is_encoder_decoder:
+                names.append("labels")
+            inputs = {name: batch[name][:remaining].to(device) for name in names}
+            remaining -= len(labels)
+            model(**inputs, **({"use_cache": False} if is_text else {}))
+    for handle in observer.handles:
         handle.remove()
-    return measurement.summary() | {"examples": seen}
+    return observer
 
 
-def freeze(model: nn.Module, gates: Gates, dropped: set[tuple[str, str]]) -> None:
+def freeze(model: nn.Module, gates: Gates, dropped: set[Place]) -> None:
     """Replace every gate by constants, and leave out the submodules that are dropped at a site."""
-    learned = LearnedGate | ConstantGate
-    for name, gate in [(n, m) for n, m in model.named_modules() if isinstance(m, learned)]:
+    kinds = LearnedGate | ConstantGate
+    for name, gate in [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]:
         site = _site(name)
-        names = [part for part in (*gate.names, VALUE) if (site, part) in gates]
-        kept = {part: gates[site, part] for part in names if (site, part) not in dropped}
+        parts = [part for part in (*gate.names, VALUE) if (site, part) in gates]
+        kept = {part: gates[site, part] for part in parts if (site, part) not in dropped}
         model.set_submodule(name, ConstantGate(kept))
 
 
 def main() -> None:
-    """Command line: the job's file."""
-    job = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+    """Measure a trained model. The argument is the file of a TrainedJob."""
+    job = TrainedJob.from_json(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     logging.disable_progress_bar()
-    model, batches = load(job), torch.load(job["batches"])
-    found = calibrate(model, batches, job["calibrate"]) if job["calibrate"] else {}
-    if job["gates"] is not None:
-        freeze(
-            model,
-            {(site, part): value for site, part, value in job["gates"]},
-            {tuple(key) for key in job["dropped"]},
-        )
-    kept_in = str(model.get_base_model().dtype).removeprefix("torch.")
-    torch.save(found | measure(model, batches, job["generate"]) | {"dtype": kept_in}, job["output"])
+    model: Any = load(job)
+    batches = torch.load(job.batches)
+    observer = observe_gates(model, batches, job.examples) if job.examples else None
+    if job.gates is not None:
+        constants = {(site, part): value for site, part, value in job.gates}
+        freeze(model, constants, {(site, part) for site, part in job.dropped})
+    measurements = TrainedMeasurements(
+        **vars(measure(model, batches, job.generate)),
+        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        gates=observer.gates() if observer else {},
+        effects=observer.effects() if observer else {},
+    )
+    measurements.save(job.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Exports of a trained run, each with proof of what it costs: exact, merged, standalone.
+"""Exports of a trained run, which are measured before they get their final name.
 
-    report = run(Options(checkpoint=pathlib.Path("RUN/best"), kind="merged", output=pathlib.Path("DIR")))
+    run(ExportOptions(checkpoint=Path("RUN/best"), kind="merged", output=Path("DIR")))
 
-exact: the bundle with the prefix MLP collapsed, for `PeftModel.from_pretrained` after `import scaleup`. standalone: a transformers
-folder that needs neither scaleup nor PEFT; gates stay learned. merged: such a folder with each gate at its mean over calibration data.
+exact       the adapter checkpoint with the prefix's MLP collapsed, for `PeftModel.from_pretrained`
+            after `import scaleup`
+standalone  a transformers folder that needs neither scaleup nor PEFT; gates stay learned
+merged      such a folder with a constant in place of each gate: its mean over calibration data
 
-Whatever needs the whole model (before, after, the proof) runs in processes of their own; this one writes, and holds one shard of the
-backbone at a time.
+Measurements run the whole model in processes of their own. The process of the export holds only one
+shard of the backbone at a time.
 """
 
 import dataclasses
@@ -17,281 +19,262 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PretrainedConfig
 
 from scaleup import __version__, io
-from scaleup.backbone import loading as backbone
-from scaleup.backbone import weights
+from scaleup.backbone import loading, weights
+from scaleup.backbone.method import complete_config
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, ExportError
 from scaleup.export import fold
-from scaleup.export import folder as ship
+from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
+from scaleup.export.folder import FolderWriter
 from scaleup.export.measure import peak_mib
-from scaleup.export.verify import BATCH, Job, Options, prepare, prove
-from scaleup.io import write_json
-from scaleup.settings import schema as config
+from scaleup.export.report import Calibration, Export, ExportOptions, ExportReport, GateReport
+from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
+from scaleup.settings import schema
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
 from scaleup.training.checkpoint import (
+    Manifest,
     commit_checkpoint,
     create_staging_folder,
     staging_folder,
     verify,
 )
 from scaleup.training.preflight import model_folder
-from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites
+from scaleup.unipelt.submodules import SUBMODULES
 
 TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)[\w.-]*"
 )
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> dict:
-    """Writes `options.output` and returns what its export.json holds.
+def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportReport:
+    """Write the folder `options.output`, whose export.json holds the report.
 
-    Raises ConfigError for what a user must change, CheckpointError for a checkpoint that is not whole, ExportError where the export failed
-    its proof.
+    Args:
+        options: what to export and how.
+        say: prints a line on progress.
+
+    Raises:
+        ConfigError: something that the user must change.
+        CheckpointError: the checkpoint is not whole.
+        ExportError: the export failed its verification, and nothing was kept.
     """
-    settings, manifest = _read_run(options)
-    written = staging_folder(options.output)
-    if written.is_dir():  # of an export that is still running, or was killed
-        io.hold(written, "--output: another export", lock="")
-    written = create_staging_folder(options.output)
-    io.hold(written, "--output: another export", lock="")
+    settings, manifest, config = _read_run(options)
+    staging = staging_folder(options.output)
+    if staging.is_dir():  # of an export that is still running, or was killed
+        io.hold(staging, "--output: another export", lock="")
+    staging = create_staging_folder(options.output)
+    io.hold(staging, "--output: another export", lock="")
     try:
+        complete_config(settings, config, tasks.of(settings.data).auto, manifest.labels)
+        adapter, tensors = fold.read_checkpoint(options.checkpoint)
+        export = Export(options, settings, manifest, config, adapter, tensors, say)
         with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:
-            return _export(Job(options, settings, manifest, pathlib.Path(work), say), written)
+            return _export(export, staging, pathlib.Path(work))
     finally:
-        shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _read_run(options: Options) -> tuple[Settings, dict]:
-    """The run's settings and the bundle's manifest. Raises ConfigError or CheckpointError."""
+def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedConfig]:
+    """Return the run's settings, the checkpoint's manifest and the backbone's config.
+
+    Raises:
+        ConfigError: they do not belong together, or cannot be exported.
+        CheckpointError: the checkpoint is not whole.
+    """
+    checkpoint = options.checkpoint
+    path = options.config or checkpoint.parent / "config.yaml"
     problems = []
-    path = options.config or options.checkpoint.parent / "config.yaml"
-    if not options.checkpoint.is_dir():
-        problems.append(f"--checkpoint: no folder {options.checkpoint}")
+    if not checkpoint.is_dir():
+        problems.append(f"--checkpoint: no folder {checkpoint}")
     elif not path.is_file():
         problems.append(
-            f"--config: no file {path}; name the config.yaml of the run that left {options.checkpoint}"
+            f"--config: no file {path}; give the config.yaml of the run that wrote {checkpoint}"
         )
     if options.output.exists():
         problems.append(f"--output: {options.output} exists; choose another folder")
-    elif options.checkpoint.resolve() in options.output.resolve().parents:
+    elif checkpoint.resolve() in options.output.resolve().parents:
         problems.append(
             f"--output: {options.output} is inside the checkpoint; choose another folder"
         )
     if problems:
         raise ConfigError(problems)
-    manifest = verify(options.checkpoint)
+    manifest = verify(checkpoint)
+    _check_manifest(checkpoint, manifest)
+    overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
+    settings = schema.load(str(path), overrides, checks=[model_folder])
+    if settings.dump()["method"] != manifest.method:
+        raise ConfigError(
+            f"--config: {path} has another method than {checkpoint}; give the config.yaml of the "
+            "run that wrote the checkpoint"
+        )
+    own_file = options.calibrate not in ("dev", "test")
+    if options.kind == "merged" and own_file and settings.data.name is not None:
+        raise ConfigError(
+            f"--calibrate: the run's data is {settings.data.name}, which is not a file; use dev or "
+            "test"
+        )
+    config, trained_on = loading.load_config(settings.model), manifest.backbone
+    if loading.fingerprint(settings.model, config) != trained_on["fingerprint"]:
+        advice = "give its folder with --backbone"
+        if options.backbone is not None:
+            advice = "--backbone needs an unchanged copy of its folder, with config.json"
+        raise ConfigError(
+            f"model.name: {settings.model.name} is not the backbone that was trained on "
+            f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); {advice}"
+        )
+    return settings, manifest, config
+
+
+def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:
+    """Raise ConfigError if the checkpoint is not one that can be exported."""
     if manifest.export not in (None, "exact"):
         raise ConfigError(
-            [
-                f"--checkpoint: {options.checkpoint} is an export itself ({manifest.export}); name the run's best/ or final/"
-            ]
+            f"--checkpoint: {checkpoint} is an export already ({manifest.export}); give best/ or "
+            "final/ of the run"
         )
-    overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
-    settings = config.load(str(path), overrides, checks=[model_folder])
     method = manifest.method
     if method["name"] != "unipelt":
         raise ConfigError(
-            [
-                f"--checkpoint: {options.checkpoint} was trained with method {method['name']}; it is a transformers folder already, load it as it is"
-            ]
+            f"--checkpoint: {checkpoint} was trained with method {method['name']}; it is a "
+            "transformers folder already, so load it as it is"
         )
-    if settings.dump()["method"] != method:
+    built_in = [n for n, s in SUBMODULES.items() if type(s).__module__.startswith("scaleup.")]
+    foreign = [name for name in method["submodules"] if name not in built_in]
+    if foreign:
         raise ConfigError(
-            [
-                f"--config: {path} is not of the run that left {options.checkpoint}; its method is another one"
-            ]
+            f"--checkpoint: {checkpoint} uses {', '.join(foreign)}, which is not a submodule of "
+            "scaleup; an export cannot contain its code"
         )
-    if (
-        options.kind == "merged"
-        and options.calibrate not in ("dev", "test")
-        and settings.data.name is not None
-    ):
-        raise ConfigError(
-            [f"--calibrate: the run's data is {settings.data.name} by name; use dev or test"]
-        )
-    shape, then = backbone.load_config(settings.model), manifest.backbone
-    if backbone.fingerprint(settings.model, shape) != then["fingerprint"]:
-        advice = (
-            "name its folder with --backbone"
-            if options.backbone is None
-            else "--backbone takes the very folder, config.json included"
-        )
-        raise ConfigError(
-            [
-                f"model.name: {settings.model.name} is not the backbone that was trained on ({then['name']}, {then['fingerprint'][:19]}…); {advice}"
-            ]
-        )
-    return settings, manifest
 
 
-def _export(job: Job, written: pathlib.Path) -> dict:
-    options, settings = job.options, job.settings
-    bundle, tensors = fold.read_checkpoint(options.checkpoint)
-    frozen = options.kind != "exact" and (options.kind == "merged" or bundle.gates == "none")
-    counts = options.kind == "merged" and (
-        bundle.gates == "learned" or options.prune > 0
-    )  # something depends on data
-    shape = backbone.load_config(settings.model)
-    if not tasks.of(settings.data).writes:
-        backbone.set_labels(shape, job.manifest.labels)
-    if shape.pad_token_id is None:
-        shape.pad_token_id = AutoTokenizer.from_pretrained(options.checkpoint).pad_token_id
-    dtype = getattr(
-        torch,
-        options.dtype or ("float32" if settings.model.dtype == "auto" else settings.model.dtype),
+def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> ExportReport:
+    """Write an export into the staging folder, verify it and commit it."""
+    options, manifest = export.options, export.manifest
+    empty = loading.empty_model(
+        export.config, export.settings.model.attention, export.dtype, export.auto
     )
-    empty = backbone.empty_model(
-        shape, settings.model.attention, dtype, tasks.of(settings.data).auto
-    )
-    attentions, blocks = find_sites(empty)
-    before = None
-    if options.verify or counts:
-        prepare(job, shape)
-        job.say(f"measuring {options.checkpoint} on {len(job.batches)} batches of {BATCH}")
-        before = job.trained("before", calibrate=options.examples if counts else 0)
-    gates, dropped = None, set()
-    if frozen:
-        gates = (
-            {(site, part): mean for site, part, mean, _ in before["gates"]}
-            if bundle.gates == "learned"
-            else fold.constant_gates(bundle, attentions, blocks)
-        )
-        dropped = (
-            {(site, part) for site, part, effect in before["effects"] if effect < options.prune}
-            if counts
-            else set()
-        )
-    folded = None
+    sites = find_sites(empty)
+    evaluation = before = None
+    if options.verify or export.needs_calibration:
+        evaluation = Evaluation(export, work)
+        batches = len(evaluation.batches)
+        export.say(f"measuring {options.checkpoint} on {batches} batches of {BATCH}")
+        examples = options.examples if export.needs_calibration else 0
+        before = evaluation.measure_trained("before", examples=examples)
+    gates, dropped = None, set[Place]()
+    if export.has_constants and export.adapter.gates == "learned":
+        assert before is not None
+        gates = {key: mean for key, (mean, _) in before.gates.items()}
+    elif export.has_constants:
+        gates = fold.constant_gates(export.adapter, *sites)
+    if export.needs_calibration:
+        assert before is not None
+        dropped = {key for key, effect in before.effects.items() if effect < options.prune}
+    writer = None
     if options.kind == "exact":
-        size = _write_exact(bundle, tensors, written)
+        size = _write_adapter(export, staging)
     else:
-        folded = fold.fold(bundle, tensors, attentions, blocks, gates, dropped)
-        size = _write_folder(job, empty, folded, frozen, dtype, written)
-    for path in options.checkpoint.iterdir():  # the tokenizer, as it was trained with
+        folded = fold.fold(export.adapter, export.tensors, *sites, gates, frozenset(dropped))
+        writer = FolderWriter(empty, folded, export.dtype, staging)
+        size = _write_folder(export, writer)
+    for path in options.checkpoint.iterdir():
         if path.is_file() and TOKENIZER.fullmatch(path.name):
-            shutil.copy2(path, written / path.name)
-    report = _report(job, frozen, dtype, size, before if counts else None, dropped, folded)
-    if options.verify:
-        job.say("loading it in a fresh process")
-        report["proof"] = prove(job, written, before, gates, dropped, dtype)
-    write_json(written / "export.json", report)
-    (written / "README.md").write_text(
-        card(settings, job.manifest, report, tasks.of(settings.data).auto.__name__),
-        encoding="utf-8",
-    )
+            shutil.copy2(path, staging / path.name)
+    calibration = None
+    if export.needs_calibration and evaluation is not None and before is not None:
+        total = sum(len(batch["labels"]) for batch in evaluation.batches)
+        calibration = _calibration(options, before, dropped, min(options.examples, total))
+    report = _report(export, size, writer, calibration)
+    if options.verify and evaluation is not None and before is not None:
+        export.say("loading the export in a new process")
+        proof = verify_export(evaluation, staging, before, gates, dropped)
+        report = dataclasses.replace(report, proof=proof)
+    io.write_json(staging / "export.json", report.to_json())
+    text = card(export.settings, manifest, report, export.auto.__name__)
+    (staging / "README.md").write_text(text, encoding="utf-8")
     if options.output.exists():
-        raise ExportError(f"{options.output} has appeared meanwhile; nothing was kept")
+        raise ExportError(f"{options.output} has appeared in the meantime; nothing was kept")
     commit_checkpoint(
-        written, options.output, {}, dataclasses.replace(job.manifest, export=options.kind)
+        staging, options.output, {}, dataclasses.replace(manifest, export=options.kind)
     )
     return report
 
 
-def _write_exact(
-    bundle: UniPeltConfig, tensors: dict[str, torch.Tensor], written: pathlib.Path
-) -> int:
-    """Bytes of the weights."""
-    content = {f"{fold.PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(content, str(written / "adapter_model.safetensors"), metadata={"format": "pt"})
-    bundle.save_pretrained(str(written))
+def _write_adapter(export: Export, staging: pathlib.Path) -> int:
+    """Write an exact export and return the bytes of its weights."""
+    content = {fold.PEFT_PREFIX + name: t.contiguous() for name, t in export.tensors.items()}
+    save_file(content, str(staging / "adapter_model.safetensors"), metadata={"format": "pt"})
+    export.adapter.save_pretrained(str(staging))
     return sum(tensor.numel() * tensor.itemsize for tensor in content.values())
 
 
-def _write_folder(
-    job: Job,
-    empty: PreTrainedModel,
-    folded: fold.Folded,
-    frozen: bool,
-    dtype: torch.dtype,
-    written: pathlib.Path,
-) -> int:
-    """Bytes of the weights."""
-    model = job.settings.model
+def _write_folder(export: Export, writer: FolderWriter) -> int:
+    """Write a transformers folder and return the bytes of its weights."""
+    model, output = export.settings.model, export.options.output
     files = weights.checkpoint_folder(model.name, model.revision)
-    ship.write_config(
-        empty,
-        tasks.of(job.settings.data).auto.__name__,
-        folded,
-        not frozen,
-        dtype,
-        written,
-        __version__,
-    )
+    writer.write_config(export.auto.__name__)
     if (files / "generation_config.json").is_file():
-        shutil.copy2(files / "generation_config.json", written)
-    job.say(f"writing {written.parent / job.options.output.name}, {files} shard by shard")
+        shutil.copy2(files / "generation_config.json", writer.folder)
+    export.say(f"writing {output} from {files}, shard by shard")
     try:
-        return ship.write_weights(
-            empty,
-            files,
-            folded,
-            dtype,
-            dtype if frozen else torch.float32,
-            written,
-            job.options.max_shard_bytes,
+        return writer.write_weights(files, export.options.max_shard_bytes)
+    except (ValueError, SafetensorError) as error:  # safetensors raises it if the disk is full
+        raise ExportError(f"{output} could not be written: {error}") from None
+
+
+def _calibration(
+    options: ExportOptions, before: TrainedMeasurements, dropped: set[Place], examples: int
+) -> Calibration:
+    """Return what export.json says about the gates."""
+    gates = []
+    for (site, part), (mean, spread) in before.gates.items():
+        effect = before.effects.get((site, part))
+        gates.append(
+            GateReport(
+                site=site,
+                part=part,
+                mean=round(mean, 6),
+                spread=round(spread, 6),
+                dropped=(site, part) in dropped,
+                effect=None if effect is None else round(effect, 6),
+            )
         )
-    except (ValueError, SafetensorError) as error:  # safetensors' own word for a full disk
-        raise ExportError(f"{job.options.output} could not be written: {error}") from None
+    return Calibration(options.calibrate, examples, options.prune, gates)
 
 
 def _report(
-    job: Job,
-    frozen: bool,
-    dtype: torch.dtype,
-    size: int,
-    calibrated: dict | None,
-    dropped: set,
-    folded: fold.Folded | None,
-) -> dict:
-    """export.json without the proof."""
-    gates = None
-    if calibrated is not None:
-        effects = {(site, part): effect for site, part, effect in calibrated["effects"]}
-        gates = [
-            {
-                "site": site,
-                "part": part,
-                "mean": round(mean, 6),
-                "spread": round(spread, 6),
-                "dropped": (site, part) in dropped,
-            }
-            | ({"effect": round(effects[site, part], 6)} if (site, part) in effects else {})
-            for site, part, mean, spread in calibrated["gates"]
-        ]
-    options = job.options
-    return {
-        "kind": options.kind,
-        "checkpoint": str(options.checkpoint),
-        "backbone": job.manifest.backbone,
-        "gates": "frozen" if frozen else "learned",
-        "remote_code": folded is not None and folded.specification is not None,
-        "dtype": str(dtype).removeprefix("torch.") if folded is not None else None,
-        "calibration": None
-        if calibrated is None
-        else {
-            "data": options.calibrate,
-            "examples": calibrated["examples"],
-            "prune": options.prune,
-            "gates": gates,
-        },
-        "bytes": {
+    export: Export, size: int, writer: FolderWriter | None, calibration: Calibration | None
+) -> ExportReport:
+    """Return the report of an export that is not verified yet.
+
+    Args:
+        export: the export.
+        size: bytes of the weights.
+        writer: what wrote the folder, None for an exact export.
+        calibration: the measurement of the gates.
+    """
+    checkpoint = export.options.checkpoint
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
+    return ExportReport(
+        kind=export.options.kind,
+        checkpoint=str(checkpoint),
+        backbone=export.manifest.backbone,
+        gates="frozen" if export.has_constants else "learned",
+        remote_code=writer is not None and writer.folded.specification is not None,
+        dtype=None if writer is None else dtype_name(writer.dtype),
+        calibration=calibration,
+        bytes={
             "weights": size,
-            "checkpoint": sum(
-                path.stat().st_size for path in options.checkpoint.glob("*.safetensors")
-            ),
+            "checkpoint": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
         },
-        "peak_memory_mib": {"writing": round(peak_mib(), 1)},
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")
-        }
-        | {"scaleup": __version__},
-    }
+        peak_memory_mib={"writing": round(peak_mib(), 1)},
+        versions=versions | {"scaleup": __version__},
+    )

@@ -2,10 +2,10 @@
 
 A gate that is replaced by a constant g disappears into the weights that it scales:
 
-    W ← W + g_L B A            W_up, b_up ← g_A W_up, g_A b_up            P_K, P_V ← g_P P_K, g_P P_V
+    W ← W + g_L B A        W_up, b_up ← g_A W_up, g_A b_up        P_K, P_V ← g_P P_K, g_P P_V
 
-Each submodule's file has its own formula. The MLP that produces a prefix is evaluated once and left out
-of every kind of export. Nothing here needs the backbone's weights.
+Each submodule's file has its own formula. The MLP that produces a prefix is evaluated once and left
+out of every kind of export. Nothing here needs the backbone's weights.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 
+from scaleup.unipelt.attachment import SiteGates
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import specification
 from scaleup.unipelt.model import submodule_of
@@ -93,6 +94,6 @@ def fold(
         submodule.fold(folding, attentions, blocks)
     head = {name: tensor for name, tensor in tensors.items() if submodule_of(name) is None}
     constant = None if gates is None else 1.0  # constants are in the weights
-    kept = {path: dict.fromkeys(names, constant) for path, names in folding.kept.items()}
+    kept: SiteGates = {path: dict.fromkeys(names, constant) for path, names in folding.kept.items()}
     spec = specification(config, attentions, blocks, kept) if kept else None
     return Folded(spec, folding.tensors | head, folding.updates, folding.renamed)

@@ -1,7 +1,7 @@
-"""Writing a transformers folder that contains UniPELT: modelling code, config and weights.
+"""Writes a transformers folder that contains UniPELT: modelling code, config and weights.
 
-The modelling code is a short generated file beside unchanged copies of files of `scaleup/unipelt/`. The
-weights are streamed from the backbone's files, one shard at a time.
+The modelling code is a short generated file beside unchanged copies of files of `scaleup/unipelt/`.
+The weights are streamed from the backbone's files, one shard at a time.
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from scaleup import __version__
 from scaleup.backbone.weights import Weights, return_freed_memory
 from scaleup.export.fold import Folded
 from scaleup.unipelt import exported
@@ -22,7 +23,8 @@ from scaleup.unipelt import exported
 CODE = "modeling_unipelt"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-MODELLING_CODE = '''"""{model} with UniPELT, exported by scaleup {version}. Needs torch and transformers."""
+MODELLING_CODE = '''\
+"""{model} with UniPELT, exported by scaleup {version}. Needs torch and transformers."""
 
 import transformers
 
@@ -40,13 +42,14 @@ class {model}(transformers.{model}):
         super().__init__(config)
         attach_exported(self, config.unipelt)
 '''
+STRICT = '    _keep_in_fp32_modules_strict = ["unipelt"]  # gates average many tokens\n'
 
 
 def modelling_files() -> dict[str, pathlib.Path]:
     """Return the files of `unipelt/` that an exported model needs, by their names in the folder.
 
-    They are copied unchanged. transformers follows relative imports within one folder, so the folder is
-    flat: `kernels/__init__.py` becomes kernels.py, beside the files of `kernels/`.
+    They are copied unchanged. transformers follows relative imports within one folder, so the
+    folder is flat: `kernels/__init__.py` becomes kernels.py, beside the files of `kernels/`.
     """
     package = pathlib.Path(exported.__file__).parent
     files: dict[str, pathlib.Path] = {}
@@ -69,143 +72,146 @@ def exported_type(model_type: str) -> str:
     return f"unipelt_{model_type}"
 
 
-def write_config(
-    model: PreTrainedModel,
-    auto: str,
-    folded: Folded,
-    learned: bool,
-    dtype: torch.dtype,
-    folder: pathlib.Path,
-    version: str,
-) -> None:
-    """Write config.json, and the modelling code if anything but plain weights remains.
+class FolderWriter:
+    """Writes the config, the modelling code and the weights of one folder.
 
     Args:
         model: an empty model of the backbone's class.
-        auto: the name of transformers' auto class for the task.
         folded: the folded adapter.
-        learned: whether its gates stay learned.
-        dtype: of the weights.
+        dtype: data type of the backbone's weights. Modules of UniPELT are float32 if gates stay
+            learned, because gates average many tokens.
         folder: where to write.
-        version: of scaleup.
     """
-    values: dict[str, Any] = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key != "quantization_config"
-    }
-    name, config = type(model).__name__, type(model.config).__name__
-    values |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
-    if folded.specification is not None:
-        model_type = exported_type(model.config.model_type)
-        classes = {"AutoConfig": config, "AutoModel": name, auto: name}
-        values |= {
-            "model_type": model_type,
-            "auto_map": {key: f"{CODE}.{cls}" for key, cls in classes.items()},
-            "unipelt": folded.specification,
+
+    def __init__(
+        self, model: PreTrainedModel, folded: Folded, dtype: torch.dtype, folder: pathlib.Path
+    ):
+        self.model, self.folded, self.dtype, self.folder = model, folded, dtype, folder
+        gates = folded.specification["gates"] if folded.specification is not None else {}
+        self.learned = any(None in site.values() for site in gates.values())
+        self.added_dtype = torch.float32 if self.learned else dtype
+        stored = model.state_dict().keys()
+        self.buffers = {name: b for name, b in model.named_buffers() if name in stored}
+        self.tensors = dict(model.named_parameters(remove_duplicate=False)) | self.buffers
+        self.added = {n: t for n, t in folded.tensors.items() if n not in self.tensors}
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            names.setdefault(id(tensor), []).append(name)
+        # Tied weights are written once, under the first of their names.
+        self.aliases = {aliases[0]: aliases for aliases in names.values()}
+
+    def write_config(self, auto: str) -> None:
+        """Write config.json, and the modelling code if anything but plain weights remains.
+
+        Args:
+            auto: name of transformers' AutoModelFor… class of the task.
+        """
+        config = self.model.config
+        values: dict[str, Any] = {
+            key: value
+            for key, value in config.to_dict().items()
+            if not key.startswith("_") and key != "quantization_config"
         }
-        strict = '    _keep_in_fp32_modules_strict = ["unipelt"]  # gates average many tokens\n'
-        code = MODELLING_CODE.format(
-            model=name,
-            config=config,
-            model_type=model_type,
-            version=version,
-            strict=strict if learned else "",
-        )
-        (folder / f"{CODE}.py").write_text(code, encoding="utf-8")
-        for file, source in modelling_files().items():
-            shutil.copyfile(source, folder / file)
-    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+        name, config_name = type(self.model).__name__, type(config).__name__
+        values |= {"architectures": [name], "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.folded.specification is not None:
+            model_type = exported_type(config.model_type)
+            classes = {"AutoConfig": config_name, "AutoModel": name, auto: name}
+            values |= {
+                "model_type": model_type,
+                "auto_map": {key: f"{CODE}.{cls}" for key, cls in classes.items()},
+                "unipelt": self.folded.specification,
+            }
+            code = MODELLING_CODE.format(
+                model=name,
+                config=config_name,
+                model_type=model_type,
+                version=__version__,
+                strict=STRICT if self.learned else "",
+            )
+            (self.folder / f"{CODE}.py").write_text(code, encoding="utf-8")
+            for file, source in modelling_files().items():
+                shutil.copyfile(source, self.folder / file)
+        text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+        (self.folder / "config.json").write_text(text, encoding="utf-8")
 
+    def write_weights(self, source: pathlib.Path, shard_bytes: int) -> int:
+        """Write the backbone's tensors, updated, and the tensors that UniPELT adds.
 
-def _new_name(name: str, renamed: dict[str, str]) -> str:
-    module, _, parameter = name.rpartition(".")
-    return f"{renamed.get(module, module)}.{parameter}" if module else parameter
+        Only one shard is in memory at a time.
 
+        Args:
+            source: folder of the backbone.
+            shard_bytes: largest size of a file that holds several tensors.
 
-def write_weights(
-    model: PreTrainedModel,
-    files: pathlib.Path,
-    folded: Folded,
-    dtype: torch.dtype,
-    additions: torch.dtype,
-    folder: pathlib.Path,
-    shard_bytes: int,
-) -> int:
-    """The backbone's tensors as `dtype`, updated, and what is added as `additions`, in shards of at most `shard_bytes` (or one tensor).
+        Returns:
+            The bytes written.
 
-    `model`: an empty one. Only one shard is in memory at a time. Returns the bytes written. Raises ValueError for a backbone
-    that lacks a tensor which the bundle has not.
-    """
-    names_of: dict[int, list[str]] = {}  # tied weights are written once
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | buffers
-    for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    jobs: list[tuple[str, int]] = [
-        (names[0], tensors[names[0]].numel() * dtype.itemsize) for names in names_of.values()
-    ]
-    extra = [name for name in folded.tensors if name not in tensors]
-    jobs += [(name, folded.tensors[name].numel() * additions.itemsize) for name in extra]
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, size in jobs:
-        if shards[-1] and size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    index, total = {}, 0
-    for number, shard in enumerate(shards):
-        file = (
-            WEIGHTS
-            if len(shards) == 1
-            else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        content, source = (
-            {},
-            Weights(model, files),
-        )  # opened anew: pages of a mapped file stay in memory until it is closed
-        for name in shard:
-            aliases = names_of[id(tensors[name])] if name in tensors else [name]
-            tensor = _tensor(name, aliases, source, folded, conv, name in extra)
-            if tensor is None and name in buffers:
-                continue  # made anew with the model
+        Raises:
+            ValueError: a tensor is neither in the backbone's files nor in the checkpoint.
+        """
+        index: dict[str, str] = {}
+        total, shards = 0, self._shards(shard_bytes)
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = WEIGHTS if len(shards) == 1 else file
+            content = self._content(names, source)
+            save_file(content, str(self.folder / file), metadata={"format": "pt"})
+            index |= dict.fromkeys(content, file)
+            total += sum(tensor.numel() * tensor.itemsize for tensor in content.values())
+            del content
+            return_freed_memory()
+        if len(shards) > 1:
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+            (self.folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        return total
+
+    def _shards(self, shard_bytes: int) -> list[list[str]]:
+        """Return the names of the tensors in each file."""
+        sizes = {n: self.tensors[n].numel() * self.dtype.itemsize for n in self.aliases}
+        sizes |= {n: t.numel() * self.added_dtype.itemsize for n, t in self.added.items()}
+        shards: list[list[str]] = [[]]
+        room = shard_bytes
+        for name, size in sizes.items():
+            if shards[-1] and size > room:
+                shards.append([])
+                room = shard_bytes
+            shards[-1].append(name)
+            room -= size
+        return shards
+
+    def _content(self, names: list[str], source: pathlib.Path) -> dict[str, torch.Tensor]:
+        """Return the tensors of one file."""
+        # Opened for each file, because pages of a mapped file stay in memory until it is closed.
+        weights = Weights(self.model, source)
+        content = {}
+        for name in names:
+            tensor = self._tensor(name, weights)
+            if tensor is None and name in self.buffers:
+                continue  # the model creates it
             if tensor is None:
                 raise ValueError(
-                    f"{files} has no {name}, and neither has the checkpoint; it is not the backbone that was trained on"
+                    f"{name} is neither in {source} nor in the checkpoint, so that is not the "
+                    "backbone that was trained on"
                 )
-            kind = additions if name in extra else dtype
-            content[_new_name(name, folded.renamed)] = (
-                tensor.to(kind).contiguous() if tensor.is_floating_point() else tensor.contiguous()
-            )
-        save_file(content, str(folder / file), metadata={"format": "pt"})
-        index |= dict.fromkeys(content, file)
-        total += sum(t.numel() * t.itemsize for t in content.values())
-        del content, source, tensor
-        return_freed_memory()
-    if len(shards) > 1:
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1) + "\n",
-            encoding="utf-8",
-        )
-    return total
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.added_dtype if name in self.added else self.dtype)
+            module, _, parameter = name.rpartition(".")
+            if module in self.folded.renamed:
+                name = f"{self.folded.renamed[module]}.{parameter}"
+            content[name] = tensor.contiguous()
+        return content
 
-
-def _tensor(
-    name: str, aliases: list[str], source: Weights, folded: Folded, conv: set[str], is_new: bool
-) -> torch.Tensor | None:
-    if is_new:
-        return folded.tensors[name]
-    own = next(
-        (folded.tensors[alias] for alias in aliases if alias in folded.tensors), None
-    )  # a trained head
-    tensor = own if own is not None else source.get(aliases)
-    update = folded.updates.get(name)
-    if tensor is None or update is None:
-        return tensor
-    delta_OI = update()
-    return tensor.float() + (delta_OI.t() if name.rpartition(".")[0] in conv else delta_OI)
+    def _tensor(self, name: str, weights: Weights) -> torch.Tensor | None:
+        """Return the exported value of a tensor, None if it is stored nowhere."""
+        if name in self.added:
+            return self.added[name]
+        aliases, trained = self.aliases[name], self.folded.tensors
+        alias = next((alias for alias in aliases if alias in trained), None)  # a trained head
+        tensor = weights.get(aliases) if alias is None else trained[alias]
+        update = self.folded.updates.get(name)
+        if tensor is None or update is None:
+            return tensor
+        delta_OI = update()
+        is_transposed = isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        return tensor.float() + (delta_OI.t() if is_transposed else delta_OI)

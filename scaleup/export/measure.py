@@ -1,25 +1,96 @@
-"""What a model gives for prepared batches: logits, written text, loss, time. Imports nothing of scaleup.
+"""Measures a model over prepared batches: logits, generated text, loss, time and memory.
 
-    python -I scaleup/fresh.py JOB.json          loads an exported folder as its user would, where scaleup and PEFT do not exist
+    python -I scaleup/export/measure.py JOB.json
 
-JOB: folder, auto (name of a transformers class), attention, batches (a file), generate (arguments or null), output (a file).
+loads an exported folder as its user does, in a process without scaleup and PEFT. This file
+therefore imports nothing of scaleup.
+
+Shapes: B examples, T tokens, V words of the vocabulary.
 """
 
+import dataclasses
 import json
+import pathlib
 import resource
 import sys
 import time
+from typing import Any, Self
 
 import torch
 import transformers
-from torch import nn
 
-COMPARED = 16  # examples whose logits are kept where each of their tokens has some
-FOR_WRITING = ("prompt", "prompt_mask", "reference")  # of a batch, for its answers
+COMPARED = 16  # number of examples whose logits are kept if every token has logits
+GENERATION_INPUTS = ("prompt", "prompt_mask", "reference")  # entries of a batch for `generate` only
+
+
+@dataclasses.dataclass(kw_only=True)
+class Job:
+    """What a process measures; it is passed to the process as a JSON file.
+
+    Attributes:
+        batches: file with the batches, written by torch.save.
+        output: file for the measurements.
+        generate: arguments of `generate`, None if the metric needs no text.
+    """
+
+    batches: str
+    output: str
+    generate: dict[str, int] | None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+
+@dataclasses.dataclass(kw_only=True)
+class FolderJob(Job):
+    """The job of measuring an exported folder.
+
+    Attributes:
+        folder: the folder.
+        auto: name of transformers' AutoModelFor… class.
+        attention: the attention implementation.
+    """
+
+    folder: str
+    auto: str
+    attention: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Measurements:
+    """What a process measured.
+
+    Attributes:
+        logits: float32, [examples, classes]; for text [label tokens of the first examples, V].
+        written: generated tokens of each example; empty if nothing is generated.
+        loss: mean over label tokens, None in a classification.
+        seconds: duration of the forward pass of each batch.
+        peak_mib: largest memory of the process.
+    """
+
+    logits: torch.Tensor
+    written: list[list[int]]
+    loss: float | None
+    seconds: list[float]
+    peak_mib: float
+
+    def save(self, path: str) -> None:
+        torch.save(vars(self), path)
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        return cls(**torch.load(path))
 
 
 def peak_mib() -> float:
-    """Most memory this process has had. Not from getrusage where the kernel says it better: there a process starts with its parent's peak."""
+    """Return the largest memory that this process has had, in MiB.
+
+    The kernel's VmHWM is preferred, because getrusage begins with the peak of the parent process.
+    """
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024
@@ -28,68 +99,69 @@ def peak_mib() -> float:
 
 
 def measure(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]], generate: dict | None
-) -> dict:
-    """logits: float32, [examples, classes], or [label tokens of the first examples, words]. written: tokens of each example. loss:
-    mean over label tokens, None in a classification. seconds: of each batch."""
+    model: Any, batches: list[dict[str, torch.Tensor]], generate: dict[str, int] | None
+) -> Measurements:
+    """Run a model over batches."""
     device = next(model.parameters()).device
-    logits, written, seconds, seen, loss, weight = [], [], [], 0, 0.0, 0
-    writes = batches[0]["labels"].dim() > 1
+    is_text = batches[0]["labels"].dim() > 1
+    logits, written, seconds, loss, label_tokens, compared = [], [], [], 0.0, 0, 0
     with torch.inference_mode():
-        for batch in [batches[0], *batches]:  # the first one twice: it warms up
-            batch = {name: value.to(device) for name, value in batch.items()}
-            inputs = {
-                name: value
-                for name, value in batch.items()
-                if name not in FOR_WRITING and (writes or name != "labels")
-            }
+        for i, cpu_batch in enumerate([batches[0], *batches]):  # the first batch is the warm-up too
+            batch = {name: value.to(device) for name, value in cpu_batch.items()}
+            excluded = GENERATION_INPUTS if is_text else (*GENERATION_INPUTS, "labels")
+            inputs = {name: value for name, value in batch.items() if name not in excluded}
             began = time.perf_counter()
-            out = model(**inputs, **({"use_cache": False} if writes else {}))
-            found = out.logits.float().cpu()
+            out = model(**inputs, **({"use_cache": False} if is_text else {}))
+            batch_logits = out.logits.float().cpu()
+            if i == 0:
+                continue
             seconds.append(time.perf_counter() - began)
-            if len(seconds) == 1:
+            if not is_text:
+                logits.append(batch_logits.reshape(len(batch_logits), -1))
                 continue
-            if not writes:
-                logits.append(found.reshape(len(found), -1))
-                continue
-            labels = batch["labels"].cpu()
-            if not model.config.is_encoder_decoder:  # logits at a token are for the next one
-                found, labels = found[:, :-1], labels[:, 1:]
-            tokens = int((labels != -100).sum())
-            loss, weight = loss + out.loss.item() * tokens, weight + tokens
-            keep = max(0, min(len(labels), COMPARED - seen))
-            seen += keep
-            logits.append(found[:keep][labels[:keep] != -100])
+            labels_BT = cpu_batch["labels"]
+            if not model.config.is_encoder_decoder:  # the logits at a token predict the next one
+                batch_logits, labels_BT = batch_logits[:, :-1], labels_BT[:, 1:]
+            count = int((labels_BT != -100).sum())
+            loss, label_tokens = loss + out.loss.item() * count, label_tokens + count
+            keep = max(0, min(len(labels_BT), COMPARED - compared))
+            compared += keep
+            logits.append(batch_logits[:keep][labels_BT[:keep] != -100])
             if generate is not None:
-                prompt = batch.get("prompt", batch["input_ids"])
-                mask = batch.get("prompt_mask", batch.get("attention_mask"))
-                tokens_BT = model.generate(
-                    input_ids=prompt, attention_mask=mask, do_sample=False, **generate
-                ).cpu()
-                written += [
-                    row.tolist()
-                    for row in (tokens_BT[:, prompt.shape[1] :] if "prompt" in batch else tokens_BT)
-                ]
-    return {
-        "logits": torch.cat(logits),
-        "written": written,
-        "loss": loss / weight if weight else None,
-        "seconds": seconds[1:],
-        "peak_mib": peak_mib(),
-    }
+                written += _generate(model, batch, generate)
+    return Measurements(
+        logits=torch.cat(logits),
+        written=written,
+        loss=loss / label_tokens if label_tokens else None,
+        seconds=seconds,
+        peak_mib=peak_mib(),
+    )
+
+
+def _generate(
+    model: Any, batch: dict[str, torch.Tensor], generate: dict[str, int]
+) -> list[list[int]]:
+    """Return the tokens that the model generates for each example, without the prompt."""
+    prompt_BT = batch.get("prompt", batch["input_ids"])
+    mask_BT = batch.get("prompt_mask", batch.get("attention_mask"))
+    tokens_BT = model.generate(
+        input_ids=prompt_BT, attention_mask=mask_BT, do_sample=False, **generate
+    )
+    start = prompt_BT.shape[1] if "prompt" in batch else 0
+    return tokens_BT[:, start:].tolist()
 
 
 def main() -> None:
-    """Command line: the job's file."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        job = json.load(file)
-    sys.modules["scaleup"] = sys.modules["peft"] = None  # importing them fails from here on
+    """Measure an exported folder. The argument is the file of a FolderJob."""
+    job = FolderJob.from_json(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for name in ("scaleup", "peft"):
+        sys.modules[name] = None  # type: ignore[assignment]  # an import of it raises from here on
     transformers.utils.logging.disable_progress_bar()
-    model = getattr(transformers, job["auto"]).from_pretrained(
-        job["folder"], trust_remote_code=True, attn_implementation=job["attention"]
+    model = getattr(transformers, job.auto).from_pretrained(
+        job.folder, trust_remote_code=True, attn_implementation=job.attention
     )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    torch.save(measure(model, torch.load(job["batches"]), job["generate"]), job["output"])
+    measure(model, torch.load(job.batches), job.generate).save(job.output)
 
 
 if __name__ == "__main__":

@@ -1,284 +1,277 @@
-"""What an export is measured with: the trained model and the export, each in a process of its own, over the same batches.
+"""Compares a trained model with its export, each in its own process, over the same batches."""
 
-The processes are scaleup.export.calibrate, which loads the trained model, and scaleup.export.measure, which loads an exported folder as its user would.
-"""
-
-import dataclasses
 import json
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, EvalPrediction
 
 from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.errors import ConfigError, ExportError
-from scaleup.export import fold
-from scaleup.settings import schema as config
-from scaleup.settings.schema import Settings
-from scaleup.training.checkpoint import Manifest
+from scaleup.export import measure
+from scaleup.export.calibrate import Place, TrainedJob, TrainedMeasurements
+from scaleup.export.measure import FolderJob, Job, Measurements
+from scaleup.export.report import Export, ExportOptions, Metric, Proof
+from scaleup.settings import schema
+from scaleup.unipelt.submodule import Gates
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BATCH = 16
-SAME_SCORE = (
-    2.0  # points by which a score may differ from the run's own: another device, another type
-)
-# Largest difference that rounding explains, of logits whose largest is 1 or more, by the type weights are written in.
+SAME_SCORE = 2.0  # points by which another device or data type may change the run's score
+# Largest difference that rounding explains, by the data type of the weights, if the largest logit
+# is 1. It grows with larger logits.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+M = TypeVar("M", bound=Measurements)
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to export and how; see scaleup export for the meaning of each.
 
-    calibrate: "dev", "test" or a file with the columns of the run's own. max_shard_bytes: of one weights file.
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a name such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Evaluation:
+    """Measures models over the data that an export is compared on.
+
+    Args:
+        export: the export.
+        work: folder for temporary files.
+
+    Raises:
+        ConfigError: the data is missing or has changed since the run.
     """
 
-    checkpoint: pathlib.Path
-    kind: str
-    output: pathlib.Path
-    config: pathlib.Path | None = None
-    backbone: str | None = None
-    calibrate: str = "dev"
-    examples: int = 256
-    prune: float = 0.0
-    dtype: str | None = None
-    max_shard_bytes: int = 2 * 10**9
-    verify: bool = True
-    max_metric_drop: float = 1.0
+    def __init__(self, export: Export, work: pathlib.Path):
+        self.export, self.options, self.work = export, export.options, work
+        self.settings = export.settings
+        self.module: Any = tasks.of(self.settings.data).module
+        self.tokenizer = AutoTokenizer.from_pretrained(self.options.checkpoint)
+        data, chosen = fit_length(self.settings, export.config).data, self.options.calibrate
+        if chosen not in ("dev", "test"):
+            data = data.model_copy(update={"validation_file": chosen})
+        texts = self._load_texts(data)
+        self._check_unchanged(texts)
+        self.examples = self.module.tokenize(texts, self.tokenizer, data)
+        if chosen == "test" and self.examples.test is None:
+            raise ConfigError("--calibrate: the run has no test data; use dev or a file")
+        rows = self.examples.test if chosen == "test" else self.examples.dev
+        collate = self.module.collator(self.tokenizer, data)
+        self.batches: list[dict[str, torch.Tensor]] = [
+            dict(collate([rows[i] for i in range(start, min(start + BATCH, len(rows)))]))
+            for start in range(0, len(rows), BATCH)
+        ]
+        torch.save(self.batches, work / "batches.pt")
+        (work / "config.yaml").write_text(schema.to_yaml(self.settings), encoding="utf-8")
 
+    def _load_texts(self, data: schema.DataSettings) -> Examples:
+        try:
+            return self.module.load(data)
+        except ConfigError as error:
+            problem = "the run's data is needed to measure the export"
+            if self.options.kind != "merged":
+                problem += "; --no-verify does without it"
+            raise ConfigError([*error.problems, problem]) from None
 
-@dataclasses.dataclass
-class Job:
-    """What the steps share."""
+    def _check_unchanged(self, texts: Examples) -> None:
+        """Raise ConfigError if the run's data is not what it was trained with."""
+        current = {source["split"]: source.get("sha256") for source in texts.sources}
+        for source in self.export.manifest.data:
+            split = source["split"]
+            replaced = split == "validation" and self.options.calibrate not in ("dev", "test")
+            if current.get(split) != source.get("sha256") and not replaced:
+                raise ConfigError(
+                    f"--calibrate: the run's {split} data has changed since, so that dev would be "
+                    "other examples; restore it, or name a file"
+                )
 
-    options: Options
-    settings: Settings
-    manifest: Manifest
-    work: pathlib.Path
-    say: Callable[[str], None]
-    examples: Examples | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    batches: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    def _files(self, name: str) -> dict[str, Any]:
+        """Return the fields that all jobs have."""
+        generate: dict[str, int] | None = tasks.generation(self.settings.data, self.examples.metric)
+        if generate is not None:
+            generate = generate | {"pad_token_id": self.tokenizer.pad_token_id}
+        files = {"batches": self.work / "batches.pt", "output": self.work / f"{name}.pt"}
+        return {key: str(path) for key, path in files.items()} | {"generate": generate}
 
-    def process(self, name: str, module: list[str], **job: object) -> dict:
-        """Runs a job in a fresh process; what it measured. Raises ExportError with its last words."""
-        files = {"batches": str(self.work / "batches.pt"), "output": str(self.work / f"{name}.pt")}
-        (self.work / f"{name}.json").write_text(
-            json.dumps(job | files | {"generate": self.generate}), encoding="utf-8"
-        )
-        command = [sys.executable, *module, str(self.work / f"{name}.json")]
-        # In this folder, as paths of the run may be relative; scaleup is found all the same.
-        here = os.environ | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            )
-        }
-        done = subprocess.run(
-            command,
-            env=here,
+    def run_process(self, name: str, command: list[str], job: Job, result: type[M]) -> M:
+        """Run `python COMMAND JOB.json` and return what it measured, as the class `result`.
+
+        Raises:
+            ExportError: the process failed. The message ends with its last line.
+        """
+        path = self.work / f"{name}.json"
+        path.write_text(job.to_json(), encoding="utf-8")
+        # The process runs in the current folder, because paths of the run may be relative to it.
+        module_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        process = subprocess.run(
+            [sys.executable, *command, str(path)],
+            env=os.environ | {"PYTHONPATH": module_path},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         )
-        if done.returncode:
-            words = [line for line in done.stderr.splitlines() if line.strip()] or [
-                f"exit code {done.returncode}, as of a process killed for memory"
+        if process.returncode:
+            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            killed = f"exit code {process.returncode}, maybe because memory ran out"
+            raise ExportError(f"{name} failed: {(lines or [killed])[-1][:500]}")
+        return result.load(job.output)
+
+    def measure_trained(self, name: str, **fields: Any) -> TrainedMeasurements:
+        """Measure the model as it was trained; `fields` are those of a TrainedJob."""
+        fields = {"checkpoint": str(self.options.checkpoint.resolve())} | fields
+        job = TrainedJob(
+            config=str(self.work / "config.yaml"),
+            labels=self.export.manifest.labels,
+            **self._files(name),
+            **fields,
+        )
+        command = ["-m", "scaleup.export.calibrate"]
+        return self.run_process(name, command, job, TrainedMeasurements)
+
+    def measure_export(self, folder: pathlib.Path) -> Measurements:
+        """Measure an exported folder where neither scaleup nor PEFT exists."""
+        job = FolderJob(
+            folder=str(folder.resolve()),
+            auto=self.export.auto.__name__,
+            attention=self.settings.model.attention,
+            **self._files("after"),
+        )
+        return self.run_process("after", ["-I", measure.__file__], job, Measurements)
+
+    def score(self, measured: Measurements) -> float:
+        """Return the run's metric, in points."""
+        name = self.examples.metric
+        if name == "loss":
+            assert measured.loss is not None
+            return 100 * measured.loss
+        if measured.written:
+            longest, pad = max(map(len, measured.written)), self.tokenizer.pad_token_id
+            outputs = np.array([row + [pad] * (longest - len(row)) for row in measured.written])
+        else:
+            outputs = measured.logits.numpy()
+        key = "reference" if measured.written else "labels"
+        labels = torch.cat([batch[key] for batch in self.batches]).numpy()
+        metric = self.module.compute_metrics(self.examples, self.tokenizer)
+        return 100 * metric(EvalPrediction(predictions=outputs, label_ids=labels))[name]
+
+    def agreement(self, before: Measurements, after: Measurements) -> float | None:
+        """Return the share of examples with the same class or text, None if there are neither."""
+        if before.written:
+            texts = [
+                self.tokenizer.batch_decode(measured.written, skip_special_tokens=True)
+                for measured in (before, after)
             ]
-            raise ExportError(f"{name} failed: {words[-1][:500]}")
-        return torch.load(self.work / f"{name}.pt")
-
-    def trained(self, name: str, **job: object) -> dict:
-        """The model as it was trained."""
-        usual = {
-            "weights": "trained",
-            "full_precision": False,
-            "dtype": None,
-            "calibrate": 0,
-            "gates": None,
-            "dropped": [],
-        }
-        fixed = {
-            "config": str(self.work / "config.yaml"),
-            "labels": self.manifest.labels,
-            "checkpoint": str(self.options.checkpoint.resolve()),
-        }
-        return self.process(name, ["-m", "scaleup.export.calibrate"], **(usual | fixed | job))
-
-    @property
-    def generate(self) -> dict | None:
-        found = tasks.generation(self.settings.data, self.examples.metric)
-        return found and found | {"pad_token_id": self.tokenizer.pad_token_id}
+            return statistics.mean(one == other for one, other in zip(*texts))
+        if self.examples.labels is None:
+            return None
+        return (before.logits.argmax(-1) == after.logits.argmax(-1)).float().mean().item()
 
 
-def prepare(job: Job, shape: PretrainedConfig) -> None:
-    """The examples to measure on, as batches, and what the processes need beside them."""
-    settings, asked = job.settings, job.options.calibrate
-    settings = fit_length(settings, shape)
-    if asked not in ("dev", "test"):
-        settings = settings.model_copy(
-            update={"data": settings.data.model_copy(update={"validation_file": asked})}
-        )
-    module = tasks.of(settings.data).module
-    job.tokenizer = AutoTokenizer.from_pretrained(job.options.checkpoint)
-    try:
-        loaded = module.load(settings.data)
-    except ConfigError as error:
-        raise ConfigError(
-            [
-                *error.problems,
-                "the run's data is needed to measure the export"
-                + ("" if job.options.kind == "merged" else "; --no-verify leaves that out"),
-            ]
-        ) from None
-    own = {source["split"]: source for source in loaded.sources}
-    for then in job.manifest.data:
-        now = own.get(then["split"], {})
-        if now.get("sha256") != then.get("sha256") and (
-            then["split"] != "validation" or asked in ("dev", "test")
-        ):
-            raise ConfigError(
-                [
-                    f"--calibrate: the run's {then['split']} data has changed since; dev would not be what it was. Put it back, or name a file"
-                ]
-            )
-    examples = module.tokenize(loaded, job.tokenizer, settings.data)
-    if asked == "test" and examples.test is None:
-        raise ConfigError(["--calibrate: the run has no test data; use dev or a file"])
-    job.examples = examples
-    rows = examples.test if asked == "test" else examples.dev
-    collate = module.collator(job.tokenizer, settings.data)
-    job.batches = [
-        dict(collate([rows[i] for i in range(first, min(first + BATCH, len(rows)))]))
-        for first in range(0, len(rows), BATCH)
-    ]
-    torch.save(job.batches, job.work / "batches.pt")
-    (job.work / "config.yaml").write_text(config.to_yaml(job.settings), encoding="utf-8")
+def verify_export(
+    evaluation: Evaluation,
+    folder: pathlib.Path,
+    before: TrainedMeasurements,
+    gates: Gates | None,
+    dropped: set[Place],
+) -> Proof:
+    """Load an export in a new process and compare it with the trained model.
 
+    Args:
+        evaluation: the data and the processes.
+        folder: the export.
+        before: measurements of the trained model.
+        gates: constants in place of the gates, None if the gates stay learned.
+        dropped: (site, submodule) pairs that are left out.
 
-def points(job: Job, found: dict) -> float:
-    """The run's metric of what a process measured, in points."""
-    name = job.examples.metric
-    if name == "loss":
-        return 100 * found["loss"]
-    if found["written"]:
-        longest = max(map(len, found["written"]))
-        pad = job.tokenizer.pad_token_id
-        outputs = np.array([row + [pad] * (longest - len(row)) for row in found["written"]])
-        labels = torch.cat([batch["reference"] for batch in job.batches]).numpy()
+    Raises:
+        ExportError: the logits are not those that were expected, or the metric drops too much.
+    """
+    options, dtype = evaluation.options, evaluation.export.dtype
+    expected: Measurements = before
+    after: Measurements
+    # A run in bfloat16 that is exported in another type is compared in that type.
+    other_dtype = before.dtype not in ("float32", dtype_name(dtype))
+    quantized = evaluation.settings.model.quantization != "none"
+    if options.kind == "exact":
+        checkpoint = str(folder.resolve())
+        after = evaluation.measure_trained("after", with_peft=True, checkpoint=checkpoint)
     else:
-        outputs, labels = (
-            found["logits"].numpy(),
-            torch.cat([batch["labels"] for batch in job.batches]).numpy(),
-        )
-    metric = tasks.of(job.settings.data).module.compute_metrics(job.examples, job.tokenizer)
-    return 100 * metric(EvalPrediction(predictions=outputs, label_ids=labels))[name]
-
-
-def _agreement(job: Job, before: dict, after: dict) -> float | None:
-    """Share of examples with the same class or the same text; None for a regression and where only the loss counts."""
-    if before["written"]:
-        pairs = zip(_texts(job, before), _texts(job, after))
-        return statistics.mean(a == b for a, b in pairs)
-    if job.examples.labels is None:
-        return None
-    return (before["logits"].argmax(-1) == after["logits"].argmax(-1)).float().mean().item()
-
-
-def _texts(job: Job, found: dict) -> list[str]:
-    return [job.tokenizer.decode(row, skip_special_tokens=True) for row in found["written"]]
-
-
-def prove(
-    job: Job,
-    written: pathlib.Path,
-    before: dict,
-    gates: fold.Gates | None,
-    dropped: set,
-    dtype: torch.dtype,
-) -> dict:
-    """Loads the export in a fresh process and compares: with what it must give (raises ExportError), and with the trained model."""
-    quantised = job.settings.model.quantization != "none"
-    if job.options.kind == "exact":
-        expected, after = (
-            before,
-            job.trained("after", weights="user", checkpoint=str(written.resolve())),
-        )
-    else:
-        expected, written_in = before, str(dtype).removeprefix("torch.")
-        halved = before["dtype"] not in (
-            "float32",
-            written_in,
-        )  # a run in bfloat16, exported in another type: what it must give is computed in that one
-        if gates is not None or quantised or halved:
-            constants = None if gates is None else [[*key, value] for key, value in gates.items()]
-            expected = job.trained(
+        if gates is not None or other_dtype or quantized:
+            expected = evaluation.measure_trained(
                 "expected",
                 full_precision=True,
-                dtype=written_in if halved else None,
-                gates=constants,
+                dtype=dtype_name(dtype) if other_dtype else None,
+                gates=None if gates is None else [(*key, value) for key, value in gates.items()],
                 dropped=sorted(dropped),
             )
-        folder = {
-            "folder": str(written.resolve()),
-            "auto": tasks.of(job.settings.data).auto.__name__,
-            "attention": job.settings.model.attention,
-        }
-        after = job.process(
-            "after", ["-I", str(ROOT / "scaleup" / "export" / "measure.py")], **folder
-        )
-    scale = max(1.0, expected["logits"].abs().max().item())
-    off = (after["logits"] - expected["logits"]).abs().max().item()
-    if not off <= ROUNDING[dtype] * scale:
+        after = evaluation.measure_export(folder)
+    reload_difference = (after.logits - expected.logits).abs().max().item()
+    if not reload_difference <= ROUNDING[dtype] * max(1.0, expected.logits.abs().max().item()):
         raise ExportError(
-            f"the export gives other logits in a fresh process than were measured here, by {off:.2g}; nothing was kept. Please report this"
+            "the export gives other logits in a new process than it should, by "
+            f"{reload_difference:.2g}; nothing was kept. Please report this"
         )
-    difference = (after["logits"] - before["logits"]).abs()
-    scores, name = [points(job, found) for found in (before, after)], job.examples.metric
-    results = job.options.checkpoint.parent / "results.json"
+    name = evaluation.examples.metric
+    scores = evaluation.score(before), evaluation.score(after)
+    _check_run_score(options, name, scores[0])
+    _check_drop(options, name, *scores)
+    differences = (after.logits - before.logits).abs()
+    measured: dict[str, Measurements] = {"before": before, "after": after}
+    return Proof(
+        data=options.calibrate,
+        examples=sum(len(batch["labels"]) for batch in evaluation.batches),
+        reload_difference=reload_difference,
+        logit_difference={"max": differences.max().item(), "mean": differences.mean().item()},
+        metric=Metric(name, round(scores[0], 4), round(scores[1], 4)),
+        agreement=evaluation.agreement(before, after),
+        milliseconds_per_batch={
+            key: round(1000 * statistics.median(m.seconds), 2) for key, m in measured.items()
+        },
+        peak_memory_mib={key: round(m.peak_mib, 1) for key, m in measured.items()},
+    )
+
+
+def _check_run_score(options: ExportOptions, name: str, score: float) -> None:
+    """Raise ExportError if the trained model scores differently than at the end of its run.
+
+    Only `best` was scored by the run. A run's loss is a mean over batches and cannot be compared.
+    """
+    results = options.checkpoint.parent / "results.json"
     if (
-        job.options.calibrate == "dev"
-        and job.options.checkpoint.name == "best"
-        and results.is_file()
-        and name != "loss"
-    ):  # a run's loss is a mean over batches
-        then = 100 * json.loads(results.read_text(encoding="utf-8"))["dev"][name]
-        if abs(scores[0] - then) > SAME_SCORE:
-            raise ExportError(
-                f"{job.options.checkpoint} scores {scores[0]:.2f} {name} here, {then:.2f} in its run; is the backbone still the one it was trained on? Nothing was kept"
-            )
-    drop = scores[1] - scores[0] if name == "loss" else scores[0] - scores[1]
-    proof = {
-        "data": job.options.calibrate,
-        "examples": sum(len(batch["labels"]) for batch in job.batches),
-        "reload_difference": off,
-        "logit_difference": {"max": difference.max().item(), "mean": difference.mean().item()},
-        "metric": {"name": name, "before": round(scores[0], 4), "after": round(scores[1], 4)},
-        "agreement": _agreement(job, before, after),
-        "milliseconds_per_batch": {
-            key: round(1000 * statistics.median(found["seconds"]), 2)
-            for key, found in (("before", before), ("after", after))
-        },
-        "peak_memory_mib": {
-            key: round(found["peak_mib"], 1)
-            for key, found in (("before", before), ("after", after))
-        },
-    }
-    if drop > job.options.max_metric_drop:
-        kept = {
-            "merged": "--kind standalone keeps the gates",
-            "standalone": "it was the type or the quantisation of the weights: try --dtype float32",
-        }
+        options.calibrate != "dev"
+        or options.checkpoint.name != "best"
+        or not results.is_file()
+        or name == "loss"
+    ):
+        return
+    run_score = 100 * json.loads(results.read_text(encoding="utf-8"))["dev"][name]
+    if abs(score - run_score) > SAME_SCORE:
         raise ExportError(
-            f"{name} on {job.options.calibrate} went from {scores[0]:.2f} to {scores[1]:.2f}, more than --max-metric-drop {job.options.max_metric_drop:g} allows; "
-            f"nothing was kept. {kept.get(job.options.kind, '')}".rstrip()
+            f"{options.checkpoint} scores {score:.2f} {name} now and {run_score:.2f} in its run; "
+            "is the backbone still the one that it was trained on? Nothing was kept"
         )
-    return proof
+
+
+def _check_drop(options: ExportOptions, name: str, before: float, after: float) -> None:
+    """Raise ExportError if the export loses more of the metric than allowed."""
+    drop = after - before if name == "loss" else before - after
+    if not drop > options.max_metric_drop:
+        return
+    advice = {
+        "merged": "; --kind standalone keeps the learned gates",
+        "standalone": "; the data type or the quantisation of the weights is the cause: "
+        "try --dtype float32",
+    }
+    raise ExportError(
+        f"{name} on {options.calibrate} went from {before:.2f} to {after:.2f}, more than "
+        f"--max-metric-drop {options.max_metric_drop:g} allows; nothing was kept"
+        + advice.get(options.kind, "")
+    )

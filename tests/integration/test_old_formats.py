@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import scaleup  # noqa: F401 (registers the PEFT method)
 from scaleup.export import export
-from scaleup.export.verify import Options
+from scaleup.export.report import ExportOptions
 from scaleup.settings import schema
 from scaleup.training import run as training
 from scaleup.training.checkpoint import verify
@@ -118,7 +118,7 @@ def test_an_old_standalone_export_gives_the_same_logits(workspace, expected):
 
 @pytest.mark.parametrize("kind, load", [("exact", load_adapter), ("standalone", load_standalone)])
 def test_an_old_checkpoint_exports_to_the_same_logits(workspace, expected, kind, load):
-    options = Options(
+    options = ExportOptions(
         pathlib.Path("best"), kind, pathlib.Path("out"), config=pathlib.Path("run/config.yaml")
     )
     export.run(options, say=lambda text: None)

@@ -31,13 +31,13 @@ def test_evaluating_more_often_and_resuming_leave_an_nf4_run_the_same_bits(tmp_p
     train(*overrides(folder, folder / "once", *shared))
     train(*overrides(folder, folder / "often", *shared, *often, "train.max_steps=4"))
     train(*overrides(folder, folder / "often", *shared, *often, "train.resume=auto"))
-    ends = [verify(folder / name / "final")["tensors"] for name in ("once", "often")]
+    ends = [verify(folder / name / "final").tensors for name in ("once", "often")]
     assert ends[0] == ends[1]
     for kind in ("exact", "standalone"):
         out = folder / f"out-{kind}"
-        options = export.Options(checkpoint=folder / "often" / "best", kind=kind, output=out)
-        proof = export.run(options, print)["proof"]
-        assert proof["reload_difference"] < 1e-5
+        options = export.ExportOptions(checkpoint=folder / "often" / "best", kind=kind, output=out)
+        proof = export.run(options, print).proof
+        assert proof.reload_difference < 1e-5
         results = json.loads((folder / "often" / "results.json").read_text())
         expected = 100 * results["dev"]["accuracy"]
-        assert proof["metric"]["before"] == pytest.approx(expected, abs=1e-3)
+        assert proof.metric.before == pytest.approx(expected, abs=1e-3)

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from scaleup import UniPeltConfig, parameter_counts
 from scaleup.backbone.loading import empty_model
-from scaleup.export import calibrate, fold, folder
+from scaleup.export import calibrate, fold
+from scaleup.export.folder import FolderWriter
 from scaleup.unipelt.layers import SiteLayer
 from scaleup.unipelt.model import submodule_of
 from scaleup.unipelt.sites import BlockSite, find_sites
@@ -70,8 +71,9 @@ def exported(model, family, tmp_path, gates, dropped=frozenset()):
     folded = fold.fold(method, tensors, *find_sites(empty), gates, dropped)
     out, dtype = tmp_path / "out", torch.float32
     out.mkdir()
-    folder.write_config(empty, auto.__name__, folded, gates is None, dtype, out, "0")
-    folder.write_weights(empty, tmp_path / "base", folded, dtype, dtype, out, 10**9)
+    writer = FolderWriter(empty, folded, dtype, out)
+    writer.write_config(auto.__name__)
+    writer.write_weights(tmp_path / "base", 10**9)
     code = folded.specification is not None
     loaded, info = auto.from_pretrained(
         out, trust_remote_code=code, attn_implementation=attention, output_loading_info=True
@@ -99,12 +101,12 @@ def test_measured_gates_and_effects_cover_every_site_and_pruning_leaves_sites_ou
     model = adapt(backbone(family), submodules=submodules, gates="learned")
     sites = find_sites(backbone(family))
     batch = inputs(model, labels=True)
-    measured = calibrate.calibrate(model, [batch], 3)
-    gates = {(site, part): mean for site, part, mean, _ in measured["gates"]}
+    observer = calibrate.observe_gates(model, [batch], 3)
+    gates = {key: mean for key, (mean, _) in observer.gates().items()}
     expected = {(path, name) for name in submodules for path in SUBMODULES[name].paths(*sites)}
     assert {key for key in gates if key[1] != "value"} == expected
     prunable = {key for key in expected if SUBMODULES[key[1]].prunable}
-    effects = {(site, part): effect for site, part, effect in measured["effects"]}
+    effects = observer.effects()
     assert set(effects) == prunable and all(effect > 0 for effect in effects.values())
     dropped = {max(keys) for name in submodules if (keys := [k for k in prunable if k[1] == name])}
     folder_model = exported(model, family, tmp_path, gates, frozenset(dropped))

@@ -1,0 +1,178 @@
+"""Options of an export, its inputs, and the content of its export.json."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from scaleup.data import tasks
+from scaleup.settings.schema import Settings
+from scaleup.training.checkpoint import Manifest
+from scaleup.unipelt.config import UniPeltConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how. `scaleup export --help` describes each option.
+
+    Attributes:
+        kind: "exact", "standalone" or "merged".
+        calibrate: "dev", "test" or a file with the columns of the run's data.
+        max_shard_bytes: largest size of a weights file.
+    """
+
+    checkpoint: pathlib.Path
+    kind: str
+    output: pathlib.Path
+    config: pathlib.Path | None = None
+    backbone: str | None = None
+    calibrate: str = "dev"
+    examples: int = 256
+    prune: float = 0.0
+    dtype: str | None = None
+    max_shard_bytes: int = 2 * 10**9
+    verify: bool = True
+    max_metric_drop: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export is made from.
+
+    Attributes:
+        settings: settings of the run.
+        manifest: manifest of the adapter checkpoint.
+        config: config of the backbone, with the run's labels and pad token.
+        adapter: config of the adapter, its prefix without the MLP.
+        tensors: tensors of the adapter.
+        say: prints a line about the progress.
+    """
+
+    options: ExportOptions
+    settings: Settings
+    manifest: Manifest
+    config: PretrainedConfig
+    adapter: UniPeltConfig
+    tensors: dict[str, torch.Tensor]
+    say: Callable[[str], None]
+
+    @property
+    def auto(self) -> type:
+        """Return transformers' AutoModelFor… class of the task."""
+        return tasks.of(self.settings.data).auto
+
+    @property
+    def has_constants(self) -> bool:
+        """Return whether a folder is written whose gates are constants."""
+        no_gates = self.options.kind == "standalone" and self.adapter.gates == "none"
+        return self.options.kind == "merged" or no_gates
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Return whether the export depends on data."""
+        learned = self.adapter.gates == "learned"
+        return self.options.kind == "merged" and (learned or self.options.prune > 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the data type of the exported weights."""
+        run_dtype = self.settings.model.dtype
+        name = self.options.dtype or ("float32" if run_dtype == "auto" else run_dtype)
+        return getattr(torch, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateReport:
+    """A gate over the calibration data.
+
+    Attributes:
+        mean, spread: mean and standard deviation over examples.
+        dropped: whether the submodule is left out at this site.
+        effect: norm of the submodule's change, relative to the value that it changes; None if it
+            was not measured.
+    """
+
+    site: str
+    part: str
+    mean: float
+    spread: float
+    dropped: bool
+    effect: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The measurement of gates that are replaced by constants."""
+
+    data: str
+    examples: int
+    prune: float
+    gates: list[GateReport]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """The run's metric in points, of the trained model and of the export."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The comparison of the trained model ("before") with the export ("after").
+
+    Attributes:
+        reload_difference: largest difference from the logits that the export must give.
+        logit_difference: "max" and "mean" difference from the logits of the trained model.
+        agreement: share of examples with the same class or text, None where there are neither.
+    """
+
+    data: str
+    examples: int
+    reload_difference: float
+    logit_difference: dict[str, float]
+    metric: Metric
+    agreement: float | None
+    milliseconds_per_batch: dict[str, float]
+    peak_memory_mib: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export is and what was measured of it.
+
+    Attributes:
+        gates: "learned", or "frozen" if constants replace them.
+        remote_code: whether the folder contains modelling code.
+        dtype: data type of the backbone's weights, None for an exact export.
+        calibration: None if nothing depends on data.
+        bytes: size of the "weights" and of the "checkpoint".
+        proof: None if the export was not verified.
+    """
+
+    kind: str
+    checkpoint: str
+    backbone: dict[str, str | None]
+    gates: str
+    remote_code: bool
+    dtype: str | None
+    calibration: Calibration | None
+    bytes: dict[str, int]
+    peak_memory_mib: dict[str, float]
+    versions: dict[str, str]
+    proof: Proof | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of export.json, which leaves out what was not measured."""
+        content = dataclasses.asdict(self)
+        if self.proof is None:
+            del content["proof"]
+        for gate in content["calibration"]["gates"] if self.calibration else []:
+            if gate["effect"] is None:
+                del gate["effect"]
+        return content
