@@ -4,11 +4,13 @@ from typing import Any
 
 from .adapter import Adapter
 from .lora import Lora
+from .parallel_adapter import ParallelAdapter
 from .prefix import PrefixSubmodule
 from .submodule import Submodule
 
 SUBMODULES: dict[str, Submodule] = {
-    submodule.name: submodule for submodule in (Adapter(), PrefixSubmodule(), Lora())
+    submodule.name: submodule
+    for submodule in (Adapter(), PrefixSubmodule(), Lora(), ParallelAdapter())
 }
 
 

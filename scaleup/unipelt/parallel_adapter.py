@@ -1,0 +1,102 @@
+"""The bottleneck adapter beside the feed-forward sublayer (He et al. 2022, "parallel adapter").
+
+    FFN(x) becomes FFN(x) + G · adapter(x)          adapter: as in adapter.py
+
+x is the input of the sublayer's first projection, which pre-LN blocks have normalised. The sum is
+made at the output of the sublayer's last projection.
+
+Shapes: B examples, T tokens, D hidden size.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import BottleneckLayer, BottleneckSubmodule
+from .sites import AttentionSite, BlockSite
+from .submodule import option
+
+PARALLEL_CHILD = "unipelt_parallel"  # the child of the last projection
+
+
+@dataclasses.dataclass
+class ParallelAdapterOptions:
+    """Settings of the parallel adapter."""
+
+    parallel_adapter_size: int = option(
+        48, "Bottleneck size of the parallel adapter, units.", at_least=1
+    )
+    parallel_adapter_activation: str = option(
+        "relu", "Nonlinearity of the parallel adapter.", choices=("relu", "gelu", "silu", "tanh")
+    )
+
+
+class ParallelAdapterLayer(BottleneckLayer):
+    """The parallel adapter of one block."""
+
+    entry = "unipelt_parallel_adapter"
+    gate = "parallel_adapter"
+    adapter_layer_names = (entry, "unipelt_gate")
+
+    def __init__(self, reference_module: nn.Module, tokens: Any):
+        super().__init__(reference_module, tokens)
+        self.input_BTD: torch.Tensor | None = None  # of the sublayer, until its last projection
+
+    def before_feed_forward(
+        self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keep the input of the sublayer. This is a forward pre-hook of its first projection."""
+        self.input_BTD = args[0]
+
+    def after_feed_forward(
+        self, projection: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Add the gated adapter. This is a forward hook of the sublayer's last projection."""
+        input_BTD, self.input_BTD = self.input_BTD, None
+        assert input_BTD is not None, "the first projection runs before the last one"
+        return self.updated(output_BTD, input_BTD)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"input_BTD": None}
+
+
+class ParallelAdapter(BottleneckSubmodule):
+    """The parallel adapter."""
+
+    name = "parallel_adapter"
+    options = ParallelAdapterOptions
+    parameters = (".unipelt_parallel_adapter.",)
+    learning_rate = 1e-4
+
+    def path(self, site: BlockSite) -> str:
+        assert site.feed_forward is not None
+        return site.feed_forward[1]
+
+    def layer_path(self, site: BlockSite) -> str:
+        return f"{self.path(site)}.{PARALLEL_CHILD}"
+
+    def prepare(
+        self, model: nn.Module, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> None:
+        missing = [site.name for site in blocks if site.feed_forward is None]
+        if missing:
+            raise ValueError(
+                f"parallel_adapter: found no feed-forward sublayer in {missing[0]}; leave "
+                "parallel_adapter out of the submodules"
+            )
+
+    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+        assert site.feed_forward is not None
+        first, last = (attachment.model.get_submodule(path) for path in site.feed_forward)
+        new = PARALLEL_CHILD not in last._modules
+        layer: ParallelAdapterLayer = attachment.child(
+            last,
+            PARALLEL_CHILD,
+            lambda: ParallelAdapterLayer(last, attachment.tokens[site.parent]),
+            {"after": "after_feed_forward"},
+        )
+        if new:
+            attachment.hook(layer, first, "before", layer.before_feed_forward)
+        return layer
