@@ -162,22 +162,20 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
         export.config, export.settings.model.attention, export.dtype, export.auto
     )
     sites = find_sites(empty)
-    evaluation = before = None
+    evaluation = before = calibration = None
+    gates, dropped = None, set[Place]()
+    if export.has_constants and export.adapter.gates == "none":
+        gates = fold.constant_gates(export.adapter, *sites)
     if options.verify or export.needs_calibration:
         evaluation = Evaluation(export, work)
         batches = len(evaluation.batches)
         export.say(f"measuring {options.checkpoint} on {batches} batches of {BATCH}")
-        examples = options.examples if export.needs_calibration else 0
+        examples = min(options.examples, evaluation.size) if export.needs_calibration else 0
         before = evaluation.measure_trained("before", examples=examples)
-    gates, dropped = None, set[Place]()
-    if export.has_constants and export.adapter.gates == "learned":
-        assert before is not None
-        gates = {key: mean for key, (mean, _) in before.gates.items()}
-    elif export.has_constants:
-        gates = fold.constant_gates(export.adapter, *sites)
-    if export.needs_calibration:
-        assert before is not None
-        dropped = {key for key, effect in before.effects.items() if effect < options.prune}
+        if export.needs_calibration:
+            gates = gates or {key: mean for key, (mean, _) in before.gates.items()}
+            dropped = {key for key, effect in before.effects.items() if effect < options.prune}
+            calibration = _calibration(options, before, dropped, examples)
     writer = None
     if options.kind == "exact":
         size = _write_adapter(export, staging)
@@ -188,10 +186,6 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
     for path in options.checkpoint.iterdir():
         if path.is_file() and TOKENIZER.fullmatch(path.name):
             shutil.copy2(path, staging / path.name)
-    calibration = None
-    if export.needs_calibration and evaluation is not None and before is not None:
-        total = sum(len(batch["labels"]) for batch in evaluation.batches)
-        calibration = _calibration(options, before, dropped, min(options.examples, total))
     report = _report(export, size, writer, calibration)
     if options.verify and evaluation is not None and before is not None:
         export.say("loading the export in a new process")
@@ -202,9 +196,8 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
     (staging / "README.md").write_text(text, encoding="utf-8")
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared in the meantime; nothing was kept")
-    commit_checkpoint(
-        staging, options.output, {}, dataclasses.replace(manifest, export=options.kind)
-    )
+    manifest = dataclasses.replace(manifest, export=options.kind)
+    commit_checkpoint(staging, options.output, {}, manifest)
     return report
 
 
@@ -234,35 +227,21 @@ def _calibration(
     options: ExportOptions, before: TrainedMeasurements, dropped: set[Place], examples: int
 ) -> Calibration:
     """Return what export.json says about the gates."""
-    gates = []
-    for (site, part), (mean, spread) in before.gates.items():
-        effect = before.effects.get((site, part))
-        gates.append(
-            GateReport(
-                site=site,
-                part=part,
-                mean=round(mean, 6),
-                spread=round(spread, 6),
-                dropped=(site, part) in dropped,
-                effect=None if effect is None else round(effect, 6),
-            )
-        )
+    effects = {key: round(effect, 6) for key, effect in before.effects.items()}
+    gates = [
+        GateReport(*key, round(mean, 6), round(spread, 6), key in dropped, effects.get(key))
+        for key, (mean, spread) in before.gates.items()
+    ]
     return Calibration(options.calibrate, examples, options.prune, gates)
 
 
 def _report(
     export: Export, size: int, writer: FolderWriter | None, calibration: Calibration | None
 ) -> ExportReport:
-    """Return the report of an export that is not verified yet.
-
-    Args:
-        export: the export.
-        size: bytes of the weights.
-        writer: what wrote the folder, None for an exact export.
-        calibration: the measurement of the gates.
-    """
+    """Return the report of an export that is not verified yet; `size`: bytes of the weights."""
     checkpoint = export.options.checkpoint
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
+    files = checkpoint.glob("*.safetensors")
     return ExportReport(
         kind=export.options.kind,
         checkpoint=str(checkpoint),
@@ -271,10 +250,7 @@ def _report(
         remote_code=writer is not None and writer.folded.specification is not None,
         dtype=None if writer is None else dtype_name(writer.dtype),
         calibration=calibration,
-        bytes={
-            "weights": size,
-            "checkpoint": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
-        },
+        bytes={"weights": size, "checkpoint": sum(path.stat().st_size for path in files)},
         peak_memory_mib={"writing": round(peak_mib(), 1)},
         versions=versions | {"scaleup": __version__},
     )

@@ -71,6 +71,11 @@ class Evaluation:
         torch.save(self.batches, work / "batches.pt")
         (work / "config.yaml").write_text(schema.to_yaml(self.settings), encoding="utf-8")
 
+    @property
+    def size(self) -> int:
+        """Return the number of examples."""
+        return sum(len(batch["labels"]) for batch in self.batches)
+
     def _load_texts(self, data: schema.DataSettings) -> Examples:
         try:
             return self.module.load(data)
@@ -227,7 +232,7 @@ def verify_export(
     measured: dict[str, Measurements] = {"before": before, "after": after}
     return Proof(
         data=options.calibrate,
-        examples=sum(len(batch["labels"]) for batch in evaluation.batches),
+        examples=evaluation.size,
         reload_difference=reload_difference,
         logit_difference={"max": differences.max().item(), "mean": differences.mean().item()},
         metric=Metric(name, round(scores[0], 4), round(scores[1], 4)),
