@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import random
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from scaleup.data import classification
 from scaleup.errors import ConfigError, RunError
 from scaleup.experiments import meter, timing, variants
 from scaleup.experiments.variants import Batch, BenchOptions, Variant
+from scaleup.machine import device_name, versions
 from scaleup.settings import schema
 from scaleup.settings.loading import override
 
@@ -87,11 +87,11 @@ def run(options: BenchOptions) -> None:
     rows = memory_rows(options) if options.what == "memory" else timed_rows(options)
     reference = options.reference or next(iter(rows))
     machine: dict[str, Any] = {
-        "torch": torch.__version__,
+        **versions("torch"),
         "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": device_name("cpu"),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "gpu": device_name("cuda") if options.device == "cuda" else None,
     }
     facts = [
         options.what,

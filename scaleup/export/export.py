@@ -12,7 +12,6 @@ shard of the backbone at a time.
 """
 
 import dataclasses
-import importlib.metadata
 import pathlib
 import re
 import shutil
@@ -35,6 +34,7 @@ from scaleup.export.folder import FolderWriter
 from scaleup.export.measure import peak_mib
 from scaleup.export.report import Calibration, Export, ExportOptions, ExportReport, GateReport
 from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
+from scaleup.machine import versions
 from scaleup.settings import schema
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
@@ -240,7 +240,6 @@ def _report(
 ) -> ExportReport:
     """Return the report of an export that is not verified yet; `size`: bytes of the weights."""
     checkpoint = export.options.checkpoint
-    versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     files = checkpoint.glob("*.safetensors")
     return ExportReport(
         kind=export.options.kind,
@@ -252,5 +251,5 @@ def _report(
         calibration=calibration,
         bytes={"weights": size, "checkpoint": sum(path.stat().st_size for path in files)},
         peak_memory_mib={"writing": round(peak_mib(), 1)},
-        versions=versions | {"scaleup": __version__},
+        versions=versions("torch transformers peft") | {"scaleup": __version__},
     )

@@ -164,7 +164,7 @@ class ExportReport:
     calibration: Calibration | None
     bytes: dict[str, int]
     peak_memory_mib: dict[str, float]
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     proof: Proof | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from scaleup.data import tasks
 from scaleup.errors import ConfigError
 from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, TrainSettings
@@ -12,23 +13,14 @@ from scaleup.training.distributed import World
 
 
 def training_arguments(
-    settings: Settings,
-    world: World,
-    metric: str,
-    token_mean: bool,
-    shared: bool,
-    half: torch.dtype | None,
+    settings: Settings, world: World, metric: str, shared: bool, half: torch.dtype | None
 ) -> TrainingArguments:
-    """Return the TrainingArguments of a run.
+    """Return the TrainingArguments of a run. A value that Trainer refuses is a ConfigError.
 
     Args:
         metric: picks the best checkpoint.
-        token_mean: whether the loss is a mean over the tokens of a step (`scaleup.data.tasks`).
         shared: whether all hosts see one output folder.
         half: data type of mixed precision, or None for float32.
-
-    Raises:
-        ConfigError: Trainer refuses a value. The message is Trainer's own.
     """
     train = settings.train
     passed = train.training_arguments
@@ -40,7 +32,7 @@ def training_arguments(
         "save_strategy": strategy,
         "ddp_find_unused_parameters": False,
         # If True, Trainer multiplies a loss that is a mean over the batch by the process count.
-        "average_tokens_across_devices": token_mean,
+        "average_tokens_across_devices": tasks.of(settings.data).token_mean,
         "disable_tqdm": False,
         "logging_nan_inf_filter": False,  # a loss that is not finite must end the run
         "dataloader_pin_memory": world.device.type == "cuda",

@@ -4,27 +4,25 @@ import pathlib
 import statistics
 from typing import Any
 
-from scaleup.data.classification import Examples
+from scaleup.data.files import Examples
 from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
-from scaleup.training.distributed import World
+from scaleup.training.context import Run
 
 
-def header(
-    settings: Settings,
-    examples: Examples,
-    counts: dict[str, Any],
-    world: World,
-    backend: str,
-    bf16: bool,
-) -> list[str]:
+def header(run: Run, counts: dict[str, Any]) -> list[str]:
     """Return the lines about backbone, method, counts, data, batch size and device.
 
     Args:
         counts: as `scaleup.unipelt.model.parameter_counts` returns them.
-        backend: how the processes work together.
     """
+    settings, examples, world = run.settings, run.examples, run.world
     model, train = settings.model, settings.train
+    backend = "one process"
+    if world.size > 1 or world.deepspeed:
+        backend = run.args.distributed_state.distributed_type.value.lower()
+    if train.deepspeed:
+        backend += f", {train.deepspeed}"
     quantized = "" if model.quantization == "none" else f", {model.quantization}"
     parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
@@ -47,7 +45,7 @@ def header(
         f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size}"
         f" processes x {train.gradient_accumulation_steps} accumulation; learning rate"
         f" {settings.learning_rate:g}",
-        f"device     {world.device.type}, {backend}; bf16 {'on' if bf16 else 'off'}",
+        f"device     {world.device.type}, {backend}; bf16 {'on' if run.args.bf16 else 'off'}",
         f"output     {train.output_dir}",
     ]
 

@@ -12,14 +12,10 @@ import dataclasses
 import datetime
 import os
 import pathlib
-import platform
-import resource
 import secrets
 import signal
 import socket
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -30,7 +26,6 @@ from scaleup.errors import ConfigError
 from scaleup.training import watchdog
 
 PR_SET_PDEATHSIG = 1
-PACKAGES = "torch transformers peft accelerate deepspeed bitsandbytes datasets safetensors numpy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +48,7 @@ class World:
         return self.local_rank == 0
 
     def writes(self, shared: bool) -> bool:
-        """Return whether this process writes the files of its output folder.
-
-        Args:
-            shared: whether all hosts see one output folder. If not, one process per host writes.
-        """
+        """Return whether this process writes the output folder, which all hosts may share."""
         return self.main if shared else self.local_main
 
 
@@ -262,43 +253,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def environment(world: World) -> dict[str, object]:
-    """Return the content of environment.json: versions, devices, threads and commit."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES.split():
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    device = platform.processor() or platform.machine()
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    return {
-        "python": platform.python_version(),
-        "packages": packages,
-        "platform": platform.platform(),
-        "device": f"{world.device.type}: {device}",
-        "processes": world.size,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout, with + if it has changes. None outside a checkout."""
-    folder = str(pathlib.Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def peak_memory_mib(world: World) -> float:
-    """Return the most memory in MiB that this process has held: of the GPU, or of the host."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

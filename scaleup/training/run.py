@@ -7,7 +7,6 @@ timing.json.
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import time
@@ -20,25 +19,21 @@ from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
-from scaleup import io
+from scaleup import io, machine
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
-from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
-from scaleup.data.files import Examples
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
 from scaleup.memory.states import estimate
 from scaleup.settings.presets import deepspeed_file
@@ -47,40 +42,19 @@ from scaleup.training import console, distributed, resume, watchdog
 from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import Manifest
+from scaleup.training.context import Run
+from scaleup.training.distributed import World
 from scaleup.training.preflight import hub_structure, packing_problems
 from scaleup.training.scoring import score
-from scaleup.training.trainer import RunContext, RunTrainer
+from scaleup.training.trainer import RunTrainer
 from scaleup.unipelt.model import parameter_counts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Everything about a run that is known before its model is loaded."""
-
-    settings: Settings
-    world: distributed.World
-    out: pathlib.Path
-    shared: bool  # whether all hosts see one output folder
-    config: PretrainedConfig
-    half: torch.dtype | None
-    examples: Examples
-    tokenizer: PreTrainedTokenizerBase
-    args: TrainingArguments
-    manifest: Manifest
-
-    @property
-    def writes(self) -> bool:
-        return self.world.writes(self.shared)
-
-
 def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """Train, restore the best checkpoint, and score the test set once.
+    """Train, score the best checkpoint, and return the content of results.json.
 
     Args:
         callbacks: more transformers callbacks to run.
-
-    Returns:
-        The content of results.json.
 
     Raises:
         ConfigError: the user must change something.
@@ -92,10 +66,9 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
     settings = fit_length(settings, config)
-    half = device_half_dtype(settings, world.device)
     problems = [
         *resume.changes(settings),
-        *precision.problems(settings, half),
+        *precision.problems(settings, precision.device_half_dtype(settings, world.device)),
         *packing_problems(settings.data, config),
         *hub_structure(settings, config),
     ]
@@ -111,12 +84,12 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
             *console.summary(results, out, 0.0),
         )
         return results
-    prepared = _prepare(settings, world, out, shared, config, half)
+    prepared = _prepare(settings, world, shared, config)
     checkpoint, old_weights = _choose_checkpoint(prepared)
     model = load_run_model(
         settings,
         config,
-        tasks.of(settings.data).auto,
+        prepared.task.auto,
         prepared.examples.labels,
         world.device,
         prior=data.prior(prepared.examples) if settings.model.head_bias == "prior" else None,
@@ -133,18 +106,17 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     if checkpoint or old_weights:
         _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     _train(prepared, trainer, checkpoint)
-    results = score(settings, trainer, prepared.examples, counts)
+    results = score(trainer, counts)
     seconds = time.perf_counter() - begin
     if world.main:
         io.write_json(out / "results.json", results)
-        peak = round(distributed.peak_memory_mib(world), 1)
-        timing = {"seconds": round(seconds, 1), "peak_memory_mib": peak}
-        io.write_json(out / "timing.json", timing)
+        peak = round(machine.peak_memory_mib(world.device), 1)
+        io.write_json(out / "timing.json", {"seconds": round(seconds, 1), "peak_memory_mib": peak})
     _print(world, *console.summary(results, out, seconds))
     return results
 
 
-def _start(settings: Settings) -> distributed.World:
+def _start(settings: Settings) -> World:
     """Join the other processes and quieten the libraries, except where the user asked for logs."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
         raise ConfigError(
@@ -160,20 +132,14 @@ def _start(settings: Settings) -> distributed.World:
     return world
 
 
-def _prepare(
-    settings: Settings,
-    world: distributed.World,
-    out: pathlib.Path,
-    shared: bool,
-    config: PretrainedConfig,
-    half: torch.dtype | None,
-) -> _Run:
+def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedConfig) -> Run:
     """Read and tokenize the data, and build the arguments of Trainer."""
+    half = precision.device_half_dtype(settings, world.device)
     task = tasks.of(settings.data)
     examples = task.module.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model, config)
     examples = task.module.tokenize(examples, tokenizer, settings.data)
-    args = training_arguments(settings, world, examples.metric, task.token_mean, shared, half)
+    args = training_arguments(settings, world, examples.metric, shared, half)
     plugin = args.deepspeed_plugin
     manifest = Manifest(
         method=settings.dump()["method"],
@@ -186,16 +152,13 @@ def _prepare(
         task=examples.task,
         labels=examples.labels,
         data=data.provenance(examples),
-        run={
-            "processes": args.world_size,
-            "zero_stage": 0 if plugin is None else plugin.zero_stage,
-        },
+        run={"processes": args.world_size, "zero_stage": plugin.zero_stage if plugin else 0},
     )
-    return _Run(settings, world, out, shared, config, half, examples, tokenizer, args, manifest)
+    return Run(settings, world, shared, config, half, examples, tokenizer, args, manifest)
 
 
 @contextlib.contextmanager
-def _agreed(world: distributed.World) -> Iterator[None]:
+def _agreed(world: World) -> Iterator[None]:
     """End all processes with the first error that one of them had inside the block."""
     problem = None
     try:
@@ -207,7 +170,7 @@ def _agreed(world: distributed.World) -> Iterator[None]:
         raise problems[0]
 
 
-def _choose_checkpoint(run: _Run) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+def _choose_checkpoint(run: Run) -> tuple[pathlib.Path | None, pathlib.Path | None]:
     """Lock the output folder, and return what `resume.choose` returns."""
     out = run.out
     with _agreed(run.world):
@@ -221,37 +184,23 @@ def _choose_checkpoint(run: _Run) -> tuple[pathlib.Path | None, pathlib.Path | N
     return choice  # noqa: RET504 (mypy: the block could swallow an error)
 
 
-def _make_trainer(run: _Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
-    settings, examples, args = run.settings, run.examples, run.args
-    task, tokenizer = tasks.of(settings.data), run.tokenizer
-    gate_statistics = GateStatistics(model, args.torch_compile)
+def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+    settings, examples, prepare = run.settings, run.examples, run.task.module
+    gate_statistics = GateStatistics(model, run.args.torch_compile)
     shutdown = GracefulShutdown()
-    context = RunContext(
-        run.out,
-        run.manifest,
-        run.world,
-        run.shared,
-        keep=settings.train.keep_checkpoints,
-        token_mean=task.token_mean,
-        generation=tasks.generation(settings.data, examples.metric),
-    )
+    logger = JsonlLogger(run.out / "log.jsonl", gate_statistics, run.writes)
     try:
         trainer = RunTrainer(
+            run,
+            gate_statistics,
+            shutdown,
             model=model,
-            args=args,
             train_dataset=examples.train,
             eval_dataset=examples.dev,
-            data_collator=task.module.collator(tokenizer, settings.data),
-            processing_class=tokenizer,
-            compute_metrics=task.module.compute_metrics(examples, tokenizer),
-            callbacks=[
-                shutdown,
-                JsonlLogger(run.out / "log.jsonl", gate_statistics, run.writes),
-                *callbacks,
-            ],
-            context=context,
-            gate_statistics=gate_statistics,
-            shutdown=shutdown,
+            data_collator=prepare.collator(run.tokenizer, settings.data),
+            processing_class=run.tokenizer,
+            compute_metrics=prepare.compute_metrics(examples, run.tokenizer),
+            callbacks=[shutdown, logger, *callbacks],
         )
         trainer.try_out()
     except torch.OutOfMemoryError as error:  # perhaps on this rank only
@@ -265,14 +214,14 @@ def _make_trainer(run: _Run, model: nn.Module, callbacks: Sequence[TrainerCallba
     shutdown.install()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    if not args.disable_tqdm:
+    if not run.args.disable_tqdm:
         trainer.add_callback(ProgressBars(examples.metric))
     if settings.train.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.train.early_stopping_patience))
     return trainer
 
 
-def _open_folder(run: _Run, old_weights: pathlib.Path | None) -> None:
+def _open_folder(run: Run, old_weights: pathlib.Path | None) -> None:
     """Make and lock the output folder, and write config.yaml and environment.json."""
     out = run.out
     if old_weights is not None and old_weights.parent == out:
@@ -285,23 +234,18 @@ def _open_folder(run: _Run, old_weights: pathlib.Path | None) -> None:
             flush=True,
         )
     io.write_text(out / "config.yaml", to_yaml(run.settings))
-    io.write_json(out / "environment.json", distributed.environment(run.world))
+    io.write_json(out / "environment.json", machine.environment(run.world.device, run.world.size))
 
 
-def _print(world: distributed.World, *lines: str) -> None:
+def _print(world: World, *lines: str) -> None:
     if world.main:
         print(*lines, sep="\n", flush=True)
 
 
-def _announce(run: _Run, counts: dict[str, Any]) -> None:
+def _announce(run: Run, counts: dict[str, Any]) -> None:
     """Print the header of the run: model, data, batch, hosts and memory."""
-    settings, world, args = run.settings, run.world, run.args
-    backend = "one process"
-    if world.size > 1 or world.deepspeed:
-        backend = args.distributed_state.distributed_type.value.lower()
-    if settings.train.deepspeed:
-        backend += f", {settings.train.deepspeed}"
-    _print(world, *console.header(settings, run.examples, counts, world, backend, args.bf16))
+    settings, world = run.settings, run.world
+    _print(world, *console.header(run, counts))
     places = distributed.hosts(world)
     _print(world, *console.placement(places))
     if world.size > 1:
@@ -322,7 +266,7 @@ def _announce(run: _Run, counts: dict[str, Any]) -> None:
         _print(world, console.memory_line(states))
 
 
-def _train(run: _Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
+def _train(run: Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     """Train to the end and save `best/`."""
     patience = run.settings.train.early_stopping_patience
     if checkpoint is not None and patience:

@@ -5,25 +5,20 @@ from typing import Any
 
 from transformers.trainer_utils import PredictionOutput
 
-from scaleup.data.files import Examples
 from scaleup.data.metrics import decode
 from scaleup.io import write_text
-from scaleup.settings.schema import Settings
+from scaleup.training.context import Run
 from scaleup.training.trainer import RunTrainer
 
 
-def score(
-    settings: Settings, trainer: RunTrainer, examples: Examples, counts: dict[str, Any]
-) -> dict[str, Any]:
-    """Score the best checkpoint on dev, with its gates, and on test.
+def score(trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
+    """Score the best checkpoint on dev and test, and return the content of results.json.
 
     Args:
         counts: as `scaleup.unipelt.model.parameter_counts` returns them.
-
-    Returns:
-        The content of results.json.
     """
-    state, world = trainer.state, trainer.context.world
+    run, state = trainer.run, trainer.state
+    settings, examples = run.settings, run.examples
     trainer.gate_statistics.drain()
     dev = _metrics(trainer.predict(examples.dev).metrics)
     gates = trainer.gate_statistics.drain()
@@ -31,8 +26,8 @@ def score(
     if examples.test is not None and not examples.test_is_dev:
         output = trainer.predict(examples.test)
         test = _metrics(output.metrics)
-        if trainer.context.generation is not None and world.main:
-            _write_predictions(trainer, examples, output)
+        if run.generation is not None and run.world.main:
+            _write_predictions(run, output)
     return {
         "task": settings.data.name or examples.task,
         "metric": examples.metric,
@@ -65,13 +60,14 @@ def _metrics(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _write_predictions(trainer: RunTrainer, examples: Examples, output: PredictionOutput) -> None:
-    """Write predictions.jsonl in the order of the test set. It was evaluated by length."""
+def _write_predictions(run: Run, output: PredictionOutput) -> None:
+    """Write predictions.jsonl in the order of the test set, which was evaluated by length."""
+    examples = run.examples
     assert examples.prompts is not None and examples.references is not None
-    texts = decode(trainer.processing_class, output.predictions)
+    texts = decode(run.tokenizer, output.predictions)
     lines = [
         {"text": examples.prompts[i], "written": text, "references": examples.references[i]}
         for i, text in sorted(zip(output.label_ids.tolist(), texts))
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(trainer.out / "predictions.jsonl", content)
+    write_text(run.out / "predictions.jsonl", content)

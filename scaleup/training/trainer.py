@@ -3,7 +3,6 @@
 This is the only file that overrides private methods of Trainer.
 """
 
-import dataclasses
 import math
 import pathlib
 import shutil
@@ -21,41 +20,17 @@ from scaleup.errors import RunError
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
-    Manifest,
     commit_checkpoint,
     create_staging_folder,
     expected_tensors,
     staging_folder,
 )
+from scaleup.training.context import Run
 from scaleup.training.sampler import ResumableSampler
 
 BATCHES = 1 << 20  # more than the batches of one optimizer step
 # Columns of a batch that only `generate` and the metrics read.
 FOR_GENERATION = ("prompt", "prompt_mask", "reference")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunContext:
-    """What the loop needs to know about its run.
-
-    Attributes:
-        shared: whether all hosts see one output folder.
-        keep: number of newest checkpoints to keep.
-        token_mean, generation: see `scaleup.data.tasks`.
-    """
-
-    out: pathlib.Path
-    manifest: Manifest
-    world: distributed.World
-    shared: bool
-    keep: int
-    token_mean: bool = False
-    generation: dict[str, int] | None = None
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the files of its output folder."""
-        return self.world.writes(self.shared)
 
 
 class RunTrainer(Trainer):
@@ -65,19 +40,14 @@ class RunTrainer(Trainer):
     """
 
     def __init__(
-        self,
-        *args,
-        context: RunContext,
-        gate_statistics: GateStatistics,
-        shutdown: GracefulShutdown,
-        **kwargs,
+        self, run: Run, gate_statistics: GateStatistics, shutdown: GracefulShutdown, **kwargs
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(args=run.args, **kwargs)
         # Most losses are means over the batch and ignore the item count that Trainer passes. With
         # True, Trainer would not divide them by the accumulation steps.
-        self.model_accepts_loss_kwargs = context.token_mean
-        self.context, self.gate_statistics, self.shutdown = context, gate_statistics, shutdown
-        self.out, self.writes = context.out, context.writes
+        self.model_accepts_loss_kwargs = run.task.token_mean
+        self.run, self.gate_statistics, self.shutdown = run, gate_statistics, shutdown
+        self.out, self.writes = run.out, run.writes
         self.tokens = torch.zeros((), device=self.args.device)
         self.since = time.perf_counter()
         self.batch = (0, 0)  # optimizer step, forward pass within it
@@ -121,24 +91,17 @@ class RunTrainer(Trainer):
             kept["use_cache"] = False
         return super().compute_loss(model, kept, *args, **kwargs)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple:
-        """Evaluate a batch.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple:
+        """Evaluate a batch and return Trainer's tuple.
 
-        Returns:
-            Trainer's tuple. For generation tasks: loss, generated tokens [B, T], and the number of
-            each reference [B].
+        In a generation task it holds the loss, the generated tokens [B, T] and the number of each
+        reference [B].
         """
         if "reference" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
-        if self.context.generation is None:
+        if self.run.generation is None:
             return loss, None, None
         prompt = inputs.get("prompt", inputs["input_ids"])
         with self.compute_loss_context_manager(), self.gate_statistics.paused(), torch.no_grad():
@@ -148,7 +111,7 @@ class RunTrainer(Trainer):
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self.processing_class.pad_token_id,
-                **self.context.generation,
+                **self.run.generation,
             )
         if "prompt" in inputs:  # a decoder repeats the prompt
             tokens = tokens[:, prompt.shape[1] :]
@@ -177,7 +140,7 @@ class RunTrainer(Trainer):
         return int((self.state.epoch or 0.0) + 1e-6)  # tolerates rounding
 
     def refuse_bad_loss(self) -> None:
-        """Raise RunError on every rank if a loss was not finite. Name its first step and batch."""
+        """Raise RunError on every rank, with the step and batch of the first loss not finite."""
         first_by_rank = self.accelerator.gather(self.first_bad.reshape(1)).tolist()
         bad = [(first, rank) for rank, first in enumerate(first_by_rank) if first >= 0]
         if not bad:
@@ -218,19 +181,19 @@ class RunTrainer(Trainer):
         Under ZeRO-3 only rank 0 ever holds whole tensors, so its files are copied to the others.
         """
         super().save_model(output_dir, _internal_call)
-        if not self.context.shared and is_deepspeed_zero3_enabled():
+        if not self.run.shared and is_deepspeed_zero3_enabled():
             folder = pathlib.Path(output_dir or self.args.output_dir)
-            distributed.copy_from_first(self.context.world, folder)
+            distributed.copy_from_first(self.run.world, folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.context.world.main or not is_deepspeed_zero3_enabled():
+        if self.run.world.main or not is_deepspeed_zero3_enabled():
             super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.context.shared and self.is_deepspeed_enabled:
+        if not self.run.shared and self.is_deepspeed_enabled:
             # DeepSpeed writes this file on the first host only.
-            distributed.copy_from_first(self.context.world, pathlib.Path(output_dir), "latest")
+            distributed.copy_from_first(self.run.world, pathlib.Path(output_dir), "latest")
 
     def save_adapter_checkpoint(self, name: str) -> None:
         """Save the model as it is now to `out/name`. Every rank must call this."""
@@ -262,7 +225,7 @@ class RunTrainer(Trainer):
             staging = staging_folder(folder)
             (staging / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
             expected = expected_tensors(self.accelerator.unwrap_model(self.model))
-            manifest = self.context.manifest
+            manifest = self.run.manifest
             self._write(folder, lambda: commit_checkpoint(staging, folder, expected, manifest))
         self.accelerator.wait_for_everyone()
 
@@ -292,7 +255,8 @@ class RunTrainer(Trainer):
             inner.rmdir()
         self._commit(folder)
         if self.writes:
-            resume.keep_newest(self.out, self.context.keep, self.state.best_global_step)
+            keep = self.run.settings.train.keep_checkpoints
+            resume.keep_newest(self.out, keep, self.state.best_global_step)
 
     def _best_checkpoint(self) -> pathlib.Path | None:
         step = self.state.best_global_step

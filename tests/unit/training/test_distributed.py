@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from scaleup import io
+from scaleup import io, machine
 from scaleup.errors import ConfigError
 from scaleup.training import distributed
 from tests.utils.workspace import environment
@@ -94,11 +94,11 @@ def test_threads_that_the_user_chose_and_processes_with_a_rank_are_left_alone(mo
 
 
 def test_the_environment_names_versions_device_and_commit():
-    world = distributed.World(0, 0, 1, torch.device("cpu"), False)
-    content = distributed.environment(world)
+    cpu = torch.device("cpu")
+    content = machine.environment(cpu, 1)
     assert content["packages"]["torch"] == torch.__version__
     assert content["device"].startswith("cpu: ") and content["processes"] == 1
-    assert distributed.peak_memory_mib(world) > 50
+    assert machine.peak_memory_mib(cpu) > 50
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
