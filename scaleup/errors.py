@@ -31,3 +31,8 @@ class Preempted(ScaleupError):
 
 class ExportError(ScaleupError, RuntimeError):
     """An export cannot be made, or failed its verification. Nothing is left under its name."""
+
+
+def one_line(error: BaseException, length: int | None = None) -> str:
+    """Return the message of an error without line breaks, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]

@@ -1,7 +1,6 @@
 """Load the backbone of a run: its config, its tokenizer, and its weights, complete, quantised or
 sharded."""
 
-import pathlib
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from transformers import (
 
 from scaleup.backbone import quantization, weights
 from scaleup.backbone.int8 import replace_linears
-from scaleup.backbone.lengths import length_problems
 from scaleup.backbone.sharded import load_sharded, set_values
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.quantized import leave_out_scales
 from scaleup.unipelt.sites import head_names
@@ -29,48 +27,8 @@ UNREADABLE_CONFIG = (OSError, ValueError, ImportError, KeyError, TypeError, Attr
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
-def _has_config(model: ModelSettings) -> bool:
-    return pathlib.Path(model.name, "config.json").is_file()
-
-
-def local_config(model: ModelSettings) -> PretrainedConfig | None:
-    """Return the config of a model folder; None for a hub id or a config that `check` reports."""
-    try:
-        return (
-            AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
-            if _has_config(model)
-            else None
-        )
-    except UNREADABLE_CONFIG:
-        return None
-
-
-def check(sections: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the model folder of a config, without loading weights."""
-    model, data = sections.get("model"), sections.get("data")
-    if model is None or not _has_config(model):
-        return []
-    try:
-        config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
-    except UNREADABLE_CONFIG as error:
-        return [
-            f"model.name: {model.name}/config.json is not a usable model config: "
-            f"{_one_line(error, 200)}"
-        ]
-    problems, folder = [], pathlib.Path(model.name)
-    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        problems.append(f"model.name: {model.name} has no weights (*.safetensors or *.bin)")
-    if data is not None:
-        problems += length_problems(data, model, config, defaults=False)
-    return problems
-
-
-def _one_line(error: Exception, length: int) -> str:
-    return " ".join(str(error).split())[:length]
-
-
 def _unreadable(name: str, error: Exception) -> ConfigError:
-    return ConfigError(f"model.name: {name} cannot be loaded: {_one_line(error, 300)}")
+    return ConfigError(f"model.name: {name} cannot be loaded: {one_line(error, 300)}")
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from scaleup.backbone import loading, precision
 from scaleup.backbone.sharded import set_values, whole_shape
-from scaleup.errors import CheckpointError
+from scaleup.errors import CheckpointError, one_line
 from scaleup.settings.schema import MethodSettings, Settings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
         else:
             _set_tensors(model, state)
     except (RuntimeError, AttributeError) as error:
-        message = " ".join(str(error).split())[:200]
+        message = one_line(error, 200)
         raise CheckpointError(f"{folder}: its weights do not fit this model: {message}") from None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -168,7 +168,7 @@ def read_columns(key: str, file: str) -> Table:
         ) from None
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        reason = reason or " ".join(str(error).split())[:100]
+        reason = reason or one_line(error, 100)
         raise ConfigError(f"{place} cannot be read: {reason}") from None
     if not text.strip():
         raise ConfigError(f"{place} is empty")

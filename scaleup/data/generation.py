@@ -31,7 +31,7 @@ from scaleup.data.files import (
     user_files,
 )
 from scaleup.data.metrics import IGNORED, text_metrics
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -166,7 +166,7 @@ def _prompt_and_completion(
     try:
         prompt, chat = render(turns[:-1], add_generation_prompt=True), render(turns)
     except (ValueError, TemplateError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(
             f"data.messages_column: the tokenizer's chat template refuses a chat: {reason}"
         ) from None

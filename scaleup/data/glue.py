@@ -7,7 +7,7 @@ from typing import NamedTuple
 import datasets
 
 from scaleup.data.files import Table
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
 
@@ -74,7 +74,7 @@ def load_from_hub(data: DataSettings) -> dict[str, Table]:
     ) as error:
         raise ConfigError(
             f"data.path: {hub_id} is no folder here and did not load from the hub "
-            f"({' '.join(str(error).split())[:200]}); "
+            f"({one_line(error, 200)}); "
             f"give data.path as a local folder with {data.name}/train.parquet"
         ) from None
     tables = {}

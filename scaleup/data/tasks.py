@@ -10,11 +10,10 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from scaleup.backbone.loading import local_config
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, ModelSettings, Section
+from scaleup.settings.schema import DataSettings, Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +52,11 @@ def generation(data: DataSettings, metric: str) -> dict[str, int] | None:
 
 
 def check(sections: dict[str, Section]) -> list[str]:
-    """Return what is wrong with the data of a config and whether its model can do the task.
-
-    Data on the hub is not read here.
-    """
-    data, model = sections.get("data"), sections.get("model")
-    if not isinstance(data, DataSettings):
-        return []
-    task, problems = of(data), []
-    if "train" in task.module.source_files(data):
+    """Return what is wrong with the data files of a config. Data on the hub is not read."""
+    data = sections.get("data")
+    if isinstance(data, DataSettings) and "train" in of(data).module.source_files(data):
         try:
-            task.module.load(data)
+            of(data).module.load(data)
         except ConfigError as error:
-            problems += error.problems
-    config = None
-    if isinstance(model, ModelSettings) and not model.trust_remote_code:
-        config = local_config(model)
-    if config is not None and type(config) not in task.auto._model_mapping:
-        problems.append(
-            f"model.name: transformers has no {config.model_type} model "
-            f"for data.task {name_of(data)}"
-        )
-    return problems
+            return error.problems
+    return []

@@ -31,7 +31,7 @@ from scaleup.backbone.loading import load_config
 from scaleup.backbone.method import empty_run_model
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.memory.activations import Kernels, Step, trace
 from scaleup.memory.requirements import check_requirements
 from scaleup.memory.states import States, Zero, read_zero, states
@@ -147,7 +147,7 @@ class _Planner:
         try:
             return self._make(self.config, deepspeed)
         except (ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             name = self.settings.model.name
             raise ConfigError(f"model.name: {name}: {reason}") from error
 

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 from packaging.requirements import Requirement
 
+from scaleup.errors import one_line
 from scaleup.settings.schema import Settings
 
 
@@ -38,7 +39,7 @@ def _deepspeed() -> str:
     try:
         import deepspeed  # slow, and optional
     except (ImportError, OSError, RuntimeError) as error:
-        state = f"cannot be imported ({' '.join(str(error).split())[:120]})"
+        state = f"cannot be imported ({one_line(error, 120)})"
     else:
         state = f"{deepspeed.__version__} imports"
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]

@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone.method import empty_run_model
 from scaleup.data import tasks
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import Settings
 
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter: float32 copy, two float32 moments
@@ -112,7 +112,7 @@ def read_zero(path: str | os.PathLike, hidden_size: int) -> Zero:
     except OSError as error:
         raise ConfigError(f"train.deepspeed: {path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(f"train.deepspeed: {path} is not a DeepSpeed config: {reason}") from None
 
 

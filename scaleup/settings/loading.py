@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 
 # Names of settings in other libraries → their names here.
 SYNONYMS = {
@@ -116,7 +116,7 @@ def parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader)  # a SafeLoader
     except (yaml.YAMLError, *_PARSER_ERRORS) as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
 def read(

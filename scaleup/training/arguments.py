@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from scaleup.data import tasks
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.training.distributed import World
@@ -57,7 +57,7 @@ def training_arguments(
             accelerator_config={"use_configured_state": True},
         )
     except (ValueError, ImportError, TypeError, KeyError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train: {one_line(error)}") from error
     # One process drives one GPU. nn.DataParallel would copy modules without their hooks.
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -11,10 +11,12 @@ import re
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.backbone import loading as backbone
+from scaleup.backbone.lengths import length_problems
 from scaleup.data import tasks
+from scaleup.errors import one_line
 from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import (
     DataSettings,
@@ -38,19 +40,8 @@ def packing_problems(data: DataSettings, config: PretrainedConfig) -> list[str]:
     ]
 
 
-def structure(sections: dict[str, Section]) -> list[str]:
-    """Check that the method finds its places in the model of a local folder."""
-    model, method, data = (sections.get(name) for name in ("model", "method", "data"))
-    if not isinstance(model, ModelSettings) or not isinstance(method, MethodSettings):
-        return []
-    config = backbone.local_config(model)
-    if not isinstance(data, DataSettings) or config is None:
-        return []
-    return _structure_problems(model, method, data, config)
-
-
 def hub_structure(settings: Settings, config: PretrainedConfig) -> list[str]:
-    """Check a model of the hub as `structure` checks a folder, once its config is there."""
+    """Check a model of the hub, once its config is loaded, as `model_config` checks a folder."""
     if pathlib.Path(settings.model.name).is_dir():
         return []
     return _structure_problems(settings.model, settings.method, settings.data, config)
@@ -61,7 +52,7 @@ def _structure_problems(
 ) -> list[str]:
     completes, auto = tasks.name_of(data) == "causal_lm", tasks.of(data).auto
     if (method.name != "unipelt" and not completes) or type(config) not in auto._model_mapping:
-        return []  # `tasks.check` reports a model that cannot do the task
+        return []  # `model_config` reports a model that cannot do the task
     known = config.model_type in TESTED
     eager_only = model.attention != "eager" and config.model_type in EAGER_ONLY
     if not completes and known and not eager_only:
@@ -92,22 +83,14 @@ def _find_attentions(
         with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
             return find_sites(backbone.empty_model(config, attention, None, auto))[0], None
     except (*backbone.UNREADABLE, RuntimeError) as error:
-        return [], " ".join(str(error).split())
+        return [], one_line(error)
 
 
-def model_features(sections: dict[str, Section]) -> list[str]:
-    """Check for what single settings need: a bias in the head, attention by positions."""
-    model, data = sections.get("model"), sections.get("data")
-    if not isinstance(model, ModelSettings) or not isinstance(data, DataSettings):
+def _head_problems(model: ModelSettings, data: DataSettings, config: PretrainedConfig) -> list[str]:
+    """Check that the head has the bias that model.head_bias=prior sets."""
+    if model.head_bias != "prior":
         return []
-    prior = model.head_bias == "prior"
-    config = backbone.local_config(model) if prior or data.packing else None
-    auto = tasks.of(data).auto
-    if config is None or type(config) not in auto._model_mapping:
-        return []
-    if not prior:
-        return packing_problems(data, config)
-    empty = backbone.empty_model(config, model.attention, None, auto)
+    empty = backbone.empty_model(config, model.attention, None, tasks.of(data).auto)
     linear = [
         module
         for name in head_names(empty)
@@ -151,4 +134,35 @@ def training_files(sections: dict[str, Section]) -> list[str]:
     return problems
 
 
-CHECKS = (model_folder, training_files, tasks.check, backbone.check, structure, model_features)
+def model_config(sections: dict[str, Section]) -> list[str]:
+    """Check that a model folder is complete, and that data and method can use its model."""
+    model, method, data = (sections.get(name) for name in ("model", "method", "data"))
+    if not isinstance(model, ModelSettings):
+        return []
+    folder = pathlib.Path(model.name)
+    if not (folder / "config.json").is_file():
+        return []
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except backbone.UNREADABLE_CONFIG as error:
+        reason = one_line(error, 200)
+        return [f"model.name: {folder}/config.json is not a usable model config: {reason}"]
+    problems = []
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        problems.append(f"model.name: {folder} has no weights (*.safetensors or *.bin)")
+    if not isinstance(data, DataSettings):
+        return problems
+    problems += length_problems(data, model, config, defaults=False)
+    if type(config) in tasks.of(data).auto._model_mapping:
+        problems += packing_problems(data, config) + _head_problems(model, data, config)
+    elif not model.trust_remote_code:
+        problems.append(
+            f"model.name: transformers has no {config.model_type} model for data.task"
+            f" {tasks.name_of(data)}"
+        )
+    if isinstance(method, MethodSettings):
+        problems += _structure_problems(model, method, data, config)
+    return problems
+
+
+CHECKS = (model_folder, training_files, tasks.check, model_config)

@@ -34,7 +34,7 @@ from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
-from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
+from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, to_yaml
@@ -204,13 +204,13 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
         )
         trainer.try_out()
     except torch.OutOfMemoryError as error:  # perhaps on this rank only
-        message = " ".join(str(error).split())[:300]
+        message = one_line(error, 300)
         raise RunError(f"rank {run.world.rank}: {message}") from error
     except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
         # A tracker, an optimizer or a DeepSpeed file has refused its settings.
         if watchdog.is_lost(error):
             raise
-        raise ConfigError(f"train: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"train: {one_line(error)}") from error
     shutdown.install()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

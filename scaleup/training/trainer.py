@@ -16,7 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from scaleup.errors import RunError
+from scaleup.errors import RunError, one_line
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
@@ -211,7 +211,7 @@ class RunTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if watchdog.is_lost(error):
                 raise
-            cause = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            cause = getattr(error, "strerror", None) or one_line(error, 200)
             if shutil.disk_usage(self.out).free < 2**20:  # torch reports "unexpected pos"
                 cause = "the disk is full"
             shutil.rmtree(staging_folder(folder), ignore_errors=True)
