@@ -13,8 +13,9 @@ argument must change; 130 interrupted.
 import argparse
 import functools
 import os
-import pathlib
 import sys
+from pathlib import Path
+from typing import Any
 
 # Copies of the names in scaleup/experiments, whose import takes seconds (a test compares them).
 GEOMETRIES = ("bert-base", "bart-large", "bert-narrow", "llama-8b")
@@ -45,22 +46,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         argparse.ArgumentParser, add_help=False, argument_default=argparse.SUPPRESS
     )
     model = options_parser()
-    model.add_argument(
-        "--geometry",
-        choices=GEOMETRIES,
-        help="sizes of the model (default: bert-base). bert-narrow: BERT-base without its width, to"
-        " time Python alone; llama-8b: needs --dtype bfloat16",
+    geometry = (
+        "sizes of the model (default: bert-base). bert-narrow: BERT-base without its width, to "
+        "time Python alone; llama-8b: needs --dtype bfloat16"
     )
+    model.add_argument("--geometry", choices=GEOMETRIES, help=geometry)
     model.add_argument("--batch", type=positive, help="examples per step (default: 16)")
     model.add_argument("--length", type=positive, help="tokens (default: 128)")
     model.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
-    model.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="default: float32; bfloat16: frozen weights in bfloat16, trained weights in float32,"
-        " autocast",
+    dtype = (
+        "default: float32; bfloat16: frozen weights in bfloat16, trained weights in float32, "
+        "autocast"
     )
-    model.add_argument("--output", type=pathlib.Path, help="the JSON file to write")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+    model.add_argument("--output", type=Path, help="the JSON file to write")
 
     timed = options_parser()
     timed.add_argument("--rounds", type=positive, help="timed rounds (default: 15)")
@@ -72,53 +71,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step = options_parser()
     step.add_argument("--ragged", action="store_true", help="make half of all tokens padding")
     way = step.add_mutually_exclusive_group()
-    way.add_argument(
-        "--compile",
-        nargs="?",
-        const="default",
-        choices=("default", "reduce-overhead"),
-        help="run each model through torch.compile; reduce-overhead: as CUDA graphs",
-    )
-    way.add_argument(
-        "--profile", action="store_true", help="time each operation instead of whole steps"
-    )
-    way.add_argument(
-        "--baseline",
-        metavar="PYTHON",
-        help="interpreter of an environment with the library `adapters`, whose UniPELT takes part",
-    )
+    modes = ("default", "reduce-overhead")
+    compiled = "run each model through torch.compile; reduce-overhead: as CUDA graphs"
+    way.add_argument("--compile", nargs="?", const="default", choices=modes, help=compiled)
+    profile = "time each operation instead of whole steps"
+    way.add_argument("--profile", action="store_true", help=profile)
+    baseline = "interpreter of an environment with the library `adapters`, whose UniPELT takes part"
+    way.add_argument("--baseline", metavar="PYTHON", help=baseline)
 
     padding = options_parser()
-    padding.add_argument(
-        "--texts",
-        nargs=3,
-        metavar=("TASK", "DATA", "TOKENIZER"),
-        help="use the lengths of a GLUE task's texts (default: half of all tokens are padding)",
-    )
+    metavars = ("TASK", "DATA", "TOKENIZER")
+    texts = "use the lengths of a GLUE task's texts (default: half of all tokens are padding)"
+    padding.add_argument("--texts", nargs=3, metavar=metavars, help=texts)
     padding.add_argument("--examples", type=positive, help="how many (default: 256)")
 
     measurements = parser.add_subparsers(dest="what", required=True, metavar="MEASUREMENT")
+    common: Any = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
     for name, parents, summary in (
         ("inference", [model, timed, chosen, step], "time forward passes"),
         ("training", [model, timed, chosen, step], "time training steps"),
         ("ragged", [model, timed, padding], "time examples of many lengths: padding and groups"),
         ("memory", [model, chosen], "measure the peak memory of a training step"),
     ):
+        description = f"{summary.capitalize()}."
         measurements.add_parser(
-            name,
-            parents=parents,
-            help=summary,
-            description=f"{summary.capitalize()}.",
-            formatter_class=parser.formatter_class,
-            allow_abbrev=False,
+            name, parents=parents, help=summary, description=description, **common
         )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options ask for; return the exit code.
-
-    The process starts again with the settings of the allocator, unless its environment has them.
-    """
+    """Measure, in a process whose environment has the settings of the allocator."""
     if not STEADY_ALLOCATOR.keys() <= os.environ.keys():
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, STEADY_ALLOCATOR | os.environ)

@@ -15,9 +15,10 @@ nothing was kept; 2 an argument must change; 130 interrupted.
 """
 
 import argparse
+import functools
 import os
-import pathlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaleup.cli.exit_codes import DONE
@@ -37,74 +38,36 @@ IDLE = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument(
-        "--checkpoint",
-        type=pathlib.Path,
-        required=True,
-        metavar="RUN/best",
-        help="adapter checkpoint: best/, final/ or checkpoint-N/ of a run",
+    add = parser.add_argument
+    checkpoint = "adapter checkpoint: best/, final/ or checkpoint-N/ of a run"
+    add("--checkpoint", type=Path, required=True, metavar="RUN/best", help=checkpoint)
+    add("--kind", choices=tuple(IDLE), default="exact", help="see above (default: exact)")
+    output = "folder to write, which must not exist"
+    add("--output", type=Path, required=True, metavar="DIR", help=output)
+    config = "config.yaml of the run (default: the one beside the checkpoint)"
+    add("--config", type=Path, metavar="FILE", help=config)
+    backbone = "folder or hub id of the backbone, if it is no longer where the run had it"
+    add("--backbone", metavar="NAME", help=backbone)
+    calibrate = (
+        "data to measure the gates and the export on: dev, test, or a file with the columns of the "
+        "run's data (default: dev)"
     )
-    parser.add_argument(
-        "--kind", choices=tuple(IDLE), default="exact", help="see above (default: exact)"
+    add("--calibrate", metavar="DATA", default="dev", help=calibrate)
+    examples = "merged: number of examples to measure the gates on (default: 256)"
+    add("--examples", type=int, metavar="N", help=examples)
+    prune = (
+        "merged: leave out prefixes and adapters that change less than this share of what they are "
+        "added to (default: 0)"
     )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        required=True,
-        metavar="DIR",
-        help="folder to write, which must not exist",
-    )
-    parser.add_argument(
-        "--config",
-        type=pathlib.Path,
-        metavar="FILE",
-        help="config.yaml of the run (default: the one beside the checkpoint)",
-    )
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="folder or hub id of the backbone, if it is no longer where the run had it",
-    )
-    parser.add_argument(
-        "--calibrate",
-        metavar="DATA",
-        default="dev",
-        help="data to measure the gates and the export on: dev, test, or a file with the columns "
-        "of the run's data (default: dev)",
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="merged: number of examples to measure the gates on (default: 256)",
-    )
-    parser.add_argument(
-        "--prune",
-        type=float,
-        metavar="SHARE",
-        help="merged: leave out prefixes and adapters that change less than this share of what "
-        "they are added to (default: 0)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (default: as the run stored them)",
-    )
-    parser.add_argument(
-        "--max-shard-size", metavar="2GB", help="largest size of a weights file (default: 2GB)"
-    )
-    parser.add_argument(
-        "--max-metric-drop",
-        type=float,
-        metavar="POINTS",
-        help="largest loss of the metric, in points of 100 (default: 1.0)",
-    )
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load the export in a new process, compare its logits and score it",
-    )
+    add("--prune", type=float, metavar="SHARE", help=prune)
+    dtype = "type of the weights (default: as the run stored them)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
+    shard = "largest size of a weights file (default: 2GB)"
+    add("--max-shard-size", metavar="2GB", help=shard)
+    drop = "largest loss of the metric, in points of 100 (default: 1.0)"
+    add("--max-metric-drop", type=float, metavar="POINTS", help=drop)
+    verify = "load the export in a new process, compare its logits and score it"
+    add("--verify", action=argparse.BooleanOptionalAction, default=True, help=verify)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -119,21 +82,17 @@ def run(options: argparse.Namespace) -> int:
 
     hide_progress_bars()
     problems = _problems(options)
-    chosen = {
-        name: value
-        for name, value in vars(options).items()
-        if value is not None and name != "max_shard_size"
-    }
-    if options.max_shard_size is not None:
+    chosen = {name: value for name, value in vars(options).items() if value is not None}
+    shard = chosen.pop("max_shard_size", None)
+    if shard is not None:
         try:
-            chosen["max_shard_bytes"] = parse_bytes(options.max_shard_size, "--max-shard-size")
+            chosen["max_shard_bytes"] = parse_bytes(shard, "--max-shard-size")
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    report = export.run(
-        export.ExportOptions(**chosen), lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    report_progress = functools.partial(print, file=sys.stderr, flush=True)
+    report = export.run(export.ExportOptions(**chosen), report_progress)
     print(*_summary(report, options.output), sep="\n")
     return DONE
 
@@ -160,7 +119,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _summary(report: "ExportReport", output: pathlib.Path) -> list[str]:
+def _summary(report: "ExportReport", output: Path) -> list[str]:
     """Return the lines that describe a finished export."""
     sizes = report.bytes
     lines = [
@@ -168,16 +127,12 @@ def _summary(report: "ExportReport", output: pathlib.Path) -> list[str]:
         f"(the checkpoint: {sizes['checkpoint'] / 1e6:.1f} MB), gates {report.gates}"
     ]
     if report.kind != "exact":
-        way = "plain transformers, no remote code"
-        way = "trust_remote_code=True" if report.remote_code else way
-        lines.append(f"loads with {way}")
+        plain = "plain transformers, no remote code"
+        lines.append(f"loads with {'trust_remote_code=True' if report.remote_code else plain}")
     if report.calibration is not None:
         gates = report.calibration.gates
-        dropped = sum(gate.dropped for gate in gates)
-        line = (
-            f"gates      {len(gates)} measured on {report.calibration.examples} examples, "
-            f"{dropped} dropped"
-        )
+        dropped, examples = sum(gate.dropped for gate in gates), report.calibration.examples
+        line = f"gates      {len(gates)} measured on {examples} examples, {dropped} dropped"
         if gates:
             widest = max(gates, key=lambda gate: gate.spread)
             line += f"; widest spread {widest.spread:.3f} ({widest.part} at {widest.site})"

@@ -10,8 +10,8 @@ everything); 130 interrupted.
 import argparse
 import functools
 import os
-import pathlib
 import sys
+from pathlib import Path
 
 from scaleup.cli.config import add_config_arguments, load_settings
 from scaleup.cli.exit_codes import DONE, FAILED
@@ -22,28 +22,14 @@ from scaleup.io import parse_bytes, write_json
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--world",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of processes, one for each GPU (default: 1)",
-    )
-    parser.add_argument(
-        "--gpu-memory", metavar="24GiB", help="memory of one device; the plan says what fits"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="device that the run will use, wherever the plan is made (default: cuda)",
-    )
-    parser.add_argument(
-        "--configured",
-        action="store_true",
-        help="plan only the configured ZeRO stage and kind of weights, which is quicker",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    add = parser.add_argument
+    add("--world", type=int, default=1, metavar="N", help="number of GPU processes (default: 1)")
+    add("--gpu-memory", metavar="24GiB", help="memory of one device; the plan says what fits")
+    device = "device that the run will use, wherever the plan is made (default: cuda)"
+    add("--device", choices=("cuda", "cpu"), default="cuda", help=device)
+    configured = "plan only the configured ZeRO stage and kind of weights, which is quicker"
+    add("--configured", action="store_true", help=configured)
+    add("--json", metavar="FILE", help="also write the numbers to this file")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,5 +57,5 @@ def run(options: argparse.Namespace) -> int:
     )
     print(*table(made), sep="\n")
     if options.json:
-        write_json(pathlib.Path(options.json), as_json(made))
+        write_json(Path(options.json), as_json(made))
     return DONE if made.fits else FAILED

@@ -9,7 +9,7 @@ interrupted.
 """
 
 import argparse
-import pathlib
+from pathlib import Path
 
 from scaleup.cli.exit_codes import DONE
 from scaleup.errors import ConfigError
@@ -19,38 +19,24 @@ NAMES = ("table1", "table2", "table3", "table4", "table5", "table6", "figure2", 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("name", choices=NAMES, help="what to make")
-    parser.add_argument(
-        "--runs",
-        action="append",
-        metavar="PATH",
-        help="folder of a sweep or a run, or a table of runs such as a sweep's results.csv "
-        "(repeatable; default: the output of the sweep of that name in configs/sweeps/)",
+    add = parser.add_argument
+    add("name", choices=NAMES, help="what to make")
+    runs = (
+        "folder of a sweep or a run, or a table of runs such as a sweep's results.csv "
+        "(repeatable; default: the output of the sweep of that name in configs/sweeps/)"
     )
-    parser.add_argument(
-        "--run",
-        action="append",
-        metavar="PATH",
-        help="gates: folder of a finished run, or TABLE.csv/TRIAL (repeatable, to compare runs)",
+    add("--runs", action="append", metavar="PATH", help=runs)
+    of_gates = "gates: folder of a finished run, or TABLE.csv/TRIAL (repeatable, to compare runs)"
+    add("--run", action="append", metavar="PATH", help=of_gates)
+    data = (
+        "gates: train, dev, test, or a file with the columns of the run's data "
+        "(default: dev, if best/ exists)"
     )
-    parser.add_argument(
-        "--data",
-        metavar="SET",
-        help="gates: train, dev, test, or a file with the columns of the run's data "
-        "(default: dev, if best/ exists)",
-    )
-    parser.add_argument(
-        "--bench",
-        action="append",
-        metavar="PATH",
-        help="table4: files of `scaleup bench`, or their folder (default: results/bench)",
-    )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        metavar="FOLDER",
-        help="folder to write to (default: report/ in the first folder, or TABLE/report/)",
-    )
+    add("--data", metavar="SET", help=data)
+    bench = "table4: files of `scaleup bench`, or their folder (default: results/bench)"
+    add("--bench", action="append", metavar="PATH", help=bench)
+    output = "folder to write to (default: report/ in the first folder, or TABLE/report/)"
+    add("--output", type=Path, metavar="FOLDER", help=output)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,16 +46,12 @@ def run(options: argparse.Namespace) -> int:
 
     hide_progress_bars()
     of_gates = options.name == "gates"
-    has_effect = {
-        "runs": not of_gates,
-        "run": of_gates,
-        "data": of_gates,
-        "bench": options.name == "table4",
-    }
+    idle = {"runs": of_gates, "run": not of_gates, "data": not of_gates}
+    idle["bench"] = options.name != "table4"
     problems = [
         f"--{key}: has no effect on {options.name}; leave it out"
-        for key, effect in has_effect.items()
-        if getattr(options, key) is not None and not effect
+        for key, has_no_effect in idle.items()
+        if getattr(options, key) is not None and has_no_effect
     ]
     if of_gates and not options.run:
         problems.append("--run: which run? give its folder")

@@ -5,7 +5,7 @@ scaleup schema --output configs/schema.json
 
 import argparse
 import json
-import pathlib
+from pathlib import Path
 
 from scaleup.cli.exit_codes import DONE
 from scaleup.io import write_text
@@ -13,12 +13,8 @@ from scaleup.io import write_text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        metavar="FILE",
-        help="file to write (default: print the schema)",
-    )
+    output = "file to write (default: print the schema)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
 
 
 def run(options: argparse.Namespace) -> int:

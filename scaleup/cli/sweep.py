@@ -23,37 +23,17 @@ from scaleup.errors import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("file", help="YAML file of the sweep")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of trials to run at a time (default: 1); with GPUs each has its own",
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="only trials with such a name, like 'cola-100-*' (repeatable)",
-    )
-    parser.add_argument(
-        "--shard",
-        metavar="i/n",
-        help="the i-th of n parts of the grid, counted from 1, for job arrays",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check every config, say what is done and what is missing, and exit",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings of every run, which override everything in the file",
-    )
+    add = parser.add_argument
+    add("file", help="YAML file of the sweep")
+    jobs = "number of trials to run at a time (default: 1); with GPUs each has its own"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    only = "only trials with such a name, like 'cola-100-*' (repeatable)"
+    add("--only", action="append", default=[], metavar="PATTERN", help=only)
+    add("--shard", metavar="i/n", help="the i-th of n parts of the grid, from 1, for job arrays")
+    dry_run = "check every config, say what is done and what is missing, and exit"
+    add("--dry-run", action="store_true", help=dry_run)
+    overrides = "settings of every run, which override everything in the file"
+    add("overrides", nargs="*", metavar="section.key=value", help=overrides)
 
 
 class Screen:

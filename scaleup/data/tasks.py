@@ -13,7 +13,8 @@ from transformers import (
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, Section
+from scaleup.settings.derived import Section
+from scaleup.settings.schema import DataSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,9 @@ import yaml
 from pydantic import Field, PositiveInt
 
 from scaleup.errors import ConfigError
+from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse, shown
-from scaleup.settings.schema import Section, Settings
+from scaleup.settings.schema import Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 

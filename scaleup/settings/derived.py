@@ -18,7 +18,9 @@ from scaleup.unipelt.submodules import SUBMODULES
 class Section(BaseModel):
     """Base of the sections: no unknown keys, no infinities, and a truth value is no number."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -37,10 +39,7 @@ def _alternatives(hint: Any) -> set[Any]:
 
 
 def method_fields() -> dict[str, Any]:
-    """Return the options of UniPeltConfig as fields of pydantic.
-
-    Types, defaults, bounds, choices and descriptions are those that the options declare.
-    """
+    """Return the options of UniPeltConfig as fields of pydantic, with all that they declare."""
     fields: dict[str, Any] = {}
     for group in (CommonOptions, *(submodule.options for submodule in SUBMODULES.values())):
         hints = typing.get_type_hints(group)
@@ -69,11 +68,7 @@ def _field_of_option(option: dataclasses.Field[Any], hint: Any) -> tuple[Any, An
 
 
 def trainer_fields(excluded: typing.Container[str]) -> dict[str, Any]:
-    """Return the fields of TrainingArguments that a user may set, as optional fields of pydantic.
-
-    Args:
-        excluded: names that scaleup declares itself.
-    """
+    """Return the other fields of TrainingArguments that a user may set, as optional fields."""
     hints = typing.get_type_hints(TrainingArguments)
     return {
         field.name: (

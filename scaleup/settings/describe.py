@@ -1,5 +1,6 @@
 """Descriptions of every setting: the help text and the JSON schema."""
 
+import json
 import textwrap
 import typing
 from typing import Any
@@ -26,6 +27,7 @@ def describe(columns: int = 100) -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a config file, for editors (configs/schema.json)."""
     schema = Settings.model_json_schema()
+    schema = json.loads(json.dumps(schema).replace("\\n", " "))  # descriptions of several lines
     names = typing.get_args(MethodSettings.model_fields["name"].annotation)
     schema["properties"]["method"] = {
         "anyOf": [schema["properties"]["method"], {"type": "string", "enum": list(names)}]

@@ -1,8 +1,4 @@
-"""Read config files: strict YAML, and overrides of the form `section.key=value`.
-
-The YAML differs from that of PyYAML in two ways: 5e-4 is a number, and a key that stands twice is
-an error.
-"""
+"""Read config files: strict YAML, and overrides of the form `section.key=value`."""
 
 import difflib
 import json
@@ -54,10 +50,7 @@ def shown(value: Any) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """Return the word of a command line that sets `key` to exactly this value.
-
-    The value is written as JSON, which is YAML on one line.
-    """
+    """Return the word that sets `key` to exactly this value, in JSON, which is YAML on one line."""
     return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
 
 
@@ -104,19 +97,24 @@ _PARSER_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError, Recu
 
 
 def parse(text: str, source: str) -> Any:
-    """Return the value of a YAML text.
-
-    Args:
-        text: YAML.
-        source: file or key that an error message names.
-
-    Raises:
-        ConfigError: the text is not valid YAML.
-    """
+    """Return the value of a YAML text. The message of a ConfigError names `source`."""
     try:
         return yaml.load(text, Loader)  # a SafeLoader
     except (yaml.YAMLError, *_PARSER_ERRORS) as error:
         raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
+
+
+def parse_file(path: str) -> Any:
+    """Return the value of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read or is not valid YAML.
+    """
+    try:
+        return parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
 
 
 def read(
@@ -125,7 +123,7 @@ def read(
     """Read a config file and apply overrides.
 
     Args:
-        path: YAML file, or None for an empty config.
+        path: YAML file; None: an empty config.
         overrides: words `section.key=value`.
         sections: names of the valid sections.
 
@@ -135,19 +133,11 @@ def read(
     Raises:
         ConfigError: the file cannot be read or is not a YAML mapping.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: cannot be read: not UTF-8 text") from None
+    raw = {} if path is None else parse_file(path)
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path}: expected sections {', '.join(sections)}, found {type(raw).__name__}"
-        )
+        names = ", ".join(sections)
+        raise ConfigError(f"{path}: expected sections {names}, found {type(raw).__name__}")
     config: dict[str, dict[str, Any]] = {}
     problems = []
     for name, section in raw.items():

@@ -52,14 +52,7 @@ MANAGED = {name: reason for reason, names in _INSTEAD.items() for name in names.
 
 
 def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that nothing reads in this run.
-
-    Args:
-        sections: the valid sections by name.
-
-    Returns:
-        `section.key` → the reason.
-    """
+    """Return each setting that nothing reads in this run as `section.key` → the reason."""
     model, method, data, train = _unpack(sections)
     idle: dict[str, str] = {}
     if method is not None:
@@ -69,12 +62,11 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
     if data is not None and data.task in GENERATES and model is not None:
         idle["model.head_bias"] = f"data.task is {data.task}, which has no head"
     if data is not None and train is not None:
+        key = "train.group_by_length"
         if data.packing:
-            idle["train.group_by_length"] = "data.packing makes every row about the same length"
+            idle[key] = "data.packing makes every row about the same length"
         if data.pad_to_max_length:
-            idle["train.group_by_length"] = (
-                "data.pad_to_max_length makes every batch the same length"
-            )
+            idle[key] = "data.pad_to_max_length makes every batch the same length"
     if train is not None and not train.gradient_checkpointing:
         idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
     return idle
@@ -83,8 +75,7 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
 def impossible(sections: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each combination of settings that cannot work.
 
-    Args:
-        sections: the valid sections by name; rules about missing ones are skipped.
+    Rules about sections that are missing are skipped.
     """
     model, method, data, train = _unpack(sections)
     problems = []

@@ -21,19 +21,6 @@ from scaleup.settings.loading import Dumper, nearest, read, shown
 from scaleup.settings.rules import MANAGED, impossible, without_effect
 from scaleup.unipelt.submodules import SUBMODULES
 
-__all__ = [
-    "SECTIONS",
-    "DataSettings",
-    "DeclaredTrainSettings",
-    "MethodSettings",
-    "ModelSettings",
-    "Section",
-    "Settings",
-    "TrainSettings",
-    "load",
-    "to_yaml",
-]
-
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
@@ -50,41 +37,28 @@ Path = Annotated[str, pydantic.BeforeValidator(_expand_home)]
 class ModelSettings(Section):
     """The frozen backbone."""
 
-    name: Path = Field(
-        "facebook/bart-large", min_length=1, description="Hub id or local folder of the backbone."
-    )
-    revision: str | None = Field(
-        None, description="Branch, tag or commit on the hub; has no effect on a local folder."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, "
-        "else float32.",
-    )
-    quantization: Literal["none", "8bit", "nf4"] = Field(
-        "none",
-        description="Quantise frozen linear weights to int8 (by bitsandbytes; under ZeRO-3 by "
-        "scaleup, which shards them) or to 4 bits (NF4).",
-    )
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="Attention implementation; eager is slow but works for every model."
-    )
-    head_bias: Literal["default", "prior"] = Field(
-        "default",
-        description="Initial bias of a new head. prior: the mean of the training labels "
-        "(regression) or the logarithms of the class shares, which saves the hundreds of steps "
-        "that learn this constant. default: as transformers makes it, as in the paper.",
-    )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Only for models you trust."
-    )
+    name: Path = Field("facebook/bart-large", min_length=1)
+    """Hub id or local folder of the backbone."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; has no effect on a local folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, else float32."""
+    quantization: Literal["none", "8bit", "nf4"] = "none"
+    """Quantise frozen linear weights to int8 (by bitsandbytes; under ZeRO-3 by scaleup, which
+    shards them) or to 4 bits (NF4)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; eager is slow but works for every model."""
+    head_bias: Literal["default", "prior"] = "default"
+    """Initial bias of a new head. prior: the mean of the training labels (regression) or the
+    logarithms of the class shares, which saves the hundreds of steps that learn this constant.
+    default: as transformers makes it, as in the paper."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
 
 
 class _Method(Section):
-    name: Literal["unipelt", "full", "bitfit"] = Field(
-        "unipelt",
-        description="unipelt; full: fine-tuning of every weight; bitfit: the biases only.",
-    )
+    name: Literal["unipelt", "full", "bitfit"] = "unipelt"
+    """unipelt; full: fine-tuning of every weight; bitfit: the biases only."""
 
 
 _Options: Any = pydantic.create_model("_Options", __base__=_Method, **method_fields())
@@ -114,178 +88,118 @@ class MethodSettings(_Options):
 class DataSettings(Section):
     """Where examples come from and how they become batches."""
 
-    name: Literal[GLUE_TASKS] | None = Field(  # type: ignore[valid-type]
-        None, description="Name of a GLUE task; leave it out for your own files."
-    )
-    task: Literal["sequence_classification", "regression", "seq2seq", "causal_lm"] | None = Field(
-        None,
-        description="Kind of task. seq2seq: write a target for a text (encoder-decoder models). "
-        "causal_lm: complete a prompt or a chat (decoders). Default: that of the GLUE task, else "
-        "sequence_classification.",
-    )
-    path: Path | None = Field(
-        None,
-        description="Local folder with <task>/{train,validation}.parquet or with these files "
-        "themselves, or a dataset id on the hub. Default: nyu-mll/glue.",
-    )
-    train_file: Path | None = Field(
-        None, description="Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet."
-    )
-    validation_file: Path | None = Field(
-        None, description="Your own development data, with the same columns."
-    )
-    test_file: Path | None = Field(
-        None, description="Your own test data, with the same columns; scored once, at the end."
-    )
-    text_column: str = Field(
-        "text", min_length=1, description="Column of your own files with the text."
-    )
-    text_pair_column: str | None = Field(
-        None, description="Column of your own files with the second text of a pair."
-    )
-    label_column: str = Field(
-        "label", min_length=1, description="Column of your own files with class name or number."
-    )
-    target_column: str = Field(
-        "target",
-        min_length=1,
-        description="Column with the text to write, for seq2seq and causal_lm.",
-    )
-    messages_column: str | None = Field(
-        None,
-        description="causal_lm: column with chats, which are lists of {role, content} that end "
-        "with the assistant, instead of text and target.",
-    )
-    k: PositiveInt | Literal["all"] = Field(
-        "all",
-        description="Number of training examples: the first K of the shuffled training set "
-        "(low-resource protocol), or all.",
-    )
-    dev_size: PositiveInt = Field(
-        1000,
-        description="Number of development examples that are cut from the training set: after "
-        "the first K, or with k all if there is no validation set.",
-    )
-    seed: Seed = Field(
-        0, description="Seed of the shuffle that picks the K training and the development examples."
-    )
+    name: Literal[GLUE_TASKS] | None = None  # type: ignore[valid-type]
+    """Name of a GLUE task; leave it out for your own files."""
+    task: Literal["sequence_classification", "regression", "seq2seq", "causal_lm"] | None = None
+    """Kind of task. seq2seq: write a target for a text (encoder-decoder models). causal_lm:
+    complete a prompt or a chat (decoders). Default: that of the GLUE task, else
+    sequence_classification."""
+    path: Path | None = None
+    """Local folder with <task>/{train,validation}.parquet or with these files themselves, or a
+    dataset id on the hub. Default: nyu-mll/glue."""
+    train_file: Path | None = None
+    """Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet."""
+    validation_file: Path | None = None
+    """Your own development data, with the same columns."""
+    test_file: Path | None = None
+    """Your own test data, with the same columns; scored once, at the end."""
+    text_column: str = Field("text", min_length=1)
+    """Column of your own files with the text."""
+    text_pair_column: str | None = None
+    """Column of your own files with the second text of a pair."""
+    label_column: str = Field("label", min_length=1)
+    """Column of your own files with class name or number."""
+    target_column: str = Field("target", min_length=1)
+    """Column with the text to write, for seq2seq and causal_lm."""
+    messages_column: str | None = None
+    """causal_lm: column with chats, which are lists of {role, content} that end with the
+    assistant, instead of text and target."""
+    k: PositiveInt | Literal["all"] = "all"
+    """Number of training examples: the first K of the shuffled training set (low-resource
+    protocol), or all."""
+    dev_size: PositiveInt = 1000
+    """Number of development examples that are cut from the training set: after the first K, or
+    with k all if there is no validation set."""
+    seed: Seed = 0
+    """Seed of the shuffle that picks the K training and the development examples."""
     metric: (
         Literal["accuracy", "f1", "matthews", "spearman", "bleu", "rouge_l", "exact_match", "loss"]
         | None
-    ) = Field(
-        None,
-        description="Metric that picks the best checkpoint. Default: that of the GLUE task; "
-        "accuracy or spearman for your own files; bleu for seq2seq; loss for causal_lm, where "
-        "evaluation writes texts only if another metric asks for it.",
-    )
-    max_length: PositiveInt = Field(
-        128,
-        description="Longest input in tokens; longer ones are cut. causal_lm: prompt and "
-        "completion together.",
-    )
-    max_target_length: PositiveInt = Field(
-        128,
-        description="Longest target of seq2seq, and largest number of tokens that evaluation "
-        "writes.",
-    )
-    num_beams: PositiveInt = Field(
-        1, description="Number of beams with which evaluation writes texts; 1: greedy."
-    )
-    packing: bool = Field(
-        False,
-        description="causal_lm: join texts in rows of max_length tokens; they do not see each "
-        "other.",
-    )
-    pad_to_max_length: bool = Field(
-        False,
-        description="Pad every batch to max_length (paper) instead of to its longest example.",
-    )
+    ) = None
+    """Metric that picks the best checkpoint. Default: that of the GLUE task; accuracy or
+    spearman for your own files; bleu for seq2seq; loss for causal_lm, where evaluation writes
+    texts only if another metric asks for it."""
+    max_length: PositiveInt = 128
+    """Longest input in tokens; longer ones are cut. causal_lm: prompt and completion together."""
+    max_target_length: PositiveInt = 128
+    """Longest target of seq2seq, and largest number of tokens that evaluation writes."""
+    num_beams: PositiveInt = 1
+    """Number of beams with which evaluation writes texts; 1: greedy."""
+    packing: bool = False
+    """causal_lm: join texts in rows of max_length tokens; they do not see each other."""
+    pad_to_max_length: bool = False
+    """Pad every batch to max_length (paper) instead of to its longest example."""
 
 
 # The paper's learning rates (section 4.1). A submodule states the one that it has when it is alone.
 LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "unipelt": 5e-4}
 
 
+# Settings of `train` that reach TrainingArguments under another name or not at all.
+_TRANSLATED = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16"}
+_TRANSLATED |= {"group_by_length", "deepspeed"}
+
+
 class DeclaredTrainSettings(Section):
     """The settings of `train` with defaults of their own."""
 
-    output_dir: Path = Field(
-        "runs/unipelt", min_length=1, description="Folder for everything that the run leaves."
-    )
-    resume: Literal["never", "auto", "weights_only"] = Field(
-        "never",
-        description="auto: continue from the newest checkpoint in output_dir. weights_only: start "
-        "anew from its trained weights, where its optimizer state does not fit (another number of "
-        "processes or ZeRO stage).",
-    )
-    keep_checkpoints: PositiveInt = Field(
-        2, description="Number of newest checkpoint-N folders to keep, besides the best one."
-    )
-    early_stopping_patience: NonNegativeInt = Field(
-        10, description="Stop after this many evaluations without a better dev metric; 0: never."
-    )
-    learning_rate: PositiveFloat | None = Field(
-        None, description="Peak learning rate of AdamW. Default: the paper's for the method."
-    )
-    num_train_epochs: PositiveFloat = Field(
-        50,
-        description="Largest number of passes over the training set; train.max_steps overrides it.",
-    )
-    max_steps: int = Field(
-        -1, ge=-1, description="Number of optimizer steps; -1: num_train_epochs decides."
-    )
-    per_device_train_batch_size: PositiveInt = Field(
-        16, description="Examples per process and forward pass."
-    )
-    per_device_eval_batch_size: PositiveInt = Field(
-        64, description="Examples per process and forward pass in evaluation."
-    )
-    gradient_accumulation_steps: PositiveInt = Field(
-        1, description="Forward passes per optimizer step."
-    )
-    warmup_steps: NonNegativeFloat = Field(
-        0.06, description="Linear warmup: number of steps or, below 1, the share of all steps."
-    )
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of AdamW.")
-    seed: Seed = Field(42, description="Seed of initialisation, dropout and the order of batches.")
-    bf16: Literal["auto"] | bool = Field(
-        "auto", description="bfloat16 autocast. auto: on where the GPU computes in it, off on CPU."
-    )
-    fp16: bool = Field(
-        False, description="float16 autocast with loss scaling, for GPUs without bfloat16."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
-    )
-    group_by_length: bool = Field(
-        True,
-        description="Form batches of similar length; has no effect with data.pad_to_max_length.",
-    )
-    deepspeed: str | None = Field(
-        None,
-        description="ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file.",
-    )
-    logging_steps: NonNegativeFloat = Field(
-        10,
-        description="Optimizer steps between lines of log.jsonl or, below 1, the share of all "
-        "steps.",
-    )
-    report_to: list[str] | str = Field(
-        "none", description="Trackers such as tensorboard or wandb; none: no tracker."
-    )
+    output_dir: Path = Field("runs/unipelt", min_length=1)
+    """Folder for everything that the run leaves."""
+    resume: Literal["never", "auto", "weights_only"] = "never"
+    """auto: continue from the newest checkpoint in output_dir. weights_only: start anew from
+    its trained weights, where its optimizer state does not fit (another number of processes or
+    ZeRO stage)."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoint-N folders to keep, besides the best one."""
+    early_stopping_patience: NonNegativeInt = 10
+    """Stop after this many evaluations without a better dev metric; 0: never."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of AdamW. Default: the paper's for the method."""
+    num_train_epochs: PositiveFloat = 50
+    """Largest number of passes over the training set; train.max_steps overrides it."""
+    max_steps: int = Field(-1, ge=-1)
+    """Number of optimizer steps; -1: num_train_epochs decides."""
+    per_device_train_batch_size: PositiveInt = 16
+    """Examples per process and forward pass."""
+    per_device_eval_batch_size: PositiveInt = 64
+    """Examples per process and forward pass in evaluation."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per optimizer step."""
+    warmup_steps: NonNegativeFloat = 0.06
+    """Linear warmup: number of steps or, below 1, the share of all steps."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of AdamW."""
+    seed: Seed = 42
+    """Seed of initialisation, dropout and the order of batches."""
+    bf16: Literal["auto"] | bool = "auto"
+    """bfloat16 autocast. auto: on where the GPU computes in it, off on CPU."""
+    fp16: bool = False
+    """float16 autocast with loss scaling, for GPUs without bfloat16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    group_by_length: bool = True
+    """Form batches of similar length; has no effect with data.pad_to_max_length."""
+    deepspeed: str | None = None
+    """ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file."""
+    logging_steps: NonNegativeFloat = 10
+    """Optimizer steps between lines of log.jsonl or, below 1, the share of all steps."""
+    report_to: list[str] | str = "none"
+    """Trackers such as tensorboard or wandb; none: no tracker."""
 
     @property
     def training_arguments(self) -> dict[str, Any]:
-        """The fields that TrainingArguments takes unchanged: our defaults and what the user set."""
-        names = {*DeclaredTrainSettings.model_fields, *self.model_fields_set} - {
-            "resume",
-            "keep_checkpoints",
-            "early_stopping_patience",
-            "learning_rate",
-            "bf16",
-            "group_by_length",
-            "deepspeed",
-        }
+        """The fields that TrainingArguments takes unchanged: scaleup's and those that were set."""
+        names = {*DeclaredTrainSettings.model_fields, *self.model_fields_set} - _TRANSLATED
         return {name: getattr(self, name) for name in type(self).model_fields if name in names}
 
 
@@ -350,7 +264,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
-    """Return one sentence per key, in which the alternatives of a union stand together."""
+    """Return one sentence per key, which names all alternatives of a union."""
     by_key: dict[str, list[str]] = {}
     for item in error.errors():
         key = str(item["loc"][0]) if item["loc"] else ""
@@ -373,14 +287,13 @@ def load(
     """Read and check a config.
 
     Args:
-        path: YAML file, or None for the defaults.
+        path: YAML file; None: the defaults.
         overrides: words `section.key=value` with YAML values.
         checks: further checks, such as `scaleup.training.preflight.CHECKS`. Each gets the valid
             sections by name and returns its problems.
 
     Raises:
-        ConfigError: lists every problem.
-    """
+        ConfigError: lists every problem."""
     raw, problems = read(path, overrides, tuple(SECTIONS))
     sections: dict[str, Section] = {}
     for name, cls in SECTIONS.items():

@@ -17,12 +17,12 @@ from scaleup.backbone import loading as backbone
 from scaleup.backbone.lengths import length_problems
 from scaleup.data import tasks
 from scaleup.errors import one_line
+from scaleup.settings.derived import Section
 from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import (
     DataSettings,
     MethodSettings,
     ModelSettings,
-    Section,
     Settings,
     TrainSettings,
 )
