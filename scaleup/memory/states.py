@@ -30,8 +30,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone.method import empty_run_model
+from scaleup.backbone.precision import backbone_dtype
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
+from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings
 
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter: float32 copy, two float32 moments
@@ -84,11 +86,7 @@ class States:
 
 
 def read_zero(path: str | os.PathLike, hidden_size: int) -> Zero:
-    """Read a DeepSpeed JSON file, with "auto" resolved as transformers does.
-
-    Raises:
-        ConfigError: the file cannot be read or is not a DeepSpeed config.
-    """
+    """Read a DeepSpeed JSON file, with "auto" resolved as transformers does."""
     try:
         with open(path, encoding="utf-8") as file:
             zero = json.load(file).get("zero_optimization", {})
@@ -247,24 +245,20 @@ def gathered(pieces: Sequence[Piece], zero: Zero) -> int:
 
 
 def estimate(
-    settings: Settings,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    deepspeed: str | None,
-    world: int,
-    half: torch.dtype | None,
+    settings: Settings, config: PretrainedConfig, world: int, half: torch.dtype | None
 ) -> States:
     """Return the states of a run that is about to start.
 
     Args:
-        config: the backbone's config.
-        dtype: storage type of the backbone.
-        deepspeed: the JSON file of DeepSpeed; None without.
         world: number of processes.
-        half: DeepSpeed's bf16 or fp16; None without.
+        half: data type of mixed precision; None for float32.
     """
+    dtype = backbone_dtype(settings, half)
     # Making the model draws random numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[]):
         model = empty_run_model(settings, config, tasks.of(settings.data).auto, dtype)
-    zero = Zero() if deepspeed is None else read_zero(deepspeed, config.hidden_size)
+    file = deepspeed_file(settings.train.deepspeed)
+    if file is None:
+        return states(model, settings.model.quantization, Zero(), world, None)
+    zero = read_zero(file, config.hidden_size)
     return states(model, settings.model.quantization, zero, world, half)

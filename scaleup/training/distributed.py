@@ -53,13 +53,10 @@ class World:
 
 
 def die_with_launcher(parent: int) -> None:
-    """Ask for SIGTERM when the launcher of this process ends (Linux only).
+    """Ask for SIGTERM when the launcher, process `parent`, ends (Linux only).
 
     `accelerate launch` does not forward SIGTERM, so its processes would train on unnoticed. A
     process that no launcher started is left alone: it may outlive its shell.
-
-    Args:
-        parent: the process id of the launcher, read as early as possible.
     """
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return
@@ -75,11 +72,8 @@ def check_launcher() -> None:
 
     There it starts a single process, whatever `--num_processes` says, and gives it one thread. It
     sets MASTER_ADDR only if it was asked for several processes. It cannot be told whether one
-    thread was chosen, so this takes all cores. To train with one thread,
-    start the script with python.
-
-    Raises:
-        ConfigError: several processes were asked for.
+    thread was chosen, so this takes all cores. To train with one thread, start the script with
+    python. Several processes are refused with the command to use instead.
     """
     started_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
     if not started_alone or torch.cuda.is_available():
@@ -97,10 +91,7 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     """Join the other processes. Call this once, before transformers' TrainingArguments is made.
 
     On CPU the processes talk through gloo. The process group is made here, and Accelerate is told
-    to use it. On GPUs they talk through NCCL. With several processes the watchdog runs from here.
-
-    Raises:
-        ConfigError: SCALEUP_WATCHDOG_S has a bad value.
+    to use it. On GPUs they talk through NCCL. With several processes the watchdog starts here.
     """
     limit_s = watchdog.limit_from_environment()
     launched = "LOCAL_RANK" in os.environ
@@ -115,9 +106,8 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     options: dict[str, Any] = {}
     if launched:
-        options["timeout"] = datetime.timedelta(seconds=timeout_s)
-        if not cuda:
-            options["backend"] = "gloo"
+        options = {"timeout": datetime.timedelta(seconds=timeout_s)}
+        options |= {} if cuda else {"backend": "gloo"}
     # Several CPU processes need cpu=True. DeepSpeed would be dropped with it.
     state = PartialState(cpu=not cuda and not deepspeed, **options)
     if not cuda:
@@ -154,10 +144,7 @@ def leave() -> None:
 
 
 def gather(world: World, value: Any) -> list[Any]:
-    """Return the values of all processes by rank. `value` is small and picklable.
-
-    Every rank must call this. It is also a barrier.
-    """
+    """Return the small, picklable values of all processes by rank. Every rank must call this."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -178,11 +165,8 @@ def shares_folder(world: World, path: pathlib.Path, wait_s: float = 5.0) -> bool
 
     The first process of each host leaves a file in the folder, which is made if it is missing.
     Then every process looks which of these files it sees, for up to `wait_s` seconds, because
-    network file systems show new files late. Every rank must call this, and all get one answer.
-
-    Raises:
-        ConfigError: only some hosts share the folder, or the processes of one host do not.
-        OSError: the folder cannot be written.
+    network file systems show new files late. Every rank must call this. All get the same answer,
+    or a ConfigError if only some hosts or some processes of a host share the folder.
     """
     if world.size == 1:
         return True
@@ -222,15 +206,12 @@ def _names(path: pathlib.Path) -> set[str]:
 
 
 def copy_from_first(
-    world: World, folder: pathlib.Path, pattern: str = "*", chunk: int = 64 * 2**20
+    world: World, folder: pathlib.Path, pattern: str = "*", chunk: int = 1 << 26
 ) -> None:
-    """Copy files of rank 0's `folder` into the `folder` of every other host, over the network.
+    """Copy files of rank 0's `folder` to every other host, in pieces of `chunk` bytes.
 
-    This is for hosts that share no folder, where only rank 0 could write something. Subfolders are
+    This is for hosts without a shared folder, where only rank 0 can write something. Subfolders are
     left out. Every rank must call this.
-
-    Args:
-        chunk: bytes to send at a time.
     """
     paths = sorted(path for path in folder.glob(pattern) if path.is_file()) if world.main else []
     if world.local_main:

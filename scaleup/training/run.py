@@ -36,7 +36,6 @@ from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
-from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training import console, distributed, resume, watchdog
 from scaleup.training.arguments import training_arguments
@@ -53,16 +52,12 @@ from scaleup.unipelt.model import parameter_counts
 def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, score the best checkpoint, and return the content of results.json.
 
-    Args:
-        callbacks: more transformers callbacks to run.
-
     Raises:
         ConfigError: the user must change something.
         RunError, CheckpointError: the run cannot continue.
         Preempted: the run received SIGTERM or SIGUSR1 and has saved its state.
     """
-    begin = time.perf_counter()
-    world = _start(settings)
+    begin, world = time.perf_counter(), _start(settings)
     out = pathlib.Path(settings.train.output_dir)
     config = backbone.load_config(settings.model)
     settings = fit_length(settings, config)
@@ -78,11 +73,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     # results.json is on the first host only.
     results = distributed.gather(world, resume.finished(settings, out))[0]
     if results is not None:
-        _print(
-            world,
-            f"this run is finished; to train on, change what it stopped for. Results of {out}:",
-            *console.summary(results, out, 0.0),
-        )
+        note = "this run is finished; to train on, change what it stopped for."
+        _print(world, f"{note} Results of {out}:", *console.summary(results, out, 0.0))
         return results
     prepared = _prepare(settings, world, shared, config)
     checkpoint, old_weights = _choose_checkpoint(prepared)
@@ -118,12 +110,12 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
 
 def _start(settings: Settings) -> World:
     """Join the other processes and quieten the libraries, except where the user asked for logs."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.train.deepspeed is None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not settings.train.deepspeed:
         raise ConfigError(
             "the launcher asks for DeepSpeed; choose a stage with train.deepspeed=zero2 instead"
         )
-    timeout_s = settings.train.ddp_timeout or 1800
-    world = distributed.start(settings.train.deepspeed is not None, timeout_s)
+    train = settings.train
+    world = distributed.start(train.deepspeed is not None, train.ddp_timeout or 1800)
     if settings.train.log_level is None:
         hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()  # only training and scoring show bars
@@ -228,11 +220,8 @@ def _open_folder(run: Run, old_weights: pathlib.Path | None) -> None:
         resume.set_aside(out)
     out.mkdir(parents=True, exist_ok=True)
     if not io.hold(out):
-        print(
-            f"note: {out} is on a file system without locks; make sure that no other run writes"
-            " there",
-            flush=True,
-        )
+        note = "is on a file system without locks; make sure that no other run writes there"
+        print(f"note: {out} {note}", flush=True)
     io.write_text(out / "config.yaml", to_yaml(run.settings))
     io.write_json(out / "environment.json", machine.environment(run.world.device, run.world.size))
 
@@ -253,16 +242,10 @@ def _announce(run: Run, counts: dict[str, Any]) -> None:
         _print(world, f"folder     {'shared by all hosts' if run.shared else kind}")
     host, first_host = places[world.rank][0], places[0][0]
     if world.local_main and not world.main and host != first_host:
-        print(
-            f"host       {host}: rank {world.rank} of {world.size} is the first one here; the"
-            f" output of the run is on {first_host}",
-            flush=True,
-        )
+        rank = f"rank {world.rank} of {world.size} is the first one here"
+        print(f"host       {host}: {rank}; the output of the run is on {first_host}", flush=True)
     if world.main:
-        frozen = precision.backbone_dtype(settings, run.half)
-        file = deepspeed_file(settings.train.deepspeed)
-        half = run.half if world.deepspeed else None
-        states = estimate(settings, run.config, frozen, file, world.size, half)
+        states = estimate(settings, run.config, world.size, run.half)
         _print(world, console.memory_line(states))
 
 
@@ -281,8 +264,6 @@ def _train(run: Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> No
             " continue with train.resume=auto"
         )
     if trainer.state.global_step < trainer.state.max_steps:
-        _print(
-            run.world,
-            f"stopped early: {patience} evaluations without a better dev {run.examples.metric}",
-        )
+        reason = f"{patience} evaluations without a better dev {run.examples.metric}"
+        _print(run.world, f"stopped early: {reason}")
     trainer.save_adapter_checkpoint("best")

@@ -7,10 +7,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from scaleup.backbone.lengths import position_limit
-from scaleup.backbone.loading import check, load_config, load_model, load_tokenizer, set_labels
+from scaleup.backbone.loading import load_config, load_model, load_tokenizer, set_labels
 from scaleup.backbone.method import apply_method
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings
+from scaleup.training.preflight import model_config
 from scaleup.unipelt.model import parameter_counts
 from scaleup.unipelt.sites import head_names
 from tests.utils.tiny import backbone, logits, same
@@ -131,7 +132,7 @@ def test_a_damaged_weight_file_is_refused(folder):
 
 
 def problems(name, method="unipelt", **data):
-    return check(
+    return model_config(
         {
             "model": ModelSettings(name=str(name)),
             "method": MethodSettings(name=method),
