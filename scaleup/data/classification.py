@@ -84,11 +84,7 @@ def _clean_cell(
 def _clean(
     table: Table, data: DataSettings, known: set[str] | None
 ) -> tuple[dict[str, list], list[str] | None]:
-    """Return the columns of a split by role, and the declared class names in id order if any.
-
-    Raises:
-        ConfigError: the file belongs to another GLUE task, or columns or cells are unusable.
-    """
+    """Return the columns of a split by role, and the declared class names in id order if any."""
     columns = _columns(data)
     feature = table.features.get(columns["label"])
     declared = None
@@ -107,8 +103,7 @@ def _clean(
 def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: str) -> list[str]:
     """Return the class names in id order: as declared, else sorted, as numbers if all are numbers.
 
-    Raises:
-        ConfigError: the labels look like the values of a regression or like row ids.
+    Labels that look like the values of a regression or like row ids are refused.
     """
     numeric = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
     fractions = numeric and any("." in label for label in labels)
@@ -130,13 +125,12 @@ def _dataset(
 @functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
 def _load(settings: str, _state: tuple) -> Examples:
     data = DataSettings.model_validate_json(settings)
-    task = data.task or ("regression" if data.name == "stsb" else "sequence_classification")
+    task = data.resolved_task
     columns, problems, sources, parts = _columns(data), [], [], {}
-    if columns["label"] in (columns["text"], columns.get("text_pair")):
-        problems.append(
-            f"data.label_column: {columns['label']} is a text column, too; "
-            "the text would tell the label"
-        )
+    label = columns["label"]
+    if label in (columns["text"], columns.get("text_pair")):
+        advice = "the text would tell the label"
+        problems.append(f"data.label_column: {label} is a text column, too; {advice}")
     known: set[str] | None = None if task == "regression" else set()
     labels: list[str] | None = None
     files = source_files(data)
@@ -186,10 +180,8 @@ def load(data: DataSettings) -> Examples:
     The first `k` examples of the training set, shuffled by `seed`, are for training; the next
     `dev_size` are for development. GLUE is tested on its official validation set. With data.k=all
     that set is also the development set, and nothing is shuffled. A validation_file of the user's
-    own replaces the development examples, and test_file is the test set.
-
-    Raises:
-        ConfigError: with every problem found in the files.
+    own replaces the development examples, and test_file is the test set. The ConfigError names
+    every problem in the files.
     """
     return _load(data.model_dump_json(), file_states(source_files(data)))
 
@@ -197,19 +189,15 @@ def load(data: DataSettings) -> Examples:
 def tokenize(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> Examples:
-    """Replace texts by input_ids, attention_mask and the tokenizer's other outputs.
+    """Replace texts by the tokenizer's outputs, labels and length (tokens).
 
-    Adds the columns labels and length (tokens). Inputs are cut to `max_length` tokens, the longer
-    text of a pair first. A text without any token gets one, so that attention has something to
-    attend to.
-
-    Raises:
-        ConfigError: the tokenizer has no padding token, or `max_length` leaves no room for text.
+    Inputs are cut to `max_length` tokens, the longer text of a pair first. A text without any token
+    gets one, so that attention has something to attend to.
     """
     if tokenizer.pad_token_id is None:
+        name = tokenizer.name_or_path
         raise ConfigError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path} has no padding token; "
-            "set one and save it"
+            f"model.name: the tokenizer of {name} has no padding token; set one and save it"
         )
     roles = [role for role in ("text", "text_pair") if role in examples.train.column_names]
     special = tokenizer.num_special_tokens_to_add(len(roles) == 2)
@@ -271,13 +259,6 @@ def provenance(examples: Examples) -> list[dict[str, Any]]:
     return [{key: source[key] for key in keys if key in source} for source in examples.sources]
 
 
-class _Collator(DataCollatorWithPadding):
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().__call__(
-            [{name: value for name, value in row.items() if name != "length"} for row in features]
-        )
-
-
 def collator(
     tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -286,4 +267,9 @@ def collator(
     The batch is as long as its longest example, or as `max_length` if data.pad_to_max_length is on.
     """
     padding = "max_length" if data.pad_to_max_length else "longest"
-    return _Collator(tokenizer, padding=padding, max_length=data.max_length)
+    pad = DataCollatorWithPadding(tokenizer, padding=padding, max_length=data.max_length)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad([{k: value for k, value in row.items() if k != "length"} for row in rows])
+
+    return collate

@@ -66,12 +66,10 @@ class Table:
 
 def _wrong_field_count(count: int, header: list[str], delimiter: str, line: int) -> str:
     if delimiter == "," and len(header) == 1 and ";" in header[0]:
-        return (
-            ": its columns are separated by semicolons; save it with commas, or with tabs as .tsv"
-        )
-    advice = "no text may hold a tab"
-    if delimiter == ",":
-        advice = "a text with a comma or line break needs quotes"
+        advice = "save it with commas, or with tabs as .tsv"
+        return f": its columns are separated by semicolons; {advice}"
+    commas = "a text with a comma or line break needs quotes"
+    advice = commas if delimiter == "," else "no text may hold a tab"
     return f", line {line}: {count} fields under a header of {len(header)}; {advice}"
 
 
@@ -93,16 +91,13 @@ def _delimited(
                 # A tab inside quotes in a .tsv means that two stray quotes joined several fields.
                 joined = delimiter == "\t" and any("\t" in cell for cell in row)
                 if len(row) != len(header) or joined:
-                    problem = _wrong_field_count(len(row), header, delimiter, line)
-                    raise ConfigError(place + problem)
+                    raise ConfigError(place + _wrong_field_count(len(row), header, delimiter, line))
                 rows.append(row)
                 lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ConfigError(
-            f"{place}, line {line}: not valid CSV ({error}); "
-            "a quote inside a quoted field is doubled"
-        ) from None
+        advice = "a quote inside a quoted field is doubled"
+        raise ConfigError(f"{place}, line {line}: not valid CSV ({error}); {advice}") from None
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         raise ConfigError(f"{place} has the column {', '.join(repeated)} more than once")
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}, lines
@@ -140,14 +135,7 @@ def _parquet(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_columns(key: str, file: str) -> Table:
-    """Read a file of examples.
-
-    Args:
-        key: the setting that names the file, for messages.
-
-    Raises:
-        ConfigError: the file cannot be read or parsed.
-    """
+    """Read a file of examples, which messages name by the setting `key`."""
     place, suffix = f"{key}: {file}", os.path.splitext(file)[1].lower()
     if suffix not in EXTENSIONS:
         raise ConfigError(
@@ -186,10 +174,8 @@ def read_columns(key: str, file: str) -> Table:
 
 def user_files(data: DataSettings) -> dict[str, tuple[str, str]]:
     """Return, per split, the setting to name in messages and the user's file."""
-    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    return {
-        split: (f"data.{split}_file", file) for split, file in files.items() if file is not None
-    }
+    files = {split: getattr(data, f"{split}_file") for split in ("train", "validation", "test")}
+    return {split: (f"data.{split}_file", file) for split, file in files.items() if file}
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
@@ -214,14 +200,12 @@ def clean_columns(
 ) -> dict[str, list]:
     """Return the cleaned cells of the columns that a task needs, by role.
 
+    The ConfigError names at most five kinds of mistakes per column.
+
     Args:
         columns: role (text, label, …) → name of the column in the file.
         clean: (cell, role) → (value, the problem with the cell or None).
         column_key: the setting to name if a column is missing. Default: data.<role>_column.
-
-    Raises:
-        ConfigError: a column is missing, cells are unusable, or there are no rows. The message
-            names at most five kinds of mistakes per column.
     """
     values: dict[str, list] = {}
     problems = []
@@ -253,22 +237,17 @@ def choose_rows(data: DataSettings, rows: int, file: str) -> tuple[list[int], li
     """Choose the rows of a training set to train on and to develop on.
 
     The second list is empty if the config provides a separate development set.
-
-    Raises:
-        ConfigError: the file has fewer rows than data.k and data.dev_size ask for.
     """
     has_dev = data.k == "all" if data.name is not None else data.validation_file is not None
     dev = 0 if has_dev else data.dev_size
     k = max(rows - dev, 1) if data.k == "all" else data.k
     if k + dev > rows:
-        fits = []
+        fits, request = [], f"data.dev_size: {dev}"
         if data.k != "all":
+            request = f"data.k: {k} examples to train on and {dev}"
             fits += [f"data.k={rows - dev}"] if rows > dev else []
             fits += [f"data.dev_size={rows - k}"] if dev and rows > k else []
         advice = f"the largest that fits: {' or '.join(fits)}" if fits else "lower data.dev_size"
-        request = f"data.k: {k} examples to train on and {dev}"
-        if data.k == "all":
-            request = f"data.dev_size: {dev}"
         raise ConfigError(f"{request} for development, but {file} has {rows}; {advice}")
     order = list(range(rows))
     if dev or data.k != "all":

@@ -144,10 +144,8 @@ def load(data: DataSettings) -> Examples:
     """Read the examples of a run and choose those to train and develop on.
 
     The first `k` rows of the training file, shuffled by `seed`, are for training. The next
-    `dev_size` rows are for development unless there is a validation file.
-
-    Raises:
-        ConfigError: with every problem found in the files.
+    `dev_size` rows are for development unless there is a validation file. The ConfigError names
+    every problem in the files.
     """
     return _load(data.model_dump_json(), file_states(user_files(data)))
 
@@ -166,10 +164,8 @@ def _prompt_and_completion(
     try:
         prompt, chat = render(turns[:-1], add_generation_prompt=True), render(turns)
     except (ValueError, TemplateError) as error:
-        reason = one_line(error, 200)
-        raise ConfigError(
-            f"data.messages_column: the tokenizer's chat template refuses a chat: {reason}"
-        ) from None
+        problem = f"the tokenizer's chat template refuses a chat: {one_line(error, 200)}"
+        raise ConfigError(f"data.messages_column: {problem}") from None
     if chat[: len(prompt)] != prompt:
         raise ConfigError(
             "data.messages_column: with this tokenizer's chat template a chat does not begin with "
@@ -237,22 +233,13 @@ def _pack(rows: datasets.Dataset, length: int) -> datasets.Dataset:
 def tokenize(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> Examples:
-    """Replace texts by tokens and add the column length (tokens).
-
-    Raises:
-        ConfigError: the tokenizer lacks an end-of-sequence token or a chat template that the task
-            needs, or the template refuses a chat.
-    """
+    """Replace texts by tokens and add the column length (tokens)."""
+    lacks = f"the tokenizer of {tokenizer.name_or_path} has no"
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; "
-            "set one and save it"
-        )
+        raise ConfigError(f"model.name: {lacks} end-of-sequence token; set one and save it")
     if data.messages_column and tokenizer.chat_template is None:
-        raise ConfigError(
-            f"data.messages_column: the tokenizer of {tokenizer.name_or_path} has no chat "
-            "template; use an instruction-tuned model"
-        )
+        advice = "use an instruction-tuned model"
+        raise ConfigError(f"data.messages_column: {lacks} chat template; {advice}")
     encode = _encode_pairs if examples.task == "seq2seq" else _encode_texts
     encoded = functools.partial(
         datasets.Dataset.map,
@@ -278,7 +265,7 @@ class _Collator:
     """
 
     def __init__(self, pad: int, length: int):
-        """Set the padding token and the least length of a batch, tokens."""
+        """Take the id of the padding token and the smallest length of a batch."""
         self.fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
         self.length = length
 

@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from scaleup.data.files import Table
 from scaleup.errors import ConfigError, one_line
@@ -55,23 +56,13 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
 
 
 def load_from_hub(data: DataSettings) -> dict[str, Table]:
-    """Load the training and validation splits from the Hugging Face hub.
-
-    Raises:
-        ConfigError: the data set does not load.
-    """
+    """Load the training and validation splits from the Hugging Face hub."""
     hub_id = data.path or "nyu-mll/glue"
     validation = "validation_matched" if data.name == "mnli" else "validation"
     try:
         sets = datasets.load_dataset(hub_id, data.name)
         chosen = {"train": sets["train"], "validation": sets[validation]}
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         raise ConfigError(
             f"data.path: {hub_id} is no folder here and did not load from the hub "
             f"({one_line(error, 200)}); "

@@ -35,14 +35,9 @@ TASKS = {
 }
 
 
-def name_of(data: DataSettings) -> str:
-    """Return `data.task` or its default."""
-    return data.task or ("regression" if data.name == "stsb" else "sequence_classification")
-
-
 def of(data: DataSettings) -> Task:
     """Return the task of a run."""
-    return TASKS[name_of(data)]
+    return TASKS[data.resolved_task]
 
 
 def generation(data: DataSettings, metric: str) -> dict[str, int] | None:

@@ -161,7 +161,7 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
     if tasks.of(settings.data).writes:
         raise ConfigError(
             f"--run: {folder}: classes and examples are for classification and regression, not "
-            f"{tasks.name_of(settings.data)}"
+            f"{settings.data.resolved_task}"
         )
     try:
         manifest = checkpoint.verify(folder / "best")
@@ -224,7 +224,7 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
     changes: dict[str, Any] = {
         "name": None,
         "path": None,
-        "task": tasks.name_of(settings),
+        "task": settings.resolved_task,
         "train_file": which,
         "validation_file": which,
         "test_file": None,

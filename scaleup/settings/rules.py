@@ -90,7 +90,7 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
     if train is not None:
         problems += _train_problems(train)
     if data is not None and train is not None and train.label_smoothing_factor:
-        if data.task == "regression" or data.name == "stsb":
+        if data.resolved_task == "regression":
             problems.append(
                 "train.label_smoothing_factor: there are no classes to smooth in a regression; "
                 "leave it out"
@@ -161,7 +161,7 @@ def _data_problems(data: Any, method: Any) -> list[str]:
     if data.name is None and data.train_file is None:
         problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
     default_task = "regression" if data.name == "stsb" else "sequence_classification"
-    task = data.task or default_task
+    task = data.resolved_task
     if data.name is not None and task != default_task:
         return [f"data.task: {data.task} does not fit data.name {data.name}; leave it out"]
     if data.metric is not None and data.metric not in METRICS[task]:

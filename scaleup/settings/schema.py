@@ -140,6 +140,11 @@ class DataSettings(Section):
     pad_to_max_length: bool = False
     """Pad every batch to max_length (paper) instead of to its longest example."""
 
+    @property
+    def resolved_task(self) -> str:
+        """`task`, or its default."""
+        return self.task or ("regression" if self.name == "stsb" else "sequence_classification")
+
 
 # The paper's learning rates (section 4.1). A submodule states the one that it has when it is alone.
 LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "unipelt": 5e-4}

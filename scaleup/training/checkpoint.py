@@ -67,11 +67,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Manifest":
-        """Read the manifest of a checkpoint.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it has another format version.
-        """
+        """Read the manifest of a checkpoint; if that is impossible, raise CheckpointError."""
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -111,10 +107,7 @@ def staging_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
-    """Return the shape of every trained tensor by its name in the file.
-
-    Shapes are those of the whole tensors, also under ZeRO-3.
-    """
+    """Return the whole shape of every trained tensor, also under ZeRO-3, by its name in files."""
     parameters = dict(model.named_parameters())
     if isinstance(model, PeftModel):
         parameters = get_peft_model_state_dict(
@@ -167,9 +160,7 @@ def _sync(path: pathlib.Path) -> None:
 def commit_checkpoint(
     staging: pathlib.Path, folder: pathlib.Path, expected: dict[str, list[int]], manifest: Manifest
 ) -> None:
-    """Verify a staging folder, add its manifest and rename it to `folder`.
-
-    An older checkpoint of that name is replaced.
+    """Verify a staging folder, add its manifest and rename it to `folder`, replacing an older one.
 
     Args:
         expected: the shape of every tensor that must be there, by name.
@@ -206,24 +197,16 @@ def commit_checkpoint(
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Check that a checkpoint is whole and unaltered, and return its manifest.
-
-    Raises:
-        CheckpointError: it is not.
-    """
+    """Return the manifest of a checkpoint; raise CheckpointError if it is damaged or altered."""
     manifest = Manifest.read(folder)
     try:
         tensors, files = _describe_tensors(folder), _describe_other_files(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: a file is damaged: {error}") from None
+    difference = f"from {MANIFEST}; the checkpoint was altered"
     if tensors != manifest.tensors:
-        raise CheckpointError(
-            f"{folder}: the tensors differ from {MANIFEST}; the checkpoint was altered"
-        )
+        raise CheckpointError(f"{folder}: the tensors differ {difference}")
     for name, entry in sorted(manifest.files.items()):
         if files.get(name) != entry:
-            raise CheckpointError(
-                f"{folder}: {name} is missing or differs from {MANIFEST};"
-                " the checkpoint was altered"
-            )
+            raise CheckpointError(f"{folder}: {name} is missing or differs {difference}")
     return manifest

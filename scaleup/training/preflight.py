@@ -50,7 +50,7 @@ def hub_structure(settings: Settings, config: PretrainedConfig) -> list[str]:
 def _structure_problems(
     model: ModelSettings, method: MethodSettings, data: DataSettings, config: PretrainedConfig
 ) -> list[str]:
-    completes, auto = tasks.name_of(data) == "causal_lm", tasks.of(data).auto
+    completes, auto = data.resolved_task == "causal_lm", tasks.of(data).auto
     if (method.name != "unipelt" and not completes) or type(config) not in auto._model_mapping:
         return []  # `model_config` reports a model that cannot do the task
     known = config.model_type in TESTED
@@ -158,7 +158,7 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     elif not model.trust_remote_code:
         problems.append(
             f"model.name: transformers has no {config.model_type} model for data.task"
-            f" {tasks.name_of(data)}"
+            f" {data.resolved_task}"
         )
     if isinstance(method, MethodSettings):
         problems += _structure_problems(model, method, data, config)

@@ -35,10 +35,7 @@ def _number(path: pathlib.Path) -> int:
 
 def checkpoints(out: pathlib.Path) -> list[pathlib.Path]:
     """Return the committed checkpoints of a run, oldest first."""
-    if not out.is_dir():
-        return []
-    paths = [path for path in out.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(paths, key=_number)
+    return _numbered(out, NAME)
 
 
 def clear_unfinished(out: pathlib.Path) -> None:
@@ -66,24 +63,18 @@ def keep_newest(out: pathlib.Path, count: int, best_step: int | None) -> None:
 
 def _misfit(then: Manifest, now: Manifest) -> str | None:
     """Return why the processes of this run cannot load the optimizer's state, or None."""
-    for key, words in (
-        ("processes", "{} process(es)"),
-        ("zero_stage", "ZeRO stage {} (0: without DeepSpeed)"),
-    ):
-        old, new = words.format(then.run[key]), words.format(now.run[key])
+    texts = {"processes": "{} process(es)", "zero_stage": "ZeRO stage {} (0: without DeepSpeed)"}
+    for key, text in texts.items():
+        old, new = then.run[key], now.run[key]
         if old != new:
-            return f"it was written by {old}, this run has {new}"
+            return f"it was written by {text.format(old)}, this run has {text.format(new)}"
     return None
 
 
 def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
-    """Return the manifest of a checkpoint that this run may load.
+    """Return the manifest of a checkpoint that a run with the manifest `now` may load.
 
-    Args:
-        now: the manifest that this run would write.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or of another format, backbone or data.
+    A damaged checkpoint, or one of another format, backbone or data, is a CheckpointError.
     """
     try:
         then = verify(folder)
@@ -104,11 +95,7 @@ def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
 
 
 def _different(settings: Settings) -> list[str]:
-    """Return the settings that differ from the run in output_dir and that it depends on.
-
-    Raises:
-        ConfigError: that run's config.yaml is damaged.
-    """
+    """Return the settings that the run in output_dir depends on and that differ from it."""
     path = pathlib.Path(settings.train.output_dir, "config.yaml")
     if not path.is_file():
         return []
@@ -122,10 +109,8 @@ def _different(settings: Settings) -> list[str]:
             and values.get(key) != then[section].get(key)
         ]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        raise ConfigError(
-            f"train.resume: {path} is damaged; put the run's config back, or choose another"
-            " output_dir"
-        ) from None
+        advice = "put the run's config back, or choose another output_dir"
+        raise ConfigError(f"train.resume: {path} is damaged; {advice}") from None
 
 
 def changes(settings: Settings) -> list[str]:
@@ -161,11 +146,7 @@ def choose(
             from the newest one that all of them have.
 
     Returns:
-        The checkpoint to resume, and the checkpoint to take only the weights from. At most one of
-        them is not None.
-
-    Raises:
-        CheckpointError, ConfigError: the run cannot continue.
+        The checkpoint to resume, and the one to take only the weights from; one or both are None.
     """
     if settings.train.resume == "never" or not out.is_dir():
         return None, None
@@ -211,22 +192,14 @@ def trainer_state(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def patience_used(callbacks: dict[str, Any]) -> int:
-    """Return the evaluations without a better score so far.
-
-    Args:
-        callbacks: the `stateful_callbacks` of a trainer state.
-    """
+    """Return the evaluations without a better score, from a state's `stateful_callbacks`."""
     stored = callbacks.get("EarlyStoppingCallback", {"attributes": {}})
     entry = stored[-1] if isinstance(stored, list) else stored
     return entry["attributes"].get("early_stopping_patience_counter", 0)
 
 
 def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
-    """Return the results of this very run if it has ended, so that a restarted job does nothing.
-
-    Raises:
-        CheckpointError: results.json is damaged.
-    """
+    """Return the results of this very run if it has ended, so that a restarted job does nothing."""
     path, config = out / "results.json", out / "config.yaml"
     if settings.train.resume == "never" or not path.is_file() or not config.is_file():
         return None
@@ -239,19 +212,21 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(
-            f"{path} is damaged; remove it to score the run's checkpoints again"
-        ) from None
+        advice = "remove it to score the run's checkpoints again"
+        raise CheckpointError(f"{path} is damaged; {advice}") from None
 
 
-def _set_aside_folders(out: pathlib.Path) -> list[pathlib.Path]:
-    """Return the folders of runs that were set aside, oldest first."""
-    return sorted((path for path in out.iterdir() if SET_ASIDE.fullmatch(path.name)), key=_number)
+def _numbered(out: pathlib.Path, name: re.Pattern[str]) -> list[pathlib.Path]:
+    """Return the folders in `out` whose names match, by number."""
+    if not out.is_dir():
+        return []
+    paths = [path for path in out.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=_number)
 
 
 def set_aside(out: pathlib.Path) -> None:
     """Move everything that a run left into out/before-N/, so that a new run can start there."""
-    folders = _set_aside_folders(out)
+    folders = _numbered(out, SET_ASIDE)
     target = out / f"before-{_number(folders[-1]) + 1 if folders else 1}"
     target.mkdir()
     for path in list(out.iterdir()):
@@ -262,7 +237,7 @@ def set_aside(out: pathlib.Path) -> None:
 
 def _newest_set_aside(out: pathlib.Path) -> pathlib.Path | None:
     """Return the newest checkpoint that was set aside."""
-    for folder in reversed(_set_aside_folders(out)):
+    for folder in reversed(_numbered(out, SET_ASIDE)):
         if paths := checkpoints(folder):
             return paths[-1]
     return None

@@ -1,11 +1,13 @@
 """The order in which a run sees its training examples."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
+@dataclasses.dataclass(eq=False)
 class ResumableSampler(torch.utils.data.Sampler[int]):
     """Draw the order of examples from seed and epoch alone.
 
@@ -21,16 +23,11 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         batch_size: examples per optimizer step and process, used with `lengths`.
     """
 
-    def __init__(
-        self,
-        count: int,
-        seed: int,
-        epoch: Callable[[], int],
-        lengths: list[int] | None,
-        batch_size: int,
-    ):
-        self.count, self.seed, self.epoch = count, seed, epoch
-        self.lengths, self.batch_size = lengths, batch_size
+    count: int
+    seed: int
+    epoch: Callable[[], int]
+    lengths: list[int] | None
+    batch_size: int
 
     def __len__(self) -> int:
         return self.count

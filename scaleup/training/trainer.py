@@ -34,10 +34,7 @@ FOR_GENERATION = ("prompt", "prompt_mask", "reference")
 
 
 class RunTrainer(Trainer):
-    """A Trainer that counts tokens, logs gates, and commits checkpoints whole.
-
-    It keeps the last weights (`final/`) beside the best ones (`best/`).
-    """
+    """A Trainer that counts tokens, logs gates, and commits checkpoints and `final/` whole."""
 
     def __init__(
         self, run: Run, gate_statistics: GateStatistics, shutdown: GracefulShutdown, **kwargs
@@ -55,10 +52,7 @@ class RunTrainer(Trainer):
         self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)
 
     def try_out(self) -> None:
-        """Make data loader, optimizer and schedule once, to find bad settings before writing.
-
-        This raises whatever the libraries raise.
-        """
+        """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
         self.get_train_dataloader()
         if self.is_deepspeed_enabled:
             self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
@@ -149,8 +143,7 @@ class RunTrainer(Trainer):
         step, batch = divmod(first, BATCHES)
         raise RunError(
             f"the loss is not a number at step {step} (its batch {batch}, rank {rank})."
-            f" {self._last_good()}. Try a lower train.learning_rate, or look at the data of that"
-            " step"
+            f" {self._last_good()}. Try a lower train.learning_rate, or look at the step's data"
         )
 
     def _last_good(self) -> str:
@@ -263,10 +256,7 @@ class RunTrainer(Trainer):
         return self.out / f"checkpoint-{step}" if step else None
 
     def _load_callback_state(self) -> None:
-        """Restore the count of early stopping, and the best checkpoint's path in this folder.
-
-        Trainer calls this once it has read the state of a checkpoint.
-        """
+        """Restore early stopping and the best checkpoint's path, after Trainer has read a state."""
         if best := self._best_checkpoint():
             self.state.best_model_checkpoint = str(best)
         count = resume.patience_used(self.state.stateful_callbacks)

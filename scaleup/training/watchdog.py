@@ -44,9 +44,6 @@ def limit_from_environment() -> float:
     """Return the seconds of silence after which a rank counts as dead, from SCALEUP_WATCHDOG_S.
 
     The default is 30. 0 means no watchdog.
-
-    Raises:
-        ConfigError: the value is neither 0 nor a number of at least 3.
     """
     text = os.environ.get(VARIABLE, "30")
     try:
@@ -83,12 +80,9 @@ class Watchdog:
         self.patience_s = 3 * self.interval_s
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.address = f"{address}:{port}"
+        timeout = timedelta(seconds=limit_s)
         self.store = TCPStore(
-            address,
-            port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=limit_s),
+            address, port, is_master=False, wait_for_workers=False, timeout=timeout
         )
         self.state = "run"  # then "hurt" if a collective failed here, at last "end CODE"
         self.beats = self.rounds = 0
@@ -307,11 +301,7 @@ def begin(watchdog: Watchdog) -> None:
 
 
 def stop(code: int = 0) -> None:
-    """Announce the end of this rank, if there is a watchdog.
-
-    Args:
-        code: the exit code. If it is not 0, the other ranks stop as well.
-    """
+    """Announce the end of this rank. If its exit code is not 0, the other ranks stop as well."""
     global _running
     if _running is not None:
         watchdog, _running = _running, None
@@ -328,8 +318,8 @@ def is_lost(error: BaseException) -> bool:
 def lost_connection(error: RuntimeError) -> str | None:
     """Return one plain line if the error means that another process is gone, else None.
 
-    This waits some seconds for the watchdog to find out which process. If it does, it reports that
-    and ends this process.
+    The watchdog first gets some seconds to find out which process it is. If it does, it reports
+    that and ends this process.
     """
     if not is_lost(error):
         return None
