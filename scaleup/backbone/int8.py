@@ -50,9 +50,7 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, weight_OI: nn.Parameter, scale_O: nn.Parameter
-    ) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight_OI: nn.Parameter, scale_O: nn.Parameter):
         ctx.parameters = (weight_OI, scale_O)
         if x.device.type == "cuda":
             return int8_product(x, weight_OI.data, scale_O.data)
@@ -65,11 +63,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 def replace_linears(model: nn.Module, skip: tuple[str, ...], dtype: torch.dtype) -> int:
-    """Replace every nn.Linear outside the modules named in `skip` by an empty `Int8Linear`.
-
-    Returns:
-        The number of replaced layers.
-    """
+    """Make every nn.Linear outside the modules in `skip` an empty `Int8Linear`; count them."""
     count = 0
     for name, module in list(model.named_modules()):
         skipped = any(name == other or name.startswith(f"{other}.") for other in skip)

@@ -26,12 +26,9 @@ def _continues_prompt(data: DataSettings) -> bool:
 def length_problems(
     data: DataSettings, model: ModelSettings, config: PretrainedConfig, *, defaults: bool
 ) -> list[str]:
-    """Return which lengths exceed the model's positions.
+    """Return which lengths exceed the model's positions, which would end a run by an index error.
 
-    Longer inputs would end in an index error in the middle of a run.
-
-    Args:
-        defaults: check a default data.max_length as well, which `fit_length` may still reduce.
+    A default data.max_length, which `fit_length` may still reduce, counts only with `defaults`.
     """
     limit, length, target = position_limit(config), data.max_length, data.max_target_length
     if limit is None:
@@ -46,19 +43,13 @@ def length_problems(
     if decodes and "max_target_length" in chosen and target > limit:
         problems.append(f"data.max_target_length: {target} tokens, {positions}")
     elif _continues_prompt(data) and "max_length" in chosen and length + target > limit:
-        problems.append(
-            f"data.max_length: prompts of up to {length} tokens and data.max_target_length "
-            f"{target} written after them, {positions}"
-        )
+        use = f"prompts of up to {length} tokens and data.max_target_length {target} written"
+        problems.append(f"data.max_length: {use} after them, {positions}")
     return problems
 
 
 def fit_length(settings: Settings, config: PretrainedConfig) -> Settings:
-    """Reduce default lengths to what the model allows.
-
-    Raises:
-        ConfigError: a length that the user chose is too long.
-    """
+    """Reduce default lengths to what the model allows; refuse chosen lengths that are too long."""
     limit, data = position_limit(config), settings.data
     most = {}
     if limit is not None:

@@ -37,11 +37,7 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """Load the backbone's config.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
+    """Load the backbone's config."""
     try:
         return AutoConfig.from_pretrained(settings.name, **_source(settings))
     except UNREADABLE as error:
@@ -49,13 +45,10 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def load_tokenizer(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Load the backbone's tokenizer.
+    """Load the backbone's tokenizer and check that it fits the model of `config`.
 
     A tokenizer without a padding token, as decoders have, pads with its end-of-sequence token,
     which masks hide.
-
-    Raises:
-        ConfigError: it cannot be loaded, has neither token, or does not fit the model of `config`.
     """
     name = settings.name
     try:
@@ -68,15 +61,13 @@ def load_tokenizer(settings: ModelSettings, config: PretrainedConfig) -> PreTrai
         raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
     # Where files are missing, transformers makes an empty tokenizer that knows no word.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ConfigError(
-            f"model.name: {name} has no tokenizer files; save the backbone's tokenizer there"
-        )
+        advice = "save the backbone's tokenizer there"
+        raise ConfigError(f"model.name: {name} has no tokenizer files; {advice}")
     words = getattr(config.get_text_config(), "vocab_size", None)
     if words is not None and max(tokenizer.get_vocab().values()) >= words:
-        raise ConfigError(
-            f"model.name: the tokenizer of {name} has {len(tokenizer)} tokens, "
-            f"its model {words}; they do not belong together"
-        )
+        sizes = f"has {len(tokenizer)} tokens, its model {words}"
+        problem = f"the tokenizer of {name} {sizes}; they do not belong together"
+        raise ConfigError(f"model.name: {problem}")
     return tokenizer
 
 
@@ -136,9 +127,6 @@ def load_model(
     Returns:
         The model, and the names of its missing modules: poolers that the files lack. They have to
         train and be saved, because they cannot be restored from the backbone's files.
-
-    Raises:
-        ConfigError: the backbone cannot be loaded, or its head has no new bias for `prior`.
     """
     try:
         empty = empty_model(config, settings.attention, dtype, auto)
@@ -148,6 +136,7 @@ def load_model(
         if zero3 and settings.quantization != "nf4":
             model, info = _load_shards(settings, empty, whole, dtype, device)
         else:
+            place = None if zero3 else device
             model, info = auto.from_pretrained(
                 settings.name,
                 config=config,
@@ -156,9 +145,7 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **_source(settings),
-                **quantization.loading_arguments(
-                    settings.quantization, whole, dtype, None if zero3 else device
-                ),
+                **quantization.loading_arguments(settings.quantization, whole, dtype, place),
             )
             if settings.quantization == "8bit":
                 leave_out_scales(model)
@@ -172,12 +159,8 @@ def load_model(
     _check_loaded(settings.name, heads, missing | mismatched)
     if prior is not None:
         _start_head(model, heads, prior, missing | mismatched)
-    poolers = {
-        key.partition(".pooler.")[0] + ".pooler"
-        for key in missing
-        if ".pooler." in key and not key.startswith(heads)
-    }
-    return model, sorted(poolers)
+    keys = (key for key in missing if ".pooler." in key and not key.startswith(heads))
+    return model, sorted({key.partition(".pooler.")[0] + ".pooler" for key in keys})
 
 
 def _load_shards(
@@ -203,20 +186,18 @@ def _check_loaded(name: str, heads: tuple[str, ...], initialized: set[str]) -> N
 
     A head of another size is replaced. Checkpoints of masked language models have no pooler.
     """
-    random = [
-        key for key in sorted(initialized) if not key.startswith(heads) and ".pooler." not in key
-    ]
-    if random:
+    unfit = [key for key in initialized if not key.startswith(heads) and ".pooler." not in key]
+    if unfit:
         raise ConfigError(
-            f"model.name: the weights in {name} do not fit its config.json: {len(random)} tensors "
-            f"are missing or have another shape, first {random[0]}"
+            f"model.name: the weights in {name} do not fit its config.json: {len(unfit)} tensors "
+            f"are missing or have another shape, first {min(unfit)}"
         )
 
 
 def _start_head(
     model: PreTrainedModel, heads: tuple[str, ...], prior: list[float], initialized: set[str]
 ) -> None:
-    """Set the bias of the head's last layer: the output for an input that tells nothing."""
+    """Set the bias of the head's last layer, which is its output if the input tells nothing."""
     layers = [
         name
         for name, module in model.named_modules()
@@ -228,10 +209,8 @@ def _start_head(
     if bias is None:
         raise ConfigError(no_bias(type(model).__name__))
     if f"{layers[-1]}.bias" not in initialized:
-        raise ConfigError(
-            f"model.head_bias: the head of {type(model).__name__} comes with the model's weights; "
-            "leave the setting out"
-        )
+        problem = f"the head of {type(model).__name__} comes with the model's weights"
+        raise ConfigError(f"model.head_bias: {problem}; leave the setting out")
     set_values(bias, torch.tensor(prior))
 
 

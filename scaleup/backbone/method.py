@@ -40,13 +40,9 @@ def apply_method(
         missing: modules of the backbone without pretrained weights. They train as well.
     """
     if method.name == "unipelt":
-        values = method.model_dump(exclude={"name", "gates"})
-        config = UniPeltConfig(
-            task_type=task_type(model),
-            gates=method.resolved_gates,
-            modules_to_save=list(missing) or None,
-            **values,
-        )
+        values = method.model_dump(exclude={"name", "gates"}) | {"gates": method.resolved_gates}
+        kept = list(missing) or None
+        config = UniPeltConfig(task_type=task_type(model), modules_to_save=kept, **values)
         return get_peft_model(model, config)
     heads = tuple(f"{name}." for name in (*head_names(model), *missing))
     for name, parameter in model.named_parameters():
@@ -59,10 +55,9 @@ def apply_method(
 def complete_config(
     settings: Settings, config: PretrainedConfig, auto: Any, labels: list[str] | None
 ) -> None:
-    """Set what a run adds to its backbone's config: the labels of the head and the pad token.
+    """Set the labels of the head and the pad token in the backbone's config, in place.
 
     Args:
-        config: the backbone's config. It is changed in place.
         auto: transformers' AutoModelFor… class of the task.
         labels: class names in id order, or None for a regression. Ignored if the task has no head.
     """
@@ -90,16 +85,12 @@ def load_run_model(
 
     Args:
         config, auto, labels: as for `complete_config`.
-        dtype: storage type of the backbone. If None, `precision.backbone_dtype` decides.
+        dtype: storage type of the backbone, by default that of `precision.backbone_dtype`.
         prior: initial bias of a newly initialised head, [outputs].
         zero3: each process keeps its share of the backbone's weights.
         for_training: cast the trained parameters to the type that mixed precision trains them in.
         weights: a checkpoint whose trained tensors replace the newly initialised ones.
         adapter: an adapter checkpoint to load with PEFT alone, as a user does.
-
-    Raises:
-        ConfigError: the backbone cannot be loaded.
-        CheckpointError: `weights` do not fit the model.
     """
     complete_config(settings, config, auto, labels)
     half = precision.device_half_dtype(settings, device)
@@ -119,11 +110,7 @@ def load_run_model(
 
 
 def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
-    """Load the trained tensors of a checkpoint. Under ZeRO-3 the backbone may be sharded already.
-
-    Raises:
-        CheckpointError: they do not fit the model.
-    """
+    """Load the trained tensors of a checkpoint, also into a backbone that ZeRO-3 has sharded."""
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)

@@ -12,8 +12,7 @@ from scaleup.settings.schema import Settings
 def half_dtype(settings: Settings, has_bf16: bool) -> torch.dtype | None:
     """Return the data type of mixed precision, or None for float32.
 
-    Args:
-        has_bf16: the device computes in bfloat16. `train.bf16: auto` means bfloat16 if it does.
+    With `train.bf16: auto` it is bfloat16 if the device computes in it (`has_bf16`).
     """
     train = settings.train
     if train.fp16:
@@ -41,8 +40,8 @@ def backbone_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype:
 def trained_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype | None:
     """Return the storage type of trained parameters; None if they keep the backbone's type.
 
-    DeepSpeed keeps float32 masters itself and needs the type of mixed precision. Otherwise the head
-    must not stay in the type of a frozen backbone: in bfloat16, steps of 1e-4 are rounded away.
+    DeepSpeed keeps float32 masters and needs the type of mixed precision. Otherwise the head must
+    not stay in the type of a frozen backbone: in bfloat16, steps of 1e-4 are rounded away.
     """
     if half is None:
         return None
@@ -59,16 +58,11 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def problems(settings: Settings, half: torch.dtype | None) -> list[str]:
-    """Return what is wrong with `model.dtype` for this run.
-
-    DeepSpeed computes in one type and cannot use a backbone that is stored in another half type.
-    """
+    """Return what is wrong with `model.dtype`. DeepSpeed cannot compute with two half types."""
     dtype, deepspeed = settings.model.dtype, settings.train.deepspeed is not None
     if not deepspeed and dtype == "float16" and settings.method.name != "unipelt":
-        return [
-            "model.dtype: weights that train cannot be float16; leave it out "
-            "(train.fp16=true computes in float16 all the same)"
-        ]
+        advice = "leave it out (train.fp16=true computes in float16 all the same)"
+        return [f"model.dtype: weights that train cannot be float16; {advice}"]
     computes = str(half or torch.float32).removeprefix("torch.")
     if not deepspeed or dtype in ("auto", "float32", computes):
         return []

@@ -39,12 +39,10 @@ def loading_arguments(
 def initialize_heads(
     model: PreTrainedModel, empty: PreTrainedModel, heads: tuple[str, ...]
 ) -> None:
-    """Initialise head weights whose shape in the checkpoint differs from the task's.
+    """Initialise head weights whose shape in the checkpoint differs from that in `empty`.
 
-    `from_pretrained` does this itself unless it quantises.
-
-    Args:
-        empty: the model on the meta device, with the shapes of the task.
+    `from_pretrained` does this itself unless it quantises. `empty` is the task's model on the meta
+    device.
     """
     for name in heads:
         for path, module in empty.get_submodule(name).named_modules(prefix=name):

@@ -47,13 +47,11 @@ class _Partitioner:
     """Turns parameters into ZeRO-3 parameters, of which this process keeps its shard."""
 
     def __init__(self) -> None:
-        self.first: nn.Parameter | None = None
+        self.first: Any = None  # the first parameter, to which DeepSpeed adds methods
 
     def __call__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         if self.first is not None:
-            self.first.convert_to_zero_parameters(  # type: ignore[attr-defined]
-                param_list=parameters
-            )
+            self.first.convert_to_zero_parameters(param_list=parameters)
         elif parameters:
             import deepspeed  # slow to import, and optional
 
@@ -125,7 +123,7 @@ class _Loader:
 def load_sharded(
     model: PreTrainedModel, weights: Weights, device: torch.device
 ) -> dict[str, set[str]]:
-    """Fill a model of meta tensors. Call it after TrainingArguments have set up ZeRO-3.
+    """Fill a model of meta tensors after TrainingArguments have set up ZeRO-3.
 
     The weights of `Int8Linear` layers are quantised.
 

@@ -23,11 +23,6 @@ class Weights:
     """The tensors of a checkpoint by their names in a model, read one by one from mapped files."""
 
     def __init__(self, model: PreTrainedModel, folder: pathlib.Path):
-        """Map the files of `folder`.
-
-        Raises:
-            ValueError: the folder has no weights, or tensors have to be joined or split.
-        """
         files = weight_files(folder)
         if not files:
             raise ValueError(f"{folder} has no weights (model*.safetensors or pytorch_model*.bin)")
@@ -47,10 +42,8 @@ class Weights:
                     key, renamings, converters, model.base_model_prefix, expected
                 )
                 if converted is not None:
-                    raise ValueError(
-                        f"{key} has to be converted while loading, which is not possible here; "
-                        "save the model once with transformers"
-                    )
+                    problem = f"{key} has to be converted while loading, which is not possible here"
+                    raise ValueError(f"{problem}; save the model once with transformers")
                 self._sources[name] = (source, key)
 
     def get(self, names: Iterable[str]) -> torch.Tensor | None:
@@ -82,9 +75,8 @@ def checkpoint_folder(name: str, revision: str | None) -> pathlib.Path:
 def fingerprint(name: str, commit: str | None) -> str:
     """Identify a backbone without reading all of its weights.
 
-    A model of the hub is identified by its `commit`. A local folder is identified by a hash of its
-    config.json and, for each weight file, of its size, the index of tensors at its start and
-    `SAMPLES` pieces spread over it.
+    A model of the hub has its `commit`. A local folder has a hash of its config.json and, for each
+    weight file, of its size, the index of tensors at its start and `SAMPLES` pieces of it.
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():

@@ -108,9 +108,8 @@ def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: 
     numeric = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels)
     fractions = numeric and any("." in label for label in labels)
     if len(labels) > 20 and (len(labels) == rows or fractions):
-        raise ConfigError(
-            f"data.label_column: {file} has {len(labels)} labels; numbers need data.task=regression"
-        )
+        problem = f"{file} has {len(labels)} labels; numbers need data.task=regression"
+        raise ConfigError(f"data.label_column: {problem}")
     return declared or sorted(labels, key=lambda label: (float(label) if numeric else 0, label))
 
 
@@ -148,10 +147,9 @@ def _load(settings: str, _state: tuple) -> Examples:
                 labels = _class_names(known, count, declared, table.file)
             train, dev = choose_rows(data, count, table.file)
             if len({part["label"][row] for row in train}) < 2:
-                raise ConfigError(
-                    f"data.k: the {len(train)} examples of {table.file} to train on "
-                    f"all have the label {part['label'][train[0]]!r}"
-                )
+                subject = f"the {len(train)} examples of {table.file} to train on"
+                label = part["label"][train[0]]
+                raise ConfigError(f"data.k: {subject} all have the label {label!r}")
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -202,10 +200,8 @@ def tokenize(
     roles = [role for role in ("text", "text_pair") if role in examples.train.column_names]
     special = tokenizer.num_special_tokens_to_add(len(roles) == 2)
     if data.max_length <= special:
-        raise ConfigError(
-            f"data.max_length: {data.max_length} leaves no room for text "
-            f"beside {special} special tokens"
-        )
+        problem = f"{data.max_length} leaves no room for text beside {special} special tokens"
+        raise ConfigError(f"data.max_length: {problem}")
     # A line of 100,000 characters need not be tokenized completely for its first tokens.
     most = CHARACTERS_PER_TOKEN * data.max_length
     kept = slice(-most, None) if tokenizer.truncation_side == "left" else slice(most)
@@ -222,9 +218,7 @@ def tokenize(
         # Blanks or one endless word may give fewer tokens than there is room for.
         if any(len(encoded["input_ids"][i]) < data.max_length for i in cut):
             encoded = to_ids(*(batch[role] for role in roles))
-        columns = {
-            name: [values or filler[name] for values in rows] for name, rows in encoded.items()
-        }
+        columns = {key: [row or filler[key] for row in rows] for key, rows in encoded.items()}
         lengths = [len(ids) for ids in columns["input_ids"]]
         return columns | {"labels": batch["label"], "length": lengths}
 

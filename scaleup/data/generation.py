@@ -40,24 +40,19 @@ ROLES = ("system", "user", "assistant", "tool")
 source_files, compute_metrics = user_files, text_metrics
 
 
+def _is_turn(turn: Any) -> bool:
+    valid = isinstance(turn, dict) and turn.get("role") in ROLES
+    return valid and isinstance(turn.get("content"), str)
+
+
 def _clean_chat(cell: Any) -> tuple[str | None, str | None]:
     """Return a chat as JSON, and the problem with the cell or None."""
     try:
         turns = json.loads(cell) if isinstance(cell, str) else cell
     except ValueError:
         return None, "is not JSON"
-    valid = (
-        isinstance(turns, list)
-        and len(turns) >= 2
-        and all(
-            isinstance(turn, dict)
-            and turn.get("role") in ROLES
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        and turns[-1]["role"] == "assistant"
-    )
-    if not valid:
+    valid = isinstance(turns, list) and len(turns) >= 2 and all(map(_is_turn, turns))
+    if not valid or turns[-1]["role"] != "assistant":
         return None, "is not a list of {role, content} that ends with the assistant"
     turns = [turn | {"content": replace_surrogates(turn["content"])} for turn in turns]
     return json.dumps(turns), None
@@ -190,7 +185,7 @@ def _encode_pairs(
 def _encode_texts(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> dict[str, list]:
-    """Encode rows for causal_lm: prompt and completion joined, with labels at the completion.
+    """Encode rows for causal_lm as prompt and completion, with labels at the completion.
 
     A prompt that is too long loses its beginning.
     """
@@ -258,10 +253,9 @@ def tokenize(
 
 
 class _Collator:
-    """Pad examples to a batch of tensors [B, T], on the right whatever the tokenizer's side.
+    """Pad examples to tensors [B, T] on the right, but prompts for `generate` on the left.
 
-    Prompts to be answered are padded on the left. transformers' DataCollatorForSeq2Seq pads all
-    inputs on one side and knows neither prompts nor positions of packed texts.
+    transformers' DataCollatorForSeq2Seq knows neither prompts nor positions of packed texts.
     """
 
     def __init__(self, pad: int, length: int):
@@ -294,9 +288,8 @@ class _Collator:
         if left:
             return pad_sequence(tensors, True, fill, padding_side="left")
         padded = pad_sequence(tensors, True, fill)
-        return torch.nn.functional.pad(
-            padded, (0, max(self.length - padded.shape[1], 0)), value=fill
-        )
+        missing = max(self.length - padded.shape[1], 0)
+        return torch.nn.functional.pad(padded, (0, missing), value=fill)
 
 
 def collator(

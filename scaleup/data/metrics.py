@@ -3,6 +3,7 @@
 A metric that `data.metric` may name is also listed in `scaleup.settings.rules.METRICS`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,9 @@ def _correlations(outputs: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Return both correlations of outputs [examples, 1]; 0 if they are undefined."""
     if not np.isfinite(outputs).all() or np.ptp(outputs) == 0 or np.ptp(truth) == 0:
         return {"spearman": 0.0, "pearson": 0.0}
-    both = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
-    return {
-        name: float(np.nan_to_num(correlation(outputs[:, 0], truth).statistic))
-        for name, correlation in both.items()
-    }
+    values = outputs[:, 0], truth
+    both = {"spearman": stats.spearmanr(*values), "pearson": stats.pearsonr(*values)}
+    return {name: float(np.nan_to_num(result.statistic)) for name, result in both.items()}
 
 
 def label_metrics(
@@ -52,9 +51,8 @@ def label_metrics(
         if examples.metric == "f1":
             binary = examples.labels is not None and len(examples.labels) == 2
             classes = [1] if binary else sorted(set(truth) | set(guess) - {-1})
-            scores["f1"] = float(
-                metrics.f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
-            )
+            options = {"labels": classes, "average": "macro", "zero_division": 0}
+            scores["f1"] = float(metrics.f1_score(truth, guess, **options))
         if examples.metric == "matthews":
             scores["matthews"] = float(metrics.matthews_corrcoef(truth, guess))
         return scores
@@ -74,10 +72,7 @@ def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
     ROUGE is the mean over examples. With several references BLEU uses all of them; the other
     metrics use the best one.
     """
-    most = max(map(len, references))
-    columns: Any = [
-        [refs[i] if i < len(refs) else None for refs in references] for i in range(most)
-    ]
+    columns: Any = list(itertools.zip_longest(*references))
     scores = {"bleu": sacrebleu.corpus_bleu(written, columns).score / 100}
     kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(kinds.values()), use_stemmer=False)
@@ -91,10 +86,7 @@ def score(written: list[str], references: list[list[str]]) -> dict[str, float]:
 def text_metrics(
     examples: Examples, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function that scores generated texts.
-
-    Its predictions are tokens, and its label_ids are indices into `examples.references`.
-    """
+    """Return a function that scores tokens. Its label_ids are indices into `references`."""
 
     def score_texts(prediction: EvalPrediction) -> dict[str, float]:
         assert examples.references is not None

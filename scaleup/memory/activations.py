@@ -34,14 +34,8 @@ from scaleup.unipelt.kernels import planned_for
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
-LAYERS = (  # the settings by which configs say how deep a model is
-    "num_hidden_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "n_layer",
-)
+# The settings by which configs say how deep a model is.
+LAYERS = "num_hidden_layers encoder_layers decoder_layers num_layers num_decoder_layers n_layer"
 # CUDA's autocast computes these in float32, and their results stay float32. CPU's does not.
 FLOAT32 = ("layer_norm", "softmax")
 
@@ -228,11 +222,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tensor:
-    """Return a loss of `batch` examples of full length, with a padding mask.
-
-    Args:
-        target: tokens that an encoder-decoder generates.
-    """
+    """Return a loss of `batch` examples of full length, with a padding mask."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     encoder_decoder = base.config.is_encoder_decoder
     ids = torch.ones(batch, length, dtype=torch.long)
@@ -249,19 +239,16 @@ def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tenso
 def step(
     model: PreTrainedModel, kernels: Kernels, batch: int, length: int, target: int = 128
 ) -> Step:
-    """Run the model forward and backward once and count.
+    """Run a model with real or fake tensors forward and backward once, and count.
 
     Args:
-        model: a model that can run, with real or fake tensors.
         length: tokens of each example.
         target: tokens that an encoder-decoder generates.
     """
     model.train()
     if kernels.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    permanent = {
-        tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())
-    }
+    permanent = {s._cdata for s in _storages([*model.parameters(), *model.buffers()])}
     for parameter in model.parameters():
         if parameter.requires_grad:  # scaleup.memory.states counts the gradients
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -305,14 +292,12 @@ def trace(
     """Predict one step of the model that `make(config)` builds on the meta device.
 
     All layers of a stack are alike, so a deep model is extrapolated from copies with two and three
-    layers. Random skipping of layers (BART's layerdrop) is off, which is the worst case. Whatever
-    the model raises is passed on.
+    layers. Random skipping of layers (BART's layerdrop) is off, which is the worst case.
     """
-    config = copy.deepcopy(config)
     names = config.to_dict()
     depths = {
         name: getattr(config, name)
-        for name in LAYERS
+        for name in LAYERS.split()
         if name in names and name not in config.attribute_map
     }
     if len(depths) > 1:  # BART's num_hidden_layers repeats its encoder_layers

@@ -17,6 +17,7 @@ limit.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +94,7 @@ class Plan:
 
 
 def _outputs_and_examples(settings: Settings) -> tuple[int, int | None]:
-    """Return the outputs of the head, and the number of training examples if data is local."""
+    """Return the number of outputs of the head, and of training examples if data is local."""
     data = settings.data
     if data.name is None or (data.path is not None and pathlib.Path(data.path).exists()):
         examples = tasks.of(data).module.load(data)
@@ -116,19 +117,17 @@ def _stages(settings: Settings, hidden_size: int) -> dict[str, Zero]:
     }
 
 
+@dataclasses.dataclass
 class _Planner:
     """Computes the rows of a plan and remembers what several rows share."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        config: PretrainedConfig,
-        device: str,
-        half: torch.dtype | None,
-        progress: Callable[[str], None],
-    ):
-        self.settings, self.config, self.device, self.half = settings, config, device, half
-        self.progress = progress
+    settings: Settings
+    config: PretrainedConfig
+    device: Any
+    half: torch.dtype | None
+    progress: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self.steps: dict[tuple[Kernels, bool], Step] = {}
         # DeepSpeed converts the model to half precision. Otherwise autocast computes in it.
         self.models = {deepspeed: self._first_model(deepspeed) for deepspeed in (False, True)}
@@ -147,9 +146,8 @@ class _Planner:
         try:
             return self._make(self.config, deepspeed)
         except (ValueError, KeyError, ImportError) as error:
-            reason = one_line(error, 300)
             name = self.settings.model.name
-            raise ConfigError(f"model.name: {name}: {reason}") from error
+            raise ConfigError(f"model.name: {name}: {one_line(error, 300)}") from error
 
     def _step(self, stage: str, zero: Zero, weights: Any, checkpointing: bool) -> Step:
         deepspeed, linear = stage != "none", weights
@@ -157,22 +155,15 @@ class _Planner:
             linear = "zero3" if zero.stage == 3 else "plain"
         elif weights == "8bit" and zero.stage == 3:
             linear = "int8"
-        autocast = None if deepspeed else self.half
-        device: Any = self.device
-        kernels = Kernels(device, autocast, linear, checkpointing)
+        kernels = Kernels(self.device, None if deepspeed else self.half, linear, checkpointing)
         key = (kernels, deepspeed and self.half is not None)
         if key not in self.steps:
             suffix = ", checkpointing" if checkpointing else ""
             self.progress(f"activations: {stage}, weights {weights}{suffix}")
-            data, train = self.settings.data, self.settings.train
-            self.steps[key] = trace(
-                lambda config: self._make(config, deepspeed),
-                self.config,
-                kernels,
-                train.per_device_train_batch_size,
-                data.max_length,
-                data.max_target_length,
-            )
+            data, batch = self.settings.data, self.settings.train.per_device_train_batch_size
+            lengths = data.max_length, data.max_target_length
+            make = functools.partial(self._make, deepspeed=deepspeed)
+            self.steps[key] = trace(make, self.config, kernels, batch, *lengths)
         return self.steps[key]
 
     def row(self, stage: str, zero: Zero, weights: str, world: int, chosen: bool) -> Row:
@@ -205,9 +196,6 @@ def make_plan(
         limit: bytes of one device; None if unknown.
         configured: plan only the configured stage and kind of weights, which is quicker.
         progress: is called with a line about each slow computation.
-
-    Raises:
-        ConfigError: model or data cannot be read or do not fit together.
     """
     config = load_config(settings.model)
     settings = fit_length(settings, config)

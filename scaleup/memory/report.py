@@ -41,14 +41,11 @@ def batches(plan: Plan) -> str:
     passes = math.ceil(plan.examples / (per_process * plan.world))
     per_epoch = max(math.ceil(passes / accumulation), 1)
     steps = math.ceil(per_epoch * train.num_train_epochs)
-    if train.max_steps > 0:
-        steps = train.max_steps
+    steps = train.max_steps if train.max_steps > 0 else steps
+    line += f"; {plan.examples} examples"
     if plan.settings.data.packing:  # only tokens tell how many texts share a row
-        return (
-            f"{line}; {plan.examples} examples before packing, "
-            f"fewer than {per_epoch} steps an epoch"
-        )
-    return f"{line}; {plan.examples} examples, {per_epoch} steps an epoch, {steps} in all"
+        return f"{line} before packing, fewer than {per_epoch} steps an epoch"
+    return f"{line}, {per_epoch} steps an epoch, {steps} in all"
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -68,13 +65,8 @@ def table(plan: Plan) -> list[str]:
     head = [*COLUMNS, *(("fits", "fits.cp") if plan.limit is not None else ())]
     lines = [head, *(_cells(plan, row) for row in plan.rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = []
-    for line in lines:
-        padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ]
-        rows.append(" ".join(padded).rstrip())
+    formats = [f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths)]
+    rows = [" ".join(formats).format(*line).rstrip() for line in lines]
     batch, length = settings.train.per_device_train_batch_size, settings.data.max_length
     limit = f", {amount(plan.limit)} a device" if plan.limit is not None else ""
     return [

@@ -20,8 +20,8 @@ def _requirements() -> list[Requirement]:
     except metadata.PackageNotFoundError:  # a source tree that is not installed
         project = pathlib.Path(__file__).parents[2] / "pyproject.toml"
         lines = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    found = map(Requirement, lines)
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    requirements = map(Requirement, lines)
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _unmet(requirement: Requirement) -> str | None:

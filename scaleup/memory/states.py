@@ -172,11 +172,10 @@ def _load_peak(
 def states(
     model: nn.Module, quantization: str, zero: Zero, world: int, half: torch.dtype | None
 ) -> States:
-    """Return the bytes of one process for an adapted model on the meta device.
+    """Return the bytes of each of `world` processes for an adapted model on the meta device.
 
     Args:
         quantization: how frozen weights are stored: "none", "8bit" or "nf4".
-        world: number of processes.
         half: DeepSpeed's bf16 or fp16; None without.
     """
     pieces = frozen_pieces(model, quantization, half)
@@ -232,9 +231,8 @@ def states(
 def gathered(pieces: Sequence[Piece], zero: Zero) -> int:
     """Return the bytes of the weights that ZeRO-3 holds whole when the backward pass begins.
 
-    These are all weights that it reads again within the reuse distance, and at least the largest
-    one. The forward and backward pass mirror each other around that moment, so half of the distance
-    counts.
+    These are the weights that it reads again within the reuse distance, at least the largest one.
+    The passes mirror each other around that moment, so half of the distance counts.
     """
     moving = [p for p in pieces if p.shared and p.numel > zero.persistence]
     again = [p for p in moving if p.reused]

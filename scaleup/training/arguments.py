@@ -26,7 +26,6 @@ def training_arguments(
     passed = train.training_arguments
     strategy = _set_evaluation(passed, train)
     non_reentrant = {"use_reentrant": False} if train.gradient_checkpointing else None
-    cpu = world.device.type == "cpu"
     defaults = {
         "gradient_checkpointing_kwargs": non_reentrant,
         "save_strategy": strategy,
@@ -36,7 +35,7 @@ def training_arguments(
         "disable_tqdm": False,
         "logging_nan_inf_filter": False,  # a loss that is not finite must end the run
         "dataloader_pin_memory": world.device.type == "cuda",
-        "use_cpu": cpu,  # Trainer allows bfloat16 on CPU only with this
+        "use_cpu": world.device.type == "cpu",  # Trainer allows bfloat16 on CPU only with this
     }
     group = train.group_by_length and not settings.data.pad_to_max_length
     try:
@@ -67,10 +66,8 @@ def _set_evaluation(passed: dict[str, Any], train: TrainSettings) -> str:
     """Complete the steps of scoring and saving in `passed`, and return the eval strategy."""
     strategy = passed.pop("eval_strategy", None) or "epoch"
     if strategy == "no":
-        raise ConfigError(
-            "train.eval_strategy: without development scores there is no best checkpoint; use"
-            " epoch or steps"
-        )
+        problem = "without development scores there is no best checkpoint"
+        raise ConfigError(f"train.eval_strategy: {problem}; use epoch or steps")
     if strategy == "steps":
         passed.setdefault("eval_steps", train.logging_steps)  # Trainer's own default
         passed.setdefault("save_steps", passed["eval_steps"])

@@ -20,32 +20,23 @@ Means = dict[str, dict[str, dict[str, float]]]  # site → submodule → mean an
 
 
 class GateStatistics:
-    """Mean and standard deviation of every gate of a model, over all processes.
-
-    Args:
-        compiled: the model runs through torch.compile. CUDA graphs write only to tensors whose
-            addresses are fixed, so the statistics are marked as such.
-
-    Attributes:
-        gates: the gates of the model by site.
-        last: what the last `drain` returned.
-    """
+    """Mean and standard deviation of every gate of a model, over all processes."""
 
     def __init__(self, model: nn.Module, compiled: bool = False):
-        self.gates: dict[str, LearnedGate] = {}
-        self.last: Means = {}
+        self.gates: dict[str, LearnedGate] = {}  # by site
+        self.last: Means = {}  # what the last `drain` returned
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
                 module.statistics = GateMoments(len(module.names), module.bias.device)
-                if compiled:
+                if compiled:  # CUDA graphs write only to tensors whose addresses are fixed
                     torch._dynamo.mark_static_address(module.statistics.sums_3N)
                 site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
                 self.gates[site] = module
 
     def drain(self) -> Means:
-        """Return the statistics since the last call, and start anew.
+        """Return the statistics since the last call, and start anew. Every process must call this.
 
-        Every process must call this together. It is the only point that waits for the device.
+        It is the only point that waits for the device.
         """
         sums = [g.statistics.take() for g in self.gates.values() if g.statistics is not None]
         if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -114,9 +105,7 @@ class GracefulShutdown(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         number = torch.tensor(self._signal)
         if self._group is not None:
-            torch.distributed.all_reduce(
-                number, op=torch.distributed.ReduceOp.MAX, group=self._group
-            )
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
         if number.item():
             self.stopped_by = signal.Signals(int(number.item())).name
             control.should_save = control.should_training_stop = True
@@ -131,11 +120,7 @@ class GracefulShutdown(TrainerCallback):
 
 
 class JsonlLogger(TrainerCallback):
-    """Write log.jsonl.
-
-    Args:
-        writes: whether this process writes the file. The other processes do nothing.
-    """
+    """Write log.jsonl in the processes with `writes`."""
 
     def __init__(self, path: pathlib.Path, gate_statistics: GateStatistics, writes: bool):
         self.path, self.gate_statistics, self.writes = path, gate_statistics, writes
@@ -157,10 +142,9 @@ class JsonlLogger(TrainerCallback):
 
 def rewind(path: pathlib.Path, step: int) -> None:
     """Remove the lines of a log after `step`, and damaged ones. A resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(path, "".join(line for line in lines if _step(line) <= step))
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if _step(line) <= step))
 
 
 def _step(line: str) -> float:

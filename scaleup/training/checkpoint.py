@@ -71,32 +71,28 @@ class Manifest:
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: no {MANIFEST}; this is not a finished checkpoint of scaleup"
-            ) from None
+            problem = f"no {MANIFEST}; this is not a finished checkpoint of scaleup"
+            raise CheckpointError(f"{folder}: {problem}") from None
         except ValueError:
             content = None
+        path, altered = folder / MANIFEST, "the checkpoint was altered"
         if not isinstance(content, dict):
-            raise CheckpointError(f"{folder}/{MANIFEST}: not readable; the checkpoint was altered")
+            raise CheckpointError(f"{path}: not readable; {altered}")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder}: format version {version}; this scaleup reads {FORMAT_VERSION}"
-            )
+            problem = f"format version {version}; this scaleup reads {FORMAT_VERSION}"
+            raise CheckpointError(f"{folder}: {problem}")
         try:
             return cls(**content)
         except TypeError:
-            raise CheckpointError(
-                f"{folder}/{MANIFEST}: its entries are not those of a manifest;"
-                " the checkpoint was altered"
-            ) from None
+            problem = f"its entries are not those of a manifest; {altered}"
+            raise CheckpointError(f"{path}: {problem}") from None
 
 
 def create_staging_folder(folder: pathlib.Path) -> pathlib.Path:
     """Make the empty staging folder of `folder` and return it."""
     path = staging_folder(folder)
-    if path.exists():
-        shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
@@ -126,9 +122,8 @@ def _describe_tensors(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CheckpointError(
-                        f"{path}: {name} has values that are not finite; nothing was kept"
-                    )
+                    problem = "has values that are not finite; nothing was kept"
+                    raise CheckpointError(f"{path}: {name} {problem}")
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
                 tensors[name] = {
                     "shape": list(tensor.shape),

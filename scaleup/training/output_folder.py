@@ -32,16 +32,12 @@ def output_folder_problems(train: TrainSettings) -> list[str]:
         # A run that died before its first checkpoint leaves files too, which count.
         names = [name for name in names if name != LOCK and not LEFTOVERS.fullmatch(name)]
         if names and train.resume == "never":
-            return [
-                f"train.output_dir: {folder} is not empty; choose another, or set "
-                "train.resume=auto to continue that run"
-            ]
+            advice = "choose another, or set train.resume=auto to continue that run"
+            return [f"train.output_dir: {folder} is not empty; {advice}"]
         others = [name for name in names if pathlib.Path(name).suffix not in SCHEDULER_LOGS]
         if others and not (folder / "config.yaml").is_file():
-            return [
-                f"train.output_dir: {folder} holds {others[0]} but no run (no config.yaml); "
-                "choose another"
-            ]
+            problem = f"holds {others[0]} but no run (no config.yaml); choose another"
+            return [f"train.output_dir: {folder} {problem}"]
     except OSError as error:
         return [f"train.output_dir: cannot be used: {error.strerror}"]
     return []

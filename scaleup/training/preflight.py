@@ -34,17 +34,15 @@ def packing_problems(data: DataSettings, config: PretrainedConfig) -> list[str]:
     """Check that packed texts do not see each other in this model."""
     if not data.packing or config.model_type in PACKS:
         return []
-    return [
-        f"data.packing: {config.model_type} is not known to keep packed texts apart"
-        f" (known: {', '.join(PACKS)}); leave it out"
-    ]
+    problem = f"{config.model_type} is not known to keep packed texts apart"
+    return [f"data.packing: {problem} (known: {', '.join(PACKS)}); leave it out"]
 
 
 def hub_structure(settings: Settings, config: PretrainedConfig) -> list[str]:
     """Check a model of the hub, once its config is loaded, as `model_config` checks a folder."""
-    if pathlib.Path(settings.model.name).is_dir():
-        return []
-    return _structure_problems(settings.model, settings.method, settings.data, config)
+    model = settings.model
+    local = pathlib.Path(model.name).is_dir()
+    return [] if local else _structure_problems(model, settings.method, settings.data, config)
 
 
 def _structure_problems(
@@ -115,10 +113,8 @@ def model_folder(sections: dict[str, Section]) -> list[str]:
     parent = os.path.dirname(name)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not (parent and os.path.isdir(parent)):
         return []
-    return [
-        f"model.name: no folder {name}; give an existing folder or a hub id like "
-        "facebook/bart-large"
-    ]
+    advice = "give an existing folder or a hub id like facebook/bart-large"
+    return [f"model.name: no folder {name}; {advice}"]
 
 
 def training_files(sections: dict[str, Section]) -> list[str]:
@@ -156,10 +152,8 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     if type(config) in tasks.of(data).auto._model_mapping:
         problems += packing_problems(data, config) + _head_problems(model, data, config)
     elif not model.trust_remote_code:
-        problems.append(
-            f"model.name: transformers has no {config.model_type} model for data.task"
-            f" {data.resolved_task}"
-        )
+        kind = f"{config.model_type} model for data.task {data.resolved_task}"
+        problems.append(f"model.name: transformers has no {kind}")
     if isinstance(method, MethodSettings):
         problems += _structure_problems(model, method, data, config)
     return problems

@@ -79,9 +79,8 @@ def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
     try:
         then = verify(folder)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}. To continue from the checkpoint before it, remove {folder}"
-        ) from None
+        advice = f"To continue from the checkpoint before it, remove {folder}"
+        raise CheckpointError(f"{error}. {advice}") from None
     if then.backbone["fingerprint"] != now.backbone["fingerprint"]:
         raise CheckpointError(
             f"{folder}: trained on another backbone ({then.backbone['name']},"
@@ -129,10 +128,8 @@ def changes(settings: Settings) -> list[str]:
     if not keys:
         return []
     path = pathlib.Path(settings.train.output_dir, "config.yaml")
-    return [
-        f"train.resume: {path} has another {', '.join(keys)}; resume with that config, or choose"
-        " another output_dir"
-    ]
+    advice = "resume with that config, or choose another output_dir"
+    return [f"train.resume: {path} has another {', '.join(keys)}; {advice}"]
 
 
 def choose(

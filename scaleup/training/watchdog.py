@@ -68,7 +68,6 @@ class Watchdog:
     """The beat thread and the guard thread of one rank.
 
     Args:
-        hosts: the host name of every rank.
         token: separates the keys of this start from others in the same store.
         limit_s: seconds of silence after which a rank counts as dead.
     """
@@ -97,11 +96,7 @@ class Watchdog:
         ]
 
     def first_beat(self) -> None:
-        """Create the keys of this rank.
-
-        Every rank must have done this before any rank starts its threads: a read of a missing key
-        would block.
-        """
+        """Create the keys of this rank, before any rank starts, so that no read of them blocks."""
         self.store.set(self._key(self.rank), "0 run")
         if self.rank == 0:
             self.store.set(self._key("verdict"), "")
@@ -112,10 +107,7 @@ class Watchdog:
             thread.start()
 
     def stop(self, code: int) -> None:
-        """Announce the end of this rank and end the threads.
-
-        Rank 0, whose process may hold the store, waits until the other ranks have left.
-        """
+        """Announce the end of this rank. Rank 0, which may hold the store, waits for the others."""
         self.state = f"end {code}"
         self.wake.set()
         self.threads[0].join(timeout=self.limit_s)
@@ -124,10 +116,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def wait_for_verdict(self) -> None:
-        """Give rank 0 time to find out who is gone, after a collective failed here.
-
-        If rank 0 finds out, the process ends. Otherwise this returns.
-        """
+        """Give rank 0 time to find the lost rank and end this process. If it does not, return."""
         self.state = "hurt"
         self.wake.set()
         self.ended.wait(self.patience_s + 4 * self.interval_s)
@@ -240,10 +229,10 @@ class Watchdog:
         self._wait_for_others(2 * self.interval_s, self.patience_s)
 
     def _wait_for_others(self, most_s: float, patience_s: float) -> bool:
-        """Wait until every other rank has ended or been silent for `patience_s`.
+        """Wait, at most `most_s`, until every other rank has ended or is silent for `patience_s`.
 
         Returns:
-            Whether all other ranks have ended. False after `most_s` seconds.
+            Whether all other ranks have ended.
         """
         deadline = time.monotonic() + most_s
         while True:
@@ -318,8 +307,7 @@ def is_lost(error: BaseException) -> bool:
 def lost_connection(error: RuntimeError) -> str | None:
     """Return one plain line if the error means that another process is gone, else None.
 
-    The watchdog first gets some seconds to find out which process it is. If it does, it reports
-    that and ends this process.
+    If the watchdog finds out within some seconds which process it is, it ends this process.
     """
     if not is_lost(error):
         return None
