@@ -11,16 +11,8 @@ import datasets
 import numpy as np
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from scaleup.data.files import (
-    Examples,
-    Table,
-    choose_rows,
-    clean_columns,
-    file_states,
-    read_columns,
-    replace_surrogates,
-    user_files,
-)
+from scaleup.data import files
+from scaleup.data.files import Examples, Table
 from scaleup.data.glue import GLUE, load_from_hub, local_files
 from scaleup.data.metrics import label_metrics
 from scaleup.errors import ConfigError
@@ -35,7 +27,7 @@ compute_metrics = label_metrics  # the interface of a task's module: see scaleup
 
 def source_files(data: DataSettings) -> dict[str, tuple[str, str]]:
     """Return, per split, the setting to name in messages and the file; {} if data is on the hub."""
-    return user_files(data) if data.name is None else local_files(data)
+    return files.user_files(data) if data.name is None else local_files(data)
 
 
 def _columns(data: DataSettings) -> dict[str, str]:
@@ -62,7 +54,7 @@ def _clean_cell(
         expected = "a label" if role == "label" else "text"
         return None, f"holds a {type(cell).__name__}, not {expected}"
     if role != "label":
-        return replace_surrogates(str(cell)), None
+        return files.replace_surrogates(str(cell)), None
     # GLUE withholds the labels of its test sets by -1.
     if not str(cell).strip() or (declared is not None and cell == -1):
         return None, "is missing"
@@ -97,7 +89,7 @@ def _clean(
             raise ConfigError(f"{table.place} is not {data.name}; its classes are {classes}")
         declared = official
     clean = functools.partial(_clean_cell, known=known, declared=declared)
-    return clean_columns(table, columns, clean, table.key if data.name else None), declared
+    return files.clean_columns(table, columns, clean, table.key if data.name else None), declared
 
 
 def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: str) -> list[str]:
@@ -132,11 +124,11 @@ def _load(settings: str, _state: tuple) -> Examples:
         problems.append(f"data.label_column: {label} is a text column, too; {advice}")
     known: set[str] | None = None if task == "regression" else set()
     labels: list[str] | None = None
-    files = source_files(data)
-    tables = {} if files else load_from_hub(data)
-    for split in files or tables:
+    sources_by_split = source_files(data)
+    tables = {} if sources_by_split else load_from_hub(data)
+    for split in sources_by_split or tables:
         try:
-            table = tables[split] if tables else read_columns(*files[split])
+            table = tables[split] if tables else files.read_columns(*sources_by_split[split])
             part, declared = _clean(table, data, known)
             parts[split], count = part, len(part["label"])
             sources.append({"split": split, "rows": count, **table.source})
@@ -145,7 +137,7 @@ def _load(settings: str, _state: tuple) -> Examples:
             if known is not None:
                 known = set(part["label"])
                 labels = _class_names(known, count, declared, table.file)
-            train, dev = choose_rows(data, count, table.file)
+            train, dev = files.choose_rows(data, count, table.file)
             if len({part["label"][row] for row in train}) < 2:
                 subject = f"the {len(train)} examples of {table.file} to train on"
                 label = part["label"][train[0]]
@@ -181,7 +173,7 @@ def load(data: DataSettings) -> Examples:
     own replaces the development examples, and test_file is the test set. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), file_states(source_files(data)))
+    return _load(data.model_dump_json(), files.file_states(source_files(data)))
 
 
 def tokenize(

@@ -20,16 +20,8 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scaleup.data.files import (
-    Examples,
-    Table,
-    choose_rows,
-    clean_columns,
-    file_states,
-    read_columns,
-    replace_surrogates,
-    user_files,
-)
+from scaleup.data import files
+from scaleup.data.files import Examples, Table
 from scaleup.data.metrics import IGNORED, text_metrics
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
@@ -37,7 +29,7 @@ from scaleup.settings.schema import DataSettings
 ROLES = ("system", "user", "assistant", "tool")
 
 # The interface of a task's module: see scaleup.data.tasks.
-source_files, compute_metrics = user_files, text_metrics
+source_files, compute_metrics = files.user_files, text_metrics
 
 
 def _is_turn(turn: Any) -> bool:
@@ -54,7 +46,7 @@ def _clean_chat(cell: Any) -> tuple[str | None, str | None]:
     valid = isinstance(turns, list) and len(turns) >= 2 and all(map(_is_turn, turns))
     if not valid or turns[-1]["role"] != "assistant":
         return None, "is not a list of {role, content} that ends with the assistant"
-    turns = [turn | {"content": replace_surrogates(turn["content"])} for turn in turns]
+    turns = [turn | {"content": files.replace_surrogates(turn["content"])} for turn in turns]
     return json.dumps(turns), None
 
 
@@ -68,7 +60,7 @@ def _clean_cell(cell: Any, role: str) -> tuple[str | None, str | None]:
         return None, f"holds a {type(cell).__name__}, not text"
     if role == "target" and not str(cell).strip():
         return None, "is empty; there would be nothing to learn"
-    return replace_surrogates(str(cell)), None
+    return files.replace_surrogates(str(cell)), None
 
 
 def _pairs(table: Table, data: DataSettings) -> list[tuple[str, str]]:
@@ -78,9 +70,9 @@ def _pairs(table: Table, data: DataSettings) -> list[tuple[str, str]]:
     """
     if not data.messages_column:
         columns = {"text": data.text_column, "target": data.target_column}
-        values = clean_columns(table, columns, _clean_cell)
+        values = files.clean_columns(table, columns, _clean_cell)
         return list(zip(values["text"], values["target"]))
-    values = clean_columns(table, {"messages": data.messages_column}, _clean_cell)
+    values = files.clean_columns(table, {"messages": data.messages_column}, _clean_cell)
     chats = map(json.loads, values["messages"])
     return [(json.dumps(turns[:-1]), turns[-1]["content"]) for turns in chats]
 
@@ -106,13 +98,13 @@ def _scored(groups: dict[str, list[str]], first: int) -> datasets.Dataset:
 @functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
 def _load(settings: str, _state: tuple) -> Examples:
     data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
-    for split, (key, file) in user_files(data).items():
+    for split, (key, file) in files.user_files(data).items():
         try:
-            table = read_columns(key, file)
+            table = files.read_columns(key, file)
             parts[split] = _pairs(table, data)
             sources.append({"split": split, "rows": len(parts[split]), **table.source})
             if split == "train":
-                train, dev = choose_rows(data, len(parts[split]), file)
+                train, dev = files.choose_rows(data, len(parts[split]), file)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -142,7 +134,7 @@ def load(data: DataSettings) -> Examples:
     `dev_size` rows are for development unless there is a validation file. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), file_states(user_files(data)))
+    return _load(data.model_dump_json(), files.file_states(files.user_files(data)))
 
 
 def _prompt_and_completion(

@@ -92,12 +92,8 @@ def placement(hosts: list[tuple[str, str]]) -> list[str]:
 def memory_line(states: States) -> str:
     """Return the line about weights, gradients and optimizer. Activations are not included."""
     total = states.resident + states.gathered + states.gradients
-    parts = {
-        "backbone": states.backbone,
-        "trained": states.trained,
-        "gradients": states.gradients,
-        "optimizer": states.optimizer,
-    }
+    names = ("backbone", "trained", "gradients", "optimizer")
+    parts = {name: getattr(states, name) for name in names}
     if states.gathered:
         parts["gathered weights"] = states.gathered
     amounts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())

@@ -177,10 +177,8 @@ def shares_folder(world: World, path: pathlib.Path, wait_s: float = 5.0) -> bool
     probes = gather(world, probe if world.local_main else None)
     expected = {name for name in probes if name}
     deadline = time.monotonic() + wait_s
-    seen = expected & _names(path)
-    while seen != expected and time.monotonic() < deadline:
+    while (seen := expected & _names(path)) != expected and time.monotonic() < deadline:
         time.sleep(0.2)
-        seen = expected & _names(path)
     views = gather(world, seen)
     if world.local_main:
         (path / probe).unlink()
@@ -190,10 +188,9 @@ def shares_folder(world: World, path: pathlib.Path, wait_s: float = 5.0) -> bool
     for view, name in zip(views, probes):  # the ranks of one host follow one another
         probe_of_host = name or probe_of_host
         if view != {probe_of_host}:
-            raise ConfigError(
-                f"train.output_dir: {path} is shared by some processes only; give a folder that"
-                " all hosts share, or one that no two hosts share"
-            )
+            advice = "give a folder that all hosts share, or one that no two hosts share"
+            problem = f"{path} is shared by some processes only"
+            raise ConfigError(f"train.output_dir: {problem}; {advice}")
     return False
 
 

@@ -135,12 +135,8 @@ def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedC
     plugin = args.deepspeed_plugin
     manifest = Manifest(
         method=settings.dump()["method"],
-        backbone={
-            "name": settings.model.name,
-            "revision": settings.model.revision,
-            "quantization": settings.model.quantization,
-            "fingerprint": backbone.fingerprint(settings.model, config),
-        },
+        backbone=settings.model.model_dump(include={"name", "revision", "quantization"})
+        | {"fingerprint": backbone.fingerprint(settings.model, config)},
         task=examples.task,
         labels=examples.labels,
         data=data.provenance(examples),
@@ -157,9 +153,8 @@ def _agreed(world: World) -> Iterator[None]:
         yield
     except (ConfigError, CheckpointError) as error:
         problem = error
-    problems = [error for error in distributed.gather(world, problem) if error is not None]
-    if problems:
-        raise problems[0]
+    for first_problem in filter(None, distributed.gather(world, problem)):
+        raise first_problem
 
 
 def _choose_checkpoint(run: Run) -> tuple[pathlib.Path | None, pathlib.Path | None]:
@@ -196,8 +191,7 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
         )
         trainer.try_out()
     except torch.OutOfMemoryError as error:  # perhaps on this rank only
-        message = one_line(error, 300)
-        raise RunError(f"rank {run.world.rank}: {message}") from error
+        raise RunError(f"rank {run.world.rank}: {one_line(error, 300)}") from error
     except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
         # A tracker, an optimizer or a DeepSpeed file has refused its settings.
         if watchdog.is_lost(error):

@@ -198,7 +198,7 @@ class RunTrainer(Trainer):
         self._commit(folder)
 
     def _write(self, folder: pathlib.Path, save: Callable[[], Any]) -> None:
-        """Call `save`. If the disk refuses, raise a RunError of one line."""
+        """Call `save`. If writing fails, raise a RunError of one line."""
         try:
             save()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -208,9 +208,8 @@ class RunTrainer(Trainer):
             if shutil.disk_usage(self.out).free < 2**20:  # torch reports "unexpected pos"
                 cause = "the disk is full"
             shutil.rmtree(staging_folder(folder), ignore_errors=True)
-            raise RunError(
-                f"{folder} could not be written: {cause}. {self._last_good()}"
-            ) from error
+            problem = f"{folder} could not be written: {cause}"
+            raise RunError(f"{problem}. {self._last_good()}") from error
 
     def _commit(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()
