@@ -7,6 +7,7 @@ calls of torch operations and trained parameters.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -15,7 +16,6 @@ import pathlib
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,19 +68,13 @@ def check(options: BenchOptions) -> None:
     if options.output is not None:
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=options.output.parent):
-                pass
+            tempfile.TemporaryFile(dir=options.output.parent).close()
         except OSError as error:
             raise _not_writable(options.output, error) from None
 
 
 def run(options: BenchOptions) -> None:
-    """Measure, print one line per variant, and write the result file.
-
-    Raises:
-        ConfigError: an option must change.
-        RunError: the baseline library's process has ended.
-    """
+    """Measure, print one line per variant, and write the result file."""
     check(options)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -121,19 +115,19 @@ def _not_writable(path: pathlib.Path, error: OSError) -> ConfigError:
 
 def timed_rows(options: BenchOptions) -> Rows:
     """Time the variants, or profile their operations; one row each."""
-    contestants, tokens = _create_variants(options)
-    reference = options.reference or next(iter(contestants))
-    if reference not in contestants:
-        raise ConfigError(f"--reference: {reference} is not one of {', '.join(contestants)}")
+    compared, tokens = _create_variants(options)
+    reference = options.reference or next(iter(compared))
+    if reference not in compared:
+        raise ConfigError(f"--reference: {reference} is not one of {', '.join(compared)}")
     gc.collect()
     gc.disable()  # a collection would slow whichever variant is running
     if options.profile:
-        return _profiled_rows(contestants, options.rounds, reference)
+        return _profiled_rows(compared, options.rounds, reference)
     interleave = options.what != "ragged" and options.device == "cpu" and not options.compile
-    rows = timing.compare(time_variants(contestants, options, interleave), reference)
+    rows = timing.compare(time_variants(compared, options, interleave), reference)
     rate = meter.matmul_rate(options.device, options.torch_dtype)
     for name, row in rows.items():
-        seconds, variant = row["milliseconds"] / 1000, contestants[name]
+        seconds, variant = row["milliseconds"] / 1000, compared[name]
         row |= {"trained": variant.trained, "tokens_per_second": round(tokens / seconds)}
         if variant.model is not None and not options.compile:
             row |= meter.count_operations(variant.step)
@@ -142,23 +136,20 @@ def timed_rows(options: BenchOptions) -> Rows:
 
 
 def time_variants(
-    contestants: dict[str, Variant], options: BenchOptions, interleave: bool
+    compared: dict[str, Variant], options: BenchOptions, interleave: bool
 ) -> dict[str, list[list[float]]]:
     """Time all variants as `timing.time_rounds` does, in pieces of a few layers if `interleave`."""
 
-    def whole(step: Callable[[], object]) -> timing.Worker:
-        return lambda: (True, timing.step_seconds(step, options.device))
-
     workers: dict[str, timing.Worker] = {}
     with contextlib.ExitStack() as stack:
-        for name, variant in contestants.items():
+        for name, variant in compared.items():
             if variant.model is None:
                 workers[name] = variant.step  # type: ignore[assignment]
             elif interleave:
                 step = timing.PausingStep(variant.step, variant.model)
                 workers[name] = stack.enter_context(contextlib.closing(step)).resume
             else:
-                workers[name] = whole(variant.step)
+                workers[name] = functools.partial(timing.whole_step, variant.step, options.device)
         return timing.time_rounds(workers, options.rounds)
 
 
@@ -177,22 +168,17 @@ def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
     batch = variants.random_batch(lengths, options.length, options.config.vocab_size)
     training = options.what == "training"
     create = variants.training_variants if training else variants.inference_variants
-    contestants = create(options, batch)
+    compared = create(options, batch)
     if options.baseline is not None:
-        contestants |= _baseline_variants(options, batch)
-    return contestants, sum(lengths)
+        compared |= _baseline_variants(options, batch)
+    return compared, sum(lengths)
 
 
 def _text_lengths(task: str, data: str, tokenizer: str, count: int, max_length: int) -> list[int]:
     """Count the tokens of `count` training texts, truncated as by data.max_length=`max_length`."""
-    overrides = [
-        override("data.path", data),
-        override("data.name", task),
-        f"data.max_length={max_length}",
-        f"data.k={count}",
-        "data.dev_size=1",
-        "model.name=unused",
-    ]
+    overrides = [override("data.path", data), override("data.name", task)]
+    overrides += [f"data.max_length={max_length}", f"data.k={count}"]
+    overrides += ["data.dev_size=1", "model.name=unused"]
     try:
         settings = schema.load(None, overrides).data
         texts = classification.load(settings)
@@ -244,18 +230,18 @@ def _baseline_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant
     return {name: Variant(worker(name), n, None) for name, n in json.loads(trained).items()}
 
 
-def _profiled_rows(contestants: dict[str, Variant], rounds: int, reference: str) -> Rows:
+def _profiled_rows(compared: dict[str, Variant], rounds: int, reference: str) -> Rows:
     """Sum the shortest times of all operations, and list the thirty longest."""
-    rows: Rows = {}
-    for name, variant in contestants.items():
-        operations = meter.profile_operations(variant.step, rounds)
-        total = sum(milliseconds for *_, milliseconds in operations)
-        rows[name] = {"ratio": total, "milliseconds": total, "operations": operations[:30]}
-    total = rows[reference]["milliseconds"]
-    for row in rows.values():
-        row["ratio"] = round(row["ratio"] / total, 4)
-        row["milliseconds"] = round(row["milliseconds"], 1)
-    return rows
+    profiles = {n: meter.profile_operations(v.step, rounds) for n, v in compared.items()}
+    totals = {n: sum(milliseconds for *_, milliseconds in profiles[n]) for n in profiles}
+    return {
+        name: {
+            "ratio": round(totals[name] / totals[reference], 4),
+            "milliseconds": round(totals[name], 1),
+            "operations": operations[:30],
+        }
+        for name, operations in profiles.items()
+    }
 
 
 def memory_rows(options: BenchOptions) -> Rows:
@@ -285,13 +271,9 @@ def measure_memory(name: str, options: BenchOptions, batch: Batch) -> dict[str, 
         with tempfile.TemporaryDirectory(prefix="bench-") as saved:
             plain = BenchOptions("memory", options.geometry).backbone()
             plain.save_pretrained(saved)
-            model, _ = load_model(
-                schema.ModelSettings(name=saved, quantization=quantization),
-                plain.config,
-                options.auto_class,
-                options.torch_dtype,
-                torch.device(options.device),
-            )
+            settings = schema.ModelSettings(name=saved, quantization=quantization)
+            kind = (options.auto_class, options.torch_dtype, torch.device(options.device))
+            model, _ = load_model(settings, plain.config, *kind)
             del plain
     if trained == "head":
         model = variants.lower_bound(model)

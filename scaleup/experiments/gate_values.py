@@ -44,7 +44,7 @@ Site = tuple[str, str]  # module and submodule of a gate
 class Gates:
     """The gates of a run.
 
-    Args:
+    Attributes:
         title: names the run and the examples.
         mean: mean over examples, with layers as index and submodules as columns (with the place in
             the layer, if a layer has several of a kind); NaN where there is no such gate.
@@ -69,9 +69,13 @@ class Gates:
     def of_class(self, label: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return mean and standard deviation over the examples of one class."""
         assert self.each is not None
-        chosen = self.each[[other == label for other in self.labels]]
-        layout = {"index": self.mean.index, "columns": self.mean.columns}
-        return pd.DataFrame(chosen.mean(0), **layout), pd.DataFrame(chosen.std(0), **layout)
+        return _moments(self.each[[other == label for other in self.labels]], self.mean)
+
+
+def _moments(values: np.ndarray, layout: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return mean and standard deviation over the first axis, as frames like `layout`."""
+    mean = pd.DataFrame(values.mean(0), layout.index, layout.columns)
+    return mean, pd.DataFrame(values.std(0), layout.index, layout.columns)
 
 
 def layout(sites: Sequence[Site]) -> tuple[pd.DataFrame, dict[Site, tuple[int, int]]]:
@@ -80,31 +84,23 @@ def layout(sites: Sequence[Site]) -> tuple[pd.DataFrame, dict[Site, tuple[int, i
     The layer is the first number in a module's name. What precedes it distinguishes stacks, and
     what follows it distinguishes places in a layer.
 
-    Args:
-        sites: the gates in the model's order.
-
     Returns:
         An empty frame of layers and submodules, and the position of each gate in it.
     """
     parsed = {}
     for module, part in sites:
-        match = re.search(r"(?:^|\.)(\d+)\.", module)
-        stack, number, place = (
-            (module[: match.start()], match[1], module[match.end() :])
-            if match is not None
-            else (module, "", "")
-        )
-        parsed[module, part] = (stack, number, place)
+        match = re.fullmatch(r"(?:(.*?)\.)??(\d+)\.(.*)", module)
+        parsed[module, part] = match.groups("") if match is not None else (module, "", "")
     stacks = {stack for stack, _, _ in parsed.values()}
     in_layer = collections.Counter(
         (stack, number, part) for (_, part), (stack, number, _) in parsed.items()
     )
-    crowded = {part for (_, _, part), count in in_layer.items() if count > 1}
+    in_several_places = {part for (_, _, part), count in in_layer.items() if count > 1}
     cells = {}
     for (module, part), (stack, number, place) in parsed.items():
-        known = next((word for word in ("encoder", "decoder") if word in stack), stack)
-        row = f"{known if len(stacks) > 1 else 'layer'} {number}".strip()
-        cells[module, part] = (row, f"{part} {place}" if part in crowded else part)
+        side = next((word for word in ("encoder", "decoder") if word in stack), stack)
+        row = f"{side if len(stacks) > 1 else 'layer'} {number}".strip()
+        cells[module, part] = (row, f"{part} {place}" if part in in_several_places else part)
     rows = list(dict.fromkeys(row for row, _ in cells.values()))
     order = {part: position for position, part in enumerate(SUBMODULES)}
     columns = sorted(
@@ -119,10 +115,6 @@ def layout(sites: Sequence[Site]) -> tuple[pd.DataFrame, dict[Site, tuple[int, i
 
 def from_results(run: Run, name: str) -> Gates:
     """Return the statistics that a run wrote about its development set.
-
-    Args:
-        run: a run with learned gates.
-        name: the run's name in the title.
 
     Raises:
         ConfigError: for a run without learned gates.
@@ -196,9 +188,7 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
     texts = [" | ".join(row[role] for role in roles) for row in chosen]
     examined = f"{which} set" if which in SPLITS else pathlib.Path(which).name
     title = f"{_title(run, name)}, {examined} ({len(chosen)} examples)"
-    shape = {"index": frame.index, "columns": frame.columns}
-    mean, std = (pd.DataFrame(part, **shape) for part in (each.mean(0), each.std(0)))
-    return Gates(title, mean, std, each, list(targets), texts)
+    return Gates(title, *_moments(each, frame), each, list(targets), texts)
 
 
 def _learned(run: Run) -> dict[str, dict[str, dict[str, float]]]:
@@ -221,15 +211,9 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
             f"--data: there is no file {which}; it takes {', '.join(SPLITS)} or a file with the "
             "run's columns"
         )
-    changes: dict[str, Any] = {
-        "name": None,
-        "path": None,
-        "task": settings.resolved_task,
-        "train_file": which,
-        "validation_file": which,
-        "test_file": None,
-        "k": "all",
-    }
+    changes: dict[str, Any] = dict.fromkeys(("name", "path", "test_file"))
+    changes |= {"train_file": which, "validation_file": which}
+    changes |= {"task": settings.resolved_task, "k": "all"}
     if settings.name:
         task = GLUE[settings.name]
         changes |= {"text_column": task.text, "text_pair_column": task.text_pair}
@@ -271,19 +255,15 @@ def _values(
         batch_size=settings.train.per_device_eval_batch_size,
         collate_fn=data.collator(tokenizer, settings.data),
     )
-    values = {
-        (module, part): np.empty(len(order))
-        for module, gate in gates.items()
-        for part in gate.names
-    }
+    sites = [(module, part) for module, gate in gates.items() for part in gate.names]
+    values = {site: np.empty(len(order)) for site in sites}
     device, start = model.device, 0
     half = device_half_dtype(settings, device)
     for batch in loader:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None),
-        ):
-            model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+        with torch.no_grad(), autocast:
+            model(**inputs)
         end = start + len(batch["input_ids"])
         for module, gate in gates.items():
             # A layer that is called many times, as in ALBERT, has the mean over its calls.

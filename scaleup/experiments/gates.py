@@ -21,7 +21,7 @@ PICTURED = 40  # examples in the heat map
 
 
 def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> list[str]:
-    """Write a report on the gates of runs.
+    """Write a report on the gates of runs; return the lines to print.
 
     The report is gates.md, gates.csv and gates.png. With the gates of examples it also has
     gates_classes.png, gates_examples.csv and gates_examples.png; for two runs it also has
@@ -32,9 +32,6 @@ def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> lis
         which: train, dev, test or a file. None: the development set if the run's best checkpoint,
             backbone and data still exist, else the statistics that the run wrote.
         output: the folder to write into.
-
-    Returns:
-        The lines to print.
 
     Raises:
         ConfigError: with what is wrong with the runs or the data.
@@ -124,11 +121,8 @@ def _extremes(gates: Gates) -> list[str]:
             text = text if len(text) <= 120 else f"{text[:120]}…"
             lines.append([f"{mean[i]:.3f}", str(gates.labels[i]), text])
         parts.append(f"{column}, mean over layers: the {EXTREMES} lowest and highest")
-        parts.append(
-            pd.DataFrame(lines, columns=["gate", "label", "text"]).to_markdown(
-                index=False, disable_numparse=True, colalign=("right", "left", "left")
-            )
-        )
+        frame = pd.DataFrame(lines, columns=["gate", "label", "text"])
+        parts.append(grid(frame, align=("right", "left", "left")))
     return parts
 
 
@@ -180,14 +174,8 @@ def _examples(collected: Sequence[Gates]) -> pd.DataFrame:
     for gates in (gates for gates in collected if gates.each is not None):
         frame = _by_gate(gates).round(6)
         frame.columns = [f"{layer} {gate}" for gate, layer in frame.columns]
-        head = pd.DataFrame(
-            {
-                "run": gates.title,
-                "example": range(len(frame)),
-                "label": gates.labels,
-                "text": gates.texts,
-            }
-        )
+        head = pd.DataFrame({"run": gates.title, "example": range(len(frame))})
+        head = head.assign(label=gates.labels, text=gates.texts)
         frames.append(pd.concat([head, frame], axis="columns"))
     return pd.concat(frames)
 
@@ -195,30 +183,20 @@ def _examples(collected: Sequence[Gates]) -> pd.DataFrame:
 def _draw(collected: Sequence[Gates], difference: Heat | None, output: pathlib.Path) -> list[str]:
     """Draw the heat maps and return their names."""
     examined = [gates for gates in collected if gates.each is not None]
+    means = [Heat(g.title, g.mean, _cells(g.std, None, "±{:.2f}")) for g in collected]
+    differences = [difference] if difference is not None else []
+    by_class = [
+        _plain_heat(f"{gates.title}\n{label}", gates.of_class(label)[0] - gates.mean)
+        for gates in examined
+        for label in gates.classes
+    ]
+    examples = [_example_heat(gates) for gates in examined]
+    both = "\nminus ".join(gates.title for gates in reversed(collected))
     pictures = {
-        "gates.png": (
-            "Gates: mean ± standard deviation over examples",
-            [
-                Heat(gates.title, gates.mean, _cells(gates.std, None, "±{:.2f}"))
-                for gates in collected
-            ],
-        ),
-        "gates_difference.png": (
-            "\nminus ".join(gates.title for gates in reversed(collected)),
-            [difference] if difference is not None else [],
-        ),
-        "gates_classes.png": (
-            "Gates by class, minus the mean over all examples",
-            [
-                _plain_heat(f"{gates.title}\n{label}", gates.of_class(label)[0] - gates.mean)
-                for gates in examined
-                for label in gates.classes
-            ],
-        ),
-        "gates_examples.png": (
-            "Gates by example, minus the mean over all examples",
-            [_example_heat(gates) for gates in examined],
-        ),
+        "gates.png": ("Gates: mean ± standard deviation over examples", means),
+        "gates_difference.png": (both, differences),
+        "gates_classes.png": ("Gates by class, minus the mean over all examples", by_class),
+        "gates_examples.png": ("Gates by example, minus the mean over all examples", examples),
     }
     written = []
     for name, (title, heats) in pictures.items():

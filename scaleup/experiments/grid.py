@@ -31,7 +31,7 @@ from pydantic import Field, PositiveInt
 
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
-from scaleup.settings.loading import flat, nearest, override, parse, shown
+from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
 from scaleup.settings.schema import Settings
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
@@ -42,9 +42,8 @@ SET_BY_SWEEP = ("train.output_dir", "train.resume")
 def _axis(key: str | None, example: str) -> pydantic.BeforeValidator:
     """Validate an axis and write it out as names with overrides.
 
-    Args:
-        key: the setting that a plain list of values stands for; None if lists are not allowed.
-        example: what the error message asks for.
+    `key` is the setting that a plain list of values stands for, None if lists are not allowed;
+    `example` is what the error message asks for.
     """
 
     def expand(value: Any) -> Any:
@@ -65,6 +64,8 @@ def _axis(key: str | None, example: str) -> pydantic.BeforeValidator:
 
 
 Axis = dict[str, list[str]]
+AXES = ("tasks", "k", "methods", "seeds")
+NAMES = "names with lists of overrides"
 
 
 class SweepFile(Section):
@@ -72,14 +73,10 @@ class SweepFile(Section):
 
     output: str = Field(min_length=1)
     base: str | dict[str, Any] = {}
-    methods: Annotated[
-        Axis, _axis(None, "names with lists of overrides, like {full: [method=full]}")
-    ]
-    tasks: Annotated[
-        Axis, _axis("data.name", "a list of GLUE tasks, or names with lists of overrides")
-    ]
-    k: Annotated[Axis, _axis("data.k", "a list of numbers, or names with lists of overrides")]
-    seeds: Annotated[Axis, _axis("seed", "a list of numbers, or names with lists of overrides")]
+    methods: Annotated[Axis, _axis(None, f"{NAMES}, like {{full: [method=full]}}")]
+    tasks: Annotated[Axis, _axis("data.name", f"a list of GLUE tasks, or {NAMES}")]
+    k: Annotated[Axis, _axis("data.k", f"a list of numbers, or {NAMES}")]
+    seeds: Annotated[Axis, _axis("seed", f"a list of numbers, or {NAMES}")]
     keep: bool | Literal["best"] = False
     threads: PositiveInt = 1
 
@@ -135,8 +132,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
             f"{path}: output: there is no home of {user} here; write the path out"
         ) from None
     config, base = _base(file, pathlib.Path(path).parent)
-    axes = (file.tasks, file.k, file.methods, file.seeds)
-    in_file = itertools.chain(*(items for axis in axes for items in axis.values()))
+    in_file = itertools.chain(*(items for axis in AXES for items in getattr(file, axis).values()))
     reserved = [
         f"{item}: the sweep sets {key}; leave it out"
         for item in dict.fromkeys([*base, *in_file, *overrides])
@@ -145,26 +141,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
     if reserved:
         raise ConfigError(reserved)
     trials: list[Trial] = []
-    affected: dict[str, list[str]] = {}  # problem -> names of trials
-    folders: dict[str, pathlib.Path] = {}  # what a trial runs -> its folder
-    for seed, k, task, method in itertools.product(file.seeds, file.k, file.tasks, file.methods):
-        chosen = _expand_seeds(
-            {
-                "tasks": file.tasks[task],
-                "k": file.k[k],
-                "methods": file.methods[method],
-                "seeds": file.seeds[seed],
-            }
-        )
+    affected: dict[str, list[str]] = {}  # problem → names of trials
+    folders: dict[str, pathlib.Path] = {}  # what a trial runs → its folder
+    combinations = list(itertools.product(file.seeds, file.k, file.tasks, file.methods))
+    for seed, k, task, method in combinations:
+        names = zip(AXES, (task, k, method, seed))
+        chosen = _expand_seeds({axis: getattr(file, axis)[name] for axis, name in names})
         folder = output / f"{task}-{k}-{method}-{seed}"
-        words = [
-            *base,
-            "train.disable_tqdm=true",
-            *itertools.chain(*chosen.values()),
-            *overrides,
-            override("train.output_dir", folder),
-            "train.resume=auto",
-        ]
+        words = [*base, "train.disable_tqdm=true", *itertools.chain(*chosen.values())]
+        words += [*overrides, override("train.output_dir", folder), "train.resume=auto"]
         problems = list(_conflicts(chosen))
         try:
             settings = load_config(config[1] if config else None, words, checks=CHECKS)
@@ -180,8 +165,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
         for problem in problems:
             affected.setdefault(problem, []).append(folder.name)
     if affected:
-        total = len(file.seeds) * len(file.k) * len(file.tasks) * len(file.methods)
-        raise ConfigError([f"{_who(names, total)}: {text}" for text, names in affected.items()])
+        total = len(combinations)
+        raise ConfigError([f"{_name_trials(of, total)}: {text}" for text, of in affected.items()])
     return Sweep(output, trials, file.keep, file.threads)
 
 
@@ -194,30 +179,24 @@ def select(
         ConfigError: for a pattern that matches nothing, and for a malformed shard.
     """
     names = [trial.name for trial in trials]
+    matches = {p: {name for name in names if fnmatch.fnmatchcase(name, p)} for p in patterns}
     problems = [
         f"--only: no trial is called {pattern}{nearest(pattern, names)}"
-        for pattern in patterns
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        for pattern, matching in matches.items()
+        if not matching
     ]
     part = re.fullmatch(r"(?a)(\d{1,6})/(\d{1,6})", shard or "1/1")
     if part is None or not 1 <= int(part[1]) <= int(part[2]):
         problems.append(f"--shard: {shard} is not i/n with i from 1 to n, like 1/4")
     if part is None or problems:
         raise ConfigError(problems)
-    chosen = [
-        trial
-        for trial in trials
-        if any(fnmatch.fnmatchcase(trial.name, pattern) for pattern in patterns or ["*"])
-    ]
+    selected = set().union(*matches.values()) if patterns else set(names)
+    chosen = [trial for trial in trials if trial.name in selected]
     return chosen[int(part[1]) - 1 :: int(part[2])]
 
 
 def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
-    """Check that what a folder contains belongs to the run with these settings.
-
-    Raises:
-        ConfigError: if the folder has a run with other settings, or damaged results.
-    """
+    """Raise ConfigError if a folder has a run with other settings, or damaged files."""
     results, path = folder / "results.json", folder / "config.yaml"
     if results.is_file():
         _stored(results, json.loads)
@@ -246,11 +225,7 @@ def _stored(path: pathlib.Path, parse_text: Any) -> dict[str, Any]:
 
 
 def _read(path: str) -> SweepFile:
-    try:
-        raw = parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    raw = parse_file(path)
     if not isinstance(raw, dict):
         keys = ", ".join(SweepFile.model_fields)
         raise ConfigError(f"{path}: expected {keys}, found {shown(raw)}")
@@ -259,14 +234,9 @@ def _read(path: str) -> SweepFile:
     except pydantic.ValidationError as error:
         problems = []
         for item in error.errors():
-            key = ".".join(
-                str(part) for part in item["loc"] if part not in ("str", "dict[str,any]")
-            )
-            message = re.sub(r"^(Value error, |Input )", "", item["msg"])
-            if item["type"] == "extra_forbidden":
-                message = f"unknown setting{nearest(key, SweepFile.model_fields)}"
-            elif item["type"] != "missing":
-                message += f" (got {shown(item['input'])})"
+            parts = [part for part in item["loc"] if part not in ("str", "dict[str,any]")]
+            key = ".".join(map(str, parts))
+            message = validation_problem(dict(item), SweepFile.model_fields)
             problems.append(f"{path}: {key}: {message}")
         raise ConfigError(list(dict.fromkeys(problems))) from None
 
@@ -285,39 +255,30 @@ def _base(file: SweepFile, folder: pathlib.Path) -> tuple[tuple[str, ...], list[
 
 
 def _expand_seeds(chosen: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Replace `seed=3` by the seeds of sampling and of training."""
-    keys = ["train.seed"]
-    if "data.k=all" not in itertools.chain(*chosen.values()):
-        keys.insert(0, "data.seed")
-    return {
-        axis: [
-            word
-            for item in items
-            for word in (
-                [f"{key}={item.removeprefix('seed=')}" for key in keys]
-                if item.startswith("seed=")
-                else [item]
-            )
-        ]
-        for axis, items in chosen.items()
-    }
+    """Replace `seed=3` by the seed of training and, if examples are sampled, that of sampling."""
+    sampled = "data.k=all" not in itertools.chain(*chosen.values())
+    keys = ["data.seed", "train.seed"] if sampled else ["train.seed"]
+
+    def expand(item: str) -> list[str]:
+        key, _, value = item.partition("=")
+        return [f"{name}={value}" for name in keys] if key == "seed" else [item]
+
+    return {axis: [*itertools.chain(*map(expand, items))] for axis, items in chosen.items()}
 
 
 def _conflicts(chosen: dict[str, list[str]]) -> Iterator[str]:
     """Name the settings to which two axes give different values."""
+    values = {axis: dict(i.partition("=")[::2] for i in items) for axis, items in chosen.items()}
     for one, other in itertools.combinations(chosen, 2):
-        first, second = (
-            dict(item.partition("=")[::2] for item in chosen[axis]) for axis in (one, other)
-        )
-        for key in sorted(first.keys() & second.keys()):
-            if first[key] != second[key]:
+        for key in sorted(values[one].keys() & values[other].keys()):
+            if values[one][key] != values[other][key]:
                 yield (
                     f"{key}: {one} and {other} set it to different values, and one would have no "
                     "effect; leave it to one of them"
                 )
 
 
-def _who(names: list[str], total: int) -> str:
+def _name_trials(names: list[str], total: int) -> str:
     if len(names) == total:
         return "every run"
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
@@ -325,9 +286,5 @@ def _who(names: list[str], total: int) -> str:
 
 def _identity(settings: Settings) -> str:
     """Describe what a trial runs, whatever its folder."""
-    values = flat(settings.dump())
-    return json.dumps(
-        {key: value for key, value in values.items() if key not in SET_BY_SWEEP},
-        sort_keys=True,
-        default=str,
-    )
+    values = {k: v for k, v in flat(settings.dump()).items() if k not in SET_BY_SWEEP}
+    return json.dumps(values, sort_keys=True, default=str)

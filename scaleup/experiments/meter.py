@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _attention_flops(
-    query_BHTE: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs
+    query_BHTE: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs
 ) -> int:
     """Count the two products of each query head (B examples, T queries, H heads, E head size).
 
@@ -25,23 +25,15 @@ def _attention_flops(
     return 2 * batch * heads * queries * key[2] * (size + value[3])
 
 
-def _attention_backward_flops(
-    grad: torch.Size,
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    *args,
-    out_shape=None,
-    **kwargs,
-) -> int:
+def _attention_backward_flops(grad: torch.Size, *args, **kwargs) -> int:
     """Count five products: the scores again, and four gradients."""
-    return _attention_flops(query, key, value) * 5 // 2
+    return _attention_flops(*args, **kwargs) * 5 // 2
 
 
+KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 FUSED_ATTENTION = {
     getattr(aten, f"_scaled_dot_product_{kernel}{suffix}"): flops
-    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention")
-    + ("cudnn_attention",)
+    for kernel in KERNELS
     for suffix, flops in (("", _attention_flops), ("_backward", _attention_backward_flops))
 }
 

@@ -78,24 +78,14 @@ def draw_panels(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None
         places = sorted({x for curve in panel.curves for x in curve.points.index})
         for curve in panel.curves:
             spread = curve.points["std"].fillna(0)
-            axes.errorbar(
-                [places.index(x) for x in curve.points.index],
-                curve.points["mean"],
-                yerr=spread if spread.any() else None,
-                marker="o",
-                capsize=3,
-                linestyle="-" if curve.line else "none",
-                color=curve.color,
-                label=curve.title,
-            )
+            bars = spread if spread.any() else None
+            x = [places.index(place) for place in curve.points.index]
+            style = {"linestyle": "-" if curve.line else "none", "color": curve.color}
+            style |= {"marker": "o", "label": curve.title}
+            axes.errorbar(x, curve.points["mean"], yerr=bars, capsize=3, **style)
         for i, (name, level) in enumerate(panel.levels.items()):
-            axes.axhline(
-                level,
-                color=PAPER if "paper" in name else FAINT,
-                linestyle=("--", ":", "-.")[i % 3],
-                linewidth=1,
-                label=name,
-            )
+            color, dashes = PAPER if "paper" in name else FAINT, ("--", ":", "-.")[i % 3]
+            axes.axhline(level, color=color, linestyle=dashes, linewidth=1, label=name)
         axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.legend(fontsize=7, frameon=False)
@@ -121,16 +111,11 @@ def draw_heats(heats: Sequence[Heat], title: str, path: pathlib.Path, signed: bo
     figure = _new_figure(sum(widths) + 1.0, height)
     largest = max(float(np.nanmax(np.abs(heat.values.to_numpy()))) for heat in heats)
     limit = max(largest, 1e-9) if signed else 1.0
+    scale = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "viridis", "vmin": 0}
     grid = figure.subplots(1, len(heats), squeeze=False, width_ratios=widths)[0]
     for axes, heat, axes_title in zip(grid, heats, titles):
         values = heat.values.to_numpy()
-        image = axes.imshow(
-            values,
-            aspect="auto",
-            cmap="RdBu_r" if signed else "viridis",
-            vmin=-limit if signed else 0,
-            vmax=limit,
-        )
+        image = axes.imshow(values, aspect="auto", vmax=limit, **scale)
         axes.set_xticks(range(values.shape[1]), heat.values.columns, fontsize=8)
         axes.set_yticks(range(values.shape[0]), heat.values.index, fontsize=7)
         axes.set_title(axes_title, fontsize=9)

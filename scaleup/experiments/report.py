@@ -31,7 +31,10 @@ from scaleup.io import write_text
 from scaleup.settings.loading import parse
 
 PAPER_FILE = pathlib.Path(__file__).with_name("paper.yaml")
-PAPER_NOTE = "the paper's are BERT-base"
+PAPER_NOTES = {  # what to say of the paper's numbers, if not that they are BERT-base's
+    "table5": "the paper's numbers are not available",
+    "table6": "the paper's are BERT-base, without those on development sets",
+}
 BENCH = "results/bench"  # the default of --bench, which need not exist
 GEOMETRY = "bert-base"  # the benchmark's geometry whose times table 4 shows
 # Methods by the names of the benchmark's variants. A fully fine-tuned model runs as a bare one.
@@ -84,19 +87,19 @@ class Figure:
 
 FIGURES = {
     "figure2": Figure(
-        "adapter",
-        "bottleneck size",
-        lambda method: method["adapter_size"],
-        48,
-        ("method.adapter_size",),
-        ("ap", "apl"),
+        method="adapter",
+        x="bottleneck size",
+        value=lambda method: method["adapter_size"],
+        usual=48,
+        shown=("method.adapter_size",),
+        beside=("ap", "apl"),
     ),
     "figure3": Figure(
-        "lora",
-        "scaling factor (alpha / r)",
-        lambda method: method["lora_alpha"] / method["r"],
-        2,
-        ("method.lora_alpha", "method.r"),
+        method="lora",
+        x="scaling factor (alpha / r)",
+        value=lambda method: method["lora_alpha"] / method["r"],
+        usual=2,
+        shown=("method.lora_alpha", "method.r"),
     ),
 }
 RUNS = dict.fromkeys(TITLES, "runs/table1") | {
@@ -113,7 +116,7 @@ def default_output(path: str) -> pathlib.Path:
 def report(
     name: str, paths: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
 ) -> list[str]:
-    """Write NAME.md and NAME.csv, and NAME.png for a figure.
+    """Write NAME.md and NAME.csv, and NAME.png for a figure; return the lines to print.
 
     Args:
         name: a key of TITLES.
@@ -121,55 +124,50 @@ def report(
         output: the folder to write into.
         bench: files of the benchmark, or folders of them, for table 4.
 
-    Returns:
-        The lines to print.
-
     Raises:
         ConfigError: with everything that is wrong with the runs.
     """
     paper = parse(PAPER_FILE.read_text(encoding="utf-8"), str(PAPER_FILE))
     runs = load(paths)
-    one_backbone(runs)
+    backbone = one_backbone(runs)
     check_one_metric(runs)
     panels: list[Panel] = []
     if name in FIGURES:
-        table, panels = _figure(name, FIGURES[name], runs, paper["table1"])
+        table, panels = _figure(name, runs, paper["table1"])
     else:
         table = _table(name, runs, paper, bench)
     if not table.cells.loc[table.cells["source"] == SCALEUP, "mean"].notna().any():
         raise ConfigError(f"--runs: {', '.join(paths)}: no run there belongs in {name}")
+    note = PAPER_NOTES.get(name, "the paper's are BERT-base")
+    table.notes.insert(0, f"Backbone {backbone} in the rows of scaleup, {note}.")
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / f"{name}.md", table_output.markdown(table))
+    title = TITLES[name]
+    write_text(output / f"{name}.md", table_output.markdown(title, table))
     write_text(output / f"{name}.csv", table_output.csv_text(table))
     if panels:
-        plots.draw_panels(panels, table.title, output / f"{name}.png")
-    return [
-        *table_output.text(table),
-        f"written: {output / name}.md, .csv{', .png' if panels else ''}",
-    ]
+        plots.draw_panels(panels, title, output / f"{name}.png")
+    written = f"written: {output / name}.md, .csv{', .png' if panels else ''}"
+    return [*table_output.text(title, table), written]
 
 
 def _table(name: str, runs: list[Run], paper: dict[str, Any], bench: Sequence[str]) -> Table:
-    title, numbers = TITLES[name], paper.get(name, {})
+    numbers = paper.get(name, {})
     if name == "table2":
         if several := sorted({name_of(run.method) for run in runs if run.variant}):
             raise ConfigError(
                 "--runs: table 2 compares one setting of each method, and there are several of "
                 f"{', '.join(several)}; give the folders of one"
             )
-        return tables.upper_bound(name, title, runs, numbers, PAPER_NOTE)
+        return tables.upper_bound(runs, numbers)
     if name == "table3":
-        return tables.high_resource(name, title, runs, numbers, PAPER_NOTE)
+        return tables.high_resource(runs, numbers)
     if name == "table4":
         times, notes = _bench(bench)
-        table = tables.efficiency(name, title, runs, numbers, times, PAPER_NOTE)
-        return dataclasses.replace(table, notes=table.notes + notes)
-    test, splits, note = {"test": paper["table1"]}, ["test"], PAPER_NOTE
-    if name == "table5":
-        test, note = {}, "the paper's numbers are not available"
-    if name == "table6":
-        splits, note = ["dev", "test"], f"{PAPER_NOTE}, without those on development sets"
-    return tables.low_resource(name, title, runs, test, note, splits)
+        table = tables.efficiency(runs, numbers, times)
+        table.notes += notes
+        return table
+    numbers = {} if name == "table5" else {"test": paper["table1"]}
+    return tables.low_resource(runs, numbers, ["dev", "test"] if name == "table6" else ["test"])
 
 
 def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -179,7 +177,7 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
         paths: files, and folders of which every suitable file counts.
 
     Returns:
-        method -> "training" and "inference" time relative to full fine-tuning, and notes.
+        method → "training" and "inference" time relative to full fine-tuning, and notes.
 
     Raises:
         ConfigError: for two files on one kind of time, and for named files that do not fit.
@@ -212,13 +210,13 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
             variants["apl"] = MLP
         complete = geometry == GEOMETRY and "full" in variants
         if special or not complete or kind not in ("training", "inference"):
-            if path in named:
-                reason = f"without {GEOMETRY}'s time of full fine-tuning"
-                raise ConfigError(
-                    f"--bench: {path} is {f'made with --{special[0]}' if special else reason}; "
-                    "table 4 takes the training and inference times of all methods"
-                )
-            continue
+            if path not in named:
+                continue
+            reason = f"without {GEOMETRY}'s time of full fine-tuning"
+            raise ConfigError(
+                f"--bench: {path} is {f'made with --{special[0]}' if special else reason}; "
+                "table 4 takes the training and inference times of all methods"
+            )
         if kind in used:
             raise ConfigError(
                 f"--bench: {used[kind]} and {path} both have {kind} times; "
@@ -240,13 +238,12 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
     return times, notes
 
 
-def _figure(
-    name: str, figure: Figure, runs: Sequence[Run], paper: dict[Any, Any]
-) -> tuple[Table, list[Panel]]:
+def _figure(name: str, runs: Sequence[Run], paper: dict[Any, Any]) -> tuple[Table, list[Panel]]:
     """Build a figure's panels, one for each task and K, and its numbers as a table.
 
     Tasks and K with the usual value only make no panel, unless there is nothing else.
     """
+    figure = FIGURES[name]
     of_method = [
         dataclasses.replace(run, variant="") for run in runs if run.method == figure.method
     ]
@@ -257,9 +254,8 @@ def _figure(
     if points.dropna().empty:
         raise ConfigError(f"--runs: no run there belongs in {name}")
     frame = points.dropna().unstack(sort=False)
-    others = tables.summarise(
-        tables.scores([run for run in runs if run.method in figure.beside], "test")
-    )
+    beside = [run for run in runs if run.method in figure.beside]
+    others = tables.summarise(tables.scores(beside, "test"))
     places = sorted({(task, k) for task, k, _ in frame.index}, key=str)
     drawn = sorted({(task, k) for task, k, x in frame.index if x != figure.usual}, key=str)
     drawn = drawn or places
@@ -287,15 +283,14 @@ def _figure(
             if task in published.get(method, {}):
                 levels[f"{name_of(method)}, paper"] = published[method][task][0]
         title = f"{TASKS.get(task, task)}, K = {k}"
-        beside = ", ".join(f"{level} {value:.2f}" for level, value in levels.items())
-        block = f"{title} (beside: {beside})" if beside else title
+        numbers = ", ".join(f"{level} {value:.2f}" for level, value in levels.items())
+        block = f"{title} (beside: {numbers})" if numbers else title
         cells += tables.row_cells(block, figure.method, SCALEUP, summary)
         if len(curves) > 1:
             cells += tables.row_cells(block, figure.method, PAPER, usual.reindex(values))
         metric = next(run for run in of_method if (run.task, run.k) == (task, k)).results["metric"]
         panels.append(Panel(title, figure.x, f"{metric}, points", curves, levels))
     notes = [
-        f"Backbone {one_backbone(runs)} in the rows of scaleup, {PAPER_NOTE}.",
         f"{len(of_method)} runs, {len(frame.columns)} seeds.",
         "The paper draws its points without numbers; the one shown is its table 1.",
     ]
@@ -305,4 +300,4 @@ def _figure(
     columns = {str(x): f"{x:g}" for x in values}
     frame = tables.to_frame(cells)
     frame["column"] = frame["column"].map(str)
-    return Table(name, TITLES[name], figure.x, columns, frame, missing, notes), panels
+    return Table(figure.x, columns, frame, notes, missing), panels

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NotRequired
 
 import pandas as pd
@@ -87,12 +87,10 @@ class _Results(pydantic.BaseModel, strict=True):
 
 
 def load(paths: Iterable[str]) -> list[Run]:
-    """Read finished runs.
+    """Read finished runs from tables, and from folders of sweeps and runs.
 
-    Args:
-        paths: tables, and folders of sweeps and runs. In a folder every results.json counts, but
-            not those that a run set aside when it continued with other settings. A folder without
-            any may have results files of any name.
+    In a folder every results.json counts, but not those that a run set aside when it continued with
+    other settings. A folder without any may have results files of any name.
 
     Raises:
         ConfigError: with all problems, such as missing or damaged files.
@@ -100,17 +98,14 @@ def load(paths: Iterable[str]) -> list[Run]:
     runs: list[Run] = []
     problems: list[str] = []
     for path in map(pathlib.Path, paths):
-        readers: list[Callable[[], Run]]
         try:
-            readers = _rows(path) if path.is_file() else _files(path)
+            for read_run in _rows(path) if path.is_file() else _files(path):
+                try:
+                    runs.append(read_run())
+                except ConfigError as error:
+                    problems += error.problems
         except ConfigError as error:
             problems += error.problems
-            continue
-        for read_run in readers:
-            try:
-                runs.append(read_run())
-            except ConfigError as error:
-                problems += error.problems
     if problems:
         raise ConfigError(problems)
     return name_variants(runs)
@@ -137,7 +132,7 @@ def read(path: pathlib.Path) -> Run:
         for name in ("timing", "environment"):
             if (beside / f"{name}.json").is_file():
                 facts |= _flatten(_parsed(beside / f"{name}.json", json.loads), name)
-    return _checked(beside or path.with_suffix(""), str(path), results, settings, facts)
+    return _check(Run(beside or path.with_suffix(""), results, settings, facts), str(path))
 
 
 def write_csv(runs: Sequence[Run], path: pathlib.Path) -> None:
@@ -203,17 +198,12 @@ def _from_row(path: pathlib.Path, record: dict[str, str]) -> Run:
         else:
             facts[column] = _decode(cell)
     trial = record["trial"]
-    return _checked(path / trial, f"{path}, row {trial},", results, settings, facts)
+    return _check(Run(path / trial, results, settings, facts), f"{path}, row {trial},")
 
 
-def _checked(
-    folder: pathlib.Path,
-    name: str,
-    results: dict[str, Any],
-    settings: dict[str, Any],
-    facts: dict[str, Any],
-) -> Run:
+def _check(run: Run, name: str) -> Run:
     """Validate what was read. `name` says in messages where it was read from."""
+    results, settings = run.results, run.settings
     missing = [key for key in _Results.model_fields if key not in results]
     if missing:
         raise ConfigError(f"{name} is no results file of a run: it has no {missing[0]}")
@@ -226,8 +216,8 @@ def _checked(
         raise ConfigError(_damage(name, text)) from None
     for key, types in (("data.k", int | str), ("model.name", str)):
         if key in settings and not isinstance(settings[key], types):
-            raise ConfigError(_damage(folder / "config.yaml", key))
-    return Run(folder, results, settings, facts)
+            raise ConfigError(_damage(run.folder / "config.yaml", key))
+    return run
 
 
 def _parsed(path: pathlib.Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -247,15 +237,11 @@ def _damage(name: object, reason: object) -> str:
 
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return the leaves of nested mappings under dotted names."""
-
-    def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from leaves(f"{name}.{key}", inner)
-        else:
-            yield name, value
-
-    return dict(leaves(prefix, values))
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        leaves |= _flatten(value, name) if isinstance(value, dict) else {name: value}
+    return leaves
 
 
 def _encode(value: Any) -> str:

@@ -35,10 +35,10 @@ AXES = ("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "t
 class Run:
     """One finished run.
 
-    Args:
+    Attributes:
         folder: where the run was read from. For a row of a table it is TABLE.csv/TRIAL.
         results: the contents of results.json.
-        settings: `section.key` -> value; empty if the run has no config.yaml.
+        settings: `section.key` → value; empty if the run has no config.yaml.
         facts: `timing.*` and `environment.*`, as far as they are known.
         variant: the sweep's name for this setting of the method, if it has several.
         by_training: whether some runs differ in the seed of training only.
@@ -157,7 +157,7 @@ def one_backbone(runs: Sequence[Run]) -> str:
 
 
 def unique(runs: Sequence[Run], key: Callable[[Run], tuple[Any, ...]]) -> dict[Any, Run]:
-    """Return key(run) -> run. Raise ConfigError if two runs have the same key."""
+    """Return key(run) → run. Raise ConfigError if two runs have the same key."""
     by_key: dict[Any, Run] = {}
     problems = []
     for run in runs:
@@ -173,16 +173,12 @@ def unique(runs: Sequence[Run], key: Callable[[Run], tuple[Any, ...]]) -> dict[A
 
 
 def differences(runs: Sequence[Run], shown: Sequence[str] = ()) -> list[str]:
-    """Describe settings that differ between runs and that a table does not show.
-
-    Args:
-        runs: the runs of a table or figure.
-        shown: settings that the figure shows.
+    """Describe settings that differ between runs, other than those in `shown`.
 
     Returns:
         At most two sentences: one on settings in which runs of one method differ, and one on
-        settings in which methods differ on the same examples, without the learning rate and the
-        methods' own settings.
+        settings in which methods differ on the same examples, apart from the learning rate and the
+        settings of `method`.
     """
     known = [run for run in runs if run.settings]
     table = pd.DataFrame(
@@ -205,10 +201,10 @@ def differences(runs: Sequence[Run], shown: Sequence[str] = ()) -> list[str]:
     ]
     between = differing(shared, [f"{run.task} {run.k}" for run in known])
     return [
-        f"{who} differ in "
+        f"{subject} differ in "
         + "; ".join(f"{key} ({', '.join(values)})" for key, values in several.items())
         + "."
-        for who, several in (("Runs of one method", within), ("Methods", between))
+        for subject, several in (("Runs of one method", within), ("Methods", between))
         if several
     ]
 
@@ -219,9 +215,8 @@ def name_variants(runs: Sequence[Run]) -> list[Run]:
     Several settings of one method on the same examples, as in a sweep over learning rates, get
     the sweep's names.
     """
-    names = [
-        match[1] if (match := TRIAL.fullmatch(run.folder.name)) is not None else "" for run in runs
-    ]
+    matches = [TRIAL.fullmatch(run.folder.name) for run in runs]
+    names = [match[1] if match else "" for match in matches]
     variants: dict[tuple[Any, ...], set[str]] = {}
     seeds: dict[tuple[Any, ...], set[int]] = {}
     for run, name in zip(runs, names):
@@ -231,9 +226,8 @@ def name_variants(runs: Sequence[Run]) -> list[Run]:
             variants.setdefault(examples, set()).add(name)
     by_training = any(len(numbers) > 1 for numbers in seeds.values())
     several = {examples[-1] for examples, used in variants.items() if len(used) > 1}
+    variant_of = [name if run.method in several else "" for run, name in zip(runs, names)]
     return [
-        dataclasses.replace(
-            run, variant=name if run.method in several else "", by_training=by_training
-        )
-        for run, name in zip(runs, names)
+        dataclasses.replace(run, variant=variant, by_training=by_training)
+        for run, variant in zip(runs, variant_of)
     ]

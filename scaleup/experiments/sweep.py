@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -61,19 +62,16 @@ class Running:
 
 
 class Sweeper:
-    """Run trials of one sweep on this machine.
+    """Run some trials of a sweep on this machine.
 
     Args:
         sweep: the checked sweep.
         trials: those of its trials to run here.
         jobs: the number of trials to run at a time. With GPUs, the trial in slot j sees the j-th
             visible GPU only.
-        say: receives lines that should stay on the screen.
-        show: receives the progress line, several times a second.
+        say: prints lines that should stay on the screen.
+        show: prints the progress line, several times a second.
         command: the training command, to which a trial's arguments are added.
-
-    Raises:
-        OSError: if the output folder cannot be written.
     """
 
     def __init__(
@@ -89,10 +87,10 @@ class Sweeper:
         self.say, self.show, self.command = say, show, command
         self.gpus = visible_gpus()
         self.waiting = collections.deque(sorted(trials, key=lambda trial: not trial.finished))
-        self.running: dict[int, Running] = {}  # slot -> what runs there
+        self.running: dict[int, Running] = {}  # slot → what runs there
         self.done: set[str] = set()
         self.elsewhere: list[Trial] = []  # trials that another sweep runs
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # name → reason
         self.tries: collections.Counter[str] = collections.Counter()
         self.seconds: list[float] = []  # of finished trials
         self.stopping: signal.Signals | None = None
@@ -105,8 +103,7 @@ class Sweeper:
     def run(self) -> bool:
         """Run until each trial is finished, has failed twice, or belongs to another sweep.
 
-        Returns:
-            Whether all trials have results, from this sweep or from another one.
+        Return whether all trials have results, from this sweep or from another one.
         """
         signals = (signal.SIGTERM, signal.SIGINT)
         handlers = {number: signal.signal(number, self._stop) for number in signals}
@@ -121,8 +118,7 @@ class Sweeper:
             if self.stopping:
                 self._stop_trials()
         finally:
-            for run in self.running.values():  # not empty after an exception only
-                run.kill()
+            self._kill_trials()  # trials still run here only after an exception
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         finished = all(trial.finished for trial in self.trials)
@@ -131,23 +127,22 @@ class Sweeper:
     def progress(self) -> str:
         """Describe in one line what is done, what runs, and how much time is left."""
         left = self.seconds_left()
+        time_left = "time left not known yet" if left is None else f"about {duration(left)} left"
+        names = [f"{run.trial.name} {duration(run.seconds)}" for run in self.running.values()]
         parts = [
             f"{len(self.done)}/{len(self.trials)} done",
-            "time left not known yet" if left is None else f"about {duration(left)} left",
+            time_left,
+            f"{len(self.failed)} failed" if self.failed else "",
+            f"{len(self.elsewhere)} elsewhere" if self.elsewhere else "",
+            f"{len(names)} running" + (f" ({', '.join(names)})" if names else ""),
         ]
-        if self.failed:
-            parts.append(f"{len(self.failed)} failed")
-        if self.elsewhere:
-            parts.append(f"{len(self.elsewhere)} elsewhere")
-        names = [f"{run.trial.name} {duration(run.seconds)}" for run in self.running.values()]
-        parts.append(f"{len(names)} running" + (f" ({', '.join(names)})" if names else ""))
-        return "; ".join(parts)
+        return "; ".join(filter(None, parts))
 
     def seconds_left(self) -> float | None:
         """Estimate the time left from finished trials; None before the first has finished."""
         if not self.seconds:
             return None
-        mean = sum(self.seconds) / len(self.seconds)
+        mean = statistics.mean(self.seconds)
         left = [max(mean - run.seconds, 0.0) for run in self.running.values()]
         left += [mean for trial in self.waiting if not trial.finished]
         return max(sum(left) / self.jobs, max(left, default=0.0))
@@ -232,10 +227,13 @@ class Sweeper:
         tidy(trial.folder, self.sweep.keep)
         self.done.add(trial.name)
 
+    def _kill_trials(self) -> None:
+        for run in self.running.values():
+            run.kill()
+
     def _stop(self, number: int, frame: object) -> None:
         if self.stopping:  # the second signal
-            for run in self.running.values():
-                run.kill()
+            self._kill_trials()
         self.stopping = signal.Signals(number)
 
     def _stop_trials(self) -> None:
@@ -250,8 +248,7 @@ class Sweeper:
         deadline = time.monotonic() + STOP_S
         while self.running:
             if time.monotonic() > deadline:
-                for run in self.running.values():
-                    run.kill()
+                self._kill_trials()
             time.sleep(POLL_S)
             self._collect_finished()
         self.say(f"stopped by {self.stopping.name}; the same command continues")
@@ -276,11 +273,7 @@ def tidy(folder: pathlib.Path, keep: bool | str) -> None:
 
 
 def save_table(sweep: Sweep) -> pathlib.Path:
-    """Write OUTPUT/results.csv with one row per finished trial of the folder.
-
-    Raises:
-        ConfigError: if there are no results, or damaged ones.
-    """
+    """Write OUTPUT/results.csv with one row per finished trial; return its path."""
     path = sweep.output / "results.csv"
     with FileLock(sweep.output / ".locks" / "results.csv.lock"):
         results.write_csv(results.load([str(sweep.output)]), path)

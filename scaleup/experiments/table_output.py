@@ -1,5 +1,6 @@
 """Write tables as Markdown, as text for a terminal, and as CSV."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,12 +13,8 @@ def _lines(
 ) -> pd.DataFrame:
     """Lay a table out as text.
 
-    Args:
-        table: the table.
-        marks: rank -> format of a mean.
-        spread: format of a standard deviation.
-        heading: format of a block's title.
-        paper: format of the cells of the paper's rows.
+    `marks` is rank → format of a mean. The others are the formats of a standard deviation, of a
+    block's title and of the cells of the paper's rows.
     """
 
     def show(cell: Any) -> str:
@@ -41,20 +38,23 @@ def _lines(
     return pd.DataFrame(lines, columns=[table.first, *table.columns.values()])
 
 
-def grid(frame: pd.DataFrame, style: str = "pipe") -> str:
-    """Return a frame of text as a table, in a style of tabulate; numbers are right-aligned."""
-    align = ["left", *["right"] * (len(frame.columns) - 1)]
+def grid(frame: pd.DataFrame, style: str = "pipe", align: Sequence[str] = ()) -> str:
+    """Return a frame of text as a table, in a style of tabulate.
+
+    By default all columns but the first are aligned to the right.
+    """
+    align = align or ["left", *["right"] * (len(frame.columns) - 1)]
     return frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def markdown(table: Table) -> str:
+def markdown(title: str, table: Table) -> str:
     """Return a table for GitHub: bold, underlined, subscripts; the paper's rows in italics."""
     lines = _lines(table, {1: "**{}**", 2: "<u>{}</u>"}, "<sub>{}</sub>", "**{}**", "*{}*")
     notes = "".join(f"{note}  \n" for note in table.footer)
-    return f"### {table.title}\n\n{grid(lines)}\n\n{notes}"
+    return f"### {title}\n\n{grid(lines)}\n\n{notes}"
 
 
-def text(table: Table) -> list[str]:
+def text(title: str, table: Table) -> list[str]:
     """Return the lines of a table for a terminal."""
     lines = grid(_lines(table, {1: "{}*", 2: "{}'"}, " ±{}", "{}", "{}"), "plain").splitlines()
     if table.cells["rank"].notna().any():
@@ -62,7 +62,7 @@ def text(table: Table) -> list[str]:
             "* best, ' second best of scaleup's rows, or of the paper's; "
             "± standard deviation over seeds"
         )
-    return [table.title, *lines, *table.footer]
+    return [title, *lines, *table.footer]
 
 
 def csv_text(table: Table) -> str:

@@ -11,16 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from scaleup.experiments.runs import (
-    NAMES,
-    PARTS,
-    Run,
-    differences,
-    method_of,
-    name_of,
-    one_backbone,
-    unique,
-)
+from scaleup.experiments.runs import NAMES, PARTS, Run, differences, method_of, name_of, unique
 
 TASKS = {
     "sst2": "SST-2",
@@ -43,26 +34,22 @@ CELL = ("block", "row", "source", "column", "mean", "std", "seeds", "rank")
 class Table:
     """A table as one row per cell.
 
-    Args:
-        name: the stem of the table's files.
-        title: its caption.
+    Attributes:
         first: the title of the column with the rows' titles.
-        columns: key -> title of the other columns.
+        columns: key → title of the other columns.
         cells: the columns of CELL, in the order in which rows are shown. `mean` is missing where
             there is no result; `rank` is 1 for the best of a column in its block, 2 for the second.
-        missing: what a full table would have besides.
         notes: sentences below the table.
-        formats: column -> format of its numbers, if not two decimals.
+        missing: what a full table would have besides.
+        formats: column → format of its numbers, if not two decimals.
         title_of: returns the title of a row from its key.
     """
 
-    name: str
-    title: str
     first: str
     columns: dict[str, str]
     cells: pd.DataFrame
-    missing: list[str]
     notes: list[str]
+    missing: list[str]
     formats: dict[str, str] = dataclasses.field(default_factory=dict)
     title_of: Callable[[str], str] = name_of
 
@@ -75,14 +62,10 @@ class Table:
 def row_cells(
     block: str, row: str, source: str, values: pd.DataFrame | dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the cells of one row.
+    """Return the cells of one row, whose source is SCALEUP or PAPER.
 
-    Args:
-        block: the title of the row's block.
-        row: the row's key.
-        source: SCALEUP or PAPER.
-        values: column -> mean, or a frame with an index of columns and the columns mean, std and
-            seeds, of which the last two may be absent.
+    `values` is column → mean, or a frame with the table's columns as index and the columns mean,
+    std and seeds, of which the last two may be absent.
     """
     if isinstance(values, dict):
         values = pd.DataFrame({"mean": values})
@@ -129,8 +112,7 @@ def summarise(points: pd.DataFrame) -> pd.DataFrame:
 def _select(points: pd.DataFrame, k: Any, row: str, tasks: Sequence[str]) -> pd.DataFrame:
     """Return one row's points, with the tasks as index."""
     index = pd.MultiIndex.from_product([[k], [row], tasks], names=points.index.names)
-    chosen = points.reindex(index)
-    return chosen.set_axis(pd.Index(tasks))
+    return points.reindex(index).set_axis(pd.Index(tasks))
 
 
 def _level(points: pd.DataFrame, name: str) -> list[Any]:
@@ -170,51 +152,30 @@ def _missing(points: pd.DataFrame, expected_k: Sequence[Any], methods: Sequence[
         missing = [f"task {title}" for task, title in TASKS.items() if task not in present]
         missing += [f"K = {k}" for k in expected_k if k not in ks]
     for k in ks:
-        cells = {(method_of(row), task) for other, row, task in points.index if other == k}
-        of_method = {method: {task for m, task in cells if m == method} for method in methods}
-        missing += [
-            f"{name_of(method)} at K = {k}"
-            for method, its_tasks in of_method.items()
-            if not its_tasks & set(tasks)
-        ]
+        present_methods = {
+            method_of(row) for other, row, task in points.index if other == k and task in tasks
+        }
+        absent_methods = [method for method in methods if method not in present_methods]
+        missing += [f"{name_of(method)} at K = {k}" for method in absent_methods]
         for method in methods:
             if not any((k, method, task) in points.index for task in tasks):
                 continue
             for task, seeds in _select(points, k, method, tasks).iterrows():
-                absent = sorted(seeds[seeds.isna()].index)
+                absent = ", ".join(map(str, sorted(seeds[seeds.isna()].index)))
                 if absent:
-                    some = (
-                        f", seed {', '.join(map(str, absent))}" if len(absent) < len(seeds) else ""
-                    )
+                    some = f", seed {absent}" if seeds.notna().any() else ""
                     missing.append(f"{name_of(method)} on {TASKS.get(task, task)} at K = {k}{some}")
     return missing
 
 
-def _source_notes(runs: Sequence[Run], points: pd.DataFrame, note: str) -> list[str]:
-    seeds = ", ".join(map(str, sorted(points.columns)))
-    return [
-        f"Backbone {one_backbone(runs)} in the rows of scaleup, {note}.",
-        f"{len(runs)} runs, seeds {seeds}.",
-    ]
+def _count_note(runs: Sequence[Run], points: pd.DataFrame) -> str:
+    return f"{len(runs)} runs, seeds {', '.join(map(str, sorted(points.columns)))}."
 
 
-def low_resource(
-    name: str,
-    title: str,
-    runs: Sequence[Run],
-    paper: dict[str, Any],
-    note: str,
-    splits: Sequence[str] = ("test",),
-) -> Table:
-    """Build tables 1, 5 and 6, with a block for each split and K.
+def low_resource(runs: Sequence[Run], paper: dict[str, Any], splits: Sequence[str]) -> Table:
+    """Build tables 1, 5 and 6, with a block for each split ("dev" or "test") and K.
 
-    Args:
-        name: the stem of the table's files.
-        title: its caption.
-        runs: the runs to show.
-        paper: split -> K -> method -> task -> [mean, standard deviation].
-        note: what to say of the paper's numbers.
-        splits: "dev" and "test", as far as they are shown.
+    `paper` is split → K → method → task → [mean, standard deviation].
     """
     runs, left_out = _with_test_set(runs)
     points = {split: scores(runs, split) for split in {*splits, "test"}}
@@ -223,7 +184,7 @@ def low_resource(
         for k in _level(points[split], "k"):
             heading = f"[K = {k}] {'Test' if split == 'test' else 'Development'} Performance"
             blocks.append((heading, k, points[split], paper.get(split, {}).get(k, {})))
-    table = _by_task(name, title, runs, points["test"], blocks, note)
+    table = _by_task(runs, points["test"], blocks)
     table.missing = _missing(points["test"], KS, EXPECTED)
     table.notes += left_out
     return table
@@ -240,30 +201,20 @@ def _with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return kept, [note] if count else []
 
 
-def high_resource(
-    name: str, title: str, runs: Sequence[Run], paper: dict[str, Any], note: str
-) -> Table:
+def high_resource(runs: Sequence[Run], paper: dict[str, Any]) -> Table:
     """Build table 3: all training examples, best result on the development set."""
     runs = [run for run in runs if run.k == "all"]
     points = scores(runs, "dev")
     blocks = [("[K = all] Best Performance on GLUE Dev", "all", points, paper)]
-    table = _by_task(name, title, runs, points, blocks, note)
+    table = _by_task(runs, points, blocks)
     table.missing = _missing(points, ("all",), [name for name in EXPECTED if name != "bitfit"])
     return table
 
 
-def _by_task(
-    name: str,
-    title: str,
-    runs: Sequence[Run],
-    points: pd.DataFrame,
-    blocks: Sequence[tuple[str, Any, pd.DataFrame, dict[str, Any]]],
-    note: str,
-) -> Table:
+def _by_task(runs: Sequence[Run], points: pd.DataFrame, blocks: Sequence[tuple]) -> Table:
     """Build a table with a column for each task of `points`, and a row for each method.
 
-    `blocks` holds title, K, points and the paper's numbers of each block. Below each row stands
-    the paper's.
+    `blocks` holds title, K, points and the paper's numbers of each block.
     """
     tasks = _tasks(points)
     cells = []
@@ -278,22 +229,20 @@ def _by_task(
                 cells += row_cells(heading, row, PAPER, _paper_row(paper[row], tasks))
     frame = to_frame(cells)
     frame["rank"] = rank(frame)
-    notes = _source_notes(runs, points, note)
-    notes.append(
+    notes = [
+        _count_note(runs, points),
         "Subscript: standard deviation over seeds (n - 1). Bold: best of scaleup's rows, or of the "
-        "paper's; underlined: second best."
-    )
+        "paper's; underlined: second best.",
+    ]
     if set(tasks) != set(TASKS):
         average = f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}"
         in_paper = ", also in the paper's rows (computed from their cells)"
         notes.append(average + in_paper * (PAPER in set(frame["source"])) + ".")
     columns = {task: TASKS.get(task, task) for task in tasks} | {AVERAGE: "Avg."}
-    return Table(name, title, "Method", columns, frame, [], notes + differences(runs))
+    return Table("Method", columns, frame, notes + differences(runs), [])
 
 
-def upper_bound(
-    name: str, title: str, runs: Sequence[Run], paper: dict[Any, Any], note: str
-) -> Table:
+def upper_bound(runs: Sequence[Run], paper: dict[Any, Any]) -> Table:
     """Build table 2: UniPELT against the best submodule on each task, averaged over tasks.
 
     Both columns of a pair use the seeds that all their methods have on all tasks.
@@ -301,12 +250,8 @@ def upper_bound(
     runs, left_out = _with_test_set(runs)
     points = scores(runs, "test")
     tasks = _tasks(points)
-    columns = {
-        "max_ap": "max({A, P})",
-        "ap": "UniPELT (AP)",
-        "max_apl": "max({A, P, L})",
-        "apl": "UniPELT (APL)",
-    }
+    columns = {"max_ap": "max({A, P})", "ap": "UniPELT (AP)"}
+    columns |= {"max_apl": "max({A, P, L})", "apl": "UniPELT (APL)"}
     cells = []
     for k in _level(points, "k"):
         values = []
@@ -321,17 +266,16 @@ def upper_bound(
     ranks = rank(frame.assign(pair=pair), ("row", "source", "pair"))
     frame["rank"] = ranks.where(ranks == 1)
     notes = [
-        *_source_notes(runs, points, note),
+        _count_note(runs, points),
         *left_out,
         "The best mean of the submodules on each task, averaged over tasks. "
         "Bold: the larger of each pair.",
     ]
     if set(tasks) != set(TASKS):
-        notes.append(
-            f"Over {len(tasks)} tasks; the paper's averages are over {len(TASKS)} and not shown."
-        )
+        averages = f"the paper's averages are over {len(TASKS)} and not shown"
+        notes.append(f"Over {len(tasks)} tasks; {averages}.")
     missing = _missing(points, KS, (*PARTS, "ap", "apl"))
-    return Table(name, title, "K", columns, frame, missing, notes, title_of=str)
+    return Table("K", columns, frame, notes, missing, title_of=str)
 
 
 def _best_means(
@@ -359,52 +303,28 @@ def _best_means(
 
 
 def efficiency(
-    name: str,
-    title: str,
-    runs: Sequence[Run],
-    paper: dict[str, Any],
-    bench: dict[str, dict[str, float]],
-    note: str,
+    runs: Sequence[Run], paper: dict[str, Any], times: dict[str, dict[str, float]]
 ) -> Table:
     """Build table 4: parameters that are stored after training, and measured times.
 
-    Args:
-        name: the stem of the table's files.
-        title: its caption.
-        runs: the runs to show.
-        paper: method -> column -> number.
-        bench: method -> "training" and "inference" time as a share of full fine-tuning's.
-        note: what to say of the paper's numbers.
+    `paper` is method → column → number. `times` is method → "training" and "inference" time as a
+    share of full fine-tuning's.
     """
-    columns = {
-        "parameters": "#Param. (K)",
-        "percent": "% of model",
-        "training": "Time T (%)",
-        "inference": "Time I (%)",
-    }
+    columns = {"parameters": "#Param. (K)", "percent": "% of model"}
+    columns |= {"training": "Time T (%)", "inference": "Time I (%)"}
     cells, missing = [], []
     for method in (m for m in NAMES if any(run.method == m for run in runs) or m in paper):
-        counts = {
-            (counted["stored"] / 1000, counted["stored_percent"])
-            for run in runs
-            if run.method == method
-            for counted in [run.results["parameters"]]
-        }
-        stored = counts.pop() if len(counts) == 1 else (None, None)
-        if stored[0] is None:
-            missing.append(f"parameters of {name_of(method)}")
-        times = bench.get(method, {})
-        values = dict(zip(columns, stored))
-        for kind in ("training", "inference"):
-            values[kind] = 100 * times[kind] if kind in times else None
-            if kind not in times:
-                missing.append(f"{kind} time of {name_of(method)}")
-        cells += row_cells("", method, SCALEUP, values)
+        counted = [run.results["parameters"] for run in runs if run.method == method]
+        pairs = {(counts["stored"] / 1000, counts["stored_percent"]) for counts in counted}
+        values = dict(zip(columns, pairs.pop())) if len(pairs) == 1 else {}
+        values |= {kind: 100 * share for kind, share in times.get(method, {}).items()}
+        for key in ("parameters", "training", "inference"):
+            if key not in values:
+                noun = key if key == "parameters" else f"{key} time"
+                missing.append(f"{noun} of {name_of(method)}")
+        cells += row_cells("", method, SCALEUP, {key: values.get(key) for key in columns})
         if method in paper:
             cells += row_cells("", method, PAPER, {key: paper[method][key] for key in columns})
-    notes = [
-        f"Backbone {one_backbone(runs)} in the rows of scaleup, {note}.",
-        "Parameters: what is stored after training, without the task's head.",
-    ]
+    notes = ["Parameters: what is stored after training, without the task's head."]
     formats = {"parameters": "{:,.0f}", "training": "{:.0f}", "inference": "{:.0f}"}
-    return Table(name, title, "Method", columns, to_frame(cells), missing, notes, formats)
+    return Table("Method", columns, to_frame(cells), notes, missing, formats)

@@ -94,13 +94,15 @@ def step_seconds(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - began
 
 
+def whole_step(step: Callable[[], object], device: str) -> tuple[bool, float]:
+    """Do a step in one piece, as a `Worker` does."""
+    return True, step_seconds(step, device)
+
+
 def time_rounds(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[list[float]]]:
     """Time one step of every worker per round, after two rounds to warm up.
 
-    Only one worker works at a time; the others wait.
-
-    Returns:
-        For each worker and round, the seconds of each piece.
+    Only one worker works at a time. The result has the seconds of each piece of each round.
     """
     names = list(workers)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -132,10 +134,9 @@ def compare(pieces: dict[str, list[list[float]]], reference: str) -> dict[str, d
     best = {name: sum(map(min, zip(*rounds))) for name, rounds in pieces.items()}
     rows = {}
     for name, seconds in steps.items():
-        ratios = [mine / other for mine, other in zip(seconds, steps[reference])]
-        low, middle, high = (
-            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        )
+        ratios = [one / other for one, other in zip(seconds, steps[reference])]
+        several = ratios if len(ratios) > 1 else ratios * 2
+        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
         rows[name] = {
             "ratio": round(middle, 4),
             "quartiles": [round(low, 4), round(high, 4)],

@@ -11,7 +11,6 @@ pass through all activations but reach no weight of the backbone.
 Shapes: B examples, T tokens.
 """
 
-import contextlib
 import copy
 import dataclasses
 import pathlib
@@ -135,10 +134,10 @@ class BenchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One contestant of a comparison.
+    """A model and what is timed of it.
 
     Attributes:
-        step: do one training step or forward pass.
+        step: does one training step or forward pass.
         trained: the number of trained parameters.
         model: the model; None if it lives in the process of the baseline library.
     """
@@ -149,11 +148,7 @@ class Variant:
 
 
 def select(names: Iterable[str], only: Sequence[str]) -> list[str]:
-    """Return the `names` that are in `only`, or all if `only` is empty.
-
-    Raises:
-        ConfigError: `only` has a name that is not in `names`.
-    """
+    """Return the `names` that are in `only`, or all if `only` is empty."""
     names = list(names)
     for name in only:
         if name not in names:
@@ -194,10 +189,10 @@ def add_unipelt(base: PreTrainedModel, fields: dict) -> nn.Module:
 
 
 def _unipelt_makers(options: BenchOptions) -> dict[str, Callable[[], nn.Module]]:
-    def maker(fields: dict[str, Any]) -> Callable[[], nn.Module]:
-        return lambda: add_unipelt(options.backbone(), fields)
-
-    return {name: maker(fields) for name, fields in UNIPELT.items()}
+    return {
+        name: lambda fields=fields: add_unipelt(options.backbone(), fields)  # type: ignore[misc]
+        for name, fields in UNIPELT.items()
+    }
 
 
 def _peft_lora(base: PreTrainedModel) -> nn.Module:
@@ -280,15 +275,11 @@ def training_variant(options: BenchOptions, model: Any, batches: list[Batch]) ->
     if model.get_output_embeddings() is not None:
         for batch in batches:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    half = options.torch_dtype != torch.float32
+    half = options.dtype == "bfloat16"
 
     def step() -> None:
         for batch in batches:
-            with (
-                torch.autocast(options.device, options.torch_dtype)
-                if half
-                else contextlib.nullcontext()
-            ):
+            with torch.autocast(options.device, torch.bfloat16, enabled=half):
                 loss = call(**batch).loss
             loss.backward()
             if optimizer is not None:
@@ -303,12 +294,11 @@ def training_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]
 
     What is trained is always in float32, so full fine-tuning and BitFit have no half types.
     """
+    bitfit = MethodSettings(name="bitfit")
     makers: dict[str, Callable[[], nn.Module]] = {
         "full fine-tuning": lambda: options.backbone(torch.float32),
         "lower-bound": lambda: lower_bound(options.backbone()),
-        "BitFit": lambda: apply_method(
-            options.backbone(torch.float32), MethodSettings(name="bitfit")
-        ),
+        "BitFit": lambda: apply_method(options.backbone(torch.float32), bitfit),
         "PEFT LoRA": lambda: _peft_lora(options.backbone()),
     } | _unipelt_makers(options)
     models = {name: makers[name]() for name in select(makers, options.only)}

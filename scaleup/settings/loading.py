@@ -4,7 +4,7 @@ import difflib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -47,6 +47,14 @@ def shown(value: Any) -> str:
         return f"{value!r:.80}"
     except ValueError:  # Python refuses to write integers of thousands of digits
         return "a very long number"
+
+
+def validation_problem(error: Mapping[str, Any], valid: Iterable[str]) -> str:
+    """Return one of pydantic's errors in plain words. `valid` has the names of the settings."""
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting{nearest(str(error['loc'][-1]), valid)}"
+    message = re.sub(r"^(Value error, |Input )", "", error["msg"])
+    return message if error["type"] == "missing" else f"{message} (got {shown(error['input'])})"
 
 
 def override(key: str, value: Any) -> str:

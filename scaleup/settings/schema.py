@@ -7,7 +7,6 @@ are those of `UniPeltConfig`, and `train` also takes any field of transformers' 
 """
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section, method_fields, trainer_fields
-from scaleup.settings.loading import Dumper, nearest, read, shown
+from scaleup.settings.loading import Dumper, read, validation_problem
 from scaleup.settings.rules import MANAGED, impossible, without_effect
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -273,13 +272,9 @@ def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
     by_key: dict[str, list[str]] = {}
     for item in error.errors():
         key = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] != "extra_forbidden":
-            message = re.sub(r"^(Value error, |Input )", "", item["msg"])
-            message += f" (got {shown(item['input'])})"
-        elif name == "train" and key in MANAGED:
+        message = validation_problem(dict(item), SECTIONS[name].model_fields)
+        if name == "train" and key in MANAGED:
             message = f"is decided by scaleup: {MANAGED[key]}"
-        else:
-            message = "unknown setting" + nearest(key, SECTIONS[name].model_fields)
         by_key.setdefault(key, []).append(message)
     return [f"{name}.{key}: {'; or '.join(dict.fromkeys(by_key[key]))}" for key in by_key]
 
