@@ -182,9 +182,9 @@ def _from_row(path: pathlib.Path, record: dict[str, str]) -> Run:
     results: dict[str, Any] = {"gates": {}}
     settings: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    for column, cell in record.items():
+    for column, text in record.items():
         file, _, key = column.partition(".")
-        if cell == "" or column in SUMMARY:
+        if text == "" or column in SUMMARY:
             continue
         if file == "results":
             # The name of a module contains dots.
@@ -192,11 +192,11 @@ def _from_row(path: pathlib.Path, record: dict[str, str]) -> Run:
             target = results
             for part in parts[:-1]:
                 target = target.setdefault(part, {})
-            target[parts[-1]] = _decode(cell)
+            target[parts[-1]] = _decode(text)
         elif file == "config":
-            settings[key] = _decode(cell)
+            settings[key] = _decode(text)
         else:
-            facts[column] = _decode(cell)
+            facts[column] = _decode(text)
     trial = record["trial"]
     return _check(Run(path / trial, results, settings, facts), f"{path}, row {trial},")
 
@@ -251,8 +251,8 @@ def _encode(value: Any) -> str:
     return value if value and _decode(value) == value else json.dumps(value)
 
 
-def _decode(cell: str) -> Any:
+def _decode(text: str) -> Any:
     try:
-        return json.loads(cell)
+        return json.loads(text)
     except ValueError:
-        return cell
+        return text
