@@ -127,7 +127,7 @@ def _start_watchdog(world: World, limit_s: float) -> None:
     answers = gather(world, (limit_s, secrets.token_hex(8), socket.gethostname()))
     limit_s, token, _ = answers[0]
     if limit_s:
-        dog = watchdog.prepare(world.rank, [host for _, _, host in answers], token, limit_s)
+        dog = watchdog.Watchdog(world.rank, [host for _, _, host in answers], token, limit_s)
         torch.distributed.barrier()
         watchdog.begin(dog)
 

@@ -116,7 +116,11 @@ class RunTrainer(Trainer):
         lengths = list(self.train_dataset[self.args.length_column_name]) if grouped else None
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ResumableSampler(
-            len(self.train_dataset), self.args.seed, self.finished_epochs, lengths, batch_size
+            count=len(self.train_dataset),
+            seed=self.args.seed,
+            epoch=lambda: int((self.state.epoch or 0.0) + 1e-6),  # tolerates rounding
+            lengths=lengths,
+            batch_size=batch_size,
         )
 
     def _get_eval_sampler(self, eval_dataset) -> torch.utils.data.Sampler | list[int] | None:
@@ -129,9 +133,6 @@ class RunTrainer(Trainer):
             return super()._get_eval_sampler(eval_dataset)
         lengths = eval_dataset[self.args.length_column_name]
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-    def finished_epochs(self) -> int:
-        return int((self.state.epoch or 0.0) + 1e-6)  # tolerates rounding
 
     def refuse_bad_loss(self) -> None:
         """Raise RunError on every rank, with the step and batch of the first loss not finite."""

@@ -1,6 +1,6 @@
 """Notice a process of the run that is gone, and stop the others with the reason.
 
-    dog = prepare(rank, hosts, token, limit_s)   on every rank, once the processes have met
+    dog = Watchdog(rank, hosts, token, limit_s)  on every rank, once the processes have met
     begin(dog)                                   on every rank, after a barrier
     stop(code)                                   at the end, so that no rank takes this one for dead
 
@@ -94,11 +94,9 @@ class Watchdog:
             threading.Thread(target=f, name=f"watchdog {f.__name__}", daemon=True)
             for f in (self._beat, self._guard)
         ]
-
-    def first_beat(self) -> None:
-        """Create the keys of this rank, before any rank starts, so that no read of them blocks."""
-        self.store.set(self._key(self.rank), "0 run")
-        if self.rank == 0:
+        # The keys of all ranks must exist before any rank starts, because a read would block.
+        self.store.set(self._key(rank), "0 run")
+        if rank == 0:
             self.store.set(self._key("verdict"), "")
 
     def start(self) -> None:
@@ -273,13 +271,6 @@ class Watchdog:
 
 
 _running: Watchdog | None = None
-
-
-def prepare(rank: int, hosts: Sequence[str], token: str, limit_s: float) -> Watchdog:
-    """Return this rank's watchdog with its first beat written. `begin` starts it."""
-    watchdog = Watchdog(rank, hosts, token, limit_s)
-    watchdog.first_beat()
-    return watchdog
 
 
 def begin(watchdog: Watchdog) -> None:

@@ -31,7 +31,7 @@ def live(rank, what, seconds, limit, port):
     os.environ["MASTER_PORT"] = port
     minute = datetime.timedelta(seconds=60)
     meet = TCPStore("127.0.0.1", int(port), None, rank == 0, minute, wait_for_workers=False)
-    made = watchdog.prepare(rank, ["n01", "n01", "n02"], "token", limit)
+    made = watchdog.Watchdog(rank, ["n01", "n01", "n02"], "token", limit)
     meet.add("here", 1)
     while meet.add("here", 0) < 3: time.sleep(0.05)
     watchdog.begin(made)
