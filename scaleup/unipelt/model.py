@@ -150,8 +150,11 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
             added += count
             parts[part] += count
     for name, submodule in SUBMODULES.items():
-        stored_of_part = submodule.stored(base) if parts[name] else None
-        parts[name] = parts[name] if stored_of_part is None else stored_of_part
+        if parts[name]:
+            stored_of_part = submodule.stored(base)
+            parts[name] = parts[name] if stored_of_part is None else stored_of_part
+        elif not submodule.in_paper:  # named only where it is used
+            del parts[name]
     stored = sum(parts.values()) if adapted else trained
     return {
         "backbone": backbone,
