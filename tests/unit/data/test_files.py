@@ -225,9 +225,9 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeyp
     fields = {"train_file": write_csv("t.csv"), "validation_file": write_csv("v.csv")}
     read = []
     monkeypatch.setattr(
-        data,
+        data.files,
         "read_columns",
-        lambda key, file, parse=data.read_columns: read.append(file) or parse(key, file),
+        lambda key, file, parse=data.files.read_columns: read.append(file) or parse(key, file),
     )
     assert problems(**fields) == []
     data.load(settings(**fields))
