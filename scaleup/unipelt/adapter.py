@@ -21,6 +21,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from .attachment import Attachment
 from .gate import cast_to_weight
 from .kernels import add_gated
 from .layers import SiteLayer
@@ -146,14 +147,14 @@ class BottleneckSubmodule(Submodule):
         """Return the path of the block's BottleneckLayer."""
         raise NotImplementedError
 
-    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+    def layer(self, attachment: Attachment, site: BlockSite) -> BottleneckLayer:
         """Return the BottleneckLayer of a block, made and hooked the first time."""
         raise NotImplementedError
 
     def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
         return [self.path(site) for site in blocks]
 
-    def attach(self, attachment: Any) -> None:
+    def attach(self, attachment: Attachment) -> None:
         size = getattr(attachment.config, f"{self.name}_size")
         activation = getattr(attachment.config, f"{self.name}_activation")
         for site in attachment.blocks:
@@ -196,7 +197,7 @@ class Adapter(BottleneckSubmodule):
     def layer_path(self, site: BlockSite) -> str:
         return site.norm or f"{site.name}.{BLOCK_CHILD}"
 
-    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+    def layer(self, attachment: Attachment, site: BlockSite) -> BottleneckLayer:
         tokens = attachment.tokens[site.parent]
         if site.norm is None:
             block = attachment.model.get_submodule(site.name)

@@ -15,22 +15,11 @@ from .gate import ConstantGate, LearnedGate, resolve_pooling
 from .layers import AttentionGates, SiteLayer
 from .pooling import Tokens
 from .sites import AttentionSite, BlockSite, mask_arguments
-from .submodules import SUBMODULES, chosen
 
 TOKENS_CHILD = "unipelt_tokens"
 
 # Path of a site → submodule → constant in place of its gate, None for a learned gate.
 SiteGates = dict[str, dict[str, float | None]]
-
-
-def site_gates(config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]) -> SiteGates:
-    """Return the gates of a model in training: learned, or each submodule's constant (NoGate)."""
-    gates: SiteGates = {}
-    for submodule in chosen(config):
-        value = None if config.gates == "learned" else submodule.constant_gate(config)
-        for path in submodule.paths(attentions, blocks):
-            gates.setdefault(path, {})[submodule.name] = value
-    return gates
 
 
 class Attachment:
@@ -141,7 +130,7 @@ class Attachment:
                 lambda: AttentionGates(query, site, self.tokens[site.parent]),
                 {"before": "before_attention", "always": "after_attention"},
             )
-            names = tuple(name for name in SUBMODULES if name in self.gates[site.name])
+            names = tuple(self.gates[site.name])
             gate = self.gate(layer, site.name, names, site.hidden_size, site.causal_block)
             layer.add(self.adapter_name, unipelt_gate=gate)
             self._attentions[site.name] = layer
@@ -159,9 +148,3 @@ class Attachment:
             child.kv_layers = len(causal)
             self.hook(child, self.model.get_submodule(causal[0].name), "before", child.note_cache)
         return child
-
-
-def attach(attachment: Attachment) -> None:
-    """Attach all submodules of an adapter. PEFT's LoRA layers must be there already."""
-    for submodule in chosen(attachment.config):
-        submodule.attach(attachment)

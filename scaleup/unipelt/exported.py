@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .attachment import Attachment, SiteGates, attach
+from .attachment import Attachment, SiteGates
 from .sites import AttentionSite, BlockSite, FusedQKVLayout
-from .submodules import chosen
+from .submodules import SUBMODULES, attach, chosen
 
 
 def specification(
@@ -44,7 +44,11 @@ def attach_exported(model: PreTrainedModel, specification: dict[str, Any]) -> No
         for site in specification["attentions"]
     ]
     blocks = [BlockSite(**site) for site in specification["blocks"]]
-    gates = specification["gates"]
+    # JSON does not keep the order of the names, in which the rows of a shared gate are stored.
+    gates = {
+        path: {name: site[name] for name in SUBMODULES if name in site}
+        for path, site in specification["gates"].items()
+    }
     used = {name for site in gates.values() for name in site}
     for submodule in chosen(config):
         if submodule.name in used:

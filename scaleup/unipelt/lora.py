@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attachment import Attachment
 from .attention import ATTENTION_CHILD
 from .gate import ConstantGate, GateValue, cast_to_weight
 from .kernels import add_lora, scaled
@@ -250,12 +251,13 @@ class Lora(Submodule):
     def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
         return [name for site in attentions for name in (site.query, site.value)]
 
-    def attach(self, attachment: Any) -> None:
+    def attach(self, attachment: Attachment) -> None:
         for site in attachment.attentions:
             if not attachment.has(site.name, self.name):
                 continue
             layer = attachment.attention(site)
             member = layer.members.setdefault(self.name, LoraMember(layer))
+            assert isinstance(member, LoraMember)
             roles = {"query": site.query, "value": site.value}
             for role, path in list(roles.items())[: 1 if site.layout is not None else 2]:
                 projection = attachment.model.get_submodule(path)
@@ -266,7 +268,7 @@ class Lora(Submodule):
 
     def _attach_hook(
         self,
-        attachment: Any,
+        attachment: Attachment,
         projection: nn.Module,
         site: AttentionSite,
         member: LoraMember,

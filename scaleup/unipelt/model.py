@@ -21,13 +21,13 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attachment import Attachment, attach, site_gates
+from .attachment import Attachment
 from .attention import restore_attention
 from .config import UniPeltConfig
 from .layers import AuxiliaryLayer
 from .quantized import keep_layout, unpacked_numel
 from .sites import find_sites, head_names
-from .submodules import SUBMODULES, chosen
+from .submodules import SUBMODULES, attach, chosen, site_gates
 
 GATES = ".unipelt_gate."  # marks the parameters of gates
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .adapter import BottleneckLayer, BottleneckSubmodule
+from .attachment import Attachment
 from .sites import AttentionSite, BlockSite
 from .submodule import option
 
@@ -87,7 +88,7 @@ class ParallelAdapter(BottleneckSubmodule):
                 "parallel_adapter out of the submodules"
             )
 
-    def layer(self, attachment: Any, site: BlockSite) -> BottleneckLayer:
+    def layer(self, attachment: Attachment, site: BlockSite) -> BottleneckLayer:
         assert site.feed_forward is not None
         first, last = (attachment.model.get_submodule(path) for path in site.feed_forward)
         new = PARALLEL_CHILD not in last._modules

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, SoftmaxPrefix, WideMasks, use_prefix_attention
 from .kernels import few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
@@ -216,7 +217,7 @@ class PrefixSubmodule(Submodule):
         if any(site.softmax_scale is None for site in attentions):
             use_prefix_attention(model)
 
-    def attach(self, attachment: Any) -> None:
+    def attach(self, attachment: Attachment) -> None:
         """Attach one bank per parent model and kind: BART has encoder self, decoder self, cross."""
         for (parent, cross), sites in _banks(attachment.attentions).items():
             sites = [site for site in sites if attachment.has(site.name, self.name)]
@@ -238,7 +239,7 @@ class PrefixSubmodule(Submodule):
             for index, site in enumerate(sites):
                 self._attach_to(attachment, site, bank, index)
 
-    def _entry(self, attachment: Any, bank: PrefixTuning) -> nn.Module | nn.Parameter:
+    def _entry(self, attachment: Attachment, bank: PrefixTuning) -> nn.Module | nn.Parameter:
         config = attachment.config
         if attachment.adapter_name is not None:
             return bank.encoder(
@@ -248,11 +249,11 @@ class PrefixSubmodule(Submodule):
         return nn.Parameter(torch.empty(shape))
 
     def _attach_to(
-        self, attachment: Any, site: AttentionSite, bank: PrefixTuning, index: int
+        self, attachment: Attachment, site: AttentionSite, bank: PrefixTuning, index: int
     ) -> None:
         layer = attachment.attention(site)
         member = layer.members.get(self.name)
-        if member is None:
+        if not isinstance(member, PrefixMember):
             member = PrefixMember(layer, bank, index)
             layer.members[self.name] = layer.prefix_source = member
         if site.softmax_scale is not None and not member.watches_query:

@@ -11,18 +11,15 @@ over that list. The file of a submodule states
   and by how much it changes the value at its site (its layers call their `observer`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # a loop: both use the list of submodules
-    from .attachment import Attachment
-    from .sites import AttentionSite, BlockSite
+from .attachment import Attachment
+from .sites import AttentionSite, BlockSite
 
 
 def option(

@@ -3,9 +3,11 @@
 from typing import Any
 
 from .adapter import Adapter
+from .attachment import Attachment, SiteGates
 from .lora import Lora
 from .parallel_adapter import ParallelAdapter
 from .prefix import PrefixSubmodule
+from .sites import AttentionSite, BlockSite
 from .submodule import Submodule
 
 SUBMODULES: dict[str, Submodule] = {
@@ -30,3 +32,19 @@ def register(submodule: Submodule) -> None:
 def chosen(config: Any) -> list[Submodule]:
     """Return the submodules that a config asks for, in the order of the list."""
     return [submodule for name, submodule in SUBMODULES.items() if name in config.submodules]
+
+
+def site_gates(config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]) -> SiteGates:
+    """Return the gates of a model in training: learned, or each submodule's constant (NoGate)."""
+    gates: SiteGates = {}
+    for submodule in chosen(config):
+        value = None if config.gates == "learned" else submodule.constant_gate(config)
+        for path in submodule.paths(attentions, blocks):
+            gates.setdefault(path, {})[submodule.name] = value
+    return gates
+
+
+def attach(attachment: Attachment) -> None:
+    """Attach all submodules of an adapter. PEFT's LoRA layers must be there already."""
+    for submodule in chosen(attachment.config):
+        submodule.attach(attachment)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from scaleup.unipelt.attachment import site_gates
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool, resolve_pooling
 from scaleup.unipelt.sites import find_sites
+from scaleup.unipelt.submodules import site_gates
 from tests.utils.tiny import backbone
 
 G = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
