@@ -9,6 +9,7 @@ Shapes: B examples, T queries, G key-value heads, E head size, L prefix length, 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -223,16 +224,13 @@ class PrefixSubmodule(Submodule):
             sites = [site for site in sites if attachment.has(site.name, self.name)]
             if not sites:
                 continue
-            first, count = sites[0], len(sites)
+            first = sites[0]
+            value = attachment.model.get_submodule(first.value)
+            sizes = (len(sites), first.kv_heads, first.head_size)
             bank = attachment.child(
                 attachment.model.get_submodule(parent),
                 PREFIX_CHILD[cross],
-                lambda first=first, count=count: PrefixTuning(
-                    attachment.model.get_submodule(first.value),
-                    count,
-                    first.kv_heads,
-                    first.head_size,
-                ),
+                functools.partial(PrefixTuning, value, *sizes),
                 {"before": "before_forward"},
             )
             bank.add(attachment.adapter_name, unipelt_prefix=self._entry(attachment, bank))
