@@ -154,16 +154,15 @@ class BottleneckSubmodule(Submodule):
     def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
         return [self.path(site) for site in blocks]
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach_to_block(self, attachment: Attachment, site: BlockSite) -> None:
         size = getattr(attachment.config, f"{self.name}_size")
         activation = getattr(attachment.config, f"{self.name}_activation")
-        for site in attachment.blocks:
-            path, width = self.path(site), site.hidden_size
-            if attachment.has(path, self.name):
-                layer = self.layer(attachment, site)
-                gate = attachment.gate(layer, path, (self.name,), width, site.causal)
-                entries = {layer.entry: Bottleneck(width, size, activation), "unipelt_gate": gate}
-                layer.add(attachment.adapter_name, **entries)
+        path, width = self.path(site), site.hidden_size
+        if attachment.has(path, self.name):
+            layer = self.layer(attachment, site)
+            gate = attachment.gate(layer, path, (self.name,), width, site.causal)
+            entries = {layer.entry: Bottleneck(width, size, activation), "unipelt_gate": gate}
+            layer.add(attachment.adapter_name, **entries)
 
     def fold(
         self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]

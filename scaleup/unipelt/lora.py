@@ -251,20 +251,17 @@ class Lora(Submodule):
     def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
         return [name for site in attentions for name in (site.query, site.value)]
 
-    def attach(self, attachment: Attachment) -> None:
-        for site in attachment.attentions:
-            if not attachment.has(site.name, self.name):
-                continue
-            layer = attachment.attention(site)
-            member = layer.members.setdefault(self.name, LoraMember(layer))
-            assert isinstance(member, LoraMember)
-            roles = {"query": site.query, "value": site.value}
-            for role, path in list(roles.items())[: 1 if site.layout is not None else 2]:
-                projection = attachment.model.get_submodule(path)
-                if attachment.adapter_name is None:
-                    self._attach_hook(attachment, projection, site, member, role)
-                else:
-                    _attach_variant(projection, attachment.adapter_name, site, member, role)
+    def attach_to_attention(self, attachment: Attachment, site: AttentionSite) -> None:
+        layer = attachment.attention(site)
+        member = layer.members.setdefault(self.name, LoraMember(layer))
+        assert isinstance(member, LoraMember)
+        roles = {"query": site.query, "value": site.value}
+        for role, path in list(roles.items())[: 1 if site.layout is not None else 2]:
+            projection = attachment.model.get_submodule(path)
+            if attachment.adapter_name is None:
+                self._attach_hook(attachment, projection, site, member, role)
+            else:
+                _attach_variant(projection, attachment.adapter_name, site, member, role)
 
     def _attach_hook(
         self,

@@ -220,10 +220,7 @@ class PrefixSubmodule(Submodule):
 
     def attach(self, attachment: Attachment) -> None:
         """Attach one bank per parent model and kind: BART has encoder self, decoder self, cross."""
-        for (parent, cross), sites in _banks(attachment.attentions).items():
-            sites = [site for site in sites if attachment.has(site.name, self.name)]
-            if not sites:
-                continue
+        for (parent, cross), sites in self._attached_banks(attachment).items():
             first = sites[0]
             value = attachment.model.get_submodule(first.value)
             sizes = (len(sites), first.kv_heads, first.head_size)
@@ -234,8 +231,12 @@ class PrefixSubmodule(Submodule):
                 {"before": "before_forward"},
             )
             bank.add(attachment.adapter_name, unipelt_prefix=self._entry(attachment, bank))
-            for index, site in enumerate(sites):
-                self._attach_to(attachment, site, bank, index)
+
+    def _attached_banks(
+        self, attachment: Attachment
+    ) -> dict[tuple[str, bool], list[AttentionSite]]:
+        """Return the attentions of each bank that get a prefix, in the bank's order."""
+        return _banks([s for s in attachment.attentions if attachment.has(s.name, self.name)])
 
     def _entry(self, attachment: Attachment, bank: PrefixTuning) -> nn.Module | nn.Parameter:
         config = attachment.config
@@ -246,12 +247,13 @@ class PrefixSubmodule(Submodule):
         shape = (bank.layers, 2, bank.kv_heads, config.prefix_length, bank.head_size)
         return nn.Parameter(torch.empty(shape))
 
-    def _attach_to(
-        self, attachment: Attachment, site: AttentionSite, bank: PrefixTuning, index: int
-    ) -> None:
+    def attach_to_attention(self, attachment: Attachment, site: AttentionSite) -> None:
         layer = attachment.attention(site)
         member = layer.members.get(self.name)
         if not isinstance(member, PrefixMember):
+            parent = attachment.model.get_submodule(site.parent)
+            bank: Any = parent.get_submodule(PREFIX_CHILD[site.cross])
+            index = self._attached_banks(attachment)[site.parent, site.cross].index(site)
             member = PrefixMember(layer, bank, index)
             layer.members[self.name] = layer.prefix_source = member
         if site.softmax_scale is not None and not member.watches_query:

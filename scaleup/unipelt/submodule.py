@@ -165,8 +165,17 @@ class Submodule:
         return []
 
     def attach(self, attachment: Attachment) -> None:
-        """Add its modules and hooks to the model, for one adapter."""
-        raise NotImplementedError
+        """Add its modules and hooks to the model, for one adapter.
+
+        What belongs to a single site can be left to the next two methods, which are called after
+        this method of every submodule.
+        """
+
+    def attach_to_attention(self, attachment: Attachment, site: AttentionSite) -> None:
+        """Add its modules and hooks to one attention, where it has a gate."""
+
+    def attach_to_block(self, attachment: Attachment, site: BlockSite) -> None:
+        """Add its modules and hooks to one block."""
 
     def stored(self, model: nn.Module) -> int | None:
         """Return the number of values that remain after training, None for all parameters."""

@@ -45,6 +45,17 @@ def site_gates(config: Any, attentions: list[AttentionSite], blocks: list[BlockS
 
 
 def attach(attachment: Attachment) -> None:
-    """Attach all submodules of an adapter. PEFT's LoRA layers must be there already."""
-    for submodule in chosen(attachment.config):
+    """Attach all submodules of an adapter. PEFT's LoRA layers must be there already.
+
+    The order is fixed, because a seed must keep giving the same initial weights.
+    """
+    submodules = chosen(attachment.config)
+    for submodule in submodules:
         submodule.attach(attachment)
+    for attention in attachment.attentions:
+        for submodule in submodules:
+            if attachment.has(attention.name, submodule.name):
+                submodule.attach_to_attention(attachment, attention)
+    for block in attachment.blocks:
+        for submodule in submodules:
+            submodule.attach_to_block(attachment, block)

@@ -16,6 +16,7 @@ import scaleup  # noqa: F401 (registers the PEFT method)
 from scaleup.export import export
 from scaleup.export.report import ExportOptions
 from scaleup.settings import schema
+from scaleup.settings.loading import flat
 from scaleup.training import run as training
 from scaleup.training.checkpoint import verify
 from scaleup.training.preflight import CHECKS
@@ -93,6 +94,21 @@ def test_an_old_run_resumes_to_the_same_losses_and_weights(workspace):
     )
     assert results.keys() == old_results.keys()
     assert results["dev"] == pytest.approx(old_results["dev"], abs=TOLERANCE)
+
+
+def test_a_new_run_with_the_seed_of_an_old_run_has_the_same_gates_and_losses(workspace):
+    settings = schema.load("run/config.yaml", ["train.output_dir=new", "train.resume=never"])
+    training.run(settings)
+    new, old = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (workspace / "new" / "log.jsonl", FIXTURES / "finished_log.jsonl")
+    )
+    assert len(new) == len(old)
+    for key, value in flat(old[0]["gates"]).items():  # they show the initial weights
+        assert flat(new[0]["gates"])[key] == pytest.approx(value, abs=TOLERANCE)
+    assert losses(workspace / "new") == pytest.approx(
+        [line["loss"] for line in old if "loss" in line], abs=TOLERANCE
+    )
 
 
 def test_an_old_adapter_checkpoint_is_whole_and_gives_the_same_logits(workspace, expected):
