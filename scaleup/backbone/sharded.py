@@ -5,8 +5,8 @@ another size and cannot quantise. This one reads the tensors of one module at a 
 files, quantises its linear weights if requested, and hands them to DeepSpeed, which keeps the shard
 of this rank and frees the rest.
 
-This is the only file that uses `deepspeed.zero` and the `ds_*` attributes of parameters, except that
-the parameter counts in `scaleup.unipelt.model` read `ds_numel`.
+This is the only file that uses `deepspeed.zero` and the `ds_*` attributes of parameters, except
+that the parameter counts in `scaleup.unipelt.model` read `ds_numel`.
 """
 
 from typing import Any

@@ -20,12 +20,13 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     model, train = settings.model, settings.train
     backend = "one process"
     if world.size > 1 or world.deepspeed:
-        backend = run.args.distributed_state.distributed_type.value.lower()
+        backend = "deepspeed" if world.deepspeed else "DDP"
     if train.deepspeed:
         backend += f", {train.deepspeed}"
     quantized = "" if model.quantization == "none" else f", {model.quantization}"
     parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
     lines = [
         f"backbone   {model.name} ({counts['backbone']:,} parameters{quantized})",
         f"method     {settings.method.name}{f' ({parts})' if parts else ''}",
@@ -42,8 +43,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         lines.append(_label_line(settings, examples))
     return [
         *lines,
-        f"batch      {batch} = {train.per_device_train_batch_size} per process x {world.size}"
-        f" processes x {train.gradient_accumulation_steps} accumulation; learning rate"
+        f"batch      {batch} = {train.per_device_train_batch_size} per process x {processes}"
+        f" x {train.gradient_accumulation_steps} accumulation; learning rate"
         f" {settings.learning_rate:g}",
         f"device     {world.device.type}, {backend}; bf16 {'on' if run.args.bf16 else 'off'}",
         f"output     {train.output_dir}",
@@ -94,6 +95,8 @@ def memory_line(states: States) -> str:
     total = states.resident + states.gathered + states.gradients
     names = ("backbone", "trained", "gradients", "optimizer")
     parts = {name: getattr(states, name) for name in names}
+    if states.buffers:
+        parts["buffers"] = states.buffers
     if states.gathered:
         parts["gathered weights"] = states.gathered
     amounts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
