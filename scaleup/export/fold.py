@@ -21,7 +21,7 @@ from scaleup.unipelt.attachment import SiteGates
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import specification
 from scaleup.unipelt.model import submodule_of
-from scaleup.unipelt.sites import AttentionSite, BlockSite
+from scaleup.unipelt.site_types import AttentionSite, BlockSite
 from scaleup.unipelt.submodule import Folding, Gates
 from scaleup.unipelt.submodules import chosen
 

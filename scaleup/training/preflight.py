@@ -27,7 +27,8 @@ from scaleup.settings.schema import (
     TrainSettings,
 )
 from scaleup.training.output_folder import output_folder_problems
-from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, AttentionSite, find_sites, head_names
+from scaleup.unipelt.site_types import AttentionSite
+from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, find_sites, head_names
 
 
 def packing_problems(data: DataSettings, config: PretrainedConfig) -> list[str]:

@@ -25,7 +25,7 @@ from .attachment import Attachment
 from .gate import cast_to_weight
 from .kernels import add_gated
 from .layers import SiteLayer
-from .sites import AttentionSite, BlockSite
+from .site_types import AttentionSite, BlockSite
 from .submodule import Folding, Submodule, option
 
 BLOCK_CHILD = "unipelt_block"  # the child of a pre-LN block that is its PreNormAdapter

@@ -14,7 +14,7 @@ from .attention import ATTENTION_CHILD
 from .gate import ConstantGate, LearnedGate, resolve_pooling
 from .layers import AttentionGates, SiteLayer
 from .pooling import Tokens
-from .sites import AttentionSite, BlockSite, mask_arguments
+from .site_types import AttentionSite, BlockSite, mask_arguments
 
 TOKENS_CHILD = "unipelt_tokens"
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -280,46 +279,6 @@ def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs
 
 def _plain_eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
-
-
-class SoftmaxPrefix(TorchFunctionMode):
-    """A prefix for an attention that computes softmax(scores [B, H, T, S]) itself.
-
-    While the mode is active, the scores grow by L columns in front. Their share of the softmax is
-    kept for `context`; the rest returns to the attention, which multiplies it with its values.
-    """
-
-    def __init__(self, prefix: Prefix, query_BTD: torch.Tensor, scaling: float, dropout: float):
-        super().__init__()
-        self.prefix, self.query_BTD = prefix, query_BTD
-        self.scaling, self.dropout = scaling, dropout
-        self.share_BHTL: torch.Tensor | None = None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function is not nn.functional.softmax:
-            return function(*args, **(kwargs or {}))
-        assert self.share_BHTL is None, "one softmax per attention"
-        (keys_HLE, _), gate = self.prefix
-        scores_BHTS = args[0]
-        heads, length, size = keys_HLE.shape
-        query_BHTE = self.query_BTD.unflatten(-1, (heads, size)).transpose(1, 2)
-        scores_BHTL = query_BHTE @ keys_HLE.to(query_BHTE.dtype).transpose(1, 2)
-        scores_BHTL = scores_BHTL * self.scaling * _per_head(gate)
-        share = torch.cat([scores_BHTL.to(scores_BHTS.dtype), scores_BHTS], dim=-1).softmax(dim=-1)
-        self.share_BHTL = nn.functional.dropout(share[..., :length], self.dropout)
-        return share[..., length:]
-
-    def context(self) -> torch.Tensor:
-        """Return what the prefix adds to the attention's output, [B, T, H·E]."""
-        assert self.share_BHTL is not None
-        (_, values_HLE), gate = self.prefix
-        out_BHTE = self.share_BHTL @ values_HLE.to(self.share_BHTL.dtype) * _per_head(gate)
-        return out_BHTE.transpose(1, 2).flatten(2)
-
-
-def _per_head(gate: GateValue) -> GateValue:
-    """Shape a gate [B, 1 or T, 1] for scores [B, H, T, L]."""
-    return gate.unsqueeze(1) if isinstance(gate, torch.Tensor) else gate
 
 
 class Call(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attachment import Attachment, SiteGates
-from .sites import AttentionSite, BlockSite, FusedQKVLayout
+from .site_types import AttentionSite, BlockSite, FusedQKVLayout
 from .submodules import SUBMODULES, attach, chosen
 
 

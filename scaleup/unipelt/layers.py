@@ -22,7 +22,7 @@ from .gate import GateValue
 from .kernels import narrow_products
 from .peft_names import BaseTunerLayer
 from .pooling import RunningMean, Tokens
-from .sites import AttentionSite
+from .site_types import AttentionSite
 
 
 class AuxiliaryLayer(nn.Module, BaseTunerLayer):

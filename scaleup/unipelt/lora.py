@@ -27,7 +27,7 @@ from .gate import ConstantGate, GateValue, cast_to_weight
 from .kernels import add_lora, scaled
 from .layers import AttentionGates, AttentionInputs, AttentionMember
 from .peft_names import LoraLayer, LoraVariant
-from .sites import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
+from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
 from .submodule import Folding, Submodule, option
 
 LORA_CHILD = "unipelt_lora"  # the child of a projection in an exported folder

@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapter import BottleneckLayer, BottleneckSubmodule
 from .attachment import Attachment
-from .sites import AttentionSite, BlockSite
+from .site_types import AttentionSite, BlockSite
 from .submodule import option
 
 PARALLEL_CHILD = "unipelt_parallel"  # the child of the last projection

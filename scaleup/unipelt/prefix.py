@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from .attachment import Attachment
-from .attention import ATTENTION_CHILD, Prefix, SoftmaxPrefix, WideMasks, use_prefix_attention
+from .attention import ATTENTION_CHILD, Prefix, WideMasks, use_prefix_attention
 from .kernels import few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
 from .peft_names import PrefixEncoder, PrefixTuningConfig
-from .sites import AttentionSite, BlockSite
+from .site_types import AttentionSite, BlockSite
+from .softmax_prefix import SoftmaxPrefix
 from .submodule import Folding, Submodule, option
 
 # The child of a parent model that holds the prefixes of its self or cross attentions.

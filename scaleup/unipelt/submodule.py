@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .attachment import Attachment
-from .sites import AttentionSite, BlockSite
+from .site_types import AttentionSite, BlockSite
 
 
 def option(

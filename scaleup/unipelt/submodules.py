@@ -7,7 +7,7 @@ from .attachment import Attachment, SiteGates
 from .lora import Lora
 from .parallel_adapter import ParallelAdapter
 from .prefix import PrefixSubmodule
-from .sites import AttentionSite, BlockSite
+from .site_types import AttentionSite, BlockSite
 from .submodule import Submodule
 
 SUBMODULES: dict[str, Submodule] = {

@@ -14,7 +14,8 @@ from scaleup.export import calibrate, fold
 from scaleup.export.folder import FolderWriter
 from scaleup.unipelt.layers import SiteLayer
 from scaleup.unipelt.model import submodule_of
-from scaleup.unipelt.sites import BlockSite, find_sites
+from scaleup.unipelt.site_types import BlockSite
+from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodule import Submodule
 from scaleup.unipelt.submodules import SUBMODULES, register
 from tests.utils.tiny import adapt, auto_class, backbone, implementation, inputs, logits, same

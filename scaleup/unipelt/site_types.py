@@ -1,0 +1,88 @@
+"""The sites of a model at which UniPELT is attached, and what a parent model says about tokens."""
+
+import dataclasses
+import inspect
+
+from torch import nn
+
+# Where a cross attention gets the encoder's output: BART and T5, BERT.
+ENCODER_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedQKVLayout:
+    """The rows of a fused projection: `order` as in FUSED, the numbers of heads, the head size."""
+
+    order: str
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a model. Names are paths in the model.
+
+    Attributes:
+        name: path of the attention.
+        parent: path of the smallest model around it, which gets the padding mask.
+        cross: whether it attends to the encoder.
+        layer: its number among the attentions of the same parent model and kind.
+        query, value: paths of the projections; equal if they are fused.
+        layout: of a fused projection, else None.
+        hidden_size: width of its input.
+        kv_heads, head_size: number and size of the key-value heads.
+        causal: whether its mask hides later keys from a query.
+        causal_block: whether it belongs to a decoder's layer, where nothing may depend on later
+            tokens.
+        softmax_scale: the factor of q·k where a prefix enters through the softmax (BY_SOFTMAX),
+            else None.
+    """
+
+    name: str
+    parent: str
+    cross: bool
+    layer: int
+    query: str
+    value: str
+    layout: FusedQKVLayout | None
+    hidden_size: int
+    kv_heads: int
+    head_size: int
+    causal: bool
+    causal_block: bool
+    softmax_scale: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSite:
+    """One layer of the stack. Names are paths in the model.
+
+    Attributes:
+        name: path of the block.
+        parent: path of the smallest model around it.
+        norm: path of the closing norm of a post-LN block, None for a pre-LN block.
+        feed_forward: paths of the first and the last projection of its feed-forward sublayer, None
+            if they were not found.
+        hidden_size: width of its output.
+        causal: whether nothing in it may depend on later tokens.
+    """
+
+    name: str
+    parent: str
+    norm: str | None
+    feed_forward: tuple[str, str] | None
+    hidden_size: int
+    causal: bool
+
+
+def mask_arguments(parent: nn.Module) -> dict[str, int]:
+    """Return the positions of the arguments from which pooling learns about tokens.
+
+    Empty for a model that takes no attention mask.
+    """
+    names = list(inspect.signature(parent.forward).parameters)
+    wanted = ("attention_mask", "encoder_attention_mask", "position_ids")
+    if "attention_mask" not in names:
+        return {}
+    return {name: names.index(name) for name in wanted if name in names}
