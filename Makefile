@@ -39,7 +39,7 @@ venv:
 	  "$(PYTHON)" -m venv $$clear "$(VENV)"; \
 	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
 	  "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check \
-	    --no-deps --no-build-isolation --editable .; \
+	    --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .; \
 	  cp requirements.txt "$(VENV)/requirements.txt"; \
 	fi
 
