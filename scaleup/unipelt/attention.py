@@ -14,6 +14,7 @@ Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, 
 """
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -27,9 +28,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .gate import GateValue
 from .kernels import attend, is_short, target_device
 
-# The plain implementation → its name with a prefix. An exported folder has names of its own,
-# because one process may load scaleup and several exported models.
-FAMILY = "unipelt" if __name__.startswith("scaleup.") else "unipelt_exported"
+# The plain implementation → its name with a prefix. Each exported folder has names of its own,
+# because one process may load scaleup and folders that several versions of it have exported.
+_FOLDER = hashlib.sha256(__name__.encode()).hexdigest()[:8]
+FAMILY = "unipelt" if __name__.startswith("scaleup.") else f"unipelt_{_FOLDER}"
 ATTENTION = {plain: f"{FAMILY}_{plain}" for plain in ("sdpa", "eager")}
 PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
 ATTENTION_CHILD = "unipelt_attention"  # the child of an attention that evaluates its gates
