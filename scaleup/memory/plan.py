@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run as configured stays within the limit."""
+        """Return whether the run as configured stays within the limit."""
         checkpointing = self.settings.train.gradient_checkpointing
         totals = [row.total(checkpointing) for row in self.rows if row.chosen]
         return all(self.verdict(total) != "no" for total in totals)

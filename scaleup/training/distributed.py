@@ -44,7 +44,7 @@ class World:
 
     @property
     def local_main(self) -> bool:
-        """Whether this is the first process of its host."""
+        """Return whether this is the first process of its host."""
         return self.local_rank == 0
 
     def writes(self, shared: bool) -> bool:
