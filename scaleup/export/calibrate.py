@@ -23,6 +23,7 @@ from scaleup.settings import schema
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool
 from scaleup.unipelt.layers import SiteLayer
 from scaleup.unipelt.lora import VALUE
+from scaleup.unipelt.model import site_of
 from scaleup.unipelt.submodule import Gates
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -93,11 +94,6 @@ def load(job: TrainedJob) -> nn.Module:
     return model.to(device).eval()
 
 
-def _site(name: str) -> str:
-    """Return the path of the site at which one of UniPELT's modules sits."""
-    return name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
-
-
 class GateObserver:
     """Collects gate values per example, and how much each submodule changes its value."""
 
@@ -107,10 +103,10 @@ class GateObserver:
         self.handles = []
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
-                hook = functools.partial(self._add_gates, _site(name))
+                hook = functools.partial(self._add_gates, site_of(name))
                 self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
             elif isinstance(module, SiteLayer):
-                site = _site(f"{name}.unipelt_")
+                site = site_of(f"{name}.unipelt_")
                 module.observer = functools.partial(self._add_effect, module, site)
 
     def _add_gates(
@@ -185,7 +181,7 @@ def freeze(model: nn.Module, gates: Gates, dropped: set[Place]) -> None:
     """Replace every gate by constants, and leave out the submodules that are dropped at a site."""
     kinds = LearnedGate | ConstantGate
     for name, gate in [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]:
-        site = _site(name)
+        site = site_of(name)
         parts = [part for part in (*gate.names, VALUE) if (site, part) in gates]
         kept = {part: gates[site, part] for part in parts if (site, part) not in dropped}
         model.set_submodule(name, ConstantGate(kept))

@@ -20,12 +20,10 @@ from safetensors import safe_open
 from scaleup.unipelt.attachment import SiteGates
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import specification
-from scaleup.unipelt.model import submodule_of
+from scaleup.unipelt.model import PEFT_PREFIX, submodule_of
 from scaleup.unipelt.site_types import AttentionSite, BlockSite
 from scaleup.unipelt.submodule import Folding, Gates
 from scaleup.unipelt.submodules import chosen
-
-PEFT_PREFIX = "base_model.model."  # what PEFT puts in front of every name
 
 
 @dataclasses.dataclass(frozen=True)

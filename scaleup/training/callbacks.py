@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from scaleup.io import write_text
 from scaleup.unipelt.gate import GateMoments, LearnedGate
+from scaleup.unipelt.model import site_of
 
 Means = dict[str, dict[str, dict[str, float]]]  # site → submodule → mean and std
 
@@ -30,8 +31,7 @@ class GateStatistics:
                 module.statistics = GateMoments(len(module.names), module.bias.device)
                 if compiled:  # CUDA graphs write only to tensors whose addresses are fixed
                     torch._dynamo.mark_static_address(module.statistics.sums_3N)
-                site = name.removeprefix("base_model.model.").split(".unipelt_", 1)[0]
-                self.gates[site] = module
+                self.gates[site_of(name)] = module
 
     def drain(self) -> Means:
         """Return the statistics since the last call, and start anew. Every process must call this.

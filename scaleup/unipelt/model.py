@@ -29,6 +29,7 @@ from .quantized import keep_layout, unpacked_numel
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, attach, chosen, site_gates
 
+PEFT_PREFIX = "base_model.model."  # what PEFT puts in front of every name
 GATES = ".unipelt_gate."  # marks the parameters of gates
 
 
@@ -103,6 +104,11 @@ class UniPeltModel(LoraModel):
         return (
             shorter if shorter != key else super()._remove_adapter_name_from_key(key, adapter_name)
         )
+
+
+def site_of(name: str) -> str:
+    """Return the path of the site of one of UniPELT's modules, given the path of the module."""
+    return name.removeprefix(PEFT_PREFIX).split(".unipelt_", 1)[0]
 
 
 def submodule_of(name: str) -> str | None:

@@ -11,6 +11,14 @@ from transformers import BartForConditionalGeneration, BertTokenizerFast
 
 from tests.utils.tiny import FAMILIES
 
+SPECIAL_TOKENS = dict(
+    pad_token="<pad>",
+    unk_token="<unk>",
+    cls_token="<s>",
+    sep_token="</s>",
+    mask_token="<mask>",
+    eos_token="</s>",
+)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORDS = {
     "good": ["fine", "great", "warm", "bright"],
@@ -39,16 +47,10 @@ def make_workspace(folder: pathlib.Path) -> pathlib.Path:
         # BERT as pretraining leaves it, and BART with a head for three classes, which a run with
         # two classes has to replace.
         (model.base_model if family == "bert" else model).save_pretrained(folder / family)
-        names = dict(
-            pad_token="<pad>",
-            unk_token="<unk>",
-            cls_token="<s>",
-            sep_token="</s>",
-            mask_token="<mask>",
-            eos_token="</s>",
-        )
         (folder / "vocab.txt").write_text("\n".join(words))
-        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **names).save_pretrained(folder / family)
+        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **SPECIAL_TOKENS).save_pretrained(
+            folder / family
+        )
     draw = random.Random(0)
     for name, count in (("train", 120), ("test", 40)):
         with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -99,16 +101,8 @@ def add_writer(folder: pathlib.Path, family: str, **changes) -> None:
     )
     model.save_pretrained(folder / family)
     (folder / "words.txt").write_text("\n".join(words))
-    names = dict(
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        mask_token="<mask>",
-        eos_token="</s>",
-        bos_token="<s>",
-    )
-    tokenizer = BertTokenizerFast(vocab=str(folder / "words.txt"), **names)
+    vocabulary = str(folder / "words.txt")
+    tokenizer = BertTokenizerFast(vocab=vocabulary, **SPECIAL_TOKENS, bos_token="<s>")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
         "{% if add_generation_prompt %}assistant : {% endif %}"

@@ -10,6 +10,7 @@ from transformers import BertTokenizerFast
 
 from tests.utils.planning import SIZES
 from tests.utils.tiny import FAMILIES
+from tests.utils.workspace import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,6 @@ def workspace(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("plan")
     words = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"w{i}" for i in range(995))]
     (folder / "vocab.txt").write_text("\n".join(words))
-    names = dict(
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        mask_token="<mask>",
-        eos_token="</s>",
-    )
     for family, sizes in SIZES.items():
         cls, config_cls, values = FAMILIES[family]
         special = dict(
@@ -43,7 +36,9 @@ def workspace(tmp_path_factory) -> pathlib.Path:
         cls(config_cls(**(values | special | sizes | extra | {"num_labels": 2}))).save_pretrained(
             folder / family
         )
-        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **names).save_pretrained(folder / family)
+        BertTokenizerFast(vocab=str(folder / "vocab.txt"), **SPECIAL_TOKENS).save_pretrained(
+            folder / family
+        )
     draw = random.Random(0)
     for name, count in (("train", 100), ("test", 20)):
         with (folder / f"{name}.csv").open("w", newline="") as file:
