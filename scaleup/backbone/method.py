@@ -34,10 +34,10 @@ def apply_method(
 ) -> nn.Module:
     """Return the model with exactly the parameters of `method` trainable.
 
-    Added parameters are float32. The head trains in every method.
+    Added parameters are float32. The head trains in every method unless `method.head` is frozen.
 
     Args:
-        missing: modules of the backbone without pretrained weights. They train as well.
+        missing: modules of the backbone without pretrained weights. They are treated as the head.
     """
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"}) | {"gates": method.resolved_gates}
@@ -46,9 +46,10 @@ def apply_method(
         return get_peft_model(model, config)
     heads = tuple(f"{name}." for name in (*head_names(model), *missing))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            method.name == "full" or name.endswith(".bias") or name.startswith(heads)
-        )
+        if name.startswith(heads):
+            parameter.requires_grad_(method.head == "trained")
+        else:
+            parameter.requires_grad_(method.name == "full" or name.endswith(".bias"))
     return model
 
 

@@ -51,9 +51,9 @@ def trained_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype |
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the parameters that require gradients to `dtype`."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    """Convert the trained parameters, and a frozen head that is saved with them, to `dtype`."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".modules_to_save." in name:
             parameter.data = parameter.data.to(dtype)
 
 

@@ -22,17 +22,16 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field, PositiveInt
 
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
-from scaleup.settings.schema import Settings
+from scaleup.settings.schema import Settings, stored
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 
@@ -199,10 +198,11 @@ def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
     """Raise ConfigError if a folder has a run with other settings, or damaged files."""
     results, path = folder / "results.json", folder / "config.yaml"
     if results.is_file():
-        _stored(results, json.loads)
+        _read_file(results, lambda path: json.loads(path.read_text(encoding="utf-8")))
     if not path.is_file():
         return
-    then, now = flat(_stored(path, yaml.safe_load)), flat(settings.dump())
+    then = flat(_read_file(path, lambda path: stored(str(path))))
+    now = flat(settings.dump())
     free = {*SET_BY_SWEEP, "train.disable_tqdm"}
     if "max_length" not in settings.data.model_fields_set:
         free.add("data.max_length")  # a run lowers the default to what its model takes
@@ -214,10 +214,11 @@ def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
         )
 
 
-def _stored(path: pathlib.Path, parse_text: Any) -> dict[str, Any]:
+def _read_file(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> dict[str, Any]:
+    """Return a mapping that a run left in a file; raise ConfigError if the file is damaged."""
     try:
-        content = parse_text(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = read(path)
+    except (OSError, ValueError):  # a ConfigError is a ValueError
         content = None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged; remove the folder to run it again")

@@ -37,7 +37,7 @@ from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings import schema
 from scaleup.settings.loading import override
-from scaleup.settings.schema import Settings
+from scaleup.settings.schema import MethodSettings, Settings
 from scaleup.training.checkpoint import (
     Manifest,
     commit_checkpoint,
@@ -110,7 +110,9 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     _check_manifest(checkpoint, manifest)
     overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
     settings = schema.load(str(path), overrides, checks=[model_folder])
-    if settings.dump()["method"] != manifest.method:
+    method = MethodSettings.model_validate(manifest.method)
+    trained = settings.model_copy(update={"method": method})
+    if settings.dump()["method"] != trained.dump()["method"]:
         raise ConfigError(
             f"--config: {path} has another method than {checkpoint}; give the config.yaml of the "
             "run that wrote the checkpoint"

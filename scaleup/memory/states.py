@@ -129,7 +129,8 @@ def frozen_pieces(
     modules = list(model.modules())
     outputs = [m.get_output_embeddings() for m in modules if isinstance(m, PreTrainedModel)]
     whole = {id(output.weight) for output in outputs if output is not None}
-    whole |= {id(p) for name, p in model.named_parameters() if ".original_module." in name}
+    heads = (".original_module.", ".modules_to_save.")
+    whole |= {id(p) for n, p in model.named_parameters() if any(head in n for head in heads)}
     linear = {id(m.weight): m for m in modules if type(m) is nn.Linear}
     embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     pieces = []

@@ -59,8 +59,12 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
         idle |= {f"method.{key}": reason for key, reason in _idle_method(method).items()}
     if data is not None:
         idle |= {f"data.{key}": reason for key, reason in _idle_data(data).items()}
-    if data is not None and data.task in GENERATES and model is not None:
-        idle["model.head_bias"] = f"data.task is {data.task}, which has no head"
+    if data is not None and data.task in GENERATES:
+        reason = f"data.task is {data.task}, which has no head"
+        if model is not None:
+            idle["model.head_bias"] = reason
+        if method is not None:
+            idle["method.head"] = reason
     if data is not None and train is not None:
         key = "train.group_by_length"
         if data.packing:
@@ -112,7 +116,7 @@ def _idle_method(method: Any) -> dict[str, str]:
         return {
             key: f"method.name is {method.name}"
             for key in type(method).model_fields
-            if key != "name"
+            if key not in ("name", "head")
         }
     idle: dict[str, str] = {}
     if method.prefix_reparameterization == "none":

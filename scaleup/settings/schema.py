@@ -316,6 +316,17 @@ def load(
     return Settings.model_validate(sections)
 
 
+def stored(path: str) -> dict[str, dict[str, Any]]:
+    """Return the resolved run that a run's config.yaml describes.
+
+    Settings that the file lacks have their defaults: an earlier version wrote it without them.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    return load(path).dump()
+
+
 def to_yaml(settings: Settings) -> str:
     """Return the resolved config as YAML, which `load` reads back to the same run."""
     return str(yaml.dump(settings.dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True))

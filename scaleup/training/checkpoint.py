@@ -28,6 +28,7 @@ from torch import nn
 
 from scaleup.backbone.sharded import whole_shape
 from scaleup.errors import CheckpointError
+from scaleup.unipelt.sites import head_names
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -103,14 +104,20 @@ def staging_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
-    """Return the whole shape of every trained tensor, also under ZeRO-3, by its name in files."""
+    """Return the whole shape of every trained tensor and of the head's, by their names in files.
+
+    Under ZeRO-3 these are the shapes before sharding.
+    """
     parameters = dict(model.named_parameters())
     if isinstance(model, PeftModel):
         parameters = get_peft_model_state_dict(
             model, state_dict=parameters, save_embedding_layers=False
         )
     else:
-        parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        heads = tuple(f"{name}." for name in head_names(model))
+        parameters = {
+            name: p for name, p in parameters.items() if p.requires_grad or name.startswith(heads)
+        }
     return {name: list(whole_shape(p)) for name, p in parameters.items()}
 
 

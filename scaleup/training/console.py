@@ -27,11 +27,12 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    frozen = " (frozen)" if settings.method.head == "frozen" else ""
     lines = [
         f"backbone   {model.name} ({counts['backbone']:,} parameters{quantized})",
         f"method     {settings.method.name}{f' ({parts})' if parts else ''}",
         f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored"
-        f" {counts['stored']:,} ({counts['stored_percent']:.2f}%), head {counts['head']:,}",
+        f" {counts['stored']:,} ({counts['stored_percent']:.2f}%), head {counts['head']:,}{frozen}",
         _data_line(settings, examples),
     ]
     if examples.known:

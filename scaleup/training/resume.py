@@ -10,11 +10,9 @@ import re
 import shutil
 from typing import Any
 
-import yaml
-
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import LOCK
-from scaleup.settings.schema import Settings, to_yaml
+from scaleup.settings.schema import Settings, stored
 from scaleup.training.checkpoint import Manifest, verify
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
 
@@ -99,17 +97,17 @@ def _different(settings: Settings) -> list[str]:
     if not path.is_file():
         return []
     try:
-        then = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [
-            f"{section}.{key}"
-            for section, values in settings.dump().items()
-            for key in (values | then[section])
-            if (section != "train" or key in FIXED_IN_TRAINING.split())
-            and values.get(key) != then[section].get(key)
-        ]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        then = stored(str(path))
+    except ConfigError:
         advice = "put the run's config back, or choose another output_dir"
         raise ConfigError(f"train.resume: {path} is damaged; {advice}") from None
+    return [
+        f"{section}.{key}"
+        for section, values in settings.dump().items()
+        for key in (values | then[section])
+        if (section != "train" or key in FIXED_IN_TRAINING.split())
+        and values.get(key) != then[section].get(key)
+    ]
 
 
 def changes(settings: Settings) -> list[str]:
@@ -200,11 +198,12 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
     path, config = out / "results.json", out / "config.yaml"
     if settings.train.resume == "never" or not path.is_file() or not config.is_file():
         return None
-
-    def without_resume(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not line.startswith("  resume:")]
-
-    if without_resume(config.read_text(encoding="utf-8")) != without_resume(to_yaml(settings)):
+    try:
+        then, now = stored(str(config)), settings.dump()
+    except ConfigError:
+        return None
+    now["train"]["resume"] = then["train"]["resume"]
+    if now != then:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -87,7 +87,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         prior=data.prior(prepared.examples) if settings.model.head_bias == "prior" else None,
         zero3=is_deepspeed_zero3_enabled(),
         for_training=True,
-        weights=old_weights,
+        # DeepSpeed's own files leave out what is frozen.
+        weights=checkpoint if settings.method.head == "frozen" and checkpoint else old_weights,
     )
     counts = parameter_counts(model)
     trainer = _make_trainer(prepared, model, callbacks)

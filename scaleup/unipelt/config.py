@@ -58,6 +58,13 @@ class CommonOptions:
         "attention and its layer.",
         choices=("auto", "paper", "masked", "causal"),
     )
+    head: str = option(
+        "trained",
+        "The task head, including a pooler that the backbone's files lack. frozen: it keeps its "
+        "initial values, which are random for a new head, and is saved with the rest. The authors' "
+        "code does this wherever no adapter is trained, apart from fine-tuning.",
+        choices=("trained", "frozen"),
+    )
 
 
 _BASES = (CommonOptions, *(submodule.options for submodule in SUBMODULES.values()), LoraConfig)

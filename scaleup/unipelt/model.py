@@ -49,7 +49,7 @@ class UniPeltModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Let PEFT add its LoRA layers, attach gates and submodules, and train the head."""
+        """Let PEFT add its LoRA layers, attach gates and submodules, and save the head."""
         config = self.peft_config[adapter_name]
         keep_layout(model)
         attentions, blocks = find_sites(model)
@@ -59,6 +59,7 @@ class UniPeltModel(LoraModel):
             targets += submodule.lora_targets(attentions)
         to_save = [*(config.modules_to_save or []), *head_names(model)]
         config.modules_to_save = list(dict.fromkeys(to_save)) or None
+        _wrap_heads(model, config, adapter_name)
         config.target_modules = targets or DUMMY_TARGET_MODULES
         # GPT-2 keeps its weights [in, out], and PEFT needs to know.
         first = model.get_submodule(attentions[0].query)
@@ -106,6 +107,49 @@ class UniPeltModel(LoraModel):
         )
 
 
+class SavedHead(ModulesToSaveWrapper):
+    """Saves a task head with every adapter. Adapters named in `frozen` do not train it.
+
+    PEFT turns gradients on whenever it creates, activates or enables the copy of an adapter.
+    """
+
+    frozen: frozenset[str] = frozenset()
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        super().update(adapter_name, **kwargs)
+        self._freeze()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for name in self.frozen & set(self.modules_to_save):
+            self.modules_to_save[name].requires_grad_(False)
+
+
+def _wrap_heads(model: nn.Module, config: UniPeltConfig, adapter_name: str) -> None:
+    """Wrap the modules that are saved with the adapter, before PEFT does, in `SavedHead`."""
+    modules = dict(model.named_modules())
+    # PEFT adds the usual names of heads to the list, whether the model has such a module or not.
+    for path in filter(modules.__contains__, config.modules_to_save or []):
+        head = modules[path]
+        if not isinstance(head, SavedHead):
+            head = SavedHead(head, adapter_name)
+            parent, _, name = path.rpartition(".")
+            setattr(modules[parent], name, head)
+        frozen = {adapter_name} if config.head == "frozen" else set()
+        head.frozen = head.frozen - {adapter_name} | frozen
+
+
 def site_of(name: str) -> str:
     """Return the path of the site of one of UniPELT's modules, given the path of the module."""
     return name.removeprefix(PEFT_PREFIX).split(".unipelt_", 1)[0]
@@ -126,7 +170,7 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         backbone: the pretrained model without its head.
-        head: the task head, which is trained in every method and is part of no other count.
+        head: the task head, trained or frozen, which is part of no other count.
         trained: what gets gradients, including the prefix's MLP.
         stored: what remains after training, where the MLP is collapsed to the prefix.
         submodules: the stored parameters of each submodule and of the gates.

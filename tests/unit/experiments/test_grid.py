@@ -7,7 +7,7 @@ import pytest
 
 from scaleup.errors import ConfigError
 from scaleup.experiments import grid
-from scaleup.settings.schema import to_yaml
+from scaleup.settings.schema import load, to_yaml
 from tests.utils.sweeps import sweep_file
 from tests.utils.workspace import ROOT, make_workspace
 
@@ -117,6 +117,18 @@ def test_a_wrong_file_is_refused_in_plain_words(workspace, tmp_path, changes, wo
     with pytest.raises(ConfigError) as caught:
         grid.load(str(sweep_file(workspace, tmp_path, **changes)))
     assert words in str(caught.value)
+
+
+def test_a_setting_that_an_earlier_version_did_not_write_has_its_default(workspace, tmp_path):
+    trial = grid.load(str(sweep_file(workspace, tmp_path))).trials[0]
+    trial.folder.mkdir(parents=True)
+    lines = to_yaml(trial.settings).splitlines()
+    assert "  head: trained" in lines
+    (trial.folder / "config.yaml").write_text("\n".join(li for li in lines if "  head:" not in li))
+    grid.check_same_run(trial.settings, trial.folder)
+    frozen = load(None, [*trial.arguments, "method.head=frozen"])
+    with pytest.raises(ConfigError, match="has a run with another method.head"):
+        grid.check_same_run(frozen, trial.folder)
 
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(workspace, tmp_path):

@@ -101,6 +101,8 @@ def test_a_setting_with_alternatives_is_one_problem():
         ["data.seed=5"],
         ["data.pad_to_max_length=true", "train.group_by_length=false"],
         ["data.name=null", "data.train_file=a.csv", "data.task=seq2seq", "model.head_bias=prior"],
+        ["data.name=null", "data.train_file=a.csv", "data.task=seq2seq", "method.head=frozen"],
+        ["data.name=null", "data.train_file=a.csv", "data.task=causal_lm", "method.head=frozen"],
         [f"{CHECKPOINTING}={{use_reentrant: false}}"],
     ],
     ids=" ".join,
@@ -108,6 +110,15 @@ def test_a_setting_with_alternatives_is_one_problem():
 def test_a_setting_without_effect_is_refused(overrides):
     (problem,) = problems(GLUE, *overrides)
     assert problem.startswith(overrides[-1].partition("=")[0] + ": has no effect here (")
+
+
+@pytest.mark.parametrize("method", ["method=full", "method=bitfit", "method=unipelt"])
+def test_every_method_can_freeze_the_head(method):
+    assert load(None, [GLUE, method]).dump()["method"]["head"] == "trained"
+    assert load(None, [GLUE, method, "method.head=frozen"]).dump()["method"]["head"] == "frozen"
+    assert problems(GLUE, method, "method.head=fixed") == [
+        "method.head: should be 'trained' or 'frozen' (got 'fixed')"
+    ]
 
 
 def test_saying_a_default_out_loud_is_no_mistake():
