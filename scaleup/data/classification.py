@@ -106,9 +106,13 @@ def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: 
 
 
 def _dataset(
-    part: dict[str, list], rows: list[int] | range, ids: dict[str, int]
+    part: dict[str, list], rows: list[int] | None, ids: dict[str, int]
 ) -> datasets.Dataset:
-    columns = {role: [cells[row] for row in rows] for role, cells in part.items()}
+    """Return the chosen rows of a split, or all of them."""
+    columns = {
+        role: cells if rows is None else [cells[row] for row in rows]
+        for role, cells in part.items()
+    }
     columns["label"] = [ids.get(label, label) for label in columns["label"]]  # numbers have no ids
     return datasets.Dataset.from_dict(columns)
 
@@ -147,19 +151,22 @@ def _load(settings: str, _state: tuple) -> Examples:
     if problems:
         raise ConfigError(problems)
     ids = {name: i for i, name in enumerate(labels or [])}
-    sets = {
-        split: _dataset(part, train if split == "train" else range(len(part["label"])), ids)
-        for split, part in parts.items()
-    }
+    test_is_dev = data.name is not None and data.k == "all"
+    dev_split, dev_rows = ("train", dev) if dev else ("validation", None)
+    test_split = "test" if data.name is None else "validation"
+    test_set = None
+    if test_split in parts:
+        test_rows = files.choose_test_rows(data, len(parts[test_split]["label"]))
+        test_set = _dataset(parts[test_split], test_rows, ids)
     default = "accuracy" if ids else "spearman"
     return Examples(
-        train=sets["train"],
-        dev=_dataset(parts["train"], dev, ids) if dev else sets["validation"],
-        test=sets.get("test" if data.name is None else "validation"),
+        train=_dataset(parts["train"], train, ids),
+        dev=_dataset(parts[dev_split], dev_rows, ids),
+        test=test_set,
         labels=labels,
         metric=data.metric or (default if data.name is None else GLUE[data.name].metric),
         task=task,
-        test_is_dev=data.name is not None and data.k == "all",
+        test_is_dev=test_is_dev,
         sources=sources,
     )
 

@@ -255,6 +255,13 @@ def choose_rows(data: DataSettings, rows: int, file: str) -> tuple[list[int], li
     return order[:k], order[k : k + dev]
 
 
+def choose_test_rows(data: DataSettings, rows: int) -> list[int]:
+    """Choose the rows of a test set to score: all, or the same `test_size` rows in every run."""
+    if data.test_size is None or data.test_size >= rows:
+        return list(range(rows))
+    return sorted(np.random.default_rng(0).permutation(rows)[: data.test_size].tolist())
+
+
 def file_states(files: dict[str, tuple[str, str]]) -> tuple:
     """Return modification times and sizes, which tell whether cached contents are still valid."""
     states = [os.stat(file) for _, file in files.values() if os.path.isfile(file)]

@@ -112,6 +112,9 @@ def _load(settings: str, _state: tuple) -> Examples:
     texts, targets = zip(*(parts["train"][row] for row in train))
     dev_pairs = [parts["train"][row] for row in dev] if dev else parts["validation"]
     dev_groups, test_groups = _by_source(dev_pairs), _by_source(parts.get("test", []))
+    test_sources = list(test_groups)
+    kept = [test_sources[row] for row in files.choose_test_rows(data, len(test_sources))]
+    test_groups = {source: test_groups[source] for source in kept}
     return Examples(
         train=datasets.Dataset.from_dict({"text": list(texts), "target": list(targets)}),
         dev=_scored(dev_groups, 0),

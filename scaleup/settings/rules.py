@@ -155,6 +155,10 @@ def _idle_data(data: Any) -> dict[str, str]:
     if data.k == "all" and (data.name is not None or own_validation):
         idle["dev_size"] = "with data.k all, the validation set is the development set"
         idle["seed"] = "with data.k all, nothing is sampled"
+    if data.name is not None and data.k == "all":
+        idle["test_size"] = "with data.k all, the development set is the test set"
+    elif data.name is None and data.test_file is None:
+        idle["test_size"] = "data.test_file is not set"
     if own_validation:
         idle["dev_size"] = "data.validation_file is the development set"
     return idle

@@ -119,6 +119,9 @@ class DataSettings(Section):
     dev_size: PositiveInt = 1000
     """Number of development examples that are cut from the training set: after the first K, or
     with k all if there is no validation set."""
+    test_size: PositiveInt | None = None
+    """Largest number of test examples (seq2seq and causal_lm: of distinct sources). A larger test
+    set is sampled, always to the same examples. Default: all."""
     seed: Seed = 0
     """Seed of the shuffle that picks the K training and the development examples."""
     metric: (

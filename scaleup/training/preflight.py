@@ -29,6 +29,7 @@ from scaleup.settings.schema import (
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.site_types import AttentionSite
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, find_sites, head_names
+from scaleup.unipelt.submodules import SUBMODULES
 
 
 def packing_problems(data: DataSettings, config: PretrainedConfig) -> list[str]:
@@ -58,7 +59,7 @@ def _structure_problems(
         return []
     attentions, problem = _find_attentions(config, model.attention, auto)
     if problem is not None and model.attention != "eager":
-        eager_problem = _find_attentions(config, "eager", auto)[1]
+        attentions, eager_problem = _find_attentions(config, "eager", auto)
         reason = problem.partition(".")[0].partition(";")[0]
         problem = eager_problem or (
             f"its {model.attention} attention cannot be used ({reason}); set model.attention=eager"
@@ -69,9 +70,15 @@ def _structure_problems(
             " the tokens that it is to predict; data.task causal_lm needs a decoder like GPT-2,"
             " Llama or Qwen"
         ]
-    if problem is None or method.name != "unipelt":
+    if method.name != "unipelt":
         return []
-    return [f"model.name: {model.name}: {problem[:300]}"]
+    problems = [] if problem is None else [problem[:300]]
+    for name in method.submodules:
+        try:
+            SUBMODULES[name].check(attentions)
+        except ValueError as error:
+            problems.append(str(error))
+    return [f"model.name: {model.name}: {problem}" for problem in problems]
 
 
 def _find_attentions(

@@ -98,7 +98,7 @@ class LoraMember(AttentionMember):
         DeBERTa also sends position embeddings through these projections. They belong to no example,
         so only the first call of a pass is gated there.
         """
-        if self.layer.site.softmax_scale is not None:
+        if self.layer.site.projects_positions:
             return self.gates.pop(projection, None)
         if projection not in self.gates:  # of a cross attention, which may see every encoder token
             gate = self.layer.active("unipelt_gate")
@@ -292,7 +292,7 @@ class Lora(Submodule):
             if site.layout is None:
                 measured = folding.gates is not None and (site.name, VALUE) in folding.gates
                 roles[site.value] = VALUE if measured and site.cross else self.name
-            update = folding.gates is not None and site.softmax_scale is None
+            update = folding.gates is not None and not site.projects_positions
             if not update:
                 gate = f"{site.name}.{ATTENTION_CHILD}.unipelt_gate."
                 folding.keep_gate(site.name, gate, self.name)

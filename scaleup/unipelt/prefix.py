@@ -183,8 +183,17 @@ class PrefixMember(AttentionMember):
             self.softmax = SoftmaxPrefix(prefix, query_BTD, scale, self.dropout)
             self.softmax.__enter__()
 
+    def before_output(
+        self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Add the prefix's context to the input of the attention's output projection."""
+        softmax = self.softmax
+        if softmax is None or softmax.share_BHTL is None:
+            return None  # `end` reports it
+        return (args[0] + softmax.context(), *args[1:]), kwargs
+
     def end(self, output: Any) -> Any:
-        """Add the prefix's context where the softmax was intercepted.
+        """Finish the pass, and add the prefix's context that no output projection has taken.
 
         Raises:
             RuntimeError: if the attention did not use the prefix.
@@ -200,7 +209,9 @@ class PrefixMember(AttentionMember):
                 "the attention ignored its prefix: its implementation was changed after UniPELT "
                 "was attached; use set_attn_implementation('unipelt_sdpa') or 'unipelt_eager'"
             )
-        return None if softmax is None else (output[0] + softmax.context(), *output[1:])
+        if softmax is None or self.layer.site.output is not None:
+            return None
+        return (output[0] + softmax.context(), *output[1:])
 
 
 class PrefixSubmodule(Submodule):
@@ -215,7 +226,16 @@ class PrefixSubmodule(Submodule):
     def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
         return [site.name for site in attentions]
 
+    def check(self, attentions: list[AttentionSite]) -> None:
+        for site in attentions:
+            if not site.takes_prefix:
+                raise ValueError(
+                    f"prefix: no prefix can be put into {site.name}, because this model type "
+                    "computes attention itself; leave prefix out of submodules"
+                )
+
     def prepare(self, model: Any, attentions: list[AttentionSite], blocks: list[BlockSite]) -> None:
+        self.check(attentions)
         if any(site.softmax_scale is None for site in attentions):
             use_prefix_attention(model)
 
@@ -259,9 +279,10 @@ class PrefixSubmodule(Submodule):
             layer.members[self.name] = layer.prefix_source = member
         if site.softmax_scale is not None and not member.watches_query:
             member.watches_query = True
-            attachment.hook(
-                layer, attachment.model.get_submodule(site.query), "after", member.after_query
-            )
+            module = attachment.model.get_submodule
+            attachment.hook(layer, module(site.query), "after", member.after_query)
+            if site.output is not None:
+                attachment.hook(layer, module(site.output), "before", member.before_output)
 
     def stored(self, model: nn.Module) -> int | None:
         return sum(m.stored() for m in model.modules() if isinstance(m, PrefixTuning))

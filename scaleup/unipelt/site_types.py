@@ -31,12 +31,16 @@ class AttentionSite:
         query, value: paths of the projections; equal if they are fused.
         layout: of a fused projection, else None.
         hidden_size: width of its input.
-        kv_heads, head_size: number and size of the key-value heads.
+        kv_heads, head_size: number and size of the key-value heads; 0 if no prefix can take part in
+            its softmax.
         causal: whether its mask hides later keys from a query.
         causal_block: whether it belongs to a decoder's layer, where nothing may depend on later
             tokens.
         softmax_scale: the factor of q·k where a prefix enters through the softmax (BY_SOFTMAX),
             else None.
+        output: path of the projection through which the prefix's context passes there, None if the
+            context is added to the attention's output.
+        projects_positions: whether position embeddings pass through its projections too.
     """
 
     name: str
@@ -51,7 +55,13 @@ class AttentionSite:
     head_size: int
     causal: bool
     causal_block: bool
-    softmax_scale: float | None
+    softmax_scale: float | None = None
+    output: str | None = None
+    projects_positions: bool = False
+
+    @property
+    def takes_prefix(self) -> bool:
+        return self.kv_heads > 0
 
 
 @dataclasses.dataclass(frozen=True)

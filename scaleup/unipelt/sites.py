@@ -5,11 +5,13 @@ attention function that only records its callers. An attention is a module that 
 is the entry of a list of equal layers that contains attentions. A block is post-LN if it returns
 the very tensor that its last norm returned, otherwise pre-LN.
 
-Structure does not tell how a fused projection lays out its rows, and which models compute attention
-themselves although a prefix can reach them. Two small tables do.
+A model that computes attention itself has its attentions where one query, one key and one value
+projection are siblings. Structure does not tell how a fused projection lays out its rows, and which
+of these attentions a prefix can reach. Two small tables do (FUSED, BY_SOFTMAX).
 """
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .attention import ATTENTION, PROBE, Call, probing
+from .attention import ATTENTION, PROBE, Call, models_with_own_config, probing
 from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout, mask_arguments
+from .softmax_prefix import BY_SOFTMAX
 
 # Model types whose submodules are all compared with a plain reference (the contract tests). Others
 # are accepted if the structure below is found in them.
@@ -38,6 +41,7 @@ TESTED = (
     "mbart",
     "mistral",
     "modernbert",
+    "mpnet",
     "mt5",
     "opt",
     "pegasus",
@@ -65,7 +69,7 @@ PACKS = (
     "qwen3",
 )
 # Tested model types whose sdpa attention does not work; find_sites says why.
-EAGER_ONLY = ("deberta-v2", "umt5")
+EAGER_ONLY = ("deberta-v2", "mpnet", "umt5")
 # Attention class → its fused projection and the order of its rows: three parts one after another
 # ("parts": all queries, all keys, all values) or three parts for each head ("heads").
 FUSED = {
@@ -73,14 +77,6 @@ FUSED = {
     "GPTNeoXAttention": ("query_key_value", "heads"),
     "ModernBertAttention": ("Wqkv", "parts"),
     "Phi3Attention": ("qkv_proj", "parts"),
-}
-# Attentions that call no exchangeable function but torch's softmax, once, on their scores [B, H, T,
-# S] → the factor of q·k in them. DeBERTa's is 1/√(E·n), where n is the number of kinds of scores it
-# adds up: content to content, and those it names.
-BY_SOFTMAX = {
-    "DisentangledSelfAttention": lambda module: (
-        (module.attention_head_size * (1 + len({"c2p", "p2c"} & set(module.pos_att_type)))) ** -0.5
-    )
 }
 SDPA = ("sdpa", ATTENTION["sdpa"])
 
@@ -126,11 +122,6 @@ class _Search:
         self.model = model
         probe = _empty_copy(model)
         self.modules: dict[str, nn.Module] = dict(probe.named_modules())
-        by_softmax = [n for n, m in self.modules.items() if type(m).__name__ in BY_SOFTMAX]
-        if not model._can_set_attn_implementation() and not by_softmax:
-            raise ValueError(
-                f"{self._unsupported()}: its attention cannot be exchanged in transformers"
-            )
         self.outputs: dict[str, Any] = {}  # in the order in which modules finished
         self.cross: set[str] = set()
         for name, module in self.modules.items():
@@ -139,7 +130,8 @@ class _Search:
         with probing() as calls:
             self._run(probe)
             self.calls: dict[str, Call | None] = {paths[id(call.module)]: call for call in calls}
-        self.calls |= dict.fromkeys(by_softmax)
+        if not model._can_set_attn_implementation():
+            self.calls = {n: None for n, m in self.modules.items() if _computes_attention(m)}
         self.attentions = [name for name in self.outputs if name in self.calls]
         self.lists = _equal_layers(self.modules)
         self._refuse_unknown()
@@ -206,7 +198,8 @@ class _Search:
         if not self.attentions:
             raise ValueError(
                 f"{self._unsupported()}: looked for attentions that call transformers' "
-                "exchangeable attention function and found none"
+                "exchangeable attention function, or have one query, one key and one value "
+                "projection, and found none"
             )
         for name in self.attentions:
             module = self.modules[name]
@@ -229,10 +222,16 @@ class _Search:
 
     def _is_causal(self, name: str) -> bool:
         """Decide by the mask that the attention got, or else by its own attribute."""
-        call = self.calls[name]
-        if call is None or call.causal is None:
-            return bool(getattr(self.modules[name], "is_causal", False))
-        return call.causal
+        call, module = self.calls[name], self.modules[name]
+        if call is not None and call.causal is not None:
+            return call.causal
+        return bool(getattr(module, "is_causal", call is None and self._takes_cache(module)))
+
+    def _takes_cache(self, module: nn.Module) -> bool:
+        """Tell whether an attention that hides its mask belongs to a decoder."""
+        names = inspect.signature(module.forward).parameters
+        decoder = getattr(self.model.config, "is_decoder", True)
+        return decoder and not {"past_key_values", "layer_past"}.isdisjoint(names)
 
     def _attention(
         self, name: str, parent: str, layer: int, causal: bool, causal_block: bool
@@ -242,9 +241,12 @@ class _Search:
         projections, call = _projections(module), self.calls[name]
         assert projections is not None
         query, _, value = projections
-        if call is None:  # BY_SOFTMAX
-            heads = module.num_attention_heads
-            call = Call(module, heads, heads, module.attention_head_size, None)
+        own = BY_SOFTMAX.get(kind) if call is None else None
+        if call is None:
+            heads, size = (
+                (module.num_attention_heads, module.attention_head_size) if own else (0, 0)
+            )
+            call = Call(module, heads, heads, size, None)
         layout = None
         if query == value:
             layout = FusedQKVLayout(FUSED[kind][1], call.heads, call.kv_heads, call.head_size)
@@ -261,7 +263,9 @@ class _Search:
             head_size=call.head_size,
             causal=causal,
             causal_block=causal_block,
-            softmax_scale=BY_SOFTMAX[kind](module) if kind in BY_SOFTMAX else None,
+            softmax_scale=own.scale(module) if own else None,
+            output=f"{name}.{own.output}" if own and own.output else None,
+            projects_positions=own is not None and own.projects_positions,
         )
 
     def _block(self, name: str, parent: str, causal: bool) -> BlockSite:
@@ -306,7 +310,18 @@ def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
     if "quantization_config" in config.__dict__:  # the copy has no weights to quantise
         del config.quantization_config
     with torch.device("meta"):
-        return type(model)(config).eval()
+        probe = type(model)(config).eval()
+    # The mask of eager attention looks at values, which the copy does not have.
+    for part in models_with_own_config(probe):
+        part.config._attn_implementation = PROBE
+    return probe
+
+
+def _computes_attention(module: nn.Module) -> bool:
+    """Tell whether a module is an attention that calls no exchangeable function."""
+    projections = _projections(module)
+    separate = projections is not None and len(set(projections)) == 3
+    return separate or type(module).__name__ in BY_SOFTMAX
 
 
 def _is_linear(module: nn.Module) -> bool:

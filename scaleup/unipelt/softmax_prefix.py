@@ -1,7 +1,11 @@
-"""A prefix for attentions that compute their softmax themselves, as DeBERTa does.
+"""A prefix for attentions that compute their softmax themselves, as DeBERTa and MPNet do.
 
 Shapes: B examples, T queries, S keys, H heads, E head size, L prefix length.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +13,39 @@ from torch.overrides import TorchFunctionMode
 
 from .attention import Prefix
 from .gate import GateValue
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxAttention:
+    """A class of attentions that call torch's softmax, once, on their scores [B, H, T, S].
+
+    Attributes:
+        scale: returns the factor of q·k in the scores of one attention.
+        output: name of the attention's output projection. None if the output projection lies
+            outside, so that the prefix's context is added to the attention's output.
+        projects_positions: whether position embeddings pass through the query and key projections
+            too.
+    """
+
+    scale: Callable[[Any], float]
+    output: str | None = None
+    projects_positions: bool = False
+
+
+# DeBERTa's scale is 1/√(E·n), where n is the number of kinds of scores that it adds up: content to
+# content, and those that pos_att_type names.
+BY_SOFTMAX = {
+    "DisentangledSelfAttention": SoftmaxAttention(
+        scale=lambda module: (
+            (module.attention_head_size * (1 + len({"c2p", "p2c"} & set(module.pos_att_type))))
+            ** -0.5
+        ),
+        projects_positions=True,
+    ),
+    "MPNetSelfAttention": SoftmaxAttention(
+        scale=lambda module: module.attention_head_size**-0.5, output="o"
+    ),
+}
 
 
 class SoftmaxPrefix(TorchFunctionMode):

@@ -155,6 +155,9 @@ class Submodule:
         """Return the factor that stands in for the gate where gates are not learned."""
         return 1.0
 
+    def check(self, attentions: list[AttentionSite]) -> None:
+        """Raise ValueError if it cannot be attached to a model with these attentions."""
+
     def prepare(
         self, model: nn.Module, attentions: list[AttentionSite], blocks: list[BlockSite]
     ) -> None:

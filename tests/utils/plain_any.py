@@ -75,6 +75,14 @@ PLACES = {
             "full_layer_layer_norm",
         )
     ],
+    "mpnet": [
+        _stack(
+            "mpnet",
+            r"encoder\.layer\.\d+\.attention\.attn",
+            r"encoder\.layer\.\d+",
+            "output.LayerNorm",
+        )
+    ],
     "modernbert": [_stack("model", r"layers\.\d+\.attn", r"layers\.\d+")],
     "bart": _bart("final_layer_norm"),
     "mbart": _bart(None),
@@ -103,7 +111,7 @@ FUSED = {
 NAMES = {
     "distilbert": ("q_lin", "v_lin"),
     "deberta-v2": ("query_proj", "value_proj"),
-} | dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v"))
+} | dict.fromkeys(("t5", "mt5", "umt5", "mpnet"), ("q", "v"))
 NAMES |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "albert"), ("query", "value"))
 BANKS = {}  # attention module → its Site, for the attention function below
 
@@ -209,7 +217,7 @@ class Plain:
             for s in PLACES[family]
         }
         for part in bare.modules():
-            if hasattr(part, "config") and family != "deberta-v2":
+            if hasattr(part, "config") and family not in OWN_ATTENTION:
                 part.config._attn_implementation = "reference"
         for stack in PLACES[family]:
             self._attach(stack)
@@ -228,8 +236,8 @@ class Plain:
             site = BANKS[module] = Site(self, name, stack, cross, layers[cross])
             layers[cross] += 1
             module.register_forward_pre_hook(site.before, with_kwargs=True)
-            if self.family == "deberta-v2":
-                module.forward = types.MethodType(deberta, module)
+            if self.family in OWN_ATTENTION:
+                module.forward = types.MethodType(OWN_ATTENTION[self.family], module)
             self._lora(name, site)
         for name in [n for n in self.modules if re.fullmatch(stack["block"], n)]:
             where = f"{name}.{stack['norm']}" if stack["norm"] else name
@@ -329,3 +337,19 @@ def deberta(
     return BANKS[self].attend(q, k, v, mask, 1 / math.sqrt(q.shape[-1] * kinds), bias).flatten(
         2
     ), None
+
+
+def mpnet(
+    self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs
+):
+    """MPNet's attention, with the prefix's context in front of its output projection."""
+    q, k, v = (
+        projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+        for projection in (self.q, self.k, self.v)
+    )
+    out = BANKS[self].attend(q, k, v, attention_mask, 1 / math.sqrt(q.shape[-1]), position_bias)
+    return (self.o(out.flatten(2)),)
+
+
+# Families that compute attention themselves → the forward pass of their attention.
+OWN_ATTENTION = {"deberta-v2": deberta, "mpnet": mpnet}

@@ -75,6 +75,7 @@ _MODELS = {
     ),
     "albert": ("AlbertForSequenceClassification", ENCODER | {"embedding_size": 16}),
     "deberta-v2": ("DebertaV2ForSequenceClassification", ENCODER | DEBERTA),
+    "mpnet": ("MPNetForSequenceClassification", ENCODER),
     "modernbert": (
         "ModernBertForSequenceClassification",
         ENCODER
@@ -114,8 +115,8 @@ FAMILIES = {
     for family, (name, values) in _MODELS.items()
 }
 # With the sdpa of transformers, UMT5's decoder sees later tokens (refused) and Gemma 2 leaves out
-# the cap. DeBERTa has none.
-NO_SDPA = ("umt5", "deberta-v2", "gemma2")
+# the cap. DeBERTa and MPNet have none.
+NO_SDPA = ("umt5", "deberta-v2", "mpnet", "gemma2")
 CASES = [
     (family, attention)
     for family in FAMILIES

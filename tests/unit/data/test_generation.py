@@ -102,6 +102,14 @@ def test_half_a_character_is_replaced(tokenizer, write):
     assert "\ufffd" in json.loads(load(data).train[0]["text"])[0]["content"]
 
 
+def test_a_sampled_test_set_keeps_all_references_of_its_sources(write):
+    rows = pairs(*((source, target) for source in "abcdefgh" for target in "xy"))
+    test = write(rows, "test.jsonl")
+    examples = load(settings(write(rows), "seq2seq", test_file=test, test_size=3))
+    assert len(examples.test) == 3
+    assert [examples.references[row] for row in examples.test["reference"]] == [["x", "y"]] * 3
+
+
 def test_sources_of_dev_that_are_in_train_too_are_counted(write):
     rows = pairs(*((source, target) for source in "abcd" for target in "xyz"))
     assert load(settings(write(rows), "seq2seq", k=6, dev_size=6)).known > 0

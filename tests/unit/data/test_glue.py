@@ -102,6 +102,18 @@ def test_the_seed_alone_decides_which_examples_are_drawn(glue):
     assert draw(1) != draw(2)
 
 
+def test_a_large_test_set_is_sampled_to_the_same_rows_in_every_run(glue):
+    def test_rows(**values):
+        examples = data.load(settings(name="rte", path=glue, k=20, **values))
+        return list(zip(examples.test["text"], examples.test["text_pair"], examples.test["label"]))
+
+    every, some = test_rows(), test_rows(test_size=30, seed=1)
+    assert len(some) == 30 and test_rows(test_size=30, seed=2) == some
+    assert set(some) <= set(every) and some != every[:30]
+    assert some == sorted(some, key=every.index)
+    assert test_rows(test_size=len(every) + 1) == every
+
+
 def test_more_examples_are_drawn_by_adding_to_fewer(glue):
     few, many = (
         data.load(settings(name="mrpc", path=glue, k=k)).train["text"][:] for k in (100, 500)

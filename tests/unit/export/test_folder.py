@@ -88,6 +88,7 @@ def test_a_folder_with_learned_gates_gives_the_logits_of_the_model(family, tmp_p
         "bert",
         "albert",
         "deberta-v2",
+        "mpnet",
         "modernbert",
         "bart",
         "mbart",
@@ -114,7 +115,7 @@ def test_constants_folded_into_weights_equal_constants_in_the_gates(family, tmp_
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "bart", "t5", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "bart", "t5", "gpt2", "gpt_neox"])
 def test_lora_alone_becomes_plain_weights_without_code(family, tmp_path):
     exported = Exported(family, tmp_path, submodules=["lora"])
     expected = logits(exported.model)

@@ -98,6 +98,8 @@ def test_a_setting_with_alternatives_is_one_problem():
         ["method.lora_alpha=4"],
         ["data.train_file=mine.csv"],
         ["data.dev_size=5"],
+        ["data.test_size=5"],
+        ["data.name=null", "data.train_file=a.csv", "data.test_size=5"],
         ["data.seed=5"],
         ["data.pad_to_max_length=true", "train.group_by_length=false"],
         ["data.name=null", "data.train_file=a.csv", "data.task=seq2seq", "model.head_bias=prior"],

@@ -26,7 +26,12 @@ def problems(*arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"model_type": "mpnet"}, "its attention cannot be exchanged"),
+        ({"model_type": "mpnet"}, "set model.attention=eager"),
+        (
+            {"model_type": "megatron-bert"},
+            "no prefix can be put into bert.encoder.layer.0.attention.self, because this model "
+            "type computes attention itself; leave prefix out of submodules",
+        ),
         ({"model_type": "mamba"}, "no mamba model for data.task sequence_classification"),
         (
             {"model_type": "umt5"},
@@ -42,6 +47,11 @@ def test_a_model_without_the_structure_is_refused(workspace, tmp_path, content, 
         for o in overrides(workspace, tmp_path / "out")
     ]
     assert any(words in problem for problem in problems(*own)), problems(*own)
+    if "no prefix" in words:
+        assert any("set model.attention=eager" in problem for problem in problems(*own))
+        without = [o for o in own if not o.startswith("method.prefix")]
+        without += ["model.attention=eager", "method.submodules=[adapter,lora]"]
+        assert problems(*without) == []
     if content["model_type"] != "mamba":
         full = [o for o in own if "method" not in o]
         assert problems(*full, "method=full") == []

@@ -132,8 +132,10 @@ def test_an_adapter_loads_under_another_name(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, attention", [case for case in CASES if case[0] != "albert"], ids=lambda value: value
-)  # which has none
+    "family, attention",
+    [case for case in CASES if case[0] not in ("albert", "mpnet")],  # which have none
+    ids=lambda value: value,
+)
 def test_gradient_checkpointing_changes_nothing(family, attention):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model = backbone(family, attention)

@@ -70,7 +70,6 @@ def test_sdpa_that_shows_a_decoder_its_future_is_refused():
 @pytest.mark.parametrize(
     "kind, auto, values, words",
     [
-        ("mpnet", AutoModelForSequenceClassification, ENCODER, "its attention cannot be exchanged"),
         (
             "deberta",
             AutoModelForSequenceClassification,
@@ -121,3 +120,27 @@ def test_families_without_a_test_of_their_own_are_found_by_structure(kind):
         )
     attentions, blocks = find_sites(model)
     assert len(attentions) == len(blocks) == 3 and all(site.causal for site in attentions)
+
+
+def gptj():
+    """A decoder that computes attention itself, in a way that no prefix reaches."""
+    values = SPECIAL | dict(n_embd=32, n_layer=2, n_head=4, n_positions=48, rotary_dim=4)
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gptj"](**values, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def test_an_attention_that_a_prefix_cannot_reach_is_refused_only_with_a_prefix():
+    with pytest.raises(
+        ValueError,
+        match=r"no prefix can be put into transformer\.h\.0\.attn, because .* leave prefix out",
+    ):
+        adapt(gptj(), submodules=["prefix", "lora"])
+    model = adapt(gptj(), submodules=["adapter", "lora"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    changed = torch.tensor([[5, 6, 7, 9]])
+    with torch.no_grad():
+        one, other = model(input_ids=ids).logits, model(input_ids=changed).logits
+        bare = gptj()(input_ids=ids).logits
+    assert torch.allclose(one[:, :3], other[:, :3], atol=1e-6)  # gates see no later token
+    assert not torch.allclose(one, bare, atol=1e-2)
