@@ -1,11 +1,12 @@
 """Make the paper's tables and figures from finished runs, and show what the gates of a run do.
 
     scaleup report table1 --runs results/minilm.csv
+    scaleup report differences --runs results/minilm.csv
     scaleup report gates --run runs/one --run runs/other --data dev
 
 The paper's numbers stand beside those of the runs. The command prints a table and writes Markdown
-and CSV, and PNG for figures and gates. Exit codes: 0 done; 2 an argument must change; 130
-interrupted.
+and CSV, and PNG for figures, differences and gates. Exit codes: 0 done; 2 an argument must
+change; 130 interrupted.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 from scaleup.cli.exit_codes import DONE
 from scaleup.errors import ConfigError
 
-NAMES = ("table1", "table2", "table3", "table4", "table5", "table6", "figure2", "figure3", "gates")
+TABLES = ("table1", "table2", "table3", "table4", "table5", "table6", "differences")
+NAMES = (*TABLES, "figure2", "figure3", "gates")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Draw PNG files: curves over a setting, and heat maps of gates.
+"""Draw PNG files: curves over a setting, differences of methods, and heat maps of gates.
 
 matplotlib is an optional dependency and slow to import, so it is imported where a figure is made.
 """
@@ -38,6 +38,18 @@ class Panel:
     y: str
     curves: list[Curve]
     levels: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """Differences with intervals, one line per method.
+
+    `points` has the index levels method and frozen (whether the head was), and the columns mean,
+    low, high, t_low and t_high.
+    """
+
+    title: str
+    points: pd.DataFrame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +102,53 @@ def draw_panels(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.legend(fontsize=7, frameon=False)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def draw_forests(forests: Sequence[Forest], across: int, title: str, path: pathlib.Path) -> None:
+    """Draw differences around a line at 0, with `across` panels in a row.
+
+    A method with both kinds of heads has the frozen one just below the trained one.
+    """
+    names = [name for forest in forests for name, _ in forest.points.index]
+    names = list(dict.fromkeys(names))
+    down = -(-len(forests) // across)
+    figure = _new_figure(2.2 * across + 1.6, down * (0.34 * len(names) + 0.7) + 0.7)
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    kinds = {False: ("trained head", SCALEUP, SCALEUP), True: ("frozen head", PAPER, "white")}
+    for axes, forest in zip(grid.flat, forests):
+        points = forest.points
+        axes.axvline(0, color=FAINT, linewidth=1)
+        for frozen, of_kind in points.groupby(level="frozen"):
+            label, color, fill = kinds[frozen]
+            y = [
+                names.index(name)
+                + (0.17 if frozen else -0.17) * ((name, not frozen) in points.index)
+                for name, _ in of_kind.index
+            ]
+            axes.hlines(y, of_kind["t_low"], of_kind["t_high"], color=color, linewidth=0.8)
+            axes.hlines(y, of_kind["low"], of_kind["high"], color=color, linewidth=2.6)
+            style = {"linestyle": "none", "markerfacecolor": fill, "label": label}
+            axes.plot(of_kind["mean"], y, "o", color=color, markersize=5, **style)
+        ends = points[["mean", "low", "high"]].to_numpy(dtype=float)
+        least, most = np.nanmin(ends, initial=0), np.nanmax(ends, initial=0)
+        # Of two seeds, Student's intervals are so wide that they would hide everything else.
+        margin = 0.3 * (most - least) or 1
+        axes.set_xlim(least - margin, most + margin)
+        axes.set_title(forest.title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", linewidth=0.3)
+    grid[0, 0].set_yticks(range(len(names)), names)
+    grid[0, 0].invert_yaxis()
+    figure.supxlabel(
+        "difference in points; thick: 95% bootstrap interval, thin: Student's t", fontsize=8
+    )
+    labelled = [axes.get_legend_handles_labels() for axes in grid.flat]
+    heads = {label: handle for pair in labelled for handle, label in zip(*pair)}
+    figure.legend(
+        heads.values(), heads.keys(), loc="outside upper right", ncols=2, fontsize=8, frameon=False
+    )
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
 

@@ -1,7 +1,7 @@
 """Write the paper's tables and figures from finished runs, as Markdown, CSV and PNG.
 
-`lines = report("table1", ["runs/table1"], output)` also makes table2 to table6, figure2 and
-figure3. The paper's numbers stand in paper.yaml; where it has none, none are shown.
+`lines = report("table1", ["runs/table1"], output)` also makes table2 to table6, figure2, figure3
+and differences. The paper's numbers stand in paper.yaml; where it has none, none are shown.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import pandas as pd
 
 from scaleup.errors import ConfigError
 from scaleup.experiments import plots, table_output, tables
-from scaleup.experiments.plots import Curve, Panel
+from scaleup.experiments.comparisons import difference_table
+from scaleup.experiments.plots import Curve, Forest, Panel
 from scaleup.experiments.results import load
 from scaleup.experiments.runs import (
     Run,
@@ -34,6 +35,7 @@ PAPER_FILE = pathlib.Path(__file__).with_name("paper.yaml")
 PAPER_NOTES = {  # what to say of the paper's numbers, if not that they are BERT-base's
     "table5": "the paper's numbers are not available",
     "table6": "the paper's are BERT-base, without those on development sets",
+    "differences": "the paper has no scores of single seeds",
 }
 BENCH = "results/bench"  # the default of --bench, which need not exist
 GEOMETRY = "bert-base"  # the benchmark's geometry whose times table 4 shows
@@ -61,6 +63,7 @@ TITLES = {
     "table6": "Table 6: GLUE with K training examples, development and test performance",
     "figure2": "Figure 2: bottleneck size of the adapter",
     "figure3": "Figure 3: scaling factor of LoRA",
+    "differences": "Differences to LoRA and to the best single method, test performance",
 }
 
 
@@ -116,7 +119,7 @@ def default_output(path: str) -> pathlib.Path:
 def report(
     name: str, paths: Sequence[str], output: pathlib.Path, bench: Sequence[str] = (BENCH,)
 ) -> list[str]:
-    """Write NAME.md and NAME.csv, and NAME.png for a figure; return the lines to print.
+    """Write NAME.md and NAME.csv, and NAME.png for figures; return the lines to print.
 
     Args:
         name: a key of TITLES.
@@ -132,8 +135,11 @@ def report(
     backbone = one_backbone(runs)
     check_one_metric(runs)
     panels: list[Panel] = []
+    forests: list[Forest] = []
     if name in FIGURES:
         table, panels = _figure(name, runs, paper["table1"])
+    elif name == "differences":
+        table, forests = difference_table(runs)
     else:
         table = _table(name, runs, paper, bench)
     if not table.cells.loc[table.cells["source"] == SCALEUP, "mean"].notna().any():
@@ -146,7 +152,10 @@ def report(
     write_text(output / f"{name}.csv", table_output.csv_text(table))
     if panels:
         plots.draw_panels(panels, title, output / f"{name}.png")
-    written = f"written: {output / name}.md, .csv{', .png' if panels else ''}"
+    if forests:
+        to_lora = "Difference to LoRA with a trained head, test performance"
+        plots.draw_forests(forests, len(table.columns), to_lora, output / f"{name}.png")
+    written = f"written: {output / name}.md, .csv{', .png' if panels or forests else ''}"
     return [*table_output.text(title, table), written]
 
 

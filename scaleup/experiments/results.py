@@ -54,6 +54,7 @@ class _Method(TypedDict):
     name: Literal["unipelt", "full", "bitfit"]
     submodules: NotRequired[list[str]]
     gates: NotRequired[str]
+    head: NotRequired[str]
 
 
 class _Results(pydantic.BaseModel, strict=True):

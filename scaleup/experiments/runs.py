@@ -25,6 +25,7 @@ NAMES = {
     "apl_nogate": "UniPELT (APL), NoGate",
 }
 PARTS = ("adapter", "prefix", "lora")  # the submodules of the paper
+FROZEN = "_frozen"  # the last part of a method's name if its head is not trained
 UNKNOWN = "unknown (no config.yaml)"
 TRIAL = re.compile(r"[\w.]+-[\w.]+-([\w.]+)-[\w.]+")  # task, k, method and seed of a sweep's trial
 # Settings in which the runs of one table may differ.
@@ -58,16 +59,20 @@ class Run:
 
     @property
     def method(self) -> str:
-        """A key of NAMES, or a name built the same way, from what results.json says."""
+        """A key of NAMES, or a name built the same way, from what results.json says.
+
+        It ends in FROZEN if the head was not trained.
+        """
         method = self.results["method"]
+        frozen = FROZEN * (method.get("head") == "frozen")
         if method["name"] != "unipelt":
-            return method["name"]
+            return method["name"] + frozen
         parts, learned = method["submodules"], method["gates"] == "learned"
         if len(parts) == 1:
-            return parts[0] + "_gated" * learned
+            return parts[0] + "_gated" * learned + frozen
         letters = "".join(part[0] for part in PARTS if part in parts)
         names = [letters] * bool(letters) + [part for part in parts if part not in PARTS]
-        return "+".join(names) + "_nogate" * (not learned)
+        return "+".join(names) + "_nogate" * (not learned) + frozen
 
     @property
     def task(self) -> str:
@@ -117,7 +122,9 @@ def name_of(row: str) -> str:
     """Return the title of a table's row."""
     method, _, variant = row.partition(": ")
     name = NAMES.get(method)
-    if name is None:
+    if method.endswith(FROZEN):
+        name = f"{name_of(method.removesuffix(FROZEN))}, frozen head"
+    elif name is None:
         base = method.removesuffix("_nogate").removesuffix("_gated")
         letters, *others = base.split("+")
         if base in NAMES:
@@ -128,6 +135,16 @@ def name_of(row: str) -> str:
             name = base.replace("_", " ").capitalize()
         name += {"_nogate": ", NoGate", "_gated": ", gated"}.get(method.removeprefix(base), "")
     return f"{name}: {variant}" if variant else name
+
+
+def position(row: str) -> tuple[int, str]:
+    """Return the key that sorts rows: as in NAMES, each frozen head below the trained one.
+
+    Other methods, and settings of a method, follow in alphabetical order.
+    """
+    names = list(NAMES)
+    base = row.removesuffix(FROZEN)
+    return names.index(base) if base in names else len(names), row
 
 
 def check_one_metric(runs: Sequence[Run]) -> None:

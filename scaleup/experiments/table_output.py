@@ -20,6 +20,8 @@ def _lines(
     def show(cell: Any) -> str:
         if pd.isna(cell.mean):
             return "–"
+        if hasattr(cell, "low"):
+            return _difference(cell)
         form = table.formats.get(cell.column, "{:.2f}")
         mark = "{}" if pd.isna(cell.rank) else marks[cell.rank]
         deviation = "" if pd.isna(cell.std) else spread.format(form.format(cell.std))
@@ -36,6 +38,14 @@ def _lines(
             else:
                 lines.append([table.title_of(row), *shown])
     return pd.DataFrame(lines, columns=[table.first, *table.columns.values()])
+
+
+def _difference(cell: Any) -> str:
+    """Return a difference, with its intervals if there are several pairs."""
+    if pd.isna(cell.low):
+        return f"{cell.mean:+.1f}"
+    bootstrap = f"[{cell.low:+.1f}, {cell.high:+.1f}]"
+    return f"{cell.mean:+.1f} {bootstrap} ({cell.t_low:+.1f}, {cell.t_high:+.1f})"
 
 
 def grid(frame: pd.DataFrame, style: str = "pipe", align: Sequence[str] = ()) -> str:
@@ -67,4 +77,5 @@ def text(title: str, table: Table) -> list[str]:
 
 def csv_text(table: Table) -> str:
     """Return one line for each cell, also for those without a result."""
-    return table.cells.round({"mean": 4, "std": 4}).to_csv(index=False)
+    numbers = table.cells.select_dtypes(float).columns
+    return table.cells.round(dict.fromkeys(numbers, 4)).to_csv(index=False)

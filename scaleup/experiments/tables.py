@@ -11,7 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-from scaleup.experiments.runs import NAMES, PARTS, Run, differences, method_of, name_of, unique
+from scaleup.experiments.runs import (
+    FROZEN,
+    NAMES,
+    PARTS,
+    Run,
+    differences,
+    method_of,
+    name_of,
+    position,
+    unique,
+)
 
 TASKS = {
     "sst2": "SST-2",
@@ -73,8 +83,9 @@ def row_cells(
     return [head | {"column": column} | dict(cell) for column, cell in values.iterrows()]
 
 
-def to_frame(cells: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame(cells, columns=list(CELL))
+def to_frame(cells: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> pd.DataFrame:
+    """Return cells as a frame with the columns of CELL and those named in `more`."""
+    frame = pd.DataFrame(cells, columns=[*CELL, *more])
     return frame.astype({"mean": float, "std": float, "seeds": "Int64", "rank": "Int64"})
 
 
@@ -109,21 +120,21 @@ def summarise(points: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _select(points: pd.DataFrame, k: Any, row: str, tasks: Sequence[str]) -> pd.DataFrame:
+def select(points: pd.DataFrame, k: Any, row: str, tasks: Sequence[str]) -> pd.DataFrame:
     """Return one row's points, with the tasks as index."""
     index = pd.MultiIndex.from_product([[k], [row], tasks], names=points.index.names)
     return points.reindex(index).set_axis(pd.Index(tasks))
 
 
-def _level(points: pd.DataFrame, name: str) -> list[Any]:
+def level(points: pd.DataFrame, name: str) -> list[Any]:
     """Return the values of an index level; numbers first."""
     values = set(points.index.get_level_values(name))
     return sorted(values, key=lambda value: (isinstance(value, str), value))
 
 
-def _tasks(points: pd.DataFrame) -> list[str]:
+def tasks_of(points: pd.DataFrame) -> list[str]:
     """Return the tasks with results, in the paper's order."""
-    present = _level(points, "task")
+    present = level(points, "task")
     return [*(task for task in TASKS if task in present), *(t for t in present if t not in TASKS)]
 
 
@@ -142,12 +153,12 @@ def _missing(points: pd.DataFrame, expected_k: Sequence[Any], methods: Sequence[
 
     Runs on other data than GLUE are compared with each other only.
     """
-    present, ks = _tasks(points), _level(points, "k")
+    present, ks = tasks_of(points), level(points, "k")
     tasks = [task for task in present if task in TASKS]
     missing = []
     if present and not tasks:
         tasks = present
-        methods = [method for method in NAMES if method in _level(points, "row")]
+        methods = [method for method in NAMES if method in level(points, "row")]
     else:
         missing = [f"task {title}" for task, title in TASKS.items() if task not in present]
         missing += [f"K = {k}" for k in expected_k if k not in ks]
@@ -157,14 +168,24 @@ def _missing(points: pd.DataFrame, expected_k: Sequence[Any], methods: Sequence[
         }
         absent_methods = [method for method in methods if method not in present_methods]
         missing += [f"{name_of(method)} at K = {k}" for method in absent_methods]
-        for method in methods:
-            if not any((k, method, task) in points.index for task in tasks):
-                continue
-            for task, seeds in _select(points, k, method, tasks).iterrows():
-                absent = ", ".join(map(str, sorted(seeds[seeds.isna()].index)))
-                if absent:
-                    some = f", seed {absent}" if seeds.notna().any() else ""
-                    missing.append(f"{name_of(method)} on {TASKS.get(task, task)} at K = {k}{some}")
+        others = sorted(present_methods - set(methods), key=position)
+        missing += missing_scores(points, k, [*methods, *others], tasks)
+    return missing
+
+
+def missing_scores(
+    points: pd.DataFrame, k: Any, rows: Sequence[str], tasks: Sequence[str]
+) -> list[str]:
+    """Name the tasks and seeds that rows with some results lack."""
+    missing = []
+    for row in rows:
+        if not any((k, row, task) in points.index for task in tasks):
+            continue
+        for task, seeds in select(points, k, row, tasks).iterrows():
+            absent = ", ".join(map(str, sorted(seeds[seeds.isna()].index)))
+            if absent:
+                some = f", seed {absent}" if seeds.notna().any() else ""
+                missing.append(f"{name_of(row)} on {TASKS.get(task, task)} at K = {k}{some}")
     return missing
 
 
@@ -177,11 +198,11 @@ def low_resource(runs: Sequence[Run], paper: dict[str, Any], splits: Sequence[st
 
     `paper` is split → K → method → task → [mean, standard deviation].
     """
-    runs, left_out = _with_test_set(runs)
+    runs, left_out = with_test_set(runs)
     points = {split: scores(runs, split) for split in {*splits, "test"}}
     blocks = []
     for split in splits:
-        for k in _level(points[split], "k"):
+        for k in level(points[split], "k"):
             heading = f"[K = {k}] {'Test' if split == 'test' else 'Development'} Performance"
             blocks.append((heading, k, points[split], paper.get(split, {}).get(k, {})))
     table = _by_task(runs, points["test"], blocks)
@@ -190,7 +211,7 @@ def low_resource(runs: Sequence[Run], paper: dict[str, Any], splits: Sequence[st
     return table
 
 
-def _with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+def with_test_set(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Return the runs whose test set is not the development set, and a note on the others."""
     kept = [run for run in runs if not run.results["test_is_dev"]]
     count = len(runs) - len(kept)
@@ -216,15 +237,18 @@ def _by_task(runs: Sequence[Run], points: pd.DataFrame, blocks: Sequence[tuple])
 
     `blocks` holds title, K, points and the paper's numbers of each block.
     """
-    tasks = _tasks(points)
-    cells = []
+    tasks = tasks_of(points)
+    cells, incomplete = [], []
     for heading, k, of_block, paper in blocks:
         present = {row for other, row, _ in of_block.index if other == k}
-        for row in [*NAMES, *sorted(present - set(NAMES))]:
-            if row in present or row in paper:
-                chosen = _select(of_block, k, row, tasks)
-                chosen.loc[AVERAGE] = chosen.mean(skipna=False)
-                cells += row_cells(heading, row, SCALEUP, summarise(chosen))
+        for row in sorted(present | set(paper), key=position):
+            chosen = select(of_block, k, row, tasks)
+            seeds = chosen.notna().any().sum()
+            chosen.loc[AVERAGE] = chosen.mean(skipna=False)
+            complete = chosen.loc[AVERAGE].count()
+            if complete < seeds:
+                incomplete.append(f"{complete} of {seeds} for {name_of(row)}, {heading}")
+            cells += row_cells(heading, row, SCALEUP, summarise(chosen))
             if row in paper:
                 cells += row_cells(heading, row, PAPER, _paper_row(paper[row], tasks))
     frame = to_frame(cells)
@@ -238,6 +262,10 @@ def _by_task(runs: Sequence[Run], points: pd.DataFrame, blocks: Sequence[tuple])
         average = f"Avg. is over {len(tasks)} task{'s' * (len(tasks) > 1)}"
         in_paper = ", also in the paper's rows (computed from their cells)"
         notes.append(average + in_paper * (PAPER in set(frame["source"])) + ".")
+    if any(method_of(row).endswith(FROZEN) for row in frame["row"]):
+        notes.append("The authors' code freezes the head of BitFit, prefix-tuning and LoRA alone.")
+    if incomplete:
+        notes.append(f"Avg. counts the seeds that have all tasks: {'; '.join(incomplete)}.")
     columns = {task: TASKS.get(task, task) for task in tasks} | {AVERAGE: "Avg."}
     return Table("Method", columns, frame, notes + differences(runs), [])
 
@@ -247,13 +275,13 @@ def upper_bound(runs: Sequence[Run], paper: dict[Any, Any]) -> Table:
 
     Both columns of a pair use the seeds that all their methods have on all tasks.
     """
-    runs, left_out = _with_test_set(runs)
+    runs, left_out = with_test_set(runs)
     points = scores(runs, "test")
-    tasks = _tasks(points)
+    tasks = tasks_of(points)
     columns = {"max_ap": "max({A, P})", "ap": "UniPELT (AP)"}
     columns |= {"max_apl": "max({A, P, L})", "apl": "UniPELT (APL)"}
     cells = []
-    for k in _level(points, "k"):
+    for k in level(points, "k"):
         values = []
         for letters in ("ap", "apl"):
             parts = [part for part in PARTS if part[0] in letters]
@@ -287,7 +315,7 @@ def _best_means(
     such seeds, those that they share count.
     """
     of_sides = [
-        pd.concat({part: _select(points, k, part, tasks) for part in parts}).dropna(axis="columns")
+        pd.concat({part: select(points, k, part, tasks) for part in parts}).dropna(axis="columns")
         for parts in sides
     ]
     if all(len(side.columns) for side in of_sides):

@@ -9,6 +9,7 @@ import yaml
 
 METHODS = {
     "full": {"name": "full"},
+    "bitfit": {"name": "bitfit"},
     "adapter": {"name": "unipelt", "submodules": ["adapter"], "gates": "none", "adapter_size": 48},
     "prefix": {"name": "unipelt", "submodules": ["prefix"], "gates": "none"},
     "lora": {"name": "unipelt", "submodules": ["lora"], "gates": "none", "lora_alpha": 16, "r": 8},
@@ -16,6 +17,7 @@ METHODS = {
     "apl": {"name": "unipelt", "submodules": ["adapter", "prefix", "lora"], "gates": "learned"},
     "ap_nogate": {"name": "unipelt", "submodules": ["adapter", "prefix"], "gates": "none"},
 }
+METHODS |= {f"{name}_frozen": METHODS[name] | {"head": "frozen"} for name in ("prefix", "lora")}
 METRICS = {"cola": "matthews", "mrpc": "f1"}
 
 

@@ -15,6 +15,14 @@ def test_the_command_reports_and_refuses(small, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     written = tmp_path / "table" / "report" / "table1.md"
     assert written.read_text() == (small / "report" / "table1.md").read_text()
+    assert command("differences", "--runs", str(small)) == 0
+    assert {path.name for path in (small / "report").iterdir()} == {
+        "table1.md",
+        "table1.csv",
+        "differences.md",
+        "differences.csv",
+    }  # no figure, as there is no LoRA
+    capsys.readouterr()
     assert (
         command("table1", "--runs", str(small), "--data", "dev") == 2
         and "--data: has no effect on table1" in capsys.readouterr().err

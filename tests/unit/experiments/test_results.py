@@ -69,8 +69,44 @@ def test_every_subset_of_submodules_has_a_name():
         "apl": "UniPELT (APL)",
         "apl+parallel_adapter_nogate": "UniPELT (APL+parallel_adapter), NoGate",
         "parallel_adapter_gated": "Parallel adapter, gated",
+        "lora_frozen": "LoRA, frozen head",
+        "lora_gated_frozen": "LoRA, gated, frozen head",
+        "al_nogate_frozen: slow": "UniPELT (AL), NoGate, frozen head: slow",
     }
     assert {method: runs.name_of(method) for method in named} == named
+
+
+def test_a_frozen_head_makes_another_method_in_folders_and_tables(tmp_path):
+    for method in ("bitfit", "lora", "lora_frozen", "full", "ap"):
+        leave_run(tmp_path / "runs", "cola", 100, method, 0, 0.5)
+    loaded = results.load([str(tmp_path / "runs")])
+    results.write_csv(loaded, tmp_path / "runs.csv")
+    frame = pd.read_csv(tmp_path / "runs.csv").set_index("trial")
+    assert frame.loc["cola-100-lora_frozen-0", "results.method.head"] == "frozen"
+    assert pd.isna(frame.loc["cola-100-lora-0", "results.method.head"])  # older runs: trained
+    for read in (loaded, results.load([str(tmp_path / "runs.csv")])):
+        assert sorted((run.row for run in read), key=runs.position) == [
+            "full",
+            "bitfit",
+            "lora",
+            "lora_frozen",
+            "ap",
+        ]
+    screen = report.report("table1", [str(tmp_path / "runs.csv")], tmp_path / "out")
+    shown = [line.split("  ")[0] for line in screen if "50.00" in line]
+    assert shown == ["Fine-tuning", "BitFit", "LoRA", "LoRA, frozen head", "UniPELT (AP)"]
+
+
+def test_methods_without_a_place_in_the_paper_come_last():
+    rows = ["lora: slow", "al", "apl_nogate", "lora_gated", "lora_frozen", "lora"]
+    assert sorted(rows, key=runs.position) == [
+        "lora",
+        "lora_frozen",
+        "apl_nogate",
+        "al",
+        "lora: slow",
+        "lora_gated",
+    ]
 
 
 def test_runs_that_differ_in_the_seed_of_training_all_count(tmp_path):

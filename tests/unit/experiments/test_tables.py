@@ -304,7 +304,11 @@ def test_averages_are_of_the_seeds_that_all_tasks_have(tmp_path):
             for seed, score in enumerate(points):
                 if score is not None:
                     leave_run(tmp_path / "runs", task, 100, method, seed, score)
-    report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    screen = report.report("table1", [str(tmp_path / "runs")], tmp_path / "out")
+    assert (
+        "Avg. counts the seeds that have all tasks: 1 of 2 for Adapter, [K = 100] Test "
+        "Performance; 0 of 2 for LoRA, [K = 100] Test Performance." in screen
+    )
     found = {
         row: line
         for (_, row, source, column), line in read_cells(tmp_path / "out" / "table1.csv").items()
