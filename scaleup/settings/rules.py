@@ -71,6 +71,9 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
             idle[key] = "data.packing makes every row about the same length"
         if data.pad_to_max_length:
             idle[key] = "data.pad_to_max_length makes every batch the same length"
+    learned = method is None or (method.name == "unipelt" and method.resolved_gates == "learned")
+    if train is not None and not learned:
+        idle["train.gate_learning_rate"] = "there are no learned gates"
     if train is not None and not train.gradient_checkpointing:
         idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
     return idle
@@ -121,10 +124,11 @@ def _idle_method(method: Any) -> dict[str, str]:
     idle: dict[str, str] = {}
     if method.prefix_reparameterization == "none":
         idle["prefix_hidden_size"] = "method.prefix_reparameterization is none"
-    if method.resolved_gates == "learned":
+    if method.resolved_gates != "learned":
+        keys = ("gate_pooling", "gate_bias", "lora_gate")
+        idle |= dict.fromkeys(keys, "there are no learned gates")
+    elif method.lora_gate == "replace":
         idle["lora_alpha"] = "a learned gate replaces alpha/r"
-    else:
-        idle["gate_pooling"] = "there are no learned gates"
     for name, submodule in SUBMODULES.items():
         if name not in method.submodules:
             keys = [field.name for field in dataclasses.fields(submodule.options)]

@@ -154,7 +154,7 @@ LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "unipelt": 5e-4}
 
 # Settings of `train` that reach TrainingArguments under another name or not at all.
 _TRANSLATED = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16"}
-_TRANSLATED |= {"group_by_length", "deepspeed"}
+_TRANSLATED |= {"group_by_length", "deepspeed", "gate_learning_rate"}
 
 
 class DeclaredTrainSettings(Section):
@@ -172,6 +172,8 @@ class DeclaredTrainSettings(Section):
     """Stop after this many evaluations without a better dev metric; 0: never."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of AdamW. Default: the paper's for the method."""
+    gate_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the gates. Default: that of everything else (paper)."""
     num_train_epochs: PositiveFloat = 50
     """Largest number of passes over the training set; train.max_steps overrides it."""
     max_steps: int = Field(-1, ge=-1)

@@ -20,9 +20,9 @@ NAME = re.compile(r"checkpoint-(\d+)")
 # Optimizer, schedule and order of examples depend on these settings. The other settings of the
 # section may change when a run continues.
 FIXED_IN_TRAINING = (
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args"
-    " adam_beta1 adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps"
-    " seed group_by_length"
+    "learning_rate gate_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"
+    " weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon"
+    " per_device_train_batch_size gradient_accumulation_steps seed group_by_length"
 )
 
 

@@ -60,6 +60,19 @@ class RunTrainer(Trainer):
             self.create_optimizer_and_scheduler(1000)
             self.optimizer = self.lr_scheduler = None
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give the gates a learning rate of their own if the run has one."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        learning_rate = self.run.settings.train.gate_learning_rate
+        if fresh and learning_rate is not None:
+            gates = {id(p) for n, p in self.model.named_parameters() if ".unipelt_gate." in n}
+            for group in list(optimizer.param_groups):
+                apart = [p for p in group["params"] if id(p) in gates]
+                group["params"] = [p for p in group["params"] if id(p) not in gates]
+                optimizer.add_param_group(group | {"params": apart, "lr": learning_rate})
+        return optimizer
+
     def _run_epoch(self, *args, **kwargs) -> None:
         """Stop a resumed run that is at its end already. Trainer would take one more step."""
         if 0 < self.state.max_steps <= self.state.global_step:

@@ -31,6 +31,7 @@ class Attachment:
         attentions, blocks: the sites of the model.
         adapter_name: the name of the PEFT adapter, None in an exported folder.
         tokens: the `Tokens` of each parent model, by path.
+        gate_scales: constants that multiply the learned gates, by submodule. `attach` sets them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Attachment:
         )
         hooked = learned or adapter_name is not None
         self.tokens = {parent: self._tokens(parent, hooked) for parent in parents}
+        self.gate_scales: dict[str, float] = {}
         self._attentions: dict[str, AttentionGates] = {}
 
     def child(
@@ -111,11 +113,10 @@ class Attachment:
         if len(known) == len(names):
             return ConstantGate(known)
         pooling = resolve_pooling(self.config.gate_pooling, causal)
-        gate, tokens, slots = (
-            LearnedGate(hidden_size, names, pooling),
-            layer.tokens,
-            layer.running.slots,
-        )
+        scales = tuple(self.gate_scales[name] for name in names)
+        bias = 0.0 if self.adapter_name is None else self.config.gate_bias  # a folder has its own
+        gate = LearnedGate(hidden_size, names, pooling, scales, bias)
+        tokens, slots = layer.tokens, layer.running.slots
         if pooling == "causal" and tokens.kv_layers and len(names) not in slots:
             slots[len(names)] = tokens.new_slot(len(names))  # its totals travel in the KV cache
         return gate

@@ -58,6 +58,9 @@ class CommonOptions:
         "attention and its layer.",
         choices=("auto", "paper", "masked", "causal"),
     )
+    gate_bias: float = option(
+        0.0, "Initial bias of the learned gates: 0 starts them at 0.5 (paper), 3 at 0.95."
+    )
     head: str = option(
         "trained",
         "The task head, including a pooler that the backbone's files lack. frozen: it keeps its "

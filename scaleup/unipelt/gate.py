@@ -119,17 +119,28 @@ class LearnedGate(nn.Linear):
         hidden_size: D.
         names: the submodules.
         pooling: "paper", "masked" or "causal".
+        scales: constants that multiply the gates.
+        bias: initial value of b.
     """
 
-    def __init__(self, hidden_size: int, names: tuple[str, ...], pooling: str):
+    def __init__(
+        self,
+        hidden_size: int,
+        names: tuple[str, ...],
+        pooling: str,
+        scales: tuple[float, ...] | None = None,
+        bias: float = 0.0,
+    ):
+        self.initial_bias = bias
         super().__init__(hidden_size, len(names))
         self.names = names
         self.pooling = pooling
+        self.scales = scales or (1.0,) * len(names)
         self.statistics: GateMoments | None = None  # set while gates are logged
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
+        nn.init.constant_(self.bias, self.initial_bias)
 
     def forward(  # type: ignore[override]
         self,
@@ -149,7 +160,7 @@ class LearnedGate(nn.Linear):
             logits_BTN: W h if it was computed together with other products of h.
 
         Returns:
-            Gates by name, [B, 1, 1] or [B, T, 1], in the dtype of the input.
+            Gates by name times their scales, [B, 1, 1] or [B, T, 1], in the dtype of the input.
         """
         if logits_BTN is None:
             alone = narrow_products(h_BTD, [self])
@@ -172,7 +183,9 @@ class LearnedGate(nn.Linear):
             g_BTN = pool(g_BTN, kind, mask_BT, share)
         if self.statistics is not None and pooling is None:
             self.statistics.add(g_BTN, mask_BT)
-        return dict(zip(self.names, g_BTN.to(h_BTD.dtype).chunk(len(self.names), dim=-1)))
+        gates = g_BTN.to(h_BTD.dtype).chunk(len(self.names), dim=-1)
+        scaled_gates = (g if scale == 1 else g * scale for g, scale in zip(gates, self.scales))
+        return dict(zip(self.names, scaled_gates))
 
 
 class ConstantGate(nn.Module):

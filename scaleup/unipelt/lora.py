@@ -2,6 +2,8 @@
 
     y = W x + G_L · B(A x)      r = 8; the gate replaces alpha/r. Ungated: the constant alpha/r = 2
 
+With `lora_gate: scale`, G_L is the gate times alpha/r.
+
 For training this is a variant of PEFT's LoRA layers: `Linear`, `bnb.Linear8bitLt` and
 `bnb.Linear4bit` all ask their variant for the forward pass, so one class serves every kind of
 frozen weight. In an exported folder it is a hook on the projection, or folded into the weight.
@@ -40,7 +42,13 @@ class LoraOptions:
 
     r: int = option(8, "Rank of the LoRA update.", at_least=1)
     lora_alpha: float = option(
-        16, "Ungated LoRA is scaled by alpha/r; a learned gate replaces that factor.", above=0
+        16, "Ungated LoRA is scaled by alpha/r; see lora_gate for a learned gate.", above=0
+    )
+    lora_gate: str = option(
+        "replace",
+        "What a learned gate does to the factor alpha/r. replace: it takes its place (paper). "
+        "scale: it multiplies it, so that an open gate gives the LoRA that is used alone.",
+        choices=("replace", "scale"),
     )
     lora_dropout: float = option(
         0.0, "Dropout on the input of LoRA, probability.", at_least=0, below=1
@@ -247,6 +255,9 @@ class Lora(Submodule):
 
     def constant_gate(self, config: Any) -> float:
         return config.lora_alpha / config.r
+
+    def gate_scale(self, config: Any) -> float:
+        return config.lora_alpha / config.r if config.lora_gate == "scale" else 1.0
 
     def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
         return [name for site in attentions for name in (site.query, site.value)]

@@ -155,6 +155,10 @@ class Submodule:
         """Return the factor that stands in for the gate where gates are not learned."""
         return 1.0
 
+    def gate_scale(self, config: Any) -> float:
+        """Return the constant by which its learned gate is multiplied."""
+        return 1.0
+
     def check(self, attentions: list[AttentionSite]) -> None:
         """Raise ValueError if it cannot be attached to a model with these attentions."""
 

@@ -50,6 +50,7 @@ def attach(attachment: Attachment) -> None:
     The order is fixed, because a seed must keep giving the same initial weights.
     """
     submodules = chosen(attachment.config)
+    attachment.gate_scales = {s.name: s.gate_scale(attachment.config) for s in submodules}
     for submodule in submodules:
         submodule.attach(attachment)
     for attention in attachment.attentions:

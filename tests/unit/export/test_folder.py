@@ -130,6 +130,12 @@ def test_lora_alone_becomes_plain_weights_without_code(family, tmp_path):
     assert (logits(loaded) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "bart"])
+def test_a_folder_keeps_the_scale_of_lora_that_its_gate_multiplies(family, tmp_path):
+    exported = Exported(family, tmp_path, lora_gate="scale", lora_alpha=24, gate_bias=1.0)
+    assert same(logits(exported.load(None)), logits(exported.model))
+
+
 def test_dropping_everything_but_lora_leaves_plain_weights(tmp_path):
     exported = Exported("bert", tmp_path)
     gates = exported.random_gates()

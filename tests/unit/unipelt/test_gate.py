@@ -7,7 +7,7 @@ from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool, resolve_pooling
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import site_gates
-from tests.utils.tiny import backbone
+from tests.utils.tiny import adapt, backbone, logits
 
 G = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
@@ -46,6 +46,32 @@ def test_masked_never_shows_a_decoder_its_future():
     assert kinds["auto", False] == kinds["masked", False] == "masked"
     assert kinds["auto", True] == kinds["masked", True] == "causal"
     assert kinds["paper", True] == "paper" and kinds["causal", False] == "causal"
+
+
+def test_gates_can_start_open_and_be_scaled_while_statistics_stay_within_0_and_1():
+    gate = LearnedGate(4, ("prefix", "lora"), "masked", scales=(1.0, 2.0), bias=3.0)
+    torch.nn.init.zeros_(gate.weight)
+    gate.statistics = GateMoments(2, torch.device("cpu"))
+    out, start = gate(torch.randn(3, 5, 4), MASK), torch.sigmoid(torch.tensor(3.0)).item()
+    assert out["prefix"].flatten().tolist() == pytest.approx([start] * 3)
+    assert out["lora"].flatten().tolist() == pytest.approx([2 * start] * 3)
+    assert [mean for mean, _ in gate.statistics.drain()] == pytest.approx([start] * 2)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "bart"])
+def test_an_open_gate_that_scales_gives_the_lora_that_is_used_alone(family):
+    model = adapt(backbone(family), submodules=["lora"], gates="none")
+    gated = adapt(
+        backbone(family), submodules=["lora"], gates="learned", lora_gate="scale", gate_bias=30.0
+    )
+    weights = {n: t for n, t in model.state_dict().items() if "unipelt_gate" not in n}
+    gated.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, parameter in gated.named_parameters():
+            if "unipelt_gate" in name:
+                parameter.fill_(30.0 if name.endswith("bias") else 0.0)
+    assert (logits(gated) - logits(model)).abs().max() < 1e-5
+    assert (logits(model) - logits(backbone(family))).abs().max() > 1e-2
 
 
 def test_one_projection_serves_several_gates():
