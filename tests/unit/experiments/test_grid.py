@@ -190,7 +190,7 @@ def test_the_sweeps_of_this_repository_are_valid(path, tmp_path, monkeypatch, re
     monkeypatch.chdir(tmp_path)  # its runs/… must not meet what lies in the checkout
     local = (
         [f"data.path={request.getfixturevalue('data_dir') / 'glue'}"]
-        if path.stem.startswith("minilm")
+        if path.stem.startswith(("minilm", "mpnet"))
         else []
     )
     made = grid.load(str(path), local)
