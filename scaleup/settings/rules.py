@@ -125,8 +125,8 @@ def _idle_method(method: Any) -> dict[str, str]:
     if method.prefix_reparameterization == "none":
         idle["prefix_hidden_size"] = "method.prefix_reparameterization is none"
     if method.resolved_gates != "learned":
-        keys = ("gate_pooling", "gate_bias", "lora_gate")
-        idle |= dict.fromkeys(keys, "there are no learned gates")
+        of_gates = ("gate_pooling", "gate_bias", "lora_gate")
+        idle |= dict.fromkeys(of_gates, "there are no learned gates")
     elif method.lora_gate == "replace":
         idle["lora_alpha"] = "a learned gate replaces alpha/r"
     for name, submodule in SUBMODULES.items():
