@@ -201,7 +201,7 @@ def check_space(output: pathlib.Path, models: list[Model]) -> None:
     if (free := shutil.disk_usage(existing).free) < peak - present:
         raise AssetError(
             f"{output}: {(peak - present) / 1e9:.1f} GB of free disk space are needed, "
-            f"and there are {free / 1e9:.1f} GB; choose another disk with --output"
+            f"and there are {free / 1e9:.1f} GB; choose another disk: make models MODELS=…"
         )
 
 
