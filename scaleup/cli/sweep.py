@@ -5,7 +5,8 @@
 The file is described in scaleup/experiments/grid.py. Every run's config is checked before the first
 run starts. A sweep that was stopped goes on where it stopped when it is started again. Several
 sweeps on one folder share its trials. On a cluster, use --shard in a job array. Each sweep finally
-writes OUTPUT/results.csv with one row per finished trial, which `scaleup report` reads.
+writes OUTPUT/results.csv with one row per finished trial, which `scaleup report` reads. With
+--done TABLE.csv a sweep also goes on where another machine stopped.
 
 Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM and saved (SCALEUP_EXIT_STOPPED
 can name another code); 1 some runs are missing, because they failed twice or another sweep has
@@ -30,6 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     only = "only trials with such a name, like 'cola-100-*' (repeatable)"
     add("--only", action="append", default=[], metavar="PATTERN", help=only)
     add("--shard", metavar="i/n", help="the i-th of n parts of the grid, from 1, for job arrays")
+    done = "table of an earlier sweep; its trials are not run again (repeatable)"
+    add("--done", action="append", default=[], metavar="TABLE.csv", help=done)
     dry_run = "check every config, say what is done and what is missing, and exit"
     add("--dry-run", action="store_true", help=dry_run)
     overrides = "settings of every run, which override everything in the file"
@@ -64,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
     checked = grid.load(options.file, options.overrides)
     trials = grid.select(checked.trials, options.only, options.shard)
-    missing = [trial for trial in trials if not trial.finished]
+    earlier = sweep.recorded(checked, options.done)
+    missing = [trial for trial in trials if not trial.finished and trial.name not in earlier]
     screen.say(
         f"sweep      {options.file}: {len(checked.trials)} runs, {len(trials)} of them here, "
         f"{len(trials) - len(missing)} done"
@@ -76,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
         for trial in missing:
             print(f"missing    {trial.name}")
         return DONE
+    trials = [trial for trial in trials if trial.name not in earlier]
     sweeper = sweep.Sweeper(checked, trials, options.jobs, screen.say, screen.show)
     complete = sweeper.run()
     if sweeper.stopping is None:
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     for name, why in sweeper.failed.items():
         print(f"failed     {name}: {why}", file=sys.stderr)
     try:
-        screen.say(f"table      {sweep.save_table(checked)}")
+        screen.say(f"table      {sweep.save_table(checked, earlier)}")
     except ConfigError as error:
         screen.say(f"table      not written: {error.problems[0]}")
     if sweeper.stopping is not None:

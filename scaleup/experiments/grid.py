@@ -201,17 +201,22 @@ def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
         _read_file(results, lambda path: json.loads(path.read_text(encoding="utf-8")))
     if not path.is_file():
         return
-    then = flat(_read_file(path, lambda path: stored(str(path))))
+    other = different(settings, flat(_read_file(path, lambda path: stored(str(path)))))
+    if other:
+        raise ConfigError(
+            f"{folder} has a run with another {', '.join(other)}; "
+            "choose another output, or remove the folder"
+        )
+
+
+def different(settings: Settings, then: dict[str, Any]) -> list[str]:
+    """Return the settings in which a run differs from that of `then`, which is `section.key` →
+    value."""
     now = flat(settings.dump())
     free = {*SET_BY_SWEEP, "train.disable_tqdm"}
     if "max_length" not in settings.data.model_fields_set:
         free.add("data.max_length")  # a run lowers the default to what its model takes
-    other = [key for key in now | then if key not in free and now.get(key) != then.get(key)]
-    if other:
-        raise ConfigError(
-            f"{folder} has a run with another {', '.join(sorted(other))}; "
-            "choose another output, or remove the folder"
-        )
+    return sorted(k for k in now | then if k not in free and now.get(k) != then.get(k))
 
 
 def _read_file(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> dict[str, Any]:

@@ -21,15 +21,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from filelock import FileLock, Timeout
 
 from scaleup.errors import ConfigError
 from scaleup.experiments import results
-from scaleup.experiments.grid import Sweep, Trial, check_same_run
+from scaleup.experiments.grid import Sweep, Trial, check_same_run, different
+from scaleup.experiments.runs import Run
 from scaleup.io import LOCK
+from scaleup.settings.loading import flat, override
+from scaleup.settings.schema import stored
 from scaleup.training.resume import checkpoints
 
 # -P: files of the current folder do not shadow modules.
@@ -272,11 +275,36 @@ def tidy(folder: pathlib.Path, keep: bool | str) -> None:
     (folder / LOCK).unlink(missing_ok=True)
 
 
-def save_table(sweep: Sweep) -> pathlib.Path:
-    """Write OUTPUT/results.csv with one row per finished trial; return its path."""
-    path = sweep.output / "results.csv"
+def recorded(sweep: Sweep, tables: Sequence[str]) -> dict[str, Run]:
+    """Return the trials that earlier sweeps have run, by name, from their tables.
+
+    Raises:
+        ConfigError: for a damaged table, and for a trial with other settings than in this sweep.
+    """
+    trials = {trial.name: trial for trial in sweep.trials}
+    runs = {run.folder.name: run for run in results.load(tables) if run.folder.name in trials}
+    problems = []
+    for name, run in runs.items():
+        words = [override(key, value) for key, value in run.settings.items()]
+        other = different(trials[name].settings, flat(stored(None, words)))
+        if other:
+            problems.append(f"--done: {run.folder} has another {', '.join(other)}; leave it out")
+    if problems:
+        raise ConfigError(problems)
+    return runs
+
+
+def save_table(sweep: Sweep, earlier: Mapping[str, Run] | None = None) -> pathlib.Path:
+    """Write OUTPUT/results.csv with one row per finished trial; return its path.
+
+    Args:
+        earlier: trials that were run elsewhere, by name. Their rows come first.
+    """
+    path, runs = sweep.output / "results.csv", dict(earlier or {})
     with FileLock(sweep.output / ".locks" / "results.csv.lock"):
-        results.write_csv(results.load([str(sweep.output)]), path)
+        if not runs or any(trial.finished for trial in sweep.trials):
+            runs |= {run.folder.name: run for run in results.load([str(sweep.output)])}
+        results.write_csv(list(runs.values()), path)
     return path
 
 

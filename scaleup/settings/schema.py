@@ -321,15 +321,15 @@ def load(
     return Settings.model_validate(sections)
 
 
-def stored(path: str) -> dict[str, dict[str, Any]]:
-    """Return the resolved run that a run's config.yaml describes.
+def stored(path: str | None, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return the resolved run that a run's config.yaml, or its settings as overrides, describes.
 
-    Settings that the file lacks have their defaults: an earlier version wrote it without them.
+    Settings that are missing have their defaults: an earlier version wrote the run without them.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    return load(path).dump()
+    return load(path, overrides).dump()
 
 
 def to_yaml(settings: Settings) -> str:

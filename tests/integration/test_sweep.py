@@ -364,6 +364,25 @@ def test_a_killed_sweep_ends_with_the_results_of_an_uninterrupted_one(workspace,
 # The script
 
 
+def test_a_sweep_goes_on_elsewhere_from_the_table_of_an_earlier_one(workspace, tmp_path, capsys):
+    path = str(sweep_file(workspace, tmp_path))
+    quick = "train.max_steps=2"
+    assert command(path, "--only", "*-lora-*", quick) == 0
+    table = shutil.move(tmp_path / "runs" / "results.csv", tmp_path / "earlier.csv")
+    (row,) = results.load([str(table)])
+    shutil.rmtree(tmp_path / "runs")
+    capsys.readouterr()
+    assert command(path, "--done", str(table), "train.max_steps=3") == 2
+    assert "earlier.csv/films-64-lora-0 has another train.max_steps" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert command(path, "--done", str(table), quick) == 0
+    assert "2 runs, 2 of them here, 1 done" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "films-64-lora-0").exists()
+    first, second = results.load([str(tmp_path / "runs" / "results.csv")])
+    assert (first.results, first.settings, first.facts) == (row.results, row.settings, row.facts)
+    assert second.folder.name == "films-64-apl-0"
+
+
 def command(*arguments: str) -> int:
     return main(["sweep", *arguments])
 
