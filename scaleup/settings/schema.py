@@ -149,7 +149,7 @@ class DataSettings(Section):
 
 
 # The paper's learning rates (section 4.1). A submodule states the one that it has when it is alone.
-LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-3, "unipelt": 5e-4}
+LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
 
 
 # Settings of `train` that reach TrainingArguments under another name or not at all.

@@ -54,7 +54,7 @@ def test_the_defaults_are_the_papers():
     ("overrides", "rate"),
     [
         (["method=full"], 2e-5),
-        (["method=bitfit"], 1e-3),
+        (["method=bitfit"], 1e-4),
         (["method.submodules=[adapter]"], 1e-4),
         (["method.submodules=[prefix]"], 2e-4),
         (["method.submodules=[lora]"], 5e-4),
