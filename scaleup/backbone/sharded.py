@@ -44,6 +44,16 @@ def set_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
         parameter.data.copy_(values)
 
 
+def whole_copies(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return copies of whole ZeRO-3 parameters on the CPU. Every process must call this."""
+    if not parameters:
+        return {}
+    import deepspeed  # slow to import, and optional
+
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
 class _Partitioner:
     """Turns parameters into ZeRO-3 parameters, of which this process keeps its shard."""
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from scaleup.backbone.sharded import whole_copies
 from scaleup.errors import RunError, one_line
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
@@ -48,6 +49,7 @@ class RunTrainer(Trainer):
         self.tokens = torch.zeros((), device=self.args.device)
         self.since = time.perf_counter()
         self.batch = (0, 0)  # optimizer step, forward pass within it
+        self.frozen_head: dict[str, torch.Tensor] = {}  # whole, while ZeRO-3 saves
         # The first bad loss, as step * BATCHES + pass.
         self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)
 
@@ -186,7 +188,12 @@ class RunTrainer(Trainer):
         """Save the model on every host that has its own output folder.
 
         Under ZeRO-3 only rank 0 ever holds whole tensors, so its files are copied to the others.
+        Trainer leaves out what is frozen, also a head, which has to be saved.
         """
+        if is_deepspeed_zero3_enabled():
+            parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+            saved = {name: p for name, p in parameters if ".modules_to_save." in name}
+            self.frozen_head = whole_copies({n: p for n, p in saved.items() if not p.requires_grad})
         super().save_model(output_dir, _internal_call)
         if not self.run.shared and is_deepspeed_zero3_enabled():
             folder = pathlib.Path(output_dir or self.args.output_dir)
@@ -194,7 +201,7 @@ class RunTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.run.world.main or not is_deepspeed_zero3_enabled():
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict and state_dict | self.frozen_head)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

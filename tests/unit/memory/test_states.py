@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 from scaleup import errors
+from scaleup.backbone.method import apply_method
 from scaleup.memory import states as memory
 from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.settings.schema import MethodSettings
 from tests.utils.planning import adapted
+from tests.utils.tiny import backbone
 
 
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])
@@ -33,6 +36,18 @@ def test_quantised_weights_take_what_bitsandbytes_takes(kind):
         layer = layer.to("cpu")
         tensors = [layer.weight.data, layer.weight.quant_state.absmax]
     assert planned == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_a_frozen_head_moves_from_the_trained_to_the_frozen_weights_and_is_not_quantised():
+    model = backbone("bert").to("meta")
+    head = sum(p.numel() for p in model.classifier.parameters())
+    states = {}
+    for choice in ("trained", "frozen"):
+        method = MethodSettings(submodules=["lora"], head=choice)
+        adapted_model = apply_method(backbone("bert").to("meta"), method)
+        states[choice] = memory.states(adapted_model, "8bit", memory.Zero(), 1, None)
+    assert states["trained"].trained - states["frozen"].trained == 4 * head
+    assert states["frozen"].backbone - states["trained"].backbone == 4 * head
 
 
 def test_automatic_deepspeed_settings_are_those_of_transformers(tmp_path):
