@@ -10,6 +10,7 @@
 # make sweep        the missing trials of SWEEP (configs/sweeps/minilm.yaml: hours)
 # make bench        the tables of results/bench: an hour on an idle machine
 # make bench-gpu    training steps on one GPU in bfloat16 (the 8B geometry needs over 80 GB): minutes
+# make evidence-gpu   the MPNet sweep on one GPU, MODEL and GLUE being folders: under 9 minutes
 # make bench-baseline   the same for the library adapters 1.3.0, in its own environment
 # make clean        removes .venv, quickstart/, build/ and caches; models/ and runs/ stay
 #
@@ -27,7 +28,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 SWEEP ?= configs/sweeps/minilm.yaml
 MODELS ?= models
 
-.PHONY: venv quickstart models check test test-all docs docs-pages schema sweep bench bench-gpu bench-baseline clean
+.PHONY: venv quickstart models check test test-all docs docs-pages schema sweep bench bench-gpu evidence-gpu bench-baseline clean
 
 # Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
 # last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
@@ -112,6 +113,15 @@ bench-gpu: venv
 	$(ON_GPU) --compile reduce-overhead --rounds 30 --only "full fine-tuning" lower-bound "PEFT LoRA" --output "$(TABLES)/gpu/training-graphs-others.json"
 	$(FORWARD_ON_GPU) $(LLAMA) --rounds 10 --only bare lora APL --output "$(TABLES)/gpu/inference-llama-8b.json"
 	$(FORWARD_ON_GPU) --geometry bart-large --batch 32 --rounds 30 --only bare APL "APL merged" --output "$(TABLES)/gpu/inference-bart-large.json"
+
+# On a machine without package index: make evidence-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(VENV)/bin/python
+MODEL ?= models/mpnet
+GLUE ?= ../shared/data/glue
+EVIDENCE ?= results/mpnet_gpu.csv
+
+evidence-gpu:
+	"$(GPU_PYTHON)" -m benchmarks.evidence_gpu --model "$(MODEL)" --glue "$(GLUE)" --output "$(EVIDENCE)"
 
 BASELINE = .venv-baseline
 
