@@ -1,6 +1,7 @@
 """Load the backbone of a run: its config, its tokenizer, and its weights, complete, quantised or
 sharded."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,7 +23,8 @@ from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.quantized import leave_out_scales
-from scaleup.unipelt.sites import head_names
+from scaleup.unipelt.site_types import AttentionSite
+from scaleup.unipelt.sites import find_sites, head_names
 
 # What transformers raises for an unusable config.json, and for other files.
 UNREADABLE_CONFIG = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
@@ -44,21 +48,22 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
         raise _unreadable(settings.name, error) from error
 
 
-def load_tokenizer(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Load the backbone's tokenizer and check that it fits the model of `config`.
+def load_tokenizer(
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    auto: Any = AutoModelForSequenceClassification,
+) -> PreTrainedTokenizerBase:
+    """Load the backbone's tokenizer, check that it fits the model, and make their padding agree.
 
-    A tokenizer without a padding token, as decoders have, pads with its end-of-sequence token,
-    which masks hide.
+    Args:
+        config: config of the model, whose pad token is set if it has none.
+        auto: transformers' AutoModelFor… class of the task.
     """
     name = settings.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_source(settings))
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(name, error) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
     # Where files are missing, transformers makes an empty tokenizer that knows no word.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         advice = "save the backbone's tokenizer there"
@@ -68,7 +73,84 @@ def load_tokenizer(settings: ModelSettings, config: PretrainedConfig) -> PreTrai
         sizes = f"has {len(tokenizer)} tokens, its model {words}"
         problem = f"the tokenizer of {name} {sizes}; they do not belong together"
         raise ConfigError(f"model.name: {problem}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = _missing_pad_token(tokenizer, pad_tokens(config))
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
+    share_pad_token(name, tokenizer, config, auto)
+    if auto is AutoModelForSequenceClassification and tokenizer.padding_side == "left":
+        causal = _causality(config)
+        if causal and all(causal):
+            # Padding on the left moves the positions of a text. GPT-2 has learned ones, and in any
+            # decoder the attention to a prefix depends on them.
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     return tokenizer
+
+
+def _missing_pad_token(tokenizer: PreTrainedTokenizerBase, config_tokens: set[int]) -> str | None:
+    """Return the pad token for a tokenizer that has none, as is usual for decoders.
+
+    It is the one that the config names. An ordinary word cannot be the pad token, because texts
+    contain it; then it is the end-of-sequence token, which masks hide.
+    """
+    for token in config_tokens:
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added is not None and added.special:
+            return added.content
+    return tokenizer.eos_token
+
+
+def _pad_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Return the parts of a config in which a model looks for its pad token."""
+    text = config.get_text_config()
+    parts = [config] if text is config else [config, text]
+    return [part for part in parts if hasattr(part, "pad_token_id")]
+
+
+def pad_tokens(config: PretrainedConfig) -> set[int]:
+    """Return the pad tokens that a config names. A negative id stands for none."""
+    ids = {part.pad_token_id for part in _pad_configs(config)}
+    return {token for token in ids if token is not None and token >= 0}
+
+
+def set_pad_token(config: PretrainedConfig, token: int) -> None:
+    """Set the pad token wherever a model looks for it."""
+    for part in _pad_configs(config):
+        part.pad_token_id = token
+
+
+def _causality(config: PretrainedConfig) -> list[bool]:
+    """Return of each attention of a classifier whether it is causal; [] if they are not found."""
+    auto = AutoModelForSequenceClassification
+    attentions, _ = find_attentions(copy.deepcopy(config), "eager", auto)
+    return [attention.causal for attention in attentions]
+
+
+def share_pad_token(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, auto: Any
+) -> None:
+    """Set the tokenizer's pad token in the config; refuse a decoder's classifier with another one.
+
+    Such a classifier takes the last token of a row that is not `config.pad_token_id` for the last
+    token of the text. If the row is padded with another token, that is padding. In other models
+    masks hide the padding. The config of an encoder then keeps its own pad token, from which some
+    count their positions.
+
+    Args:
+        name: the model or folder to name in messages.
+        tokenizer: a tokenizer with a pad token.
+    """
+    others = pad_tokens(config) - {tokenizer.pad_token_id}
+    if not others or auto is AutoModelForCausalLM:
+        set_pad_token(config, tokenizer.pad_token_id)
+    elif auto is AutoModelForSequenceClassification and (
+        any(causal := _causality(config)) or not causal
+    ):
+        raise ConfigError(
+            f"model.name: the pad token of {name} is {tokenizer.pad_token_id} in its tokenizer and "
+            f"{min(others)} in its config.json (pad_token_id), so that a classifier would read "
+            "padding; save it with the same token in both"
+        )
 
 
 def fingerprint(settings: ModelSettings, config: PretrainedConfig) -> str:
@@ -104,6 +186,17 @@ def empty_model(
         torch.set_default_dtype(default)
     model.tie_weights()
     return model
+
+
+def find_attentions(
+    config: PretrainedConfig, attention: str, auto: Any
+) -> tuple[list[AttentionSite], str | None]:
+    """Return the attentions of a model without weights, and the problem with finding them."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
+            return find_sites(empty_model(config, attention, None, auto))[0], None
+    except (*UNREADABLE, RuntimeError) as error:
+        return [], one_line(error)
 
 
 def load_model(

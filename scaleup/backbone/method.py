@@ -64,8 +64,8 @@ def complete_config(
     """
     if auto is AutoModelForSequenceClassification:
         loading.set_labels(config, labels)
-    if config.pad_token_id is None:  # a decoder's classifier finds the last token by it
-        config.pad_token_id = loading.load_tokenizer(settings.model, config).pad_token_id
+    if not loading.pad_tokens(config):
+        loading.load_tokenizer(settings.model, config, auto)  # sets it
 
 
 def load_run_model(

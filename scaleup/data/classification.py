@@ -15,6 +15,7 @@ from scaleup.data import files
 from scaleup.data.files import Examples, Table
 from scaleup.data.glue import GLUE, load_from_hub, local_files
 from scaleup.data.metrics import label_metrics
+from scaleup.data.pairs import separate_pairs
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
@@ -30,7 +31,7 @@ def source_files(data: DataSettings) -> dict[str, tuple[str, str]]:
     return files.user_files(data) if data.name is None else local_files(data)
 
 
-def _columns(data: DataSettings) -> dict[str, str]:
+def role_columns(data: DataSettings) -> dict[str, str]:
     """Return the name of the column for each role."""
     text, pair, label = data.text_column, data.text_pair_column, data.label_column
     if data.name is not None:
@@ -77,7 +78,7 @@ def _clean(
     table: Table, data: DataSettings, known: set[str] | None
 ) -> tuple[dict[str, list], list[str] | None]:
     """Return the columns of a split by role, and the declared class names in id order if any."""
-    columns = _columns(data)
+    columns = role_columns(data)
     feature = table.features.get(columns["label"])
     declared = None
     if isinstance(feature, datasets.ClassLabel) and known is not None:
@@ -121,7 +122,7 @@ def _dataset(
 def _load(settings: str, _state: tuple) -> Examples:
     data = DataSettings.model_validate_json(settings)
     task = data.resolved_task
-    columns, problems, sources, parts = _columns(data), [], [], {}
+    columns, problems, sources, parts = role_columns(data), [], [], {}
     label = columns["label"]
     if label in (columns["text"], columns.get("text_pair")):
         advice = "the text would tell the label"
@@ -188,8 +189,9 @@ def tokenize(
 ) -> Examples:
     """Replace texts by the tokenizer's outputs, labels and length (tokens).
 
-    Inputs are cut to `max_length` tokens, the longer text of a pair first. A text without any token
-    gets one, so that attention has something to attend to.
+    The texts of a pair are separated (`scaleup.data.pairs`). Inputs are cut to `max_length` tokens,
+    the longer text of a pair first. A text without any token gets one, so that attention has
+    something to attend to.
     """
     if tokenizer.pad_token_id is None:
         name = tokenizer.name_or_path
@@ -197,6 +199,8 @@ def tokenize(
             f"model.name: the tokenizer of {name} has no padding token; set one and save it"
         )
     roles = [role for role in ("text", "text_pair") if role in examples.train.column_names]
+    if len(roles) == 2:
+        tokenizer = separate_pairs(tokenizer)
     special = tokenizer.num_special_tokens_to_add(len(roles) == 2)
     if data.max_length <= special:
         problem = f"{data.max_length} leaves no room for text beside {special} special tokens"

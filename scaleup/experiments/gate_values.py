@@ -166,7 +166,8 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); put that one back"
         )
     settings = fit_length(settings, config)
-    tokenizer = backbone.load_tokenizer(settings.model, config)
+    auto, labels = tasks.of(settings.data).auto, manifest.labels
+    tokenizer = backbone.load_tokenizer(settings.model, config, auto)
     examples, split = _examples(settings.data, which)
     if which in SPLITS and data.provenance(examples) != manifest.data:
         raise ConfigError(
@@ -174,7 +175,6 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             "--data"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    auto, labels = tasks.of(settings.data).auto, manifest.labels
     model = load_run_model(settings, config, auto, labels, device, adapter=folder / "best").eval()
     chosen = getattr(examples, split)
     values = _values(model, settings, tokenizer, examples, split)

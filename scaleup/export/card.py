@@ -4,15 +4,15 @@ import pathlib
 
 import yaml
 
-from scaleup.export.report import ExportReport
-from scaleup.settings.schema import Settings
-from scaleup.training.checkpoint import Manifest
+from scaleup.backbone.loading import load_config, pad_tokens
+from scaleup.data.classification import role_columns
+from scaleup.export.report import Export, ExportReport
 
 LOAD_ADAPTER = """import scaleup
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"{labels}), "THIS FOLDER")"""
+model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"{changes}), "THIS FOLDER")"""
 LOAD_PLAIN = """from transformers import {auto}
 
 model = {auto}.from_pretrained("THIS FOLDER")"""
@@ -38,15 +38,9 @@ def backbone_licence(name: str) -> str | None:
     return str(licence) if licence else None
 
 
-def card(settings: Settings, manifest: Manifest, report: ExportReport, auto: str) -> str:
-    """Return the text of README.md.
-
-    Args:
-        settings: settings of the run.
-        manifest: manifest of the adapter checkpoint.
-        report: the export.
-        auto: name of transformers' AutoModelFor… class of the task.
-    """
+def card(export: Export, report: ExportReport) -> str:
+    """Return the text of README.md."""
+    settings, manifest = export.settings, export.manifest
     backbone = manifest.backbone
     licence = backbone_licence(settings.model.name)
     front = {
@@ -55,7 +49,9 @@ def card(settings: Settings, manifest: Manifest, report: ExportReport, auto: str
         "tags": ["unipelt", "scaleup"],
     } | ({"license": licence} if licence else {})
     outputs = len(manifest.labels or []) or (1 if manifest.task == "regression" else None)
-    labels = f", num_labels={outputs}" if outputs else ""
+    changes = f", num_labels={outputs}" if outputs else ""
+    if outputs and not pad_tokens(load_config(settings.model)):
+        changes += f", pad_token_id={export.tokenizer.pad_token_id}"
     code = LOAD_REMOTE_CODE if report.remote_code else LOAD_PLAIN
     code = LOAD_ADAPTER if report.kind == "exact" else code
     task = manifest.task + ("; labels " + ", ".join(manifest.labels) if manifest.labels else "")
@@ -72,13 +68,13 @@ def card(settings: Settings, manifest: Manifest, report: ExportReport, auto: str
 Exported by scaleup {report.versions["scaleup"]} as `{report.kind}`, gates {report.gates}.
 
 ```python
-{code.format(auto=auto, backbone=settings.model.name, labels=labels)}
+{code.format(auto=export.auto.__name__, backbone=settings.model.name, changes=changes)}
 ```
 
 - Backbone: {backbone["name"]}, revision {backbone["revision"] or "not named"}.
 - Frozen weights while training: {backbone["quantization"]}.
 - Licence of the backbone: {licence or "not stated beside its weights; look it up before sharing"}.
-- Task: {task}.
+- Task: {task}.{_pairs(export)}
 - Method: {", ".join(f"{key} {value}" for key, value in manifest.method.items())}.
 
 ## Data
@@ -89,6 +85,17 @@ Exported by scaleup {report.versions["scaleup"]} as `{report.kind}`, gates {repo
 
 {_scores(report)}
 """
+
+
+def _pairs(export: Export) -> str:
+    """Return how texts are joined if the run's task has pairs of them."""
+    if "text_pair" not in role_columns(export.settings.data):
+        return ""
+    joined = export.tokenizer.decode(export.tokenizer("one", "two")["input_ids"])
+    return (
+        "\n- Text pairs: `tokenizer(text, text_pair)` with the tokenizer of this folder joins them "
+        f"as in training. It turns `one` and `two` into `{joined!r}`."
+    )
 
 
 def _scores(report: ExportReport) -> str:

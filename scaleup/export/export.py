@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from scaleup import __version__, io
 from scaleup.backbone import loading, weights
@@ -73,9 +73,14 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
     staging = create_staging_folder(options.output)
     io.hold(staging, "--output: another export", lock="")
     try:
-        complete_config(settings, config, tasks.of(settings.data).auto, manifest.labels)
+        auto = tasks.of(settings.data).auto
+        complete_config(settings, config, auto, manifest.labels)
+        tokenizer = AutoTokenizer.from_pretrained(
+            options.checkpoint, trust_remote_code=settings.model.trust_remote_code
+        )
+        loading.share_pad_token(str(options.checkpoint), tokenizer, config, auto)
         adapter, tensors = fold.read_checkpoint(options.checkpoint)
-        export = Export(options, settings, manifest, config, adapter, tensors, say)
+        export = Export(options, settings, manifest, config, tokenizer, adapter, tensors, say)
         with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:
             return _export(export, staging, pathlib.Path(work))
     finally:
@@ -194,7 +199,7 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
         proof = verify_export(evaluation, staging, before, gates, dropped)
         report = dataclasses.replace(report, proof=proof)
     io.write_json(staging / "export.json", report.to_json())
-    text = card(export.settings, manifest, report, export.auto.__name__)
+    text = card(export, report)
     (staging / "README.md").write_text(text, encoding="utf-8")
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared in the meantime; nothing was kept")

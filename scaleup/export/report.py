@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleup.data import tasks
 from scaleup.settings.schema import Settings
@@ -46,6 +46,7 @@ class Export:
         settings: settings of the run.
         manifest: manifest of the adapter checkpoint.
         config: config of the backbone, with the run's labels and pad token.
+        tokenizer: tokenizer of the checkpoint.
         adapter: config of the adapter, its prefix without the MLP.
         tensors: tensors of the adapter.
         say: prints a line about the progress.
@@ -55,6 +56,7 @@ class Export:
     settings: Settings
     manifest: Manifest
     config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     adapter: UniPeltConfig
     tensors: dict[str, torch.Tensor]
     say: Callable[[str], None]

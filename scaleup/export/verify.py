@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import EvalPrediction
 
 from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
 from scaleup.data.files import Examples
+from scaleup.data.pairs import separate_pairs
 from scaleup.errors import ConfigError, ExportError
 from scaleup.export import measure
 from scaleup.export.calibrate import Place, TrainedJob, TrainedMeasurements
@@ -53,12 +54,13 @@ class Evaluation:
         self.export, self.options, self.work = export, export.options, work
         self.settings = export.settings
         self.module: Any = tasks.of(self.settings.data).module
-        self.tokenizer = AutoTokenizer.from_pretrained(self.options.checkpoint)
+        self.tokenizer = export.tokenizer
         data, chosen = fit_length(self.settings, export.config).data, self.options.calibrate
         if chosen not in ("dev", "test"):
             data = data.model_copy(update={"validation_file": chosen})
         texts = self._load_texts(data)
         self._check_unchanged(texts)
+        self._check_pairs(texts)
         self.examples = self.module.tokenize(texts, self.tokenizer, data)
         if chosen == "test" and self.examples.test is None:
             raise ConfigError("--calibrate: the run has no test data; use dev or a file")
@@ -84,6 +86,15 @@ class Evaluation:
             if self.options.kind != "merged":
                 problem += "; --no-verify does without it"
             raise ConfigError([*error.problems, problem]) from None
+
+    def _check_pairs(self, texts: Examples) -> None:
+        """Raise ConfigError if the run joined its pairs of texts without a separator."""
+        is_pair = "text_pair" in texts.train.column_names
+        if is_pair and separate_pairs(self.tokenizer) is not self.tokenizer:
+            raise ConfigError(
+                f"--checkpoint: {self.options.checkpoint} was trained on pairs of texts without a "
+                "separator, by an earlier version of scaleup; train it again"
+            )
 
     def _check_unchanged(self, texts: Examples) -> None:
         """Raise ConfigError if the run's data is not what it was trained with."""

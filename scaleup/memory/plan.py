@@ -28,7 +28,7 @@ from transformers import PretrainedConfig
 
 from scaleup.backbone import precision
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.loading import load_config
+from scaleup.backbone.loading import load_config, pad_tokens, set_pad_token
 from scaleup.backbone.method import empty_run_model
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
@@ -200,8 +200,8 @@ def make_plan(
     config = load_config(settings.model)
     settings = fit_length(settings, config)
     config.num_labels, examples = _outputs_and_examples(settings)
-    if config.pad_token_id is None:
-        config.pad_token_id = 0  # a run uses the tokenizer's; here any token will do
+    if not pad_tokens(config):
+        set_pad_token(config, 0)  # a run uses the tokenizer's; here any token will do
     half = precision.half_dtype(settings, has_bf16=device == "cuda")
     if problems := precision.problems(settings, half):
         raise ConfigError(problems)

@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 
-import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -27,8 +26,7 @@ from scaleup.settings.schema import (
     TrainSettings,
 )
 from scaleup.training.output_folder import output_folder_problems
-from scaleup.unipelt.site_types import AttentionSite
-from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, find_sites, head_names
+from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
 from scaleup.unipelt.submodules import SUBMODULES
 
 
@@ -57,9 +55,9 @@ def _structure_problems(
     eager_only = model.attention != "eager" and config.model_type in EAGER_ONLY
     if not completes and known and not eager_only:
         return []
-    attentions, problem = _find_attentions(config, model.attention, auto)
+    attentions, problem = backbone.find_attentions(config, model.attention, auto)
     if problem is not None and model.attention != "eager":
-        attentions, eager_problem = _find_attentions(config, "eager", auto)
+        attentions, eager_problem = backbone.find_attentions(config, "eager", auto)
         reason = problem.partition(".")[0].partition(";")[0]
         problem = eager_problem or (
             f"its {model.attention} attention cannot be used ({reason}); set model.attention=eager"
@@ -79,17 +77,6 @@ def _structure_problems(
         except ValueError as error:
             problems.append(str(error))
     return [f"model.name: {model.name}: {problem}" for problem in problems]
-
-
-def _find_attentions(
-    config: PretrainedConfig, attention: str, auto: type
-) -> tuple[list[AttentionSite], str | None]:
-    """Return the attentions of a model without weights, and the problem with finding them."""
-    try:
-        with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
-            return find_sites(backbone.empty_model(config, attention, None, auto))[0], None
-    except (*backbone.UNREADABLE, RuntimeError) as error:
-        return [], one_line(error)
 
 
 def _head_problems(model: ModelSettings, data: DataSettings, config: PretrainedConfig) -> list[str]:

@@ -34,6 +34,7 @@ from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
 from scaleup.data import tasks
+from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml
@@ -130,7 +131,9 @@ def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedC
     half = precision.device_half_dtype(settings, world.device)
     task = tasks.of(settings.data)
     examples = task.module.load(settings.data)
-    tokenizer = backbone.load_tokenizer(settings.model, config)
+    tokenizer = backbone.load_tokenizer(settings.model, config, task.auto)
+    if "text_pair" in examples.train.column_names:
+        tokenizer = separate_pairs(tokenizer)  # checkpoints contain the tokenizer as it is used
     examples = task.module.tokenize(examples, tokenizer, settings.data)
     args = training_arguments(settings, world, examples.metric, shared, half)
     plugin = args.deepspeed_plugin
