@@ -13,8 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
-    MPNetConfig,
-    MPNetModel,
+    MambaConfig,
+    MambaModel,
 )
 
 from scaleup import parameter_counts
@@ -298,12 +298,10 @@ def test_reentrant_checkpointing_is_refused():
 
 def test_unknown_architectures_are_refused():
     with pytest.raises(
-        ValueError, match="does not support the model type mpnet: its attention cannot be exchanged"
+        ValueError, match="does not support the model type mamba: looked for attentions"
     ):
         get_peft_model(
-            MPNetModel(
-                MPNetConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9)
-            ),
+            MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=9)),
             UniPeltConfig(),
         )
     with pytest.raises(ValueError, match="needs a transformers model, got Linear"):
