@@ -147,6 +147,7 @@ def _prompt_and_completion(
     if not data.messages_column:
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         plain = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+        source = data.prompt_template.replace("{text}", source)
         completion = plain(target)["input_ids"] + [tokenizer.eos_token_id]
         return begin + plain(source)["input_ids"], completion
     turns = [*json.loads(source), {"role": "assistant", "content": target}]
@@ -169,7 +170,10 @@ def _encode_pairs(
 ) -> dict[str, list]:
     """Encode rows for seq2seq: the source for the encoder, the target as labels."""
     encode = functools.partial(tokenizer, truncation=True, split_special_tokens=True)
-    sources = [text[: 100 * data.max_length] for text in batch["text"]]
+    sources = [
+        data.prompt_template.replace("{text}", text[: 100 * data.max_length])
+        for text in batch["text"]
+    ]
     targets = [text[: 100 * data.max_target_length] for text in batch["target"]]
     inputs = encode(sources, max_length=data.max_length)
     labels = encode(text_target=targets, max_length=data.max_target_length)["input_ids"]

@@ -74,7 +74,7 @@ Exported by scaleup {report.versions["scaleup"]} as `{report.kind}`, gates {repo
 - Backbone: {backbone["name"]}, revision {backbone["revision"] or "not named"}.
 - Frozen weights while training: {backbone["quantization"]}.
 - Licence of the backbone: {licence or "not stated beside its weights; look it up before sharing"}.
-- Task: {task}.{_pairs(export)}
+- Task: {task}.{_inputs(export)}
 - Method: {", ".join(f"{key} {value}" for key, value in manifest.method.items())}.
 
 ## Data
@@ -87,9 +87,12 @@ Exported by scaleup {report.versions["scaleup"]} as `{report.kind}`, gates {repo
 """
 
 
-def _pairs(export: Export) -> str:
-    """Return how texts are joined if the run's task has pairs of them."""
-    if "text_pair" not in role_columns(export.settings.data):
+def _inputs(export: Export) -> str:
+    """Return how an input is made of its texts, if there is more than one way."""
+    data = export.settings.data
+    if data.prompt_template != type(data).model_fields["prompt_template"].default:
+        return f"\n- Inputs: made of a text by the template `{data.prompt_template!r}`."
+    if "text_pair" not in role_columns(data):
         return ""
     joined = export.tokenizer.decode(export.tokenizer("one", "two")["input_ids"])
     return (

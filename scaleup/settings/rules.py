@@ -138,7 +138,9 @@ def _idle_method(method: Any) -> dict[str, str]:
 
 def _idle_data(data: Any) -> dict[str, str]:
     own_files = "train_file validation_file test_file text_column text_pair_column label_column"
-    of_generation = "target_column messages_column max_target_length num_beams packing"
+    of_generation = (
+        "target_column messages_column prompt_template max_target_length num_beams packing"
+    )
     of_classification = "text_pair_column label_column"
     task, generates = data.task or "sequence_classification", data.task in GENERATES
     idle: dict[str, str] = {}
@@ -149,7 +151,8 @@ def _idle_data(data: Any) -> dict[str, str]:
     keys = of_classification if generates else of_generation
     idle |= dict.fromkeys(keys.split(), f"data.task is {task}")
     if generates and data.messages_column is not None:
-        idle |= dict.fromkeys(("text_column", "target_column"), "data.messages_column is set")
+        of_texts = ("text_column", "target_column", "prompt_template")
+        idle |= dict.fromkeys(of_texts, "data.messages_column is set")
     by_loss = data.metric == "loss" or (data.metric is None and task == "causal_lm")
     if generates and by_loss:
         idle["num_beams"] = "data.metric is loss: nothing is written"

@@ -30,6 +30,12 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
+def _one_placeholder(template: str) -> str:
+    if template.count("{text}") != 1:
+        raise ValueError("should contain {text} once")
+    return template
+
+
 Path = Annotated[str, pydantic.BeforeValidator(_expand_home)]
 
 
@@ -110,6 +116,10 @@ class DataSettings(Section):
     """Column of your own files with class name or number."""
     target_column: str = Field("target", min_length=1)
     """Column with the text to write, for seq2seq and causal_lm."""
+    prompt_template: Annotated[str, pydantic.AfterValidator(_one_placeholder)] = "{text}"
+    """The input of seq2seq or the prompt of causal_lm, with {text} in place of the text. A
+    completion follows its prompt directly, unless the template ends in a line break, for example.
+    Chats use the tokenizer's chat template instead."""
     messages_column: str | None = None
     """causal_lm: column with chats, which are lists of {role, content} that end with the
     assistant, instead of text and target."""

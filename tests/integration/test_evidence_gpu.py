@@ -1,4 +1,4 @@
-"""The script that runs the MPNet sweep on a GPU within a time limit, here with tiny runs on a CPU."""
+"""The script that runs the MPNet sweep on a GPU within a time limit, here tiny runs on a CPU."""
 
 import json
 import pathlib

@@ -66,6 +66,17 @@ def test_the_loss_counts_the_completion_and_its_end_only(tokenizer, write):
     assert row["labels"][:3] == [IGNORED] * 3 and words(tokenizer, row["labels"]) == "c d </s>"
 
 
+def test_the_prompt_is_made_by_the_template(tokenizer, write):
+    rows = pairs(("a b", "c d"), ("a b", "c d"))
+    data = settings(write(rows), prompt_template="g {text} h")
+    row = tokenize(load(data), tokenizer, data).train[0]
+    assert words(tokenizer, row["input_ids"]) == "<s> g a b h c d </s>"
+    assert row["labels"][:5] == [IGNORED] * 5
+    for wrong in ("g", "{text} {text}"):
+        with pytest.raises(ValueError, match="should contain {text} once"):
+            settings(write(rows), prompt_template=wrong)
+
+
 def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(tokenizer, write):
     data = settings(
         write(pairs(("a b c d e f", "g h"), ("a", "b"))),

@@ -97,6 +97,7 @@ def test_a_setting_with_alternatives_is_one_problem():
         ["method.prefix_reparameterization=none", "method.prefix_hidden_size=64"],
         ["method.lora_alpha=4"],
         ["data.train_file=mine.csv"],
+        ["data.prompt_template='{text} '"],
         ["data.dev_size=5"],
         ["data.test_size=5"],
         ["data.name=null", "data.train_file=a.csv", "data.test_size=5"],
