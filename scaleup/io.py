@@ -1,10 +1,12 @@
 """Atomic writes, locks of output folders, and amounts of memory as text."""
 
+import errno
 import fcntl
 import json
 import os
 import pathlib
 import re
+import stat
 from typing import Any
 
 from scaleup.errors import ConfigError
@@ -12,6 +14,34 @@ from scaleup.errors import ConfigError
 LOCK = ".lock"  # the file that a run locks in its output folder
 
 _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor
+
+
+def check_regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless `path` is a regular file. Opening a pipe would wait for its writer."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        problem = "it is a pipe, a socket or a device, not a file"
+        raise OSError(errno.EINVAL, problem, str(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most: int | None = None) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        path: the file.
+        most: largest size that is read, bytes.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `most`.
+    """
+    check_regular_file(path)
+    with open(path, "rb") as file:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most // 1024} KiB", str(path))
+    return content
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from pydantic import Field, PositiveInt
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
-from scaleup.settings.schema import Settings, stored
+from scaleup.settings.schema import Path, Settings, stored
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 
@@ -70,8 +70,8 @@ NAMES = "names with lists of overrides"
 class SweepFile(Section):
     """The contents of a sweep file, with all axes written out."""
 
-    output: str = Field(min_length=1)
-    base: str | dict[str, Any] = {}
+    output: Path = Field(min_length=1)
+    base: Path | dict[str, Any] = {}
     methods: Annotated[Axis, _axis(None, f"{NAMES}, like {{full: [method=full]}}")]
     tasks: Annotated[Axis, _axis("data.name", f"a list of GLUE tasks, or {NAMES}")]
     k: Annotated[Axis, _axis("data.k", f"a list of numbers, or {NAMES}")]
@@ -123,13 +123,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
             share is listed once.
     """
     file = _read(path)
-    try:
-        output = pathlib.Path(file.output).expanduser()
-    except RuntimeError:
-        user = file.output.partition("/")[0]
-        raise ConfigError(
-            f"{path}: output: there is no home of {user} here; write the path out"
-        ) from None
+    output = pathlib.Path(file.output)
     config, base = _base(file, pathlib.Path(path).parent)
     in_file = itertools.chain(*(items for axis in AXES for items in getattr(file, axis).values()))
     reserved = [
@@ -250,7 +244,7 @@ def _read(path: str) -> SweepFile:
 def _base(file: SweepFile, folder: pathlib.Path) -> tuple[tuple[str, ...], list[str]]:
     """Return the base config as `--config FILE`, or as overrides if it is written inline."""
     if isinstance(file.base, str):
-        return ("--config", str(folder / pathlib.Path(file.base).expanduser())), []
+        return ("--config", str(folder / file.base)), []
     words = []
     for section, values in file.base.items():
         if isinstance(values, dict):

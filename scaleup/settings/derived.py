@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import TrainingArguments
 
+from scaleup.settings.loading import misread_text
 from scaleup.settings.rules import MANAGED
 from scaleup.unipelt.config import CommonOptions
 from scaleup.unipelt.submodules import SUBMODULES
@@ -28,6 +29,8 @@ class Section(BaseModel):
         hint = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in _alternatives(hint):
             raise ValueError("should be a number or a text, not yes or no")
+        if isinstance(value, dict) and (text := misread_text(value)) is not None:
+            raise ValueError(f"{text!r} is a text; write numbers plainly, and true or false")
         return value
 
 

@@ -1,8 +1,8 @@
 """Read config files: strict YAML, and overrides of the form `section.key=value`."""
 
 import difflib
+import itertools
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from scaleup.errors import ConfigError, one_line
+from scaleup.io import read_bytes
 
 # Names of settings in other libraries → their names here.
 SYNONYMS = {
@@ -71,8 +72,41 @@ def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+MOST_BYTES = 256 * 1024  # of a config file
+MOST_VALUES = 100_000  # of a YAML text in which every alias is replaced by what it stands for
+
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)")
+FLOAT = re.compile(
+    r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+# The plain words that are no text, as in YAML 1.2: type → pattern and possible first characters.
+PLAIN = {
+    "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    "int": (INTEGER, list("-+0123456789")),
+    "float": (FLOAT, list("-+.0123456789")),
+    "merge": (re.compile(r"<<"), ["<"]),
+}
+# Texts that YAML 1.1 and many readers take for truth values or numbers.
+MISREAD = re.compile(r"(?i)yes|no|on|off|[-+]?[0-9][0-9_:]*")
+
+
 class Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number and a key that stands twice is an error."""
+    """A strict reader of YAML.
+
+    Plain words have the types of YAML 1.2: 5e-4 is a number, and 0100, 1_000, 1:30, yes, no and
+    dates are texts. A key that stands twice is an error, and so are aliases that multiply.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # not those of YAML 1.1, which PyYAML has
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the root of the text; refuse aliases that stand for too many values."""
+        root = super().get_single_node()
+        if root is not None and _count_values(root, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping whose keys are unique; merge keys (<<) may still be overridden."""
@@ -88,17 +122,41 @@ class Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=True)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return an integer, also one with the tag !!int, for which PyYAML reads 0100 as 64."""
+        if not INTEGER.fullmatch(node.value):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value:.80} is no integer", problem_mark=node.start_mark
+            )
+        return int(node.value, 16 if "x" in node.value else 10)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count the values of a YAML node in which every alias is replaced by what it stands for.
+
+    Args:
+        counts: counts of the nodes that have been visited, by their ids. It is updated.
+    """
+    if id(node) not in counts:
+        counts[id(node)] = 0  # a node that contains itself is refused later
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in parts)
+    return counts[id(node)]
+
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads: a text such as the commit "5e4" gets quotes."""
+    """Writes what Loader reads, with quotes where other readers would need them."""
 
 
-for _yaml in (Loader, Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
+for _name, (_pattern, _first) in PLAIN.items():
+    Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern.pattern})\\Z"), _first
     )
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})\\Z"), PLAIN["float"][1]
+)
 
 # PyYAML lets these pass for values such as `!!int x`, `!!bool x`, `!!timestamp x`, 0:0:… and [[[….
 _PARSER_ERRORS = (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -119,10 +177,19 @@ def parse_file(path: str) -> Any:
         ConfigError: the file cannot be read or is not valid YAML.
     """
     try:
-        return parse(pathlib.Path(path).read_text(encoding="utf-8"), path)
+        return parse(read_bytes(path, MOST_BYTES).decode("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
+
+
+def misread_text(value: Any) -> str | None:
+    """Return the first text in a nested value that may have been meant as another type."""
+    if isinstance(value, str):
+        return value if MISREAD.fullmatch(value) else None
+    parts = value.values() if isinstance(value, dict) else value
+    texts = map(misread_text, parts) if isinstance(value, dict | list) else ()
+    return next(filter(None, texts), None)
 
 
 def read(

@@ -27,7 +27,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 def _expand_home(value: Any) -> Any:
     """Replace ~ at the start of a path, which no shell expands in a file."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path == value:
+        user = value.partition("/")[0]
+        raise ValueError(f"there is no home of {user} here; write the path out")
+    return path
 
 
 def _one_placeholder(template: str) -> str:
@@ -208,7 +214,7 @@ class DeclaredTrainSettings(Section):
     """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True
     """Form batches of similar length; has no effect with data.pad_to_max_length."""
-    deepspeed: str | None = None
+    deepspeed: Path | None = None
     """ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file."""
     logging_steps: NonNegativeFloat = 10
     """Optimizer steps between lines of log.jsonl or, below 1, the share of all steps."""

@@ -103,6 +103,10 @@ def test_problems_of_all_trials_are_reported_together_and_once(workspace, tmp_pa
             "output: there is no home of ~nobody-of-that-name here; write the path out",
         ),
         (
+            {"base": "~nobody-of-that-name/run.yaml"},
+            "base: there is no home of ~nobody-of-that-name here; write the path out",
+        ),
+        (
             {"k": [64], "seeds": {"0": ["seed=0"], "zero": ["seed=0"]}},
             "films-64-lora-zero and 1 more: the same run as another trial: an override makes",
         ),

@@ -193,8 +193,8 @@ def test_mutated_configs_are_both_accepted_and_refused(tmp_path):
         "&a [*a]",
         "!!set {[a]}",
         "1" * 5000,
-        "1" + ":59" * 300 + ".5",
-        "2020-99-99",
+        "!!float 1" + ":59" * 300 + ".5",
+        "!!timestamp 2020-99-99",
     ]
     + ["!!int ''", "!!bool x", "!!timestamp x", "!!float x"],
     ids=lambda text: text[:15],
