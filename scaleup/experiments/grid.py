@@ -31,7 +31,7 @@ from pydantic import Field, PositiveInt
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
-from scaleup.settings.schema import Path, Settings, stored
+from scaleup.settings.schema import Path, Settings, expand_home, stored
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 
@@ -71,7 +71,7 @@ class SweepFile(Section):
     """The contents of a sweep file, with all axes written out."""
 
     output: Path = Field(min_length=1)
-    base: Path | dict[str, Any] = {}
+    base: Annotated[str | dict[str, Any], pydantic.BeforeValidator(expand_home)] = {}
     methods: Annotated[Axis, _axis(None, f"{NAMES}, like {{full: [method=full]}}")]
     tasks: Annotated[Axis, _axis("data.name", f"a list of GLUE tasks, or {NAMES}")]
     k: Annotated[Axis, _axis("data.k", f"a list of numbers, or {NAMES}")]

@@ -15,6 +15,27 @@ from scaleup.settings.rules import MANAGED
 from scaleup.unipelt.config import CommonOptions
 from scaleup.unipelt.submodules import SUBMODULES
 
+MOST = 10**9  # of anything that is counted: examples, steps, tokens
+
+# Bounds of numbers of TrainingArguments, most of which Trainer does not check.
+BOUNDS: dict[str, dict[str, float]] = {
+    "adam_beta1": {"ge": 0, "lt": 1},
+    "adam_beta2": {"ge": 0, "lt": 1},
+    "adam_epsilon": {"gt": 0, "le": 1},  # with 0, a gradient of 0 gives an update of 0/0
+    "max_grad_norm": {"ge": 0, "le": 1e6},
+    "label_smoothing_factor": {"ge": 0, "lt": 1},
+    "neftune_noise_alpha": {"ge": 0, "le": 1000},
+    "torch_empty_cache_steps": {"ge": 1, "le": MOST},
+    "eval_steps": {"gt": 0, "le": MOST},
+    "eval_delay": {"ge": 0, "le": MOST},
+    "eval_accumulation_steps": {"ge": 1, "le": MOST},
+    "save_steps": {"gt": 0, "le": MOST},
+    "dataloader_num_workers": {"ge": 0, "le": 1024},
+    "dataloader_prefetch_factor": {"ge": 1, "le": 1024},
+    "ddp_bucket_cap_mb": {"ge": 1, "le": 65_536},
+    "ddp_timeout": {"ge": 1, "le": 10_000_000},
+}
+
 
 class Section(BaseModel):
     """Base of the sections: no unknown keys, no infinities, and a truth value is no number."""
@@ -27,18 +48,18 @@ class Section(BaseModel):
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         hint = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in _alternatives(hint):
+        if isinstance(value, bool) and bool not in alternatives(hint):
             raise ValueError("should be a number or a text, not yes or no")
         if isinstance(value, dict) and (text := misread_text(value)) is not None:
             raise ValueError(f"{text!r} is a text; write numbers plainly, and true or false")
         return value
 
 
-def _alternatives(hint: Any) -> set[Any]:
+def alternatives(hint: Any) -> set[Any]:
     """Return the types of a union, however nested."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return {hint}
-    return set().union(*map(_alternatives, typing.get_args(hint)))
+    return set().union(*map(alternatives, typing.get_args(hint)))
 
 
 def method_fields() -> dict[str, Any]:
@@ -64,19 +85,28 @@ def _field_of_option(option: dataclasses.Field[Any], hint: Any) -> tuple[Any, An
     if option.default is dataclasses.MISSING:
         del values["default"]
         values["default_factory"] = option.default_factory
-    for name, bound in {"at_least": "ge", "above": "gt", "below": "lt"}.items():
+    bounds = {"at_least": "ge", "above": "gt", "below": "lt", "at_most": "le"}
+    for name, bound in bounds.items():
         if name in rule:
             values[bound] = rule[name]
     return hint, Field(**values)
 
 
 def trainer_fields(excluded: typing.Container[str]) -> dict[str, Any]:
-    """Return the other fields of TrainingArguments that a user may set, as optional fields."""
+    """Return the other fields of TrainingArguments that a user may set.
+
+    Their default None stands for Trainer's own. A user can only set it where Trainer takes it.
+    """
     hints = typing.get_type_hints(TrainingArguments)
     return {
         field.name: (
-            _only_enumeration(hints[field.name]) | None,
-            Field(None, description="transformers.TrainingArguments"),
+            _only_enumeration(hints[field.name]),
+            Field(
+                None,
+                description="transformers.TrainingArguments",
+                validate_default=False,
+                **BOUNDS.get(field.name, {}),
+            ),
         )
         for field in dataclasses.fields(TrainingArguments)
         if field.init

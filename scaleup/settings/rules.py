@@ -206,14 +206,6 @@ def _train_problems(train: Any) -> list[str]:
     problems = []
     if train.max_steps == 0:
         problems.append("train.max_steps: 0 steps train nothing; -1 leaves it to num_train_epochs")
-    for key, least in {"dataloader_num_workers": 0, "eval_accumulation_steps": 1}.items():
-        value = getattr(train, key)
-        if value is not None and value < least:
-            problems.append(f"train.{key}: should be at least {least} (got {value})")
-    for key in ("adam_beta1", "adam_beta2"):
-        value = getattr(train, key)
-        if value is not None and not 0 <= value < 1:
-            problems.append(f"train.{key}: should be at least 0 and below 1 (got {value})")
     if train.bf16 is True and train.fp16:
         problems.append("train.fp16: train.bf16 is on already; choose one")
     arguments = train.gradient_checkpointing_kwargs

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from scaleup.errors import ConfigError
-from scaleup.settings.derived import Section, method_fields, trainer_fields
+from scaleup.settings.derived import MOST, Section, method_fields, trainer_fields
 from scaleup.settings.loading import Dumper, read, validation_problem
 from scaleup.settings.rules import MANAGED, impossible, without_effect
 from scaleup.unipelt.submodules import SUBMODULES
@@ -23,9 +23,12 @@ from scaleup.unipelt.submodules import SUBMODULES
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Count = Annotated[int, Field(ge=1, le=MOST)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
 
 
-def _expand_home(value: Any) -> Any:
+def expand_home(value: Any) -> Any:
     """Replace ~ at the start of a path, which no shell expands in a file."""
     if not isinstance(value, str) or not value.startswith("~"):
         return value
@@ -42,7 +45,7 @@ def _one_placeholder(template: str) -> str:
     return template
 
 
-Path = Annotated[str, pydantic.BeforeValidator(_expand_home)]
+Path = Annotated[str, pydantic.BeforeValidator(expand_home)]
 
 
 class ModelSettings(Section):
@@ -129,13 +132,13 @@ class DataSettings(Section):
     messages_column: str | None = None
     """causal_lm: column with chats, which are lists of {role, content} that end with the
     assistant, instead of text and target."""
-    k: PositiveInt | Literal["all"] = "all"
+    k: Count | Literal["all"] = "all"
     """Number of training examples: the first K of the shuffled training set (low-resource
     protocol), or all."""
-    dev_size: PositiveInt = 1000
+    dev_size: Count = 1000
     """Number of development examples that are cut from the training set: after the first K, or
     with k all if there is no validation set."""
-    test_size: PositiveInt | None = None
+    test_size: Count | None = None
     """Largest number of test examples (seq2seq and causal_lm: of distinct sources). A larger test
     set is sampled, always to the same examples. Default: all."""
     seed: Seed = 0
@@ -147,11 +150,11 @@ class DataSettings(Section):
     """Metric that picks the best checkpoint. Default: that of the GLUE task; accuracy or
     spearman for your own files; bleu for seq2seq; loss for causal_lm, where evaluation writes
     texts only if another metric asks for it."""
-    max_length: PositiveInt = 128
+    max_length: Count = 128
     """Longest input in tokens; longer ones are cut. causal_lm: prompt and completion together."""
-    max_target_length: PositiveInt = 128
+    max_target_length: Count = 128
     """Longest target of seq2seq, and largest number of tokens that evaluation writes."""
-    num_beams: PositiveInt = 1
+    num_beams: int = Field(1, ge=1, le=1000)
     """Number of beams with which evaluation writes texts; 1: greedy."""
     packing: bool = False
     """causal_lm: join texts in rows of max_length tokens; they do not see each other."""
@@ -182,27 +185,27 @@ class DeclaredTrainSettings(Section):
     """auto: continue from the newest checkpoint in output_dir. weights_only: start anew from
     its trained weights, where its optimizer state does not fit (another number of processes or
     ZeRO stage)."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Count = 2
     """Number of newest checkpoint-N folders to keep, besides the best one."""
-    early_stopping_patience: NonNegativeInt = 10
+    early_stopping_patience: int = Field(10, ge=0, le=MOST)
     """Stop after this many evaluations without a better dev metric; 0: never."""
-    learning_rate: PositiveFloat | None = None
+    learning_rate: LearningRate | None = None
     """Peak learning rate of AdamW. Default: the paper's for the method."""
-    gate_learning_rate: PositiveFloat | None = None
+    gate_learning_rate: LearningRate | None = None
     """Peak learning rate of the gates. Default: that of everything else (paper)."""
-    num_train_epochs: PositiveFloat = 50
+    num_train_epochs: float = Field(50, gt=0, le=1e6)
     """Largest number of passes over the training set; train.max_steps overrides it."""
-    max_steps: int = Field(-1, ge=-1)
+    max_steps: int = Field(-1, ge=-1, le=MOST)
     """Number of optimizer steps; -1: num_train_epochs decides."""
-    per_device_train_batch_size: PositiveInt = 16
+    per_device_train_batch_size: BatchSize = 16
     """Examples per process and forward pass."""
-    per_device_eval_batch_size: PositiveInt = 64
+    per_device_eval_batch_size: BatchSize = 64
     """Examples per process and forward pass in evaluation."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: BatchSize = 1
     """Forward passes per optimizer step."""
-    warmup_steps: NonNegativeFloat = 0.06
+    warmup_steps: float = Field(0.06, ge=0, le=MOST)
     """Linear warmup: number of steps or, below 1, the share of all steps."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: float = Field(0.0, ge=0, le=10)
     """Decoupled weight decay of AdamW."""
     seed: Seed = 42
     """Seed of initialisation, dropout and the order of batches."""
@@ -216,7 +219,7 @@ class DeclaredTrainSettings(Section):
     """Form batches of similar length; has no effect with data.pad_to_max_length."""
     deepspeed: Path | None = None
     """ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file."""
-    logging_steps: NonNegativeFloat = 10
+    logging_steps: float = Field(10, ge=0, le=MOST)
     """Optimizer steps between lines of log.jsonl or, below 1, the share of all steps."""
     report_to: list[str] | str = "none"
     """Trackers such as tensorboard or wandb; none: no tracker."""

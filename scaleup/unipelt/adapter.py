@@ -26,7 +26,7 @@ from .gate import cast_to_weight
 from .kernels import add_gated
 from .layers import SiteLayer
 from .site_types import AttentionSite, BlockSite
-from .submodule import Folding, Submodule, option
+from .submodule import LARGEST, Folding, Submodule, option
 
 BLOCK_CHILD = "unipelt_block"  # the child of a pre-LN block that is its PreNormAdapter
 
@@ -35,7 +35,7 @@ BLOCK_CHILD = "unipelt_block"  # the child of a pre-LN block that is its PreNorm
 class AdapterOptions:
     """Settings of the bottleneck adapter."""
 
-    adapter_size: int = option(48, "Bottleneck size, units.", at_least=1)
+    adapter_size: int = option(48, "Bottleneck size, units.", at_least=1, at_most=LARGEST)
     adapter_activation: str = option(
         "relu",
         "Nonlinearity of the bottleneck.",

@@ -59,7 +59,10 @@ class CommonOptions:
         choices=("auto", "paper", "masked", "causal"),
     )
     gate_bias: float = option(
-        0.0, "Initial bias of the learned gates: 0 starts them at 0.5 (paper), 3 at 0.95."
+        0.0,
+        "Initial bias of the learned gates: 0 starts them at 0.5 (paper), 3 at 0.95.",
+        at_least=-30,
+        at_most=30,
     )
     head: str = option(
         "trained",

@@ -30,7 +30,7 @@ from .kernels import add_lora, scaled
 from .layers import AttentionGates, AttentionInputs, AttentionMember
 from .peft_names import LoraLayer, LoraVariant
 from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
-from .submodule import Folding, Submodule, option
+from .submodule import LARGEST, Folding, Submodule, option
 
 LORA_CHILD = "unipelt_lora"  # the child of a projection in an exported folder
 VALUE = "value"  # the gate of a cross attention's value projection, where constants replace gates
@@ -40,9 +40,12 @@ VALUE = "value"  # the gate of a cross attention's value projection, where const
 class LoraOptions:
     """Settings of LoRA; the fields are those of PEFT's LoraConfig."""
 
-    r: int = option(8, "Rank of the LoRA update.", at_least=1)
+    r: int = option(8, "Rank of the LoRA update.", at_least=1, at_most=LARGEST)
     lora_alpha: float = option(
-        16, "Ungated LoRA is scaled by alpha/r; see lora_gate for a learned gate.", above=0
+        16,
+        "Ungated LoRA is scaled by alpha/r; see lora_gate for a learned gate.",
+        above=0,
+        at_most=1e6,
     )
     lora_gate: str = option(
         "replace",

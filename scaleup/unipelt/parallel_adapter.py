@@ -17,7 +17,7 @@ from torch import nn
 from .adapter import BottleneckLayer, BottleneckSubmodule
 from .attachment import Attachment
 from .site_types import AttentionSite, BlockSite
-from .submodule import option
+from .submodule import LARGEST, option
 
 PARALLEL_CHILD = "unipelt_parallel"  # the child of the last projection
 
@@ -27,7 +27,7 @@ class ParallelAdapterOptions:
     """Settings of the parallel adapter."""
 
     parallel_adapter_size: int = option(
-        48, "Bottleneck size of the parallel adapter, units.", at_least=1
+        48, "Bottleneck size of the parallel adapter, units.", at_least=1, at_most=LARGEST
     )
     parallel_adapter_activation: str = option(
         "relu", "Nonlinearity of the parallel adapter.", choices=("relu", "gelu", "silu", "tanh")

@@ -22,7 +22,7 @@ from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryL
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .site_types import AttentionSite, BlockSite
 from .softmax_prefix import SoftmaxPrefix
-from .submodule import Folding, Submodule, option
+from .submodule import LARGEST, Folding, Submodule, option
 
 # The child of a parent model that holds the prefixes of its self or cross attentions.
 PREFIX_CHILD = {False: "unipelt_bank_self", True: "unipelt_bank_cross"}
@@ -33,10 +33,13 @@ class PrefixOptions:
     """Settings of the prefix."""
 
     prefix_length: int = option(
-        10, "Learned keys and values in front of each attention, positions.", at_least=1
+        10,
+        "Learned keys and values in front of each attention, positions.",
+        at_least=1,
+        at_most=LARGEST,
     )
     prefix_hidden_size: int = option(
-        512, "Hidden size of the MLP that produces the prefix, units.", at_least=1
+        512, "Hidden size of the MLP that produces the prefix, units.", at_least=1, at_most=LARGEST
     )
     prefix_reparameterization: str = option(
         "mlp",

@@ -21,6 +21,8 @@ from torch import nn
 from .attachment import Attachment
 from .site_types import AttentionSite, BlockSite
 
+LARGEST = 65_536  # sizes of submodules; more would be larger than the model
+
 
 def option(
     default: Any,
@@ -31,6 +33,7 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
 ) -> Any:
     """Declare one setting of UniPELT as a dataclass field.
 
@@ -42,9 +45,9 @@ def option(
         description: one or two plain sentences, with the unit.
         choices: the valid texts, if there are only a few.
         accepts: texts that UniPeltConfig takes beyond the choices offered to a run.
-        at_least, above, below: bounds of a number.
+        at_least, above, below, at_most: bounds of a number.
     """
-    bounds = {"at_least": at_least, "above": above, "below": below}
+    bounds = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     metadata: dict[str, Any] = {"description": description}
     metadata |= {"choices": tuple(choices), "accepts": tuple(accepts)}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
@@ -59,7 +62,7 @@ def invalid_option(field: dataclasses.Field[Any], value: Any) -> str | None:
     texts = rule["accepts"] or rule["choices"]
     if texts and value not in texts:
         return f"{field.name} must be one of {', '.join(texts)}; got {value!r}"
-    numeric = [name for name in ("at_least", "above", "below") if name in rule]
+    numeric = [name for name in ("at_least", "above", "below", "at_most") if name in rule]
     if not numeric:
         return None
     whole = isinstance(field.default, int) and field.type in ("int", int)
@@ -68,10 +71,12 @@ def invalid_option(field: dataclasses.Field[Any], value: Any) -> str | None:
     in_range = in_range and rule.get("at_least", value) <= value
     in_range = in_range and ("above" not in rule or rule["above"] < value < float("inf"))
     in_range = in_range and ("below" not in rule or value < rule["below"])
+    in_range = in_range and value <= rule.get("at_most", value)
     if in_range:
         return None
     if whole:
-        return f"{field.name} must be a positive whole number; got {value!r}"
+        limit = f" of at most {rule['at_most']:,}" if "at_most" in rule else ""
+        return f"{field.name} must be a positive whole number{limit}; got {value!r}"
     bounds = " and ".join(f"{name.replace('_', ' ')} {rule[name]:g}" for name in numeric)
     return f"{field.name} must be {bounds}; got {value!r}"
 

@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaleup.training.checkpoint import verify
@@ -302,13 +303,13 @@ def test_accelerate_with_several_processes_on_cpu_is_refused_in_one_line(workspa
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(workspace, tmp_path):
+    shutil.copytree(workspace / "bert", tmp_path / "bert")
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    weights["bert.embeddings.LayerNorm.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "bert" / "model.safetensors", {"format": "pt"})
     result = train(
         *overrides(
-            workspace,
-            tmp_path / "run",
-            "train.learning_rate=1e30",
-            "train.max_grad_norm=0",
-            "method=full",
+            workspace, tmp_path / "run", f"model.name={tmp_path / 'bert'}", "train.max_grad_norm=0"
         )
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr

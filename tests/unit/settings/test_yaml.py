@@ -21,8 +21,17 @@ BOMBS = {
     + "\n".join(f"  - &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]" for i in range(24)),
     "merged mappings": "a0: &a0 {x: 1}\n"
     + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 9)),
-    "keys": "? [" + ", ".join(["&a [x, x]", *(f"&{b} [*{a}, *{a}]" for a, b in
-    zip("abcdefghijklmnopqrstuvwxy", "bcdefghijklmnopqrstuvwxyz"))]) + "]\n: 1",
+    "keys": "? ["
+    + ", ".join(
+        [
+            "&a [x, x]",
+            *(
+                f"&{b} [*{a}, *{a}]"
+                for a, b in zip("abcdefghijklmnopqrstuvwxy", "bcdefghijklmnopqrstuvwxyz")
+            ),
+        ]
+    )
+    + "]\n: 1",
 }
 
 
@@ -36,9 +45,13 @@ def test_aliases_that_multiply_are_refused_at_once(tmp_path, bomb):
 
 
 def test_an_override_can_be_such_a_text_too():
-    (problem,) = problems(GLUE, "train.run_name=" + "[&a [x,x,x]" + "".join(
-        f",&{b} [*{a},*{a},*{a}]" for a, b in zip("abcdefghijkl", "bcdefghijklm")
-    ) + "]")
+    (problem,) = problems(
+        GLUE,
+        "train.run_name="
+        + "[&a [x,x,x]"
+        + "".join(f",&{b} [*{a},*{a},*{a}]" for a, b in zip("abcdefghijkl", "bcdefghijklm"))
+        + "]",
+    )
     assert problem.startswith("train.run_name: not valid YAML: its aliases")
 
 
@@ -127,7 +140,9 @@ def test_a_tag_does_not_bring_octal_numbers_back(text):
 
 @pytest.mark.parametrize("word", ["yes", "no", "on", "off", "0100", "1_000", "1:30", "2020-01-01"])
 def test_where_text_is_expected_every_word_is_text(word):
-    run = load(None, ["data.train_file=a.csv", f"data.label_column={word}", f"model.revision={word}"])
+    run = load(
+        None, ["data.train_file=a.csv", f"data.label_column={word}", f"model.revision={word}"]
+    )
     assert (run.data.label_column, run.model.revision) == (word, word)
     assert load(None, ["data.name=rte", "train.save_strategy=no"]).train.save_strategy == "no"
 
