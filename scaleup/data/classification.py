@@ -14,12 +14,12 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from scaleup.data import files
 from scaleup.data.files import Examples, Table
 from scaleup.data.glue import GLUE, load_from_hub, local_files
+from scaleup.data.labels import MISSING, NUMBER, spelling_problems
 from scaleup.data.metrics import label_metrics
 from scaleup.data.pairs import separate_pairs
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
-NUMBER = re.compile(r"(?a)[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each token that is kept
 
 
@@ -68,6 +68,8 @@ def _clean_cell(
         if NUMBER.fullmatch(label) and abs(float(label)) <= np.finfo(np.float32).max:
             return float(label), None
         return None, f"{label[:40]!r} is not a number"
+    if declared is None and label.lower() in MISSING:
+        return None, f"{label!r} stands for a missing value; leave the row out"
     valid = known or declared or [label]
     if label in valid:
         return label, None
@@ -141,6 +143,8 @@ def _load(settings: str, _state: tuple) -> Examples:
                 continue
             if known is not None:
                 known = set(part["label"])
+                if declared is None:
+                    problems += spelling_problems(table, columns["label"], part["label"])
                 labels = _class_names(known, count, declared, table.file)
             train, dev = files.choose_rows(data, count, table.file)
             if len({part["label"][row] for row in train}) < 2:
@@ -160,15 +164,18 @@ def _load(settings: str, _state: tuple) -> Examples:
         test_rows = files.choose_test_rows(data, len(parts[test_split]["label"]))
         test_set = _dataset(parts[test_split], test_rows, ids)
     default = "accuracy" if ids else "spearman"
+    train_set = _dataset(parts["train"], train, ids)
+    dev_set = _dataset(parts[dev_split], dev_rows, ids)
     return Examples(
-        train=_dataset(parts["train"], train, ids),
-        dev=_dataset(parts[dev_split], dev_rows, ids),
+        train=train_set,
+        dev=dev_set,
         test=test_set,
         labels=labels,
         metric=data.metric or (default if data.name is None else GLUE[data.name].metric),
         task=task,
         test_is_dev=test_is_dev,
         sources=sources,
+        shared=files.shared_texts(train_set, dev_set, None if test_is_dev else test_set),
     )
 
 

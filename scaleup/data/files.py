@@ -7,6 +7,7 @@ Only an absent value counts as missing.
 import csv
 import dataclasses
 import difflib
+import filecmp
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaleup.errors import ConfigError, one_line
+from scaleup.io import check_regular_file, read_bytes
 from scaleup.settings.schema import DataSettings
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -44,7 +46,9 @@ class Examples:
     sources: list[dict[str, Any]]  # per set: split, rows, and file with sha256 or hub_id with name
     references: list[list[str]] | None = None  # all targets of each source in dev and test
     prompts: list[str] | None = None  # the sources that `references` belong to
-    known: int = 0  # sources of the development set that also occur in the training set
+    # Rows of dev and test whose texts also occur in the training set, and rows of test whose texts
+    # also occur in dev, as (set, the other set) → number.
+    shared: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,17 @@ class Table:
     def place(self) -> str:
         """The setting and the file, as messages name them."""
         return f"{self.key}: {self.file}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every cell is a text, as in CSV and TSV."""
+        return os.path.splitext(self.file)[1].lower() in (".csv", ".tsv")
+
+    def rows_shown(self, rows: list[int]) -> str:
+        """Return at most three rows, counted from 1, with their lines."""
+        lines = {row: f" (line {self.lines[row]})" if self.lines else "" for row in rows[:3]}
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        return ", ".join(f"row {row + 1}{line}" for row, line in lines.items()) + more
 
 
 def _wrong_field_count(count: int, header: list[str], delimiter: str, line: int) -> str:
@@ -142,8 +157,7 @@ def read_columns(key: str, file: str) -> Table:
             f"{place} has an unknown extension; use .csv, .tsv, .jsonl, .json (lines) or .parquet"
         )
     try:
-        with open(file, "rb") as handle:
-            content = handle.read()
+        content = read_bytes(file)
         source = {"file": file, "sha256": hashlib.sha256(content).hexdigest()}
         if suffix == ".parquet":
             columns, features = _parquet(content)
@@ -176,6 +190,45 @@ def user_files(data: DataSettings) -> dict[str, tuple[str, str]]:
     """Return, per split, the setting to name in messages and the user's file."""
     files = {split: getattr(data, f"{split}_file") for split in ("train", "validation", "test")}
     return {split: (f"data.{split}_file", file) for split, file in files.items() if file}
+
+
+def identical_files(files: dict[str, tuple[str, str]]) -> list[str]:
+    """Return which files have the content of another split's file, under whatever name."""
+    problems = []
+    for split, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if split in files and other in files and _same_content(files[split][1], files[other][1]):
+            key, file = files[split]
+            known = "is trained on" if other == "train" else "picks the best checkpoint"
+            problems.append(
+                f"{key}: {file} has the same content as {files[other][1]}, which {known}; give "
+                "other examples, or leave it out"
+            )
+            break  # a third file is equal to both
+    return problems
+
+
+def _same_content(file: str, other: str) -> bool:
+    try:
+        for path in (file, other):
+            check_regular_file(path)
+        return filecmp.cmp(file, other, shallow=False)
+    except (OSError, ValueError):  # reading it reports the reason
+        return False
+
+
+def shared_texts(
+    train: datasets.Dataset, dev: datasets.Dataset, test: datasets.Dataset | None
+) -> dict[tuple[str, str], int]:
+    """Return how many rows of one set have texts that also occur in another (`Examples.shared`)."""
+    sets = {"train": train, "dev": dev} | ({} if test is None else {"test": test})
+    roles = [role for role in ("text", "text_pair") if role in train.column_names]
+    rows = {name: list(zip(*(part[role][:] for role in roles))) for name, part in sets.items()}
+    counts = {}
+    for name, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
+        if name in rows:
+            known = set(rows[other])
+            counts[name, other] = sum(row in known for row in rows[name])
+    return counts
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> str:
@@ -217,17 +270,14 @@ def clean_columns(
         cells = table.columns[column]
         cells = cells.to_pylist() if isinstance(cells, pa.ChunkedArray) else cells
         values[role] = []
-        bad: dict[str, list[str]] = {}
+        bad: dict[str, list[int]] = {}
         for row, cell in enumerate(cells):
             value, problem = clean(cell, role)
             values[role].append(value)
             if problem is not None:
-                line = f" (line {table.lines[row]})" if table.lines else ""
-                bad.setdefault(problem, []).append(f"row {row + 1}{line}")
+                bad.setdefault(problem, []).append(row)
         for problem, rows in list(bad.items())[:5]:
-            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-            shown = ", ".join(rows[:3]) + more
-            problems.append(f"{table.place}, {shown}, column {column}: {problem}")
+            problems.append(f"{table.place}, {table.rows_shown(rows)}, column {column}: {problem}")
     if problems or not all(values.values()):
         raise ConfigError(problems or f"{table.place} has no rows")
     return values

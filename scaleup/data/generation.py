@@ -115,10 +115,13 @@ def _load(settings: str, _state: tuple) -> Examples:
     test_sources = list(test_groups)
     kept = [test_sources[row] for row in files.choose_test_rows(data, len(test_sources))]
     test_groups = {source: test_groups[source] for source in kept}
+    train_set = datasets.Dataset.from_dict({"text": list(texts), "target": list(targets)})
+    dev_set = _scored(dev_groups, 0)
+    test_set = _scored(test_groups, len(dev_groups)) if test_groups else None
     return Examples(
-        train=datasets.Dataset.from_dict({"text": list(texts), "target": list(targets)}),
-        dev=_scored(dev_groups, 0),
-        test=_scored(test_groups, len(dev_groups)) if test_groups else None,
+        train=train_set,
+        dev=dev_set,
+        test=test_set,
         labels=None,
         metric=data.metric or ("bleu" if data.task == "seq2seq" else "loss"),
         task=data.task or "seq2seq",
@@ -126,7 +129,7 @@ def _load(settings: str, _state: tuple) -> Examples:
         sources=sources,
         references=[*dev_groups.values(), *test_groups.values()],
         prompts=[*dev_groups, *test_groups],
-        known=len(dev_groups.keys() & set(texts)),
+        shared=files.shared_texts(train_set, dev_set, test_set),
     )
 
 

@@ -12,6 +12,7 @@ from transformers import (
 
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
+from scaleup.data.files import identical_files
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.schema import DataSettings
@@ -50,9 +51,15 @@ def generation(data: DataSettings, metric: str) -> dict[str, int] | None:
 def check(sections: dict[str, Section]) -> list[str]:
     """Return what is wrong with the data files of a config. Data on the hub is not read."""
     data = sections.get("data")
-    if isinstance(data, DataSettings) and "train" in of(data).module.source_files(data):
-        try:
-            of(data).module.load(data)
-        except ConfigError as error:
-            return error.problems
-    return []
+    if not isinstance(data, DataSettings):
+        return []
+    module = of(data).module
+    sources = module.source_files(data)
+    if "train" not in sources:
+        return []
+    problems = []
+    try:
+        module.load(data)
+    except ConfigError as error:
+        problems += error.problems
+    return problems + identical_files(sources)

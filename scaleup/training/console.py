@@ -35,11 +35,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         f" {counts['stored']:,} ({counts['stored_percent']:.2f}%), head {counts['head']:,}{frozen}",
         _data_line(settings, examples),
     ]
-    if examples.known:
-        lines.append(
-            f"note: {examples.known} of dev's texts are in train too, with other targets; give"
-            " data.validation_file to keep them apart"
-        )
+    if shared := _shared_line(settings, examples):
+        lines.append(shared)
     if examples.task == "regression":
         lines.append(_label_line(settings, examples))
     return [
@@ -62,6 +59,22 @@ def _data_line(settings: Settings, examples: Examples) -> str:
         f"data       train {len(examples.train)}{rows}, dev {len(examples.dev)}, test {test}{once};"
         f" metric {examples.metric}"
     )
+
+
+def _shared_line(settings: Settings, examples: Examples) -> str | None:
+    """Return a note about texts that occur in several sets, if there are any."""
+    sizes = {"dev": len(examples.dev), "test": len(examples.test or ())}
+    parts = [
+        f"{count} of {sizes[name]} {name} rows have texts that are in {other} too"
+        for (name, other), count in examples.shared.items()
+        if count
+    ]
+    if not parts:
+        return None
+    cut = examples.shared["dev", "train"] and settings.data.validation_file is None
+    cut = cut and settings.data.name is None
+    advice = "; give data.validation_file to keep dev apart" if cut else ""
+    return f"note: {', '.join(parts)}{advice}"
 
 
 def _label_line(settings: Settings, examples: Examples) -> str:

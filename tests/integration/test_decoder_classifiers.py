@@ -19,11 +19,13 @@ from tests.utils.decoders import PAIRS, make_decoder, write_pairs
 
 
 def train(folder: pathlib.Path, *more: str) -> dict:
-    """Train in `folder`/run on pairs.jsonl, which is also the development set."""
+    """Train in `folder`/run on pairs.jsonl; its rows in another order are the development set."""
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "dev.jsonl").write_text("".join(reversed(lines)))
     words = [
         f"model.name={folder / 'model'}",
         f"data.train_file={folder / 'pairs.jsonl'}",
-        f"data.validation_file={folder / 'pairs.jsonl'}",
+        f"data.validation_file={folder / 'dev.jsonl'}",
         "data.text_pair_column=other",
         "data.max_length=32",
         f"train.output_dir={folder / 'run'}",

@@ -147,7 +147,7 @@ def recipe(folder, name: str) -> list[str]:
         str(ROOT / "configs" / f"{name}.yaml"),
         f"model.name={folder / family}",
         f"data.train_file={folder / file}.jsonl",
-        f"data.test_file={folder / file}.jsonl",
+        f"data.test_file={folder / file}_test.jsonl",
         "data.dev_size=16",
         "data.max_length=40",
         f"train.output_dir={folder / name}",

@@ -111,14 +111,15 @@ def add_writer(folder: pathlib.Path, family: str, **changes) -> None:
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words[8:], k=draw.randint(2, 6))) for _ in range(120)]
     rows = [{"text": text, "target": text.split()[1]} for text in texts]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chats = [
         [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["target"]}]
         for row in rows
     ]
-    (folder / "chats.jsonl").write_text(
-        "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
-    )
+    for name, content in (("pairs", rows), ("chats", [{"messages": chat} for chat in chats])):
+        lines = [json.dumps(row) + "\n" for row in content]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        # The same rows in another order: a test file that is a copy would be refused.
+        (folder / f"{name}_test.jsonl").write_text("".join(reversed(lines)))
 
 
 def writing(
@@ -129,7 +130,7 @@ def writing(
         f"model.name={folder / family}",
         f"data.task={task}",
         f"data.train_file={folder / file}.jsonl",
-        f"data.test_file={folder / file}.jsonl",
+        f"data.test_file={folder / file}_test.jsonl",
         "data.k=64",
         "data.dev_size=24",
         f"train.output_dir={out}",

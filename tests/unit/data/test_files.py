@@ -222,7 +222,7 @@ def test_pandas_categories_and_gaps_in_integers_are_read(in_tmp):
 
 
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeypatch):
-    fields = {"train_file": write_csv("t.csv"), "validation_file": write_csv("v.csv")}
+    fields = {"train_file": write_csv("t.csv"), "validation_file": write_csv("v.csv", ROWS[:3])}
     read = []
     monkeypatch.setattr(
         data.files,

@@ -123,13 +123,13 @@ def test_a_sampled_test_set_keeps_all_references_of_its_sources(write):
 
 def test_sources_of_dev_that_are_in_train_too_are_counted(write):
     rows = pairs(*((source, target) for source in "abcd" for target in "xyz"))
-    assert load(settings(write(rows), "seq2seq", k=6, dev_size=6)).known > 0
+    assert load(settings(write(rows), "seq2seq", k=6, dev_size=6)).shared["dev", "train"] > 0
     assert (
         load(
             settings(
                 write(rows), "seq2seq", k=6, validation_file=write(pairs(("e", "x")), "dev.jsonl")
             )
-        ).known
+        ).shared["dev", "train"]
         == 0
     )
 

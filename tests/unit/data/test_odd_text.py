@@ -71,7 +71,7 @@ def test_odd_text_arrives_as_it_was_written(in_tmp, kind):
             f"{quoted(text)}{comma}{label}" for text, label in zip(texts, labels)
         ]
         write(name, mark + "".join(line + end for line in lines))
-    assert problems(train_file=name, validation_file=name) == []
+    assert problems(train_file=name, dev_size=2) == []
     assert data.load(settings(train_file=name, validation_file=name)).train["text"][:] == texts
 
 
