@@ -32,6 +32,7 @@ from benchmarks.cases import ROOT, argument_parser, command, write_result
 from scaleup.backbone import weights
 from scaleup.settings import schema
 from scaleup.training import checkpoint
+from scaleup.training.manifest import Manifest
 from scaleup.unipelt.config import UniPeltConfig
 from tests.utils.workspace import environment
 
@@ -198,7 +199,7 @@ def save_large_checkpoint(
     adapted.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (folder.parent / "config.yaml").write_text(schema.to_yaml(settings))
-    manifest = checkpoint.Manifest(
+    manifest = Manifest(
         method=settings.dump()["method"],
         backbone={
             "name": str(base),

@@ -17,6 +17,10 @@ class ConfigError(ScaleupError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class PermissionMissing(ConfigError):
+    """A run folder asks to execute code that the user has not allowed on the command line."""
+
+
 class CheckpointError(ScaleupError, ValueError):
     """A folder is not a complete, unaltered checkpoint."""
 

@@ -56,6 +56,24 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(part, path)
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    Raises:
+        ValueError: it holds none. The message says why.
+        OSError: the file cannot be read, or is no regular file.
+    """
+    try:
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except (ValueError, RecursionError):  # the latter for values that are nested too deeply
+        raise ValueError("not valid JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a mapping")
+    return content
+
+
 def hold(
     folder: pathlib.Path, holder: str = "train.output_dir: another run", lock: str = LOCK
 ) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from scaleup.backbone import loading, precision
 from scaleup.backbone.sharded import set_values, whole_shape
+from scaleup.backbone.weights import tensor_files
 from scaleup.errors import CheckpointError, one_line
 from scaleup.settings.schema import MethodSettings, Settings
 from scaleup.unipelt.config import UniPeltConfig
@@ -113,7 +114,7 @@ def load_run_model(
 def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
     """Load the trained tensors of a checkpoint, also into a backbone that ZeRO-3 has sharded."""
     state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in tensor_files(folder):
         state |= load_file(path)
     try:
         if isinstance(model, PeftModel):

@@ -55,6 +55,11 @@ class Weights:
         return None
 
 
+def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of a checkpoint that hold its trained tensors."""
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+
+
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the weight files of a model folder; safetensors are preferred."""
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

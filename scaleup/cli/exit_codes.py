@@ -7,14 +7,17 @@
 | 1 | the command could not finish; what it saved before remains |
 | 2 | the config, the data or an argument must change |
 | 130 | interrupted (Ctrl-C) |
+| 128 + number | a signal ended `export`; nothing was kept |
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from scaleup.errors import ConfigError, Preempted, ScaleupError
+from scaleup.errors import CheckpointError, ConfigError, Preempted, ScaleupError
 
 DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
 # These commands only read the files that they are given, so a bad path is the user's to change.
@@ -24,6 +27,38 @@ OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE}
 def stopped_code() -> int:
     """Return the exit code of a command that was stopped from outside and has saved its state."""
     return int(os.environ.get("SCALEUP_EXIT_STOPPED", DONE))
+
+
+class Stopped(BaseException):
+    """A signal ended a command that has nothing to save."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def raise_on(*numbers: int) -> Iterator[None]:
+    """Raise Stopped when one of these signals arrives inside the block, and ignore later ones.
+
+    So nothing interrupts the removal of temporary files. SIGINT raises KeyboardInterrupt. Signals
+    that the process ignores, as SIGHUP after `nohup`, stay ignored.
+    """
+    before = {number: signal.getsignal(number) for number in numbers}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def stop(number: int, frame: object) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+    for number in handled:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 def run_command(
@@ -48,7 +83,7 @@ def run_command(
         return stopped_code()
     except ScaleupError as error:
         _print_error(str(error))
-        return FAILED
+        return MUST_CHANGE if isinstance(error, CheckpointError) else FAILED
     except OSError as error:
         path = f": {error.filename}" if error.filename else ""
         _print_error(f"{error.strerror or error}{path}")

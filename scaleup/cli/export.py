@@ -11,17 +11,20 @@ DIR/export.json holds the measurements: logits, metric, agreement, sizes, times 
 mean and spread of every gate. The command needs no GPU and no other process.
 
 Exit codes: 0 done; 1 the export failed its verification or lost more than --max-metric-drop, and
-nothing was kept; 2 an argument must change; 130 interrupted.
+nothing was kept; 2 an argument or the checkpoint must change; 130 interrupted; 143 stopped by
+SIGTERM, 129 by SIGHUP, and nothing was kept.
 """
 
 import argparse
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaleup.cli.exit_codes import DONE
+from scaleup.cli.config import add_trust_argument
+from scaleup.cli.exit_codes import DONE, Stopped, raise_on
 from scaleup.errors import ConfigError
 from scaleup.io import parse_bytes
 
@@ -66,12 +69,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--max-shard-size", metavar="2GB", help=shard)
     drop = "largest loss of the metric, in points of 100 (default: 1.0)"
     add("--max-metric-drop", type=float, metavar="POINTS", help=drop)
+    add_trust_argument(parser)
     verify = "load the export in a new process, compare its logits and score it"
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help=verify)
 
 
 def run(options: argparse.Namespace) -> int:
     """Export, and print what was measured. Returns the exit code."""
+    try:
+        with raise_on(signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            return _run(options)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; nothing was kept", file=sys.stderr)
+        return 128 + stopped.number
+
+
+def _run(options: argparse.Namespace) -> int:
     # Of the processes that `accelerate launch` starts, one is enough.
     if os.environ.get("RANK", "0") != "0":
         return DONE

@@ -12,6 +12,7 @@ change; 130 interrupted.
 import argparse
 from pathlib import Path
 
+from scaleup.cli.config import add_trust_argument
 from scaleup.cli.exit_codes import DONE
 from scaleup.errors import ConfigError
 
@@ -35,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default: dev, if best/ exists)"
     )
     add("--data", metavar="SET", help=data)
+    add_trust_argument(parser)
     bench = "table4: files of `scaleup bench`, or their folder (default: results/bench)"
     add("--bench", action="append", metavar="PATH", help=bench)
     output = "folder to write to (default: report/ in the first folder, or TABLE/report/)"
@@ -49,11 +51,12 @@ def run(options: argparse.Namespace) -> int:
     hide_progress_bars()
     of_gates = options.name == "gates"
     idle = {"runs": of_gates, "run": not of_gates, "data": not of_gates}
+    idle["trust_remote_code"] = not of_gates
     idle["bench"] = options.name != "table4"
     problems = [
-        f"--{key}: has no effect on {options.name}; leave it out"
+        f"--{key.replace('_', '-')}: has no effect on {options.name}; leave it out"
         for key, has_no_effect in idle.items()
-        if getattr(options, key) is not None and has_no_effect
+        if getattr(options, key) not in (None, False) and has_no_effect
     ]
     if of_gates and not options.run:
         problems.append("--run: which run? give its folder")
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     folders = options.run if of_gates else options.runs or [report.RUNS[options.name]]
     output = options.output or report.default_output(folders[0])
     if of_gates:
-        lines = gates.report(folders, options.data, output)
+        lines = gates.report(folders, options.data, output, options.trust_remote_code)
     else:
         lines = report.report(options.name, folders, output, options.bench or [report.BENCH])
     print(*lines, sep="\n")

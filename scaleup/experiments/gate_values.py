@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.method import load_run_model
+from scaleup.backbone.method import complete_config, load_run_model
 from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
@@ -29,10 +29,9 @@ from scaleup.errors import CheckpointError, ConfigError
 from scaleup.experiments.runs import Run
 from scaleup.settings.loading import override
 from scaleup.settings.schema import DataSettings, Settings
-from scaleup.settings.schema import load as load_config
 from scaleup.training import checkpoint
 from scaleup.training.callbacks import GateStatistics
-from scaleup.training.preflight import model_folder
+from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.gate import LearnedGate, pool
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -128,15 +127,17 @@ def from_results(run: Run, name: str) -> Gates:
     return Gates(_title(run, name), mean, std)
 
 
-def from_pass(run: Run, name: str, which: str) -> Gates:
+def from_pass(run: Run, name: str, which: str, trusted: bool = False) -> Gates:
     """Load a run's best checkpoint and compute the gates of each example.
 
     Args:
         run: a run with learned gates whose folder still has best/.
         name: the run's name in the title.
         which: train, dev or test of the run's data, or a file with the same columns.
+        trusted: whether code that comes with the backbone may run, if the run's config asks for it.
 
     Raises:
+        PermissionMissing: the run's config asks for it, and `trusted` is False.
         ConfigError: if the checkpoint, the backbone or the data are missing or do not fit, or if
             the task is not classification or regression.
     """
@@ -149,16 +150,16 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             "(a sweep keeps best/ with keep: best)"
         )
     overrides = [override("train.output_dir", folder)]
-    settings = load_config(str(folder / "config.yaml"), overrides, checks=[model_folder])
+    try:
+        manifest = checkpoint.verify(folder / "best")
+        settings = load_trained(folder / "config.yaml", manifest, overrides, trusted)
+    except CheckpointError as error:
+        raise ConfigError(f"--run: {error}") from None
     if tasks.of(settings.data).writes:
         raise ConfigError(
             f"--run: {folder}: classes and examples are for classification and regression, not "
             f"{settings.data.resolved_task}"
         )
-    try:
-        manifest = checkpoint.verify(folder / "best")
-    except CheckpointError as error:
-        raise ConfigError(f"--run: {error}") from None
     trained_on, config = manifest.backbone, backbone.load_config(settings.model)
     if backbone.fingerprint(settings.model, config) != trained_on["fingerprint"]:
         raise ConfigError(
@@ -175,6 +176,11 @@ def from_pass(run: Run, name: str, which: str) -> Gates:
             "--data"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    complete_config(settings, config, auto, labels)
+    try:
+        checkpoint.check_adapter_tensors(folder / "best", manifest, settings, config, auto)
+    except CheckpointError as error:
+        raise ConfigError(f"--run: {error}") from None
     model = load_run_model(settings, config, auto, labels, device, adapter=folder / "best").eval()
     chosen = getattr(examples, split)
     values = _values(model, settings, tokenizer, examples, split)

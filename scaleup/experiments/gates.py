@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, PermissionMissing
 from scaleup.experiments.gate_values import Gates, from_pass, from_results
 from scaleup.experiments.plots import Heat, draw_heats
 from scaleup.experiments.results import read
@@ -20,7 +20,9 @@ EXTREMES = 5  # examples to show at each end
 PICTURED = 40  # examples in the heat map
 
 
-def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> list[str]:
+def report(
+    paths: Sequence[str], which: str | None, output: pathlib.Path, trusted: bool = False
+) -> list[str]:
     """Write a report on the gates of runs; return the lines to print.
 
     The report is gates.md, gates.csv and gates.png. With the gates of examples it also has
@@ -32,6 +34,7 @@ def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> lis
         which: train, dev, test or a file. None: the development set if the run's best checkpoint,
             backbone and data still exist, else the statistics that the run wrote.
         output: the folder to write into.
+        trusted: whether code that comes with a backbone may run, if the run's config asks for it.
 
     Raises:
         ConfigError: with what is wrong with the runs or the data.
@@ -49,7 +52,9 @@ def report(paths: Sequence[str], which: str | None, output: pathlib.Path) -> lis
     for run in runs:
         name = str(run.folder) if ambiguous else run.folder.name
         try:
-            collected.append(from_pass(run, name, which or "dev"))
+            collected.append(from_pass(run, name, which or "dev", trusted))
+        except PermissionMissing:
+            raise
         except ConfigError as error:
             if which is not None or not run.results["gates"]:
                 raise

@@ -20,13 +20,13 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleup import __version__, io
 from scaleup.backbone import loading, weights
 from scaleup.backbone.method import complete_config
 from scaleup.data import tasks
-from scaleup.errors import ConfigError, ExportError
+from scaleup.errors import CheckpointError, ConfigError, ExportError, PermissionMissing, one_line
 from scaleup.export import fold
 from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
@@ -35,17 +35,18 @@ from scaleup.export.measure import peak_mib
 from scaleup.export.report import Calibration, Export, ExportOptions, ExportReport, GateReport
 from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
-from scaleup.settings import schema
 from scaleup.settings.loading import override
-from scaleup.settings.schema import MethodSettings, Settings
+from scaleup.settings.schema import Settings
 from scaleup.training.checkpoint import (
-    Manifest,
+    check_adapter_tensors,
     commit_checkpoint,
     create_staging_folder,
+    describe_file,
     staging_folder,
     verify,
 )
-from scaleup.training.preflight import model_folder
+from scaleup.training.manifest import ALTERED, Manifest
+from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -70,14 +71,13 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
     staging = staging_folder(options.output)
     if staging.is_dir():  # of an export that is still running, or was killed
         io.hold(staging, "--output: another export", lock="")
-    staging = create_staging_folder(options.output)
-    io.hold(staging, "--output: another export", lock="")
     try:
+        staging = create_staging_folder(options.output)
+        io.hold(staging, "--output: another export", lock="")
         auto = tasks.of(settings.data).auto
         complete_config(settings, config, auto, manifest.labels)
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.checkpoint, trust_remote_code=settings.model.trust_remote_code
-        )
+        check_adapter_tensors(options.checkpoint, manifest, settings, config, auto)
+        tokenizer = _load_tokenizer(options)
         loading.share_pad_token(str(options.checkpoint), tokenizer, config, auto)
         adapter, tensors = fold.read_checkpoint(options.checkpoint)
         export = Export(options, settings, manifest, config, tokenizer, adapter, tensors, say)
@@ -111,17 +111,11 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
         )
     if problems:
         raise ConfigError(problems)
+    _check_manifest(checkpoint, Manifest.read(checkpoint))
     manifest = verify(checkpoint)
-    _check_manifest(checkpoint, manifest)
     overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
-    settings = schema.load(str(path), overrides, checks=[model_folder])
-    method = MethodSettings.model_validate(manifest.method)
-    trained = settings.model_copy(update={"method": method})
-    if settings.dump()["method"] != trained.dump()["method"]:
-        raise ConfigError(
-            f"--config: {path} has another method than {checkpoint}; give the config.yaml of the "
-            "run that wrote the checkpoint"
-        )
+    settings = load_trained(path, manifest, overrides, options.trust_remote_code)
+    _check_tokenizer_code(options)
     own_file = options.calibrate not in ("dev", "test")
     if options.kind == "merged" and own_file and settings.data.name is not None:
         raise ConfigError(
@@ -162,6 +156,30 @@ def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:
         )
 
 
+def _check_tokenizer_code(options: ExportOptions) -> None:
+    """Raise PermissionMissing if the checkpoint's tokenizer asks to run code of its own."""
+    path = options.checkpoint / "tokenizer_config.json"
+    try:
+        asks = path.is_file() and "auto_map" in io.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {ALTERED}") from None
+    if asks and not options.trust_remote_code:
+        raise PermissionMissing(
+            f"--trust-remote-code: {path} asks to run Python code (auto_map); give this flag if "
+            "you trust that code"
+        )
+
+
+def _load_tokenizer(options: ExportOptions) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's tokenizer. If it is damaged, raise CheckpointError."""
+    folder, trusted = options.checkpoint, options.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # the library tokenizers has no class for its errors
+        problem = f"its tokenizer cannot be loaded ({one_line(error, 200)})"
+        raise CheckpointError(f"{folder}: {problem}; {ALTERED}") from None
+
+
 def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> ExportReport:
     """Write an export into the staging folder, verify it and commit it."""
     options, manifest = export.options, export.manifest
@@ -190,9 +208,7 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
         folded = fold.fold(export.adapter, export.tensors, *sites, gates, frozenset(dropped))
         writer = FolderWriter(empty, folded, export.dtype, staging)
         size = _write_folder(export, writer)
-    for path in options.checkpoint.iterdir():
-        if path.is_file() and TOKENIZER.fullmatch(path.name):
-            shutil.copy2(path, staging / path.name)
+    _copy_tokenizer(options.checkpoint, staging, manifest)
     report = _report(export, size, writer, calibration)
     if options.verify and evaluation is not None and before is not None:
         export.say("loading the export in a new process")
@@ -204,8 +220,20 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared in the meantime; nothing was kept")
     manifest = dataclasses.replace(manifest, export=options.kind)
-    commit_checkpoint(staging, options.output, {}, manifest)
+    try:
+        commit_checkpoint(staging, options.output, {}, manifest)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
     return report
+
+
+def _copy_tokenizer(checkpoint: pathlib.Path, staging: pathlib.Path, manifest: Manifest) -> None:
+    """Copy the tokenizer files that the manifest lists, without code of a tokenizer."""
+    for name, entry in manifest.files.items():
+        if TOKENIZER.fullmatch(name) and not name.endswith(".py"):
+            shutil.copyfile(checkpoint / name, staging / name)
+            if describe_file(staging / name) != entry:
+                raise CheckpointError(f"{checkpoint}: {name} changed during the export")
 
 
 def _write_adapter(export: Export, staging: pathlib.Path) -> int:
@@ -221,8 +249,14 @@ def _write_folder(export: Export, writer: FolderWriter) -> int:
     model, output = export.settings.model, export.options.output
     files = weights.checkpoint_folder(model.name, model.revision)
     writer.write_config(export.auto.__name__)
-    if (files / "generation_config.json").is_file():
-        shutil.copy2(files / "generation_config.json", writer.folder)
+    generation = files / "generation_config.json"
+    if generation.is_file():  # parsed, because a link in a foreign folder may lead anywhere
+        try:
+            io.write_json(writer.folder / generation.name, io.read_json(generation))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.name: {generation} is {error}; restore or remove it"
+            ) from None
     export.say(f"writing {output} from {files}, shard by shard")
     try:
         return writer.write_weights(files, export.options.max_shard_bytes)
@@ -247,7 +281,7 @@ def _report(
 ) -> ExportReport:
     """Return the report of an export that is not verified yet; `size`: bytes of the weights."""
     checkpoint = export.options.checkpoint
-    files = checkpoint.glob("*.safetensors")
+    files = weights.tensor_files(checkpoint)
     return ExportReport(
         kind=export.options.kind,
         checkpoint=str(checkpoint),

@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 
+from scaleup.backbone.weights import tensor_files
 from scaleup.unipelt.attachment import SiteGates
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.exported import specification
@@ -51,7 +52,7 @@ def read_checkpoint(folder: pathlib.Path) -> tuple[UniPeltConfig, dict[str, torc
     config: Any = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, UniPeltConfig), type(config)
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in tensor_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the file is no mapping)
                 tensors[name.removeprefix(PEFT_PREFIX)] = file.get_tensor(name)

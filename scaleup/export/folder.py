@@ -21,6 +21,7 @@ from scaleup.export.fold import Folded
 from scaleup.unipelt import exported
 
 CODE = "modeling_unipelt"
+CODE_ENTRIES = ("auto_map", "custom_pipelines")  # entries of config.json that name Python code
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 MODELLING_CODE = '''\
@@ -107,10 +108,14 @@ class FolderWriter:
             auto: name of transformers' AutoModelFor… class of the task.
         """
         config = self.model.config
+        # The classes of transformers need no other code. With such an entry, people who load the
+        # export with trust_remote_code=True would run code that the backbone's folder names.
+        is_own_class = type(self.model).__module__.startswith("transformers.")
+        left_out = {"quantization_config", *(CODE_ENTRIES if is_own_class else ())}
         values: dict[str, Any] = {
             key: value
             for key, value in config.to_dict().items()
-            if not key.startswith("_") and key != "quantization_config"
+            if not key.startswith("_") and key not in left_out
         }
         name, config_name = type(self.model).__name__, type(config).__name__
         values |= {"architectures": [name], "dtype": str(self.dtype).removeprefix("torch.")}
@@ -193,6 +198,11 @@ class FolderWriter:
                 raise ValueError(
                     f"{name} is neither in {source} nor in the checkpoint, so that is not the "
                     "backbone that was trained on"
+                )
+            if name in self.tensors and tensor.shape != self.tensors[name].shape:
+                raise ValueError(
+                    f"{name} has the shape {list(tensor.shape)}, and the model needs "
+                    f"{list(self.tensors[name].shape)}"
                 )
             if tensor.is_floating_point():
                 tensor = tensor.to(self.added_dtype if name in self.added else self.dtype)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleup.data import tasks
 from scaleup.settings.schema import Settings
-from scaleup.training.checkpoint import Manifest
+from scaleup.training.manifest import Manifest
 from scaleup.unipelt.config import UniPeltConfig
 
 
@@ -22,6 +22,7 @@ class ExportOptions:
         kind: "exact", "standalone" or "merged".
         calibrate: "dev", "test" or a file with the columns of the run's data.
         max_shard_bytes: largest size of a weights file.
+        trust_remote_code: allow code that comes with the backbone, if the run's config asks for it.
     """
 
     checkpoint: pathlib.Path
@@ -36,6 +37,7 @@ class ExportOptions:
     max_shard_bytes: int = 2 * 10**9
     verify: bool = True
     max_metric_drop: float = 1.0
+    trust_remote_code: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

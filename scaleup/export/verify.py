@@ -1,11 +1,14 @@
 """Compares a trained model with its export, each in its own process, over the same batches."""
 
-import json
+import contextlib
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +19,12 @@ from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.data.pairs import separate_pairs
-from scaleup.errors import ConfigError, ExportError
+from scaleup.errors import CheckpointError, ConfigError, ExportError
 from scaleup.export import measure
 from scaleup.export.calibrate import Place, TrainedJob, TrainedMeasurements
 from scaleup.export.measure import FolderJob, Job, Measurements
 from scaleup.export.report import Export, ExportOptions, Metric, Proof
+from scaleup.io import read_json
 from scaleup.settings import schema
 from scaleup.unipelt.submodule import Gates
 
@@ -37,6 +41,25 @@ M = TypeVar("M", bound=Measurements)
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a name such as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Handle the signals that end an export at the end of the block, if they arrive inside it."""
+    arrived: list[int] = []
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    handlers = {n: h for n in numbers if callable(h := signal.getsignal(n))}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}  # only the main thread may set handlers, and Python runs them there
+    for number in handlers:
+        signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            os.kill(os.getpid(), number)
 
 
 class Evaluation:
@@ -64,6 +87,7 @@ class Evaluation:
         self.examples = self.module.tokenize(texts, self.tokenizer, data)
         if chosen == "test" and self.examples.test is None:
             raise ConfigError("--calibrate: the run has no test data; use dev or a file")
+        self.run_score = _run_score(self.options, self.examples.metric)
         rows = self.examples.test if chosen == "test" else self.examples.dev
         collate = self.module.collator(self.tokenizer, data)
         self.batches: list[dict[str, torch.Tensor]] = [
@@ -126,16 +150,24 @@ class Evaluation:
         path.write_text(job.to_json(), encoding="utf-8")
         # The process runs in the current folder, because paths of the run may be relative to it.
         module_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.run(
-            [sys.executable, *command, str(path)],
-            env=os.environ | {"PYTHONPATH": module_path},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        process = None
+        try:
+            with _deferred_signals():  # else a child that was just started could be lost
+                process = subprocess.Popen(
+                    [sys.executable, *command, str(path)],
+                    env=os.environ | {"PYTHONPATH": module_path},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                )
+            _, output = process.communicate()
+        finally:
+            if process is not None:
+                process.kill()
+                process.wait()
         if process.returncode:
-            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            lines = [line for line in output.splitlines() if line.strip()]
             killed = f"exit code {process.returncode}, maybe because memory ran out"
             raise ExportError(f"{name} failed: {(lines or [killed])[-1][:500]}")
         return result.load(job.output)
@@ -237,7 +269,7 @@ def verify_export(
         )
     name = evaluation.examples.metric
     scores = evaluation.score(before), evaluation.score(after)
-    _check_run_score(options, name, scores[0])
+    _check_run_score(evaluation, name, scores[0])
     _check_drop(options, name, *scores)
     differences = (after.logits - before.logits).abs()
     measured: dict[str, Measurements] = {"before": before, "after": after}
@@ -255,24 +287,29 @@ def verify_export(
     )
 
 
-def _check_run_score(options: ExportOptions, name: str, score: float) -> None:
-    """Raise ExportError if the trained model scores differently than at the end of its run.
+def _run_score(options: ExportOptions, name: str) -> float | None:
+    """Return the run's own score of the checkpoint in points, or None if it has none.
 
     Only `best` was scored by the run. A run's loss is a mean over batches and cannot be compared.
     """
-    results = options.checkpoint.parent / "results.json"
-    if (
-        options.calibrate != "dev"
-        or options.checkpoint.name != "best"
-        or not results.is_file()
-        or name == "loss"
-    ):
-        return
-    run_score = 100 * json.loads(results.read_text(encoding="utf-8"))["dev"][name]
-    if abs(score - run_score) > SAME_SCORE:
+    path = options.checkpoint.parent / "results.json"
+    is_best = options.calibrate == "dev" and options.checkpoint.name == "best"
+    if not is_best or not path.is_file() or name == "loss":
+        return None
+    try:
+        return 100 * float(read_json(path)["dev"][name])
+    except (ValueError, KeyError, TypeError):
+        advice = "remove it to export without a comparison with the run's score"
+        raise CheckpointError(f"{path} is damaged; {advice}") from None
+
+
+def _check_run_score(evaluation: Evaluation, name: str, score: float) -> None:
+    """Raise ExportError if the trained model scores differently than at the end of its run."""
+    run_score = evaluation.run_score
+    if run_score is not None and abs(score - run_score) > SAME_SCORE:
         raise ExportError(
-            f"{options.checkpoint} scores {score:.2f} {name} now and {run_score:.2f} in its run; "
-            "is the backbone still the one that it was trained on? Nothing was kept"
+            f"{evaluation.options.checkpoint} scores {score:.2f} {name} now and {run_score:.2f} in "
+            "its run; is the backbone still the one that it was trained on? Nothing was kept"
         )
 
 

@@ -143,16 +143,17 @@ class JsonlLogger(TrainerCallback):
 def rewind(path: pathlib.Path, step: int) -> None:
     """Remove the lines of a log after `step`, and damaged ones. A resumed run writes them again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if _step(line) <= step))
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_text(path, "".join(line.decode() for line in lines if _step(line) <= step))
 
 
-def _step(line: str) -> float:
-    """Return the step of a log line, or infinity if a killed run left only a part of it."""
+def _step(line: bytes) -> float:
+    """Return the step of a log line, or infinity if the line is cut or damaged."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line.decode("utf-8"))["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int | float) and step >= 0 else math.inf
 
 
 class ProgressBars(ProgressCallback):

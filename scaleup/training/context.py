@@ -9,8 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from scaleup.data import tasks
 from scaleup.data.files import Examples
 from scaleup.settings.schema import Settings
-from scaleup.training.checkpoint import Manifest
 from scaleup.training.distributed import World
+from scaleup.training.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,26 +4,21 @@ A run's folder has `checkpoint-N/` for the newest steps and for the best one. Na
 a dot are unfinished or being removed, and are ignored.
 """
 
-import json
 import pathlib
 import re
 import shutil
 from typing import Any
 
 from scaleup.errors import CheckpointError, ConfigError
-from scaleup.io import LOCK
+from scaleup.io import LOCK, read_json
 from scaleup.settings.schema import Settings, stored
-from scaleup.training.checkpoint import Manifest, verify
+from scaleup.training.checkpoint import verify
+from scaleup.training.console import summary
+from scaleup.training.manifest import FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
+from scaleup.training.resume_state import check_state, trainer_state
 
 NAME = re.compile(r"checkpoint-(\d+)")
-# Optimizer, schedule and order of examples depend on these settings. The other settings of the
-# section may change when a run continues.
-FIXED_IN_TRAINING = (
-    "learning_rate gate_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"
-    " weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon"
-    " per_device_train_batch_size gradient_accumulation_steps seed group_by_length"
-)
 
 
 def _number(path: pathlib.Path) -> int:
@@ -69,6 +64,11 @@ def _misfit(then: Manifest, now: Manifest) -> str | None:
     return None
 
 
+def _with_advice(error: CheckpointError, folder: pathlib.Path) -> CheckpointError:
+    advice = f"To continue from the checkpoint before it, remove {folder}"
+    return CheckpointError(f"{error}. {advice}")
+
+
 def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
     """Return the manifest of a checkpoint that a run with the manifest `now` may load.
 
@@ -77,8 +77,7 @@ def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
     try:
         then = verify(folder)
     except CheckpointError as error:
-        advice = f"To continue from the checkpoint before it, remove {folder}"
-        raise CheckpointError(f"{error}. {advice}") from None
+        raise _with_advice(error, folder) from None
     if then.backbone["fingerprint"] != now.backbone["fingerprint"]:
         raise CheckpointError(
             f"{folder}: trained on another backbone ({then.backbone['name']},"
@@ -168,6 +167,10 @@ def choose(
             " that ZeRO stage, or train.resume=weights_only: its trained weights, a new optimizer"
             " and schedule (the old run moves to before-N/)"
         )
+    try:
+        check_state(newest, now)
+    except CheckpointError as error:
+        raise _with_advice(error, newest) from None
     best = trainer_state(newest)["best_global_step"]
     if best and best != _number(newest):
         try:
@@ -179,11 +182,6 @@ def choose(
                 " or start anew in another output_dir"
             ) from None
     return newest, None
-
-
-def trainer_state(folder: pathlib.Path) -> dict[str, Any]:
-    """Return what Trainer stores beside the weights: step, best step, early stopping."""
-    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def patience_used(callbacks: dict[str, Any]) -> int:
@@ -206,10 +204,12 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
     if now != then:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        results = read_json(path)
+        summary(results, out, 0.0)  # it reads what a finished run must have
+    except (ValueError, KeyError, TypeError, AttributeError):
         advice = "remove it to score the run's checkpoints again"
         raise CheckpointError(f"{path} is damaged; {advice}") from None
+    return results
 
 
 def _numbered(out: pathlib.Path, name: re.Pattern[str]) -> list[pathlib.Path]:

@@ -41,10 +41,12 @@ from scaleup.settings.schema import Settings, to_yaml
 from scaleup.training import console, distributed, resume, watchdog
 from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
-from scaleup.training.checkpoint import Manifest
+from scaleup.training.checkpoint import check_tensors
 from scaleup.training.context import Run
 from scaleup.training.distributed import World
+from scaleup.training.manifest import Manifest, setting_hashes
 from scaleup.training.preflight import hub_structure, packing_problems
+from scaleup.training.resume_state import check_optimizer
 from scaleup.training.scoring import score
 from scaleup.training.trainer import RunTrainer
 from scaleup.unipelt.model import parameter_counts
@@ -93,6 +95,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     )
     counts = parameter_counts(model)
     trainer = _make_trainer(prepared, model, callbacks)
+    _check_checkpoint(trainer, checkpoint, old_weights)
     distributed.gather(world, None)  # all have read the old folder before anything is moved
     if prepared.writes:
         _open_folder(prepared, old_weights)
@@ -145,6 +148,7 @@ def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedC
         labels=examples.labels,
         data=data.provenance(examples),
         run={"processes": args.world_size, "zero_stage": plugin.zero_stage if plugin else 0},
+        config=setting_hashes(settings),
     )
     return Run(settings, world, shared, config, half, examples, tokenizer, args, manifest)
 
@@ -173,6 +177,18 @@ def _choose_checkpoint(run: Run) -> tuple[pathlib.Path | None, pathlib.Path | No
     with _agreed(run.world):
         choice = resume.choose(run.settings, out, run.manifest, names)
     return choice  # noqa: RET504 (mypy: the block could swallow an error)
+
+
+def _check_checkpoint(
+    trainer: RunTrainer, checkpoint: pathlib.Path | None, old_weights: pathlib.Path | None
+) -> None:
+    """Compare a checkpoint with the model and the optimizer that will load it."""
+    with _agreed(trainer.run.world):
+        folder = checkpoint or old_weights
+        if folder is not None:
+            check_tensors(folder, Manifest.read(folder), trainer.model)
+        if checkpoint is not None and trainer.parameter_groups:
+            check_optimizer(checkpoint, trainer.parameter_groups)
 
 
 def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:

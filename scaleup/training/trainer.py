@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from scaleup.backbone.sharded import whole_copies
-from scaleup.errors import RunError, one_line
+from scaleup.errors import CheckpointError, RunError, one_line
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
@@ -50,6 +50,7 @@ class RunTrainer(Trainer):
         self.since = time.perf_counter()
         self.batch = (0, 0)  # optimizer step, forward pass within it
         self.frozen_head: dict[str, torch.Tensor] = {}  # whole, while ZeRO-3 saves
+        self.parameter_groups: list[dict[str, Any]] = []  # of the optimizer, except of DeepSpeed's
         # The first bad loss, as step * BATCHES + pass.
         self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)
 
@@ -60,6 +61,10 @@ class RunTrainer(Trainer):
             self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
         else:
             self.create_optimizer_and_scheduler(1000)
+            self.parameter_groups = [
+                dict(group)
+                for group in self.optimizer.param_groups  # type: ignore[has-type]
+            ]
             self.optimizer = self.lr_scheduler = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -222,7 +227,7 @@ class RunTrainer(Trainer):
         """Call `save`. If writing fails, raise a RunError of one line."""
         try:
             save()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             if watchdog.is_lost(error):
                 raise
             cause = getattr(error, "strerror", None) or one_line(error, 200)

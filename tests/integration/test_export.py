@@ -204,7 +204,7 @@ def test_a_submodule_from_outside_of_the_package_is_refused(tmp_path, monkeypatc
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["method"]["submodules"].append("outside")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(export.schema, "load", None)  # raises TypeError if it is called
+    monkeypatch.setattr(export, "load_trained", None)  # raises TypeError if it is called
     config = OLD_FORMAT / "run" / "config.yaml"
     for kind in ("exact", "standalone", "merged"):
         refused = ExportOptions(checkpoint, kind, tmp_path / "out", config=config)

@@ -85,7 +85,7 @@ def test_arguments_of_another_shape_are_refused_with_exit_code_2(words, capsys):
         (ConfigError("train.seed: bad"), 2, "error: 1 problem:\n  - train.seed: bad\n"),
         (ConfigError(["a: 1", "b: 2"]), 2, "error: 2 problems:\n  - a: 1\n  - b: 2\n"),
         (RunError("out of memory"), 1, "error: out of memory\n"),
-        (CheckpointError("no manifest"), 1, "error: no manifest\n"),
+        (CheckpointError("no manifest"), 2, "error: no manifest\n"),
         (ExportError("logits differ"), 1, "error: logits differ\n"),
         (Preempted("stopped at step 3"), 0, "stopped at step 3\n"),
         (FileNotFoundError(2, "No such file", "x.yaml"), None, "error: No such file: x.yaml\n"),

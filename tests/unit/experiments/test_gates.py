@@ -23,6 +23,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments import gate_values, gates, results
 from scaleup.settings import schema as config
 from scaleup.training import checkpoint
+from scaleup.training.manifest import Manifest
 from scaleup.unipelt.gate import GateMoments, LearnedGate
 from tests.utils.finished_runs import leave_run, squeeze
 from tests.utils.workspace import make_workspace
@@ -100,10 +101,12 @@ def gated(tmp_path_factory) -> pathlib.Path:
             draft,
             out / "best",
             checkpoint.expected_tensors(model),
-            checkpoint.Manifest(
+            Manifest(
                 method=settings.dump()["method"],
                 backbone={
                     "name": settings.model.name,
+                    "revision": None,
+                    "quantization": "none",
                     "fingerprint": weights.fingerprint(settings.model.name, None),
                 },
                 task=examples.task,

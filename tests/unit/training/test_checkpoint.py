@@ -8,16 +8,21 @@ from safetensors.torch import load_file, save_file
 
 from scaleup.errors import CheckpointError
 from scaleup.training.checkpoint import (
-    Manifest,
     commit_checkpoint,
     create_staging_folder,
     expected_tensors,
     verify,
 )
+from scaleup.training.manifest import Manifest
 from tests.utils.tiny import adapt, backbone
 
 MANIFEST = Manifest(
-    method={}, backbone={}, task="sequence_classification", labels=["a", "b"], data=[], run={}
+    method={"name": "unipelt", "submodules": ["adapter", "prefix", "lora"]},
+    backbone={"name": "bert", "revision": None, "quantization": "none", "fingerprint": "sha256 0"},
+    task="sequence_classification",
+    labels=["a", "b"],
+    data=[],
+    run={"processes": 1, "zero_stage": 0},
 )
 
 
