@@ -36,7 +36,6 @@ from scaleup.errors import ConfigError, one_line
 from scaleup.memory.activations import Kernels, Step, trace
 from scaleup.memory.requirements import check_requirements
 from scaleup.memory.states import States, Zero, read_zero, states
-from scaleup.settings.presets import deepspeed_file
 from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import Settings
 from scaleup.unipelt.model import parameter_counts
@@ -112,7 +111,7 @@ def _stages(settings: Settings, hidden_size: int) -> dict[str, Zero]:
     """Return every preset and the config's own file by the name of its row."""
     files = dict.fromkeys([*ZERO_PRESETS, settings.train.deepspeed])
     return {
-        _stage_name(file): read_zero(deepspeed_file(file) or file, hidden_size) if file else Zero()
+        _stage_name(file): read_zero(file, hidden_size) if file else Zero()
         for file in (None, *filter(None, files))
     }
 

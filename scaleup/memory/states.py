@@ -20,9 +20,7 @@ parameters:
 """
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +31,7 @@ from scaleup.backbone.method import empty_run_model
 from scaleup.backbone.precision import backbone_dtype
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
-from scaleup.settings.presets import deepspeed_file
+from scaleup.settings.presets import read_deepspeed
 from scaleup.settings.schema import Settings
 
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter: float32 copy, two float32 moments
@@ -85,11 +83,10 @@ class States:
         return self.backbone + self.trained + self.optimizer + self.buffers
 
 
-def read_zero(path: str | os.PathLike, hidden_size: int) -> Zero:
-    """Read a DeepSpeed JSON file, with "auto" resolved as transformers does."""
+def read_zero(name: str, hidden_size: int) -> Zero:
+    """Read a DeepSpeed preset or JSON file, with "auto" resolved as transformers does."""
+    zero = read_deepspeed(name).get("zero_optimization", {})
     try:
-        with open(path, encoding="utf-8") as file:
-            zero = json.load(file).get("zero_optimization", {})
 
         def offloads(part: str) -> bool:
             return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
@@ -107,11 +104,9 @@ def read_zero(path: str | os.PathLike, hidden_size: int) -> Zero:
             persistence=number("stage3_param_persistence_threshold", 10 * hidden_size, 100_000),
             reuse_distance=number("stage3_max_reuse_distance", 10**9, 10**9),
         )
-    except OSError as error:
-        raise ConfigError(f"train.deepspeed: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = one_line(error, 200)
-        raise ConfigError(f"train.deepspeed: {path} is not a DeepSpeed config: {reason}") from None
+        raise ConfigError(f"train.deepspeed: {name} is not a DeepSpeed config: {reason}") from None
 
 
 def frozen_pieces(
@@ -256,8 +251,7 @@ def estimate(
     # Making the model draws random numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[]):
         model = empty_run_model(settings, config, tasks.of(settings.data).auto, dtype)
-    file = deepspeed_file(settings.train.deepspeed)
-    if file is None:
+    if settings.train.deepspeed is None:
         return states(model, settings.model.quantization, Zero(), world, None)
-    zero = read_zero(file, config.hidden_size)
+    zero = read_zero(settings.train.deepspeed, config.hidden_size)
     return states(model, settings.model.quantization, zero, world, half)

@@ -1,8 +1,22 @@
-"""The DeepSpeed presets of this package."""
+"""The DeepSpeed config of a run: a preset of this package, or the user's own JSON file."""
 
+import difflib
+import json
 from importlib import resources
+from typing import Any
 
+from scaleup.errors import ConfigError, one_line
+from scaleup.io import read_bytes
 from scaleup.settings.rules import ZERO_PRESETS
+
+MOST_BYTES = 256 * 1024
+# What Trainer knows. DeepSpeed refuses a file without the sizes of a batch.
+AUTOMATIC = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
 
 
 def deepspeed_file(name: str | None) -> str | None:
@@ -10,3 +24,44 @@ def deepspeed_file(name: str | None) -> str | None:
     if name not in ZERO_PRESETS:
         return name
     return str(resources.files("scaleup.settings").joinpath("deepspeed", f"{name}.json"))
+
+
+def read_deepspeed(name: str) -> dict[str, Any]:
+    """Return the DeepSpeed config that `train.deepspeed` names.
+
+    What the file leaves out and a run needs is filled in: batch sizes and data types as Trainer has
+    them, and whole weights in checkpoints under ZeRO-3.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a DeepSpeed config.
+    """
+    path = deepspeed_file(name)
+    problem = f"train.deepspeed: {path} is not a DeepSpeed config"
+    try:
+        config = json.loads(read_bytes(str(path), MOST_BYTES).decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{problem}: it is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{problem}: {one_line(error, 200)}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{problem}: it holds a {type(config).__name__}, not an object")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3) or type(stage) is not int:
+        example = '{"zero_optimization": {"stage": 2}}'
+        raise ConfigError(f"{problem}: its ZeRO stage is none of 0, 1, 2, 3; write {example}")
+    for key in config:
+        meant = difflib.get_close_matches(key, ["zero_optimization", *AUTOMATIC], n=1, cutoff=0.8)
+        if meant and key not in ("zero_optimization", *AUTOMATIC):
+            raise ConfigError(f"{problem}: unknown key {key[:40]}; did you mean {meant[0]}?")
+    config = AUTOMATIC | config
+    if not {"bf16", "bfloat16", "fp16"} & config.keys():
+        config |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    if stage == 3:
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        if not zero.get(gather, True):
+            raise ConfigError(f"{problem}: checkpoints need {gather}; leave it out")
+        config["zero_optimization"] = zero | {gather: True}
+    return config

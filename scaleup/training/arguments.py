@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
-from scaleup.settings.presets import deepspeed_file
+from scaleup.settings.presets import read_deepspeed
 from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.training.distributed import World
 
@@ -44,7 +44,7 @@ def training_arguments(
             eval_strategy=strategy,
             learning_rate=settings.learning_rate,
             bf16=half is torch.bfloat16,
-            deepspeed=deepspeed_file(train.deepspeed),
+            deepspeed=train.deepspeed and read_deepspeed(train.deepspeed),
             train_sampling_strategy="group_by_length" if group else "random",
             length_column_name="length",
             load_best_model_at_end=True,

@@ -17,7 +17,6 @@ from scaleup.backbone.lengths import length_problems
 from scaleup.data import tasks
 from scaleup.errors import one_line
 from scaleup.settings.derived import Section
-from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import (
     DataSettings,
     MethodSettings,
@@ -25,6 +24,7 @@ from scaleup.settings.schema import (
     Settings,
     TrainSettings,
 )
+from scaleup.training.deepspeed_file import deepspeed_problems
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
 from scaleup.unipelt.submodules import SUBMODULES
@@ -117,12 +117,7 @@ def training_files(sections: dict[str, Section]) -> list[str]:
     train = sections.get("train")
     if not isinstance(train, TrainSettings):
         return []
-    problems = output_folder_problems(train)
-    deepspeed = train.deepspeed
-    if deepspeed is not None and deepspeed not in ZERO_PRESETS and not os.path.isfile(deepspeed):
-        presets = ", ".join(ZERO_PRESETS)
-        problems.append(f"train.deepspeed: {deepspeed} is neither a file nor one of {presets}")
-    return problems
+    return output_folder_problems(train) + deepspeed_problems(train.deepspeed)
 
 
 def model_config(sections: dict[str, Section]) -> list[str]:

@@ -1,0 +1,116 @@
+"""DeepSpeed files of the user: what is filled in, and what is refused before a run starts."""
+
+import json
+import os
+
+import pytest
+
+from scaleup.errors import ConfigError
+from scaleup.settings.presets import deepspeed_file, read_deepspeed
+from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.training.deepspeed_file import deepspeed_problems
+
+
+def problems(folder, content) -> list[str]:
+    path = folder / "zero.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return [p.replace(str(path), "FILE") for p in deepspeed_problems(str(path))]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_plain_stage_is_completed(tmp_path, stage):
+    content = {"zero_optimization": {"stage": stage}}
+    assert problems(tmp_path, content) == []
+    config = read_deepspeed(str(tmp_path / "zero.json"))
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[key] == "auto"
+    assert config["bf16"] == config["fp16"] == {"enabled": "auto"}
+    gathers = config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
+    assert gathers == (stage == 3)
+
+
+def test_what_a_file_says_is_kept(tmp_path):
+    content = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.5,
+        "fp16": {"enabled": True},
+    }
+    assert problems(tmp_path, content) == []
+    config = read_deepspeed(str(tmp_path / "zero.json"))
+    assert config["gradient_clipping"] == 0.5 and config["fp16"] == {"enabled": True}
+    assert "bf16" not in config
+
+
+@pytest.mark.parametrize("name", ZERO_PRESETS)
+def test_presets_are_complete(name):
+    with open(str(deepspeed_file(name)), encoding="utf-8") as file:
+        assert read_deepspeed(name) == json.load(file)
+    assert deepspeed_problems(name) == []
+
+
+STAGES = 'FILE is not a DeepSpeed config: its ZeRO stage is none of 0, 1, 2, 3; write {"zero'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "FILE is not a DeepSpeed config: Expecting property name"),
+        ("", "FILE is not a DeepSpeed config: Expecting value"),
+        ("[" * 100_000, "FILE is not a DeepSpeed config: maximum recursion depth"),
+        ("[1]", "FILE is not a DeepSpeed config: it holds a list, not an object"),
+        ("null", "FILE is not a DeepSpeed config: it holds a NoneType, not an object"),
+        (" " * 300_000, "FILE cannot be read: it is larger than 256 KiB"),
+        ({"zero_optimization": {"stage": 4}}, STAGES),
+        ({"zero_optimization": {"stage": -1}}, STAGES),
+        ({"zero_optimization": {"stage": "2"}}, STAGES),
+        ({"zero_optimization": {"stage": 2.5}}, STAGES),
+        ({"zero_optimization": {"stage": 2.0}}, STAGES),
+        ({"zero_optimization": {"stage": True}}, STAGES),
+        ({"zero_optimization": {"stage": None}}, STAGES),
+        ({"zero_optimization": {"stage": [2]}}, STAGES),
+        ({"zero_optimization": []}, STAGES),
+        ({"zero_optimization": True}, STAGES),
+        ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
+        ({"train_micro_batch_size": 4}, "did you mean train_micro_batch_size_per_gpu?"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}},
+            "checkpoints need stage3_gather_16bit_weights_on_model_save; leave it out",
+        ),
+        ({"zero_optimization": {"stage": 2, "bucket": 5}}, "FILE is refused by DeepSpeed: "),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}, "refused by DeepSpeed: "),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "mars"}}},
+            "refused by DeepSpeed: ",
+        ),
+        ({"bf16": 5}, "FILE is refused by DeepSpeed: "),
+        ({"bf16": {"enabled": "x"}}, "FILE is refused by DeepSpeed: "),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "simultaneously enabled"),
+        ({"optimizer": 5}, "FILE is refused by DeepSpeed: "),
+        ({"optimizer": {"type": "Foo"}}, "unknown optimizer 'Foo'"),
+        ({"scheduler": {"type": "Foo"}}, "unknown scheduler 'Foo'"),
+        ({"activation_checkpointing": 5}, "FILE is refused by DeepSpeed: "),
+        ({"elasticity": {"enabled": True}}, "FILE is refused by DeepSpeed: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_file_that_cannot_work_is_refused_in_one_line(tmp_path, content, words, capfd):
+    (problem,) = problems(tmp_path, content)
+    assert problem.startswith("train.deepspeed: ") and words in problem
+    assert "\n" not in problem and len(problem) < 600
+    assert capfd.readouterr().out == "", "DeepSpeed prints every valid setting"
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "zero.json").write_bytes(b'{"a": "\xe9"}')
+    (problem,) = deepspeed_problems(str(tmp_path / "zero.json"))
+    assert problem.endswith("zero.json is not a DeepSpeed config: it is not UTF-8 text")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (problem,) = deepspeed_problems(str(tmp_path / "fifo"))
+    assert problem.endswith("fifo cannot be read: it is a pipe, a socket or a device, not a file")
+    assert deepspeed_problems(str(tmp_path))[0].endswith("cannot be read: Is a directory")
+    assert "is neither a file nor one of zero1" in deepspeed_problems("zero4")[0]
+    with pytest.raises(ConfigError, match="No such file"):
+        read_deepspeed("zero4")
