@@ -11,6 +11,7 @@ from typing import Any
 
 from scaleup.errors import ConfigError
 
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
 LOCK = ".lock"  # the file that a run locks in its output folder
 
 _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor
@@ -42,6 +43,12 @@ def read_bytes(path: str | os.PathLike[str], most: int | None = None) -> bytes:
     if most is not None and len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most // 1024} KiB", str(path))
     return content
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is the text that Git LFS keeps in place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_MARK)) == LFS_MARK
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 sharded."""
 
 import copy
+import pickle
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -26,9 +28,16 @@ from scaleup.unipelt.quantized import leave_out_scales
 from scaleup.unipelt.site_types import AttentionSite
 from scaleup.unipelt.sites import find_sites, head_names
 
-# What transformers raises for an unusable config.json, and for other files.
-UNREADABLE_CONFIG = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+# What transformers raises for unusable files of weights.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:
@@ -44,7 +53,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     """Load the backbone's config."""
     try:
         return AutoConfig.from_pretrained(settings.name, **_source(settings))
-    except UNREADABLE as error:
+    except Exception as error:  # transformers raises all kinds for a damaged config.json
         raise _unreadable(settings.name, error) from error
 
 
@@ -62,8 +71,9 @@ def load_tokenizer(
     name = settings.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_source(settings))
-    except (OSError, ValueError, ImportError) as error:
-        raise _unreadable(name, error) from error
+    except Exception as error:  # tokenizers raises Exception itself for a damaged file
+        problem = f"its tokenizer cannot be loaded: {type(error).__name__}: {one_line(error, 200)}"
+        raise ConfigError(f"model.name: {name}: {problem}") from error
     # Where files are missing, transformers makes an empty tokenizer that knows no word.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         advice = "save the backbone's tokenizer there"
@@ -78,6 +88,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
     share_pad_token(name, tokenizer, config, auto)
+    _check_special_tokens(name, tokenizer, config, auto)
     if auto is AutoModelForSequenceClassification and tokenizer.padding_side == "left":
         causal = _causality(config)
         if causal and all(causal):
@@ -85,6 +96,48 @@ def load_tokenizer(
             # decoder the attention to a prefix depends on them.
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     return tokenizer
+
+
+def _check_special_tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, auto: Any
+) -> None:
+    """Refuse an encoder-decoder model whose special tokens would fail in the first step.
+
+    Trainer copies the ids of the tokenizer's bos, eos and pad tokens into the model's config, also
+    those that the tokenizer lacks.
+    """
+    if not config.is_encoder_decoder:
+        return
+    eos = tokenizer.eos_token_id
+    classifies = auto is AutoModelForSequenceClassification
+    if eos is None or (classifies and eos not in tokenizer("A")["input_ids"]):
+        problem = "has no end-of-sequence token" if eos is None else "ends no text with </s>"
+        problem = problem.replace("</s>", f"its end-of-sequence token {tokenizer.eos_token}")
+        raise ConfigError(
+            f"model.name: the tokenizer of {name} {problem}, which a {config.model_type} model "
+            "needs; set its eos_token and save it"
+        )
+    cls = AutoModelForSeq2SeqLM._model_mapping.get(type(config), None)
+    aligned = copy.deepcopy(config)
+    aligned.bos_token_id, aligned.eos_token_id = tokenizer.bos_token_id, eos
+    aligned.pad_token_id = tokenizer.pad_token_id
+    if cls is None or not hasattr(cls, "prepare_decoder_input_ids_from_labels"):
+        return
+    try:
+        model = empty_model(aligned, "eager", None, AutoModelForSeq2SeqLM)
+        starts = model.prepare_decoder_input_ids_from_labels(torch.tensor([[eos, eos]]))
+    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.name: the special tokens of {name} do not fit ({one_line(error, 150)}); set "
+            "decoder_start_token_id in its config.json"
+        ) from error
+    words = getattr(config, "vocab_size", None)
+    if words is not None and not 0 <= int(starts.min()) <= int(starts.max()) < words:
+        start = int(starts[0, 0])
+        raise ConfigError(
+            f"model.name: {name}/config.json: decoder_start_token_id {start} is none of the "
+            f"{words} tokens"
+        )
 
 
 def _missing_pad_token(tokenizer: PreTrainedTokenizerBase, config_tokens: set[int]) -> str | None:

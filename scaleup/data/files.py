@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaleup.errors import ConfigError, one_line
-from scaleup.io import check_regular_file, read_bytes
+from scaleup.io import LFS_MARK, check_regular_file, read_bytes
 from scaleup.settings.schema import DataSettings
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -158,11 +158,16 @@ def read_columns(key: str, file: str) -> Table:
         )
     try:
         content = read_bytes(file)
+        if content.startswith(LFS_MARK):
+            problem = "is a Git LFS pointer instead of the file itself; run `git lfs pull`"
+            raise ConfigError(f"{place} {problem}")
         source = {"file": file, "sha256": hashlib.sha256(content).hexdigest()}
         if suffix == ".parquet":
             columns, features = _parquet(content)
             return Table(key, file, columns, source, features=features)
         text = content.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except ConfigError:
+        raise
     except UnicodeDecodeError as error:
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
         raise ConfigError(

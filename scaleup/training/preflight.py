@@ -5,17 +5,27 @@
 Types are checked by the schema, and rules that need no files in `scaleup.settings.rules`.
 """
 
+import copy
+import functools
 import os
 import pathlib
 import re
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.backbone import loading as backbone
+from scaleup.backbone.folder import (
+    check_config_file,
+    folder_problems,
+    has_tokenizer,
+    size_problems,
+    state,
+)
 from scaleup.backbone.lengths import length_problems
 from scaleup.data import tasks
-from scaleup.errors import one_line
+from scaleup.errors import ConfigError, one_line
 from scaleup.settings.derived import Section
 from scaleup.settings.schema import (
     DataSettings,
@@ -93,6 +103,32 @@ def _head_problems(model: ModelSettings, data: DataSettings, config: PretrainedC
     return [backbone.no_bias(type(empty).__name__)] if linear and linear[-1].bias is None else []
 
 
+@functools.lru_cache(maxsize=64)  # a sweep checks the same model for every trial
+def _unusable(settings: str, task: str, _state: tuple[object, ...]) -> tuple[str, ...]:
+    """Check that a folder describes a model, and that its tokenizer loads and fits the model.
+
+    Args:
+        settings: `ModelSettings` as JSON.
+        task: kind of task.
+    """
+    model, auto = ModelSettings.model_validate_json(settings), tasks.TASKS[task].auto
+    config = AutoConfig.from_pretrained(model.name, trust_remote_code=model.trust_remote_code)
+    if type(config) not in auto._model_mapping:
+        return ()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
+            backbone.empty_model(copy.deepcopy(config), "eager", None, auto)
+    except Exception as error:  # a size of 0, an unknown activation, a pad token out of range, …
+        reason = one_line(error, 200) or type(error).__name__
+        return (f"model.name: {model.name}/config.json describes no model: {reason}",)
+    if has_tokenizer(pathlib.Path(model.name)):
+        try:
+            backbone.load_tokenizer(model, config, auto)
+        except ConfigError as error:
+            return tuple(error.problems)
+    return ()
+
+
 def model_folder(sections: dict[str, Section]) -> list[str]:
     """Check that model.name is the folder of a model, or looks like the id of one on the hub."""
     model = sections.get("model")
@@ -129,14 +165,27 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     if not (folder / "config.json").is_file():
         return []
     try:
+        problems = folder_problems(folder)
+        check_config_file(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except backbone.UNREADABLE_CONFIG as error:
+    except ConfigError as error:
+        return problems or error.problems
+    except Exception as error:  # transformers raises all kinds for a damaged config.json
         reason = one_line(error, 200)
-        return [f"model.name: {folder}/config.json is not a usable model config: {reason}"]
-    problems = []
+        return [
+            *problems,
+            f"model.name: {folder}/config.json is not a usable model config: {reason}",
+        ]
+    if sizes := size_problems(folder, config.to_dict()):
+        return problems + sizes[:5]
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         problems.append(f"model.name: {folder} has no weights (*.safetensors or *.bin)")
     if not isinstance(data, DataSettings):
+        return problems
+    if problems:
+        return problems
+    problems = list(_unusable(model.model_dump_json(), data.resolved_task, state(folder)))
+    if problems:
         return problems
     problems += length_problems(data, model, config, defaults=False)
     if type(config) in tasks.of(data).auto._model_mapping:

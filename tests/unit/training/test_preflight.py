@@ -7,6 +7,7 @@ import pytest
 from scaleup import errors
 from scaleup.settings import schema as config
 from scaleup.training.preflight import CHECKS
+from tests.utils.weights import sparse_weights
 from tests.utils.workspace import make_workspace, overrides
 
 
@@ -41,7 +42,7 @@ def problems(*arguments: str) -> list[str]:
 )
 def test_a_model_without_the_structure_is_refused(workspace, tmp_path, content, words):
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (tmp_path / "model.safetensors").touch()
+    sparse_weights(tmp_path)
     own = [
         f"model.name={tmp_path}" if o.startswith("model.name") else o
         for o in overrides(workspace, tmp_path / "out")
@@ -71,7 +72,7 @@ def test_completing_texts_needs_a_model_that_does_not_read_ahead(
     workspace, tmp_path, model_type, words, method
 ):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    (tmp_path / "model.safetensors").touch()
+    sparse_weights(tmp_path)
     data = [
         "data.task=causal_lm",
         f"data.train_file={workspace / 'train.csv'}",
@@ -90,7 +91,7 @@ def test_completing_texts_needs_a_model_that_does_not_read_ahead(
 
 def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    (tmp_path / "model.safetensors").touch()
+    sparse_weights(tmp_path)
     own = [o for o in overrides(workspace, tmp_path / "out") if not o.startswith("model.name")]
     assert problems(*own, f"model.name={tmp_path}", "model.head_bias=prior") == [
         "model.head_bias: the head of GPT2ForSequenceClassification has no bias;"
@@ -102,7 +103,7 @@ def test_a_head_without_a_bias_cannot_start_at_the_labels_mean(workspace, tmp_pa
 @pytest.mark.parametrize("model_type, packs", [("gpt2", True), ("opt", False), ("biogpt", False)])
 def test_packing_needs_a_model_that_keeps_texts_apart(workspace, tmp_path, model_type, packs):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    (tmp_path / "model.safetensors").touch()
+    sparse_weights(tmp_path)
     data = [
         "data.task=causal_lm",
         f"data.train_file={workspace / 'train.csv'}",
@@ -138,7 +139,7 @@ def test_packing_needs_a_model_that_keeps_texts_apart(workspace, tmp_path, model
 )
 def test_what_is_written_needs_positions_too(workspace, tmp_path, more, words):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    (tmp_path / "model.safetensors").touch()
+    sparse_weights(tmp_path)
     data = [
         f"data.train_file={workspace / 'train.csv'}",
         "data.target_column=label",
