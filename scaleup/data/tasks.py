@@ -24,15 +24,15 @@ class Task:
 
     module: ModuleType  # has source_files, load, tokenize, collator and compute_metrics
     auto: Any  # transformers' AutoModelFor… class
-    writes: bool = False  # evaluation generates text
-    token_mean: bool = False  # the loss of a step is a mean over its tokens, not over its batches
+    # The model generates text. The loss of a step is a mean over its tokens, not over its batches.
+    writes: bool = False
 
 
 TASKS = {
     "sequence_classification": Task(classification, AutoModelForSequenceClassification),
     "regression": Task(classification, AutoModelForSequenceClassification),
     "seq2seq": Task(text_generation, AutoModelForSeq2SeqLM, writes=True),
-    "causal_lm": Task(text_generation, AutoModelForCausalLM, writes=True, token_mean=True),
+    "causal_lm": Task(text_generation, AutoModelForCausalLM, writes=True),
 }
 
 

@@ -31,7 +31,7 @@ def training_arguments(
         "save_strategy": strategy,
         "ddp_find_unused_parameters": False,
         # If True, Trainer multiplies a loss that is a mean over the batch by the process count.
-        "average_tokens_across_devices": tasks.of(settings.data).token_mean,
+        "average_tokens_across_devices": tasks.of(settings.data).writes,
         "disable_tqdm": False,
         "logging_nan_inf_filter": False,  # a loss that is not finite must end the run
         "dataloader_pin_memory": world.device.type == "cuda",
