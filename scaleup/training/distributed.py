@@ -23,7 +23,7 @@ import torch.distributed
 from accelerate import PartialState
 
 from scaleup.errors import ConfigError
-from scaleup.training import watchdog
+from scaleup.training import build_locks, startup, watchdog
 
 PR_SET_PDEATHSIG = 1
 
@@ -94,6 +94,8 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     to use it. On GPUs they talk through NCCL. With several processes the watchdog starts here.
     """
     limit_s = watchdog.limit_from_environment()
+    if not torch.distributed.is_initialized():  # else an earlier run of this process has met them
+        startup.watch(limit_s)
     launched = "LOCAL_RANK" in os.environ
     if deepspeed and not launched:  # DeepSpeed needs a process group even for one process
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -108,6 +110,8 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     if launched:
         options = {"timeout": datetime.timedelta(seconds=timeout_s)}
         options |= {} if cuda else {"backend": "gloo"}
+    if deepspeed and os.environ["LOCAL_RANK"] == "0":  # the other processes wait for this one
+        build_locks.wait_for_builds()
     # Several CPU processes need cpu=True. DeepSpeed would be dropped with it.
     state = PartialState(cpu=not cuda and not deepspeed, **options)
     if not cuda:
@@ -130,6 +134,7 @@ def _start_watchdog(world: World, limit_s: float) -> None:
         dog = watchdog.Watchdog(world.rank, [host for _, _, host in answers], token, limit_s)
         torch.distributed.barrier()
         watchdog.begin(dog)
+    startup.met()
 
 
 def leave() -> None:

@@ -262,12 +262,16 @@ class Watchdog:
                 )
 
     def _report(self, reason: str) -> None:
-        """Print one line and end the process: its main thread may be inside a collective."""
         if self.reporting.acquire(blocking=False):
-            # A thread that never runs again may hold the lock of sys.stderr, so this bypasses it.
-            # The line begins with a line break because a progress bar may be there.
-            os.write(2, f"\nerror: {reason}; {ADVICE}\n".encode())
-            os._exit(1)
+            end_process(reason)
+
+
+def end_process(reason: str) -> None:
+    """Print one line and end the process: its main thread may be inside a collective."""
+    # A thread that never runs again may hold the lock of sys.stderr, so this bypasses it. The line
+    # begins with a line break because a progress bar may be there.
+    os.write(2, f"\nerror: {reason}; {ADVICE}\n".encode())
+    os._exit(1)
 
 
 _running: Watchdog | None = None
