@@ -6,10 +6,11 @@ import json
 import os
 import pathlib
 import re
+import resource
 import stat
 from typing import Any
 
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 LOCK = ".lock"  # the file that a run locks in its output folder
@@ -79,6 +80,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not a mapping")
     return content
+
+
+def write_problem(error: Exception) -> str:
+    """Return why a file could not be written, from the error that a library has raised."""
+    text = getattr(error, "strerror", None) or one_line(error, 200)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    # torch reports "unexpected pos", and safetensors reports an error of Rust.
+    too_large = re.search(r"File too large|FileTooLarge|unexpected pos", text)
+    if too_large and limit != resource.RLIM_INFINITY:
+        return f"a file would be larger than {limit} bytes, the limit of this process (ulimit -f)"
+    return text
 
 
 def hold(

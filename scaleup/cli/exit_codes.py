@@ -3,7 +3,7 @@
 | code | meaning |
 |---|---|
 | 0 | done |
-| 0, or SCALEUP_EXIT_STOPPED | stopped from outside (SIGTERM, SIGUSR1), and everything is saved |
+| 0, or SCALEUP_EXIT_STOPPED | stopped by SIGTERM, SIGUSR1 or SIGHUP, and everything is saved |
 | 1 | the command could not finish; what it saved before remains |
 | 2 | the config, the data or an argument must change |
 | 130 | interrupted (Ctrl-C) |
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from scaleup.errors import CheckpointError, ConfigError, Preempted, ScaleupError
+from scaleup.io import write_problem
 
 DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
 # These commands only read the files that they are given, so a bad path is the user's to change.
@@ -86,9 +87,11 @@ def run_command(
         return MUST_CHANGE if isinstance(error, CheckpointError) else FAILED
     except OSError as error:
         path = f": {error.filename}" if error.filename else ""
-        _print_error(f"{error.strerror or error}{path}")
+        _print_error(f"{write_problem(error)}{path}")
         return OS_ERROR_CODES.get(name, FAILED)
     except KeyboardInterrupt:
+        # What follows may wait for other processes. A second Ctrl-C waits for nothing.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         advice = "; continue with train.resume=auto" if name == "train" else ""
         print(f"interrupted{advice}", file=sys.stderr)
         return INTERRUPTED

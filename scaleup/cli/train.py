@@ -3,10 +3,10 @@
     scaleup train --config configs/quickstart.yaml train.max_steps=20
     accelerate launch launch/train.py --config configs/quickstart.yaml
 
-Exit codes: 0 done, or stopped from outside (SIGTERM, SIGUSR1) and saved; 1 the run could not go on,
-and what it saved remains; 2 the config or the data must change (one message lists everything);
-130 interrupted. Set SCALEUP_EXIT_STOPPED to another code than 0 for stopped runs if your scheduler
-starts a job again only after a failure (launch/slurm and launch/k8s use 75).
+Exit codes: 0 done, or stopped from outside (SIGTERM, SIGUSR1, SIGHUP) and saved; 1 the run could
+not go on, and what it saved remains; 2 the config or the data must change (one message lists
+everything); 130 interrupted. Set SCALEUP_EXIT_STOPPED to another code than 0 for stopped runs if
+your scheduler starts a job again only after a failure (launch/slurm and launch/k8s use 75).
 """
 
 import argparse
@@ -16,8 +16,9 @@ import sys
 from typing import Any
 
 from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
-from scaleup.cli.exit_codes import DONE, FAILED, run_command, stopped_code
+from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, run_command, stopped_code
 from scaleup.errors import RunError
+from scaleup.training.signals import handle_save_signals
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,7 @@ class _HelpWithSettings(argparse.Action):
 def run(options: argparse.Namespace) -> int:
     """Train, and leave the other processes of the run in good order. Returns the exit code."""
     launcher = os.getppid()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_early)
+    handle_save_signals(_stop_early)
     try:
         return _run_and_leave(options, launcher)
     except _StoppedEarly as stopped:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _StoppedEarly(BaseException):
-    """A SIGTERM or SIGUSR1 that arrived before there was anything to save."""
+    """A signal to save that arrived before there was anything to save."""
 
 
 def _stop_early(number: int, frame: object) -> None:
@@ -64,12 +64,14 @@ def _stop_early(number: int, frame: object) -> None:
 
 def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
     with without_garbage_collection():
-        from scaleup.training import distributed, watchdog
+        from scaleup.training import distributed, startup, watchdog
 
     distributed.die_with_launcher(launcher)
     code = FAILED
     try:
         code = run_command("train", _train, options)
+        if code in (FAILED, MUST_CHANGE):
+            startup.fail()
     finally:
         # To the other processes, a process that was stopped and has saved is no failure.
         watchdog.stop(DONE if code == stopped_code() else code)

@@ -13,7 +13,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from scaleup.errors import Preempted
 from scaleup.io import write_text
+from scaleup.training.signals import handle_save_signals
 from scaleup.unipelt.gate import GateMoments, LearnedGate
 from scaleup.unipelt.model import site_of
 
@@ -74,11 +76,11 @@ class GateStatistics:
 
 
 class GracefulShutdown(TrainerCallback):
-    """On SIGTERM or SIGUSR1: finish the step, save a checkpoint, stop. All ranks stop together.
+    """On a signal: finish the step or the batch of an evaluation, save a checkpoint, and stop.
 
-    SIGTERM comes from a preemption, `scancel` or the eviction of a pod. This callback also logs
-    whenever a checkpoint is saved, so that a resumed run logs at the same steps as an
-    uninterrupted one.
+    All ranks stop together. SIGTERM comes from a preemption, `scancel` or the eviction of a pod,
+    SIGHUP from a terminal that is closed. This callback also logs whenever a checkpoint may be
+    saved, so that a resumed run logs at the same steps as an uninterrupted one.
 
     Attributes:
         stopped_by: the name of the signal once all ranks have agreed to stop, else None.
@@ -91,8 +93,7 @@ class GracefulShutdown(TrainerCallback):
 
     def install(self) -> None:
         """Install the signal handlers. Only the main thread of a process may do this."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        handle_save_signals(self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         self._signal = number
@@ -103,20 +104,30 @@ class GracefulShutdown(TrainerCallback):
             self._group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._vote():
+            control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save or control.should_evaluate
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        if self._vote():
+            note = "continue with train.resume=auto"
+            raise Preempted(f"stopped by {self.stopped_by} during an evaluation; {note}")
+
+    def _vote(self) -> bool:
+        """Return whether any rank has received a signal. Every rank must call this."""
         number = torch.tensor(self._signal)
         if self._group is not None:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
         if number.item():
             self.stopped_by = signal.Signals(int(number.item())).name
-            control.should_save = control.should_training_stop = True
-        control.should_log |= control.should_save
+        return self.stopped_by is not None
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         if self.stopped_by is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
             # Trainer also ends the epoch when it stops in the middle of one. The resumed run
             # evaluates at the real end of the epoch.
             control.should_save = control.should_evaluate = control.should_log = False
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_evaluate
 
 
 class JsonlLogger(TrainerCallback):
@@ -141,16 +152,20 @@ class JsonlLogger(TrainerCallback):
 
 
 def rewind(path: pathlib.Path, step: int) -> None:
-    """Remove the lines of a log after `step`, and damaged ones. A resumed run writes them again."""
+    """Remove what a resumed run writes again: lines after `step`, and the summary of a stopped run.
+
+    Damaged lines are removed, too.
+    """
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         write_text(path, "".join(line.decode() for line in lines if _step(line) <= step))
 
 
 def _step(line: bytes) -> float:
-    """Return the step of a log line, or infinity if the line is cut or damaged."""
+    """Return the step of a log line; infinity for the summary, or if the line is cut or damaged."""
     try:
-        step = json.loads(line.decode("utf-8"))["step"] if line.endswith(b"\n") else math.inf
+        entry = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else {}
+        step = math.inf if "train_loss" in entry else entry["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
     return step if isinstance(step, int | float) and step >= 0 else math.inf

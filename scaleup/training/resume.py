@@ -184,11 +184,31 @@ def choose(
     return newest, None
 
 
+def _stored(callbacks: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what Trainer has stored about a callback, from a state's `stateful_callbacks`."""
+    entry = callbacks.get(name, {})
+    return (entry or [{}])[-1] if isinstance(entry, list) else entry
+
+
 def patience_used(callbacks: dict[str, Any]) -> int:
     """Return the evaluations without a better score, from a state's `stateful_callbacks`."""
-    stored = callbacks.get("EarlyStoppingCallback", {"attributes": {}})
-    entry = stored[-1] if isinstance(stored, list) else stored
-    return entry["attributes"].get("early_stopping_patience_counter", 0)
+    attributes = _stored(callbacks, "EarlyStoppingCallback").get("attributes", {})
+    return attributes.get("early_stopping_patience_counter", 0)
+
+
+def must_evaluate(callbacks: dict[str, Any]) -> bool:
+    """Return whether a signal ended the evaluation of a checkpoint, from `stateful_callbacks`."""
+    return bool(_stored(callbacks, "TrainerControl").get("args", {}).get("should_evaluate"))
+
+
+def loss_sum(log: list[dict[str, Any]]) -> float:
+    """Return the sum of the training loss over all steps, from a state's `log_history`."""
+    total, last_step = 0.0, 0
+    for line in log:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - last_step)
+            last_step = line["step"]
+    return total
 
 
 def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:

@@ -31,7 +31,13 @@ class _Attributes(TypedDict):
 
 
 class _Callback(TypedDict):
+    args: NotRequired[dict[str, Any]]
     attributes: _Attributes
+
+
+class _LogLine(TypedDict):
+    step: int
+    loss: NotRequired[float]
 
 
 class _TrainerState(pydantic.BaseModel, strict=True):
@@ -42,7 +48,7 @@ class _TrainerState(pydantic.BaseModel, strict=True):
     epoch: float
     best_global_step: int | None
     best_metric: float | None
-    log_history: list[dict[str, Any]]
+    log_history: list[_LogLine]
     stateful_callbacks: dict[str, _Callback | list[_Callback]]
 
 

@@ -58,7 +58,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     Raises:
         ConfigError: the user must change something.
         RunError, CheckpointError: the run cannot continue.
-        Preempted: the run received SIGTERM or SIGUSR1 and has saved its state.
+        Preempted: the run received one of `signals.SAVE_SIGNALS` and has saved its state.
     """
     begin, world = time.perf_counter(), _start(settings)
     out = pathlib.Path(settings.train.output_dir)
@@ -217,6 +217,7 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
         if watchdog.is_lost(error):
             raise
         raise ConfigError(f"train: {one_line(error)}") from error
+    trainer.refuse_late_evaluation()
     shutdown.install()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -277,6 +278,9 @@ def _train(run: Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> No
             f"stopped by {trainer.shutdown.stopped_by} at step {trainer.state.global_step}, saved;"
             " continue with train.resume=auto"
         )
+    if not trainer.state.best_global_step:
+        metric = run.examples.metric
+        raise RunError(f"no dev {metric} was a number, so that no checkpoint is the best one")
     if trainer.state.global_step < trainer.state.max_steps:
         reason = f"{patience} evaluations without a better dev {run.examples.metric}"
         _print(run.world, f"stopped early: {reason}")

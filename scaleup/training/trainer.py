@@ -1,9 +1,8 @@
 """The training loop: HF Trainer with checkpoints that are committed whole.
 
-This is the only file that overrides private methods of Trainer.
+Only this file and `scaleup.training.evaluation` override private methods of Trainer.
 """
 
-import contextlib
 import math
 import pathlib
 import shutil
@@ -14,14 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
 
 from scaleup.backbone.sharded import whole_copies
-from scaleup.data.metrics import IGNORED
-from scaleup.errors import CheckpointError, RunError, one_line
+from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
+from scaleup.io import write_problem
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
@@ -31,27 +28,25 @@ from scaleup.training.checkpoint import (
     staging_folder,
 )
 from scaleup.training.context import Run
+from scaleup.training.evaluation import EvaluatingTrainer
 from scaleup.training.sampler import ResumableSampler
 
 BATCHES = 1 << 20  # more than the batches of one optimizer step
-# Columns of a batch that only `generate` and the metrics read.
-FOR_GENERATION = ("prompt", "prompt_mask", "reference")
 
 
-class RunTrainer(Trainer):
+class RunTrainer(EvaluatingTrainer):
     """A Trainer that counts tokens, logs gates, and commits checkpoints and `final/` whole."""
 
     def __init__(
         self, run: Run, gate_statistics: GateStatistics, shutdown: GracefulShutdown, **kwargs
     ):
-        super().__init__(args=run.args, **kwargs)
-        # Most losses are means over the batch and ignore the item count that Trainer passes. With
-        # True, Trainer would not divide them by the accumulation steps.
-        self.model_accepts_loss_kwargs = run.task.writes
-        self.run, self.gate_statistics, self.shutdown = run, gate_statistics, shutdown
+        super().__init__(run, gate_statistics, **kwargs)
+        self.shutdown = shutdown
         self.out, self.writes = run.out, run.writes
         self.tokens = torch.zeros((), device=self.args.device)
         self.since = time.perf_counter()
+        self.earlier_loss = 0.0  # sum over the steps before this run was resumed
+        self.repeats_evaluation = False
         self.batch = (0, 0)  # optimizer step, forward pass within it
         self.frozen_head: dict[str, torch.Tensor] = {}  # whole, while ZeRO-3 saves
         self.parameter_groups: list[dict[str, Any]] = []  # of the optimizer, except of DeepSpeed's
@@ -60,7 +55,7 @@ class RunTrainer(Trainer):
 
     def try_out(self) -> None:
         """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
-        self.get_train_dataloader()
+        self.lengths = self.set_initial_training_values(self.args, self.get_train_dataloader())
         if self.is_deepspeed_enabled:
             self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
         else:
@@ -70,6 +65,18 @@ class RunTrainer(Trainer):
                 for group in self.optimizer.param_groups  # type: ignore[has-type]
             ]
             self.optimizer = self.lr_scheduler = None
+
+    def refuse_late_evaluation(self) -> None:
+        """Raise ConfigError if training ends before the first evaluation. Call `try_out` first."""
+        _, steps_of_epoch, *_, steps = self.lengths
+        epochs = steps / steps_of_epoch
+        end, unit = (steps, "steps") if self.args.eval_strategy == "steps" else (epochs, "epochs")
+        delay = self.args.eval_delay
+        if delay > end:
+            problem = f"{delay:g} {unit}, but training ends after {end:g}"
+            raise ConfigError(
+                f"train.eval_delay: {problem}, so that no model could be the best one"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give the gates a learning rate of their own if the run has one."""
@@ -86,7 +93,8 @@ class RunTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Stop a resumed run that is at its end already. Trainer would take one more step."""
-        if 0 < self.state.max_steps <= self.state.global_step:
+        at_end = 0 < self.state.max_steps <= self.state.global_step
+        if at_end or self.control.should_training_stop:  # a repeated evaluation may have stopped it
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -103,101 +111,6 @@ class RunTrainer(Trainer):
         self.first_bad = torch.where(bad, step * BATCHES + self.batch[1], self.first_bad)
         return loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """Return the mean loss of a forward pass.
-
-        If the loss of a step is a mean over its tokens, scale the loss of a pass in training by its
-        share of the step's `num_items_in_batch` tokens. Not every model would do so itself.
-        """
-        kept = {name: value for name, value in inputs.items() if name not in FOR_GENERATION}
-        if inputs["labels"].dim() > 1:  # with a cache, texts packed into one row see each other
-            kept["use_cache"] = False
-        tokens = (inputs["labels"] != IGNORED).sum()  # label smoothing removes the labels
-        loss = super().compute_loss(model, kept, return_outputs)
-        if num_items_in_batch is None or not model.training:
-            return loss
-        # The gradients are averaged over the processes.
-        averaged = self.args.world_size if self.args.average_tokens_across_devices else 1
-        return loss * (tokens * averaged / num_items_in_batch)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple:
-        """Evaluate a batch and return Trainer's tuple: loss, outputs [B, …] and labels [B, …].
-
-        In a generation task, outputs are the generated tokens [B, T] and labels the number of each
-        reference [B]. Examples that only fill the last batches of the processes are not evaluated;
-        their outputs are copies, which Trainer removes.
-        """
-        inputs = self._prepare_inputs(inputs)
-        size = len(inputs["labels"])
-        count = self._examples_to_score(size)
-        # Under ZeRO-3 every process has to take part.
-        scored = {name: value[: max(count, 1)] for name, value in inputs.items()}
-        with contextlib.nullcontext() if count else self.gate_statistics.paused():
-            loss, outputs, labels = self._predict(model, scored, prediction_loss_only, ignore_keys)
-        if count:
-            items = (scored["labels"] != IGNORED).sum()  # tokens, or examples
-            self.loss_sum_and_items += torch.stack([loss.double() * items, items.double()])
-        if outputs is None:
-            return loss, None, None
-        rows = torch.arange(size, device=outputs.device).clamp(max=len(outputs) - 1)
-        return loss, outputs[rows], inputs.get("reference", inputs["labels"])
-
-    def _examples_to_score(self, size: int) -> int:
-        """Return how many examples of this process's batch are no repetition of earlier ones."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return size
-        return min(max(state.remainder - self.args.process_index * size, 0), size)
-
-    def _predict(self, model, inputs, prediction_loss_only, ignore_keys) -> tuple:
-        if "reference" not in inputs:
-            loss, outputs, labels = super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys
-            )
-            return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
-        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
-        if self.run.generation is None:
-            return loss, None, None
-        prompt = inputs.get("prompt", inputs["input_ids"])
-        with self.compute_loss_context_manager(), self.gate_statistics.paused(), torch.no_grad():
-            tokens = self.accelerator.unwrap_model(model).generate(
-                input_ids=prompt,
-                attention_mask=inputs.get("prompt_mask", inputs.get("attention_mask")),
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=self.processing_class.pad_token_id,
-                **self.run.generation,
-            )
-        if "prompt" in inputs:  # a decoder repeats the prompt
-            tokens = tokens[:, prompt.shape[1] :]
-        return loss, tokens, None
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """Evaluate a data set. Its loss is the mean over its tokens, or over its examples.
-
-        Trainer takes the mean over batches and counts the examples that fill the last ones.
-        """
-        self.loss_sum_and_items = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss_sum, items = self.accelerator.reduce(self.loss_sum_and_items).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / items
-        return output
-
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        """Evaluate every example, also if `dataloader_drop_last` leaves some out of training."""
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"
         lengths = list(self.train_dataset[self.args.length_column_name]) if grouped else None
@@ -210,16 +123,32 @@ class RunTrainer(Trainer):
             batch_size=batch_size,
         )
 
-    def _get_eval_sampler(self, eval_dataset) -> torch.utils.data.Sampler | list[int] | None:
-        """Order examples by length, the longest first, so that a lack of memory shows at once.
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        """Log, evaluate and save. If a signal ends the evaluation, save that it must be repeated.
 
-        Trainer draws groups of fifty batches at random. A small set would have no groups at all,
-        and half of each batch would be padding.
+        Reading data draws from the random state, which is restored, so that a resumed run equals an
+        uninterrupted one.
         """
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)
-        lengths = eval_dataset[self.args.length_column_name]
-        return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        random_state = torch.get_rng_state()
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except Preempted:
+            torch.set_rng_state(random_state)
+            self._save_checkpoint(model, trial)  # with control.should_evaluate
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict:
+        """Evaluate. At the start of a resumed run, repeat the evaluation that a signal ended."""
+        if not self.repeats_evaluation:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self.repeats_evaluation = self.args.eval_on_start = False
+        self._load_rng_state(str(self.out / f"checkpoint-{self.state.global_step}"))
+        self.control.should_evaluate = self.control.should_save = True
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model, trial, self.state.epoch, ignore_keys_for_eval, None
+        )
+        return {}
 
     def refuse_bad_loss(self) -> None:
         """Raise RunError on every rank, with the step and batch of the first loss not finite."""
@@ -240,6 +169,8 @@ class RunTrainer(Trainer):
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Add speed and gates to a log entry. Every rank must call this to sum the tokens."""
+        if "train_loss" in logs:  # the summary, for which Trainer forgets earlier steps
+            logs["train_loss"] += self.earlier_loss / max(self.state.global_step, 1)
         if "loss" in logs:
             self.refuse_bad_loss()
             assert math.isfinite(logs["loss"])
@@ -297,7 +228,7 @@ class RunTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             if watchdog.is_lost(error):
                 raise
-            cause = getattr(error, "strerror", None) or one_line(error, 200)
+            cause = write_problem(error)
             if shutil.disk_usage(self.out).free < 2**20:  # torch reports "unexpected pos"
                 cause = "the disk is full"
             shutil.rmtree(staging_folder(folder), ignore_errors=True)
@@ -321,8 +252,11 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Save checkpoint-N into its staging folder, complete it, and commit it."""
         folder = self.out / f"checkpoint-{self.state.global_step}"
-        staging = staging_folder(folder)
+        staging, step = staging_folder(folder), self.state.global_step
         self.refuse_bad_loss()
+        # The log is in log.jsonl. Of all its lines, a resumed run needs only the mean loss.
+        loss_sum = self.earlier_loss + self._total_loss_scalar
+        self.state.log_history = [{"step": step, "loss": loss_sum / step}]
         if self.writes:
             create_staging_folder(folder)
         self.accelerator.wait_for_everyone()
@@ -351,7 +285,10 @@ class RunTrainer(Trainer):
         """Restore early stopping and the best checkpoint's path, after Trainer has read a state."""
         if best := self._best_checkpoint():
             self.state.best_model_checkpoint = str(best)
+        self.earlier_loss = resume.loss_sum(self.state.log_history)
         count = resume.patience_used(self.state.stateful_callbacks)
+        if resume.must_evaluate(self.state.stateful_callbacks):
+            self.repeats_evaluation = self.args.eval_on_start = True
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = count

@@ -83,6 +83,8 @@ def test_an_old_run_resumes_to_the_same_losses_and_weights(workspace):
     ]
     old = [line["loss"] for line in finished if "loss" in line]
     assert len(old) == 12 and losses(workspace / "run") == pytest.approx(old, abs=TOLERANCE)
+    summary = pytest.approx(finished[-1]["train_loss"], abs=TOLERANCE)
+    assert losses(workspace / "run", "train_loss") == [summary]
     weights = load_file("run/final/adapter_model.safetensors")
     old_weights = load_file(FIXTURES / "finished_weights.safetensors")
     assert weights.keys() == old_weights.keys()
