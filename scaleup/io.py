@@ -20,7 +20,10 @@ _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked fol
 
 def check_regular_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError unless `path` is a regular file. Opening a pipe would wait for its writer."""
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a null character
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):

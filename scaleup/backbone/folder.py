@@ -117,7 +117,12 @@ def size_problems(folder: pathlib.Path, values: dict[str, Any]) -> list[str]:
     for key, value in values.items():
         if isinstance(value, dict) and key.endswith("_config"):
             problems += size_problems(folder, value)
-        if isinstance(value, bool) or not isinstance(value, int):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and "drop" in key and not 0 <= value <= 1:
+            problem = f"{key} is {value}; it should be a probability"
+            problems.append(f"model.name: {folder}/config.json: {problem}")
+            continue
+        if isinstance(value, float) or not is_number:
             continue
         is_depth = re.search(r"(^|_)(layers?|blocks?|depth)$", key) is not None
         if value > (MOST_LAYERS if is_depth else MOST_SIZE) or (is_depth and value < 0):

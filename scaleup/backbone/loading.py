@@ -83,12 +83,17 @@ def load_tokenizer(
         sizes = f"has {len(tokenizer)} tokens, its model {words}"
         problem = f"the tokenizer of {name} {sizes}; they do not belong together"
         raise ConfigError(f"model.name: {problem}")
+    try:
+        ids = tokenizer("A")["input_ids"]
+    except Exception as error:  # a setting of the wrong type, an unknown special token, …
+        problem = f"its tokenizer cannot be used: {type(error).__name__}: {one_line(error, 200)}"
+        raise ConfigError(f"model.name: {name}: {problem}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _missing_pad_token(tokenizer, pad_tokens(config))
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
     share_pad_token(name, tokenizer, config, auto)
-    _check_special_tokens(name, tokenizer, config, auto)
+    _check_special_tokens(name, tokenizer, config, auto, ids)
     if auto is AutoModelForSequenceClassification and tokenizer.padding_side == "left":
         causal = _causality(config)
         if causal and all(causal):
@@ -99,18 +104,22 @@ def load_tokenizer(
 
 
 def _check_special_tokens(
-    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, auto: Any
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    auto: Any,
+    ids: list[int],
 ) -> None:
     """Refuse an encoder-decoder model whose special tokens would fail in the first step.
 
     Trainer copies the ids of the tokenizer's bos, eos and pad tokens into the model's config, also
-    those that the tokenizer lacks.
+    those that the tokenizer lacks. `ids` are the tokens of a text.
     """
     if not config.is_encoder_decoder:
         return
     eos = tokenizer.eos_token_id
     classifies = auto is AutoModelForSequenceClassification
-    if eos is None or (classifies and eos not in tokenizer("A")["input_ids"]):
+    if eos is None or (classifies and eos not in ids):
         problem = "has no end-of-sequence token" if eos is None else "ends no text with </s>"
         problem = problem.replace("</s>", f"its end-of-sequence token {tokenizer.eos_token}")
         raise ConfigError(

@@ -8,9 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import scaleup
-from scaleup.cli.exit_codes import run_command
+from scaleup.cli.exit_codes import cut, run_command
 
 COMMANDS = {
     "train": "train one model as a YAML config says",
@@ -25,6 +26,14 @@ HELP_COLUMNS = 100
 HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=HELP_COLUMNS)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages stay short, however long an argument is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with code 2."""
+        super().error(cut(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     name = _parser().parse_args(words[:1]).command
     command = importlib.import_module(f"scaleup.cli.{name}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"scaleup {name}",
         description=command.__doc__,
         formatter_class=HelpFormatter,
@@ -53,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scaleup",
         description=f"{scaleup.__doc__.splitlines()[0]}\n\ncommands:\n"
         + "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items()),

@@ -15,11 +15,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from scaleup.errors import CheckpointError, ConfigError, Preempted, ScaleupError
 from scaleup.io import write_problem
 
+LONGEST = 2000  # bytes of a message
 DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
 # These commands only read the files that they are given, so a bad path is the user's to change.
 OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE}
@@ -74,20 +75,18 @@ def run_command(
     except ConfigError as error:
         # Every host prints its own problems, because the files of one host only may be at fault.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            count = len(error.problems)
-            heading = f"{count} problem{'s' * (count > 1)}:"
-            _print_error("\n  - ".join([heading, *error.problems]))
+            _print_error(_listed(error.problems))
         return MUST_CHANGE
     except Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         return stopped_code()
     except ScaleupError as error:
-        _print_error(str(error))
+        _print_error(cut(str(error)))
         return MUST_CHANGE if isinstance(error, CheckpointError) else FAILED
     except OSError as error:
         path = f": {error.filename}" if error.filename else ""
-        _print_error(f"{write_problem(error)}{path}")
+        _print_error(cut(f"{write_problem(error)}{path}"))
         return OS_ERROR_CODES.get(name, FAILED)
     except KeyboardInterrupt:
         # What follows may wait for other processes. A second Ctrl-C waits for nothing.
@@ -95,6 +94,33 @@ def run_command(
         advice = "; continue with train.resume=auto" if name == "train" else ""
         print(f"interrupted{advice}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """Return problems as a list of at most `LONGEST` characters."""
+    lines = [f"{len(problems)} problem{'s' * (len(problems) > 1)}:"]
+    room = LONGEST - 100
+    for number, problem in enumerate(problems):
+        line = f"  - {cut(problem)}"
+        room -= len(line.encode("utf-8", "replace")) + 1
+        if room < 0:
+            lines.append(f"  - and {len(problems) - number} more; solve these first")
+            break
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def cut(message: str) -> str:
+    """Return a message, without its middle if it is longer than a third of `LONGEST` bytes.
+
+    Its beginning names the key, and its end says what to do.
+    """
+    most = LONGEST // 3
+    content = message.encode("utf-8", "replace")
+    if len(content) <= most:
+        return message
+    begin, end = content[: 2 * most // 3], content[-most // 3 :]
+    return f"{begin.decode(errors='ignore')} … {end.decode(errors='ignore')}"
 
 
 def _print_error(message: str) -> None:

@@ -1,5 +1,6 @@
 """The command line: help without slow imports, one error printer, one table of exit codes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -148,3 +149,27 @@ def test_the_schema_is_written_or_printed(tmp_path, capsys):
     assert main(["schema", "--output", str(tmp_path / "schema.json")]) == 0
     assert (tmp_path / "schema.json").read_text(encoding="utf-8") == printed
     assert json.loads(printed)["title"] == "scaleup run"
+
+
+def test_a_message_is_never_longer_than_two_kilobytes(capsys):
+    problems = [f"data.k: {'x' * 5000}; write {i}" for i in range(100)]
+
+    def fail(options):
+        raise ConfigError(problems)
+
+    assert run_command("plan", fail, argparse.Namespace()) == 2
+    error = capsys.readouterr().err
+    assert len(error) <= 2048 and error.startswith("error: 100 problems:\n  - data.k: xxx")
+    assert "; write 0\n" in error and error.endswith(" more; solve these first\n")
+    with pytest.raises(SystemExit):
+        main(["plan", "--device", "y" * 5000])
+    error = capsys.readouterr().err
+    assert len(error) < 2048 and "--device: invalid choice: 'yyy" in error
+
+
+def test_short_messages_are_printed_whole(capsys):
+    def fail(options):
+        raise ConfigError(["train.seed: ä", "train.x: b"])
+
+    assert run_command("plan", fail, argparse.Namespace()) == 2
+    assert capsys.readouterr().err == "error: 2 problems:\n  - train.seed: ä\n  - train.x: b\n"

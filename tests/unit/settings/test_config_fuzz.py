@@ -5,7 +5,6 @@ Tried with 1,200 mutated configs and with texts that are known to break YAML par
 
 import copy
 import json
-import math
 import random
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 from scaleup.errors import ConfigError
 from scaleup.settings import schema as config
 from scaleup.settings.schema import load
+from tests.utils.mutations import GARBAGE
 
 SEED_CONFIG = {
     "model": {"name": "facebook/bart-large", "dtype": "auto", "quantization": "none"},
@@ -37,53 +37,6 @@ SEED_CONFIG = {
         "gradient_checkpointing_kwargs": {"a": 1},
     },
 }
-GARBAGE = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    10**30,
-    10**400,
-    2**63,
-    0.0,
-    -0.0,
-    1e-320,
-    1e308,
-    math.inf,
-    -math.inf,
-    math.nan,
-    "",
-    " ",
-    "\n",
-    "auto",
-    "all",
-    "none",
-    "1e-4",
-    "0x10",
-    "\u202e\u200b",
-    "ß🙂\u0301",
-    "\x00",
-    "\ud800",
-    "a" * 10_000,
-    "../../..",
-    "/",
-    "/root/x",
-    "~",
-    b"bytes",
-    [],
-    [[]],
-    {},
-    {"": None},
-    {"a": {"b": {"c": []}}},
-    [None],
-    ["lora", 5],
-    [{}],
-    {1: 2},
-    {None: None},
-    [[[[[[[1]]]]]]],
-    "!!python/object:os.system",
-]
 KEYS = ["", 5, None, "\u202e", "\ud800", "a" * 300, "use_cpu", "do_eval"]
 SHARDS = [
     "{",
