@@ -137,7 +137,7 @@ class GateObserver:
     ) -> None:
         norms = [tensor.float().square().sum(-1) for tensor in (change_BTD, whole_BTD)]
         squares_2BT = torch.stack(norms)
-        mask_BT = layer.tokens.real(whole_BTD.shape[1])
+        mask_BT = layer.passes.current.real(whole_BTD.shape[1])
         if mask_BT is not None:
             squares_2BT = squares_2BT * mask_BT
         sums = squares_2BT.sum(dim=(1, 2)).double().cpu()

@@ -25,6 +25,7 @@ from .attachment import Attachment
 from .gate import cast_to_weight
 from .kernels import add_gated
 from .layers import SiteLayer
+from .passes import Passes
 from .site_types import AttentionSite, BlockSite
 from .submodule import LARGEST, Folding, Submodule, option
 
@@ -108,8 +109,8 @@ class BottleneckLayer(SiteLayer):
 class PostNormAdapter(BottleneckLayer):
     """The adapter of a post-LN block. It replaces the closing norm, which is its `base_layer`."""
 
-    def __init__(self, base_layer: nn.Module, tokens: Any):
-        super().__init__(base_layer, tokens)
+    def __init__(self, base_layer: nn.Module, passes: Passes):
+        super().__init__(base_layer, passes)
         self.base_layer = base_layer
 
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
@@ -197,18 +198,18 @@ class Adapter(BottleneckSubmodule):
         return site.norm or f"{site.name}.{BLOCK_CHILD}"
 
     def layer(self, attachment: Attachment, site: BlockSite) -> BottleneckLayer:
-        tokens = attachment.tokens[site.parent]
+        passes = attachment.passes[site.parent]
         if site.norm is None:
             block = attachment.model.get_submodule(site.name)
             return attachment.child(
                 block,
                 BLOCK_CHILD,
-                lambda: PreNormAdapter(_first_linear(block), tokens),
+                lambda: PreNormAdapter(_first_linear(block), passes),
                 {"after": "after_block"},
             )
         norm = attachment.model.get_submodule(site.norm)
         if not isinstance(norm, PostNormAdapter):
-            norm = PostNormAdapter(norm, tokens)
+            norm = PostNormAdapter(norm, passes)
             attachment.model.set_submodule(site.norm, norm)
         return norm
 

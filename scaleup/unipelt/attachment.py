@@ -1,6 +1,6 @@
 """Attaching UniPELT to the sites of a model.
 
-Every parent model (one that gets a padding mask) gets a `Tokens` child, every attention and block
+Every parent model (one that gets a padding mask) gets a `Passes` child, every attention and block
 gets the layers of the submodules that sit there. The same code attaches a PEFT adapter for training
 and the modules of an exported folder.
 """
@@ -13,10 +13,10 @@ from torch import nn
 from .attention import ATTENTION_CHILD
 from .gate import ConstantGate, LearnedGate, resolve_pooling
 from .layers import AttentionGates, SiteLayer
-from .pooling import Tokens
+from .passes import Passes
 from .site_types import AttentionSite, BlockSite, mask_arguments
 
-TOKENS_CHILD = "unipelt_tokens"
+PASSES_CHILD = "unipelt_passes"
 
 # Path of a site → submodule → constant in place of its gate, None for a learned gate.
 SiteGates = dict[str, dict[str, float | None]]
@@ -30,7 +30,7 @@ class Attachment:
         config: settings of the method, with the fields of UniPeltConfig.
         attentions, blocks: the sites of the model.
         adapter_name: the name of the PEFT adapter, None in an exported folder.
-        tokens: the `Tokens` of each parent model, by path.
+        passes: the `Passes` of each parent model, by path.
         gate_scales: constants that multiply the learned gates, by submodule. `attach` sets them.
     """
 
@@ -49,8 +49,8 @@ class Attachment:
         parents = dict.fromkeys(
             [site.parent for site in attentions] + [site.parent for site in blocks]
         )
-        hooked = learned or adapter_name is not None
-        self.tokens = {parent: self._tokens(parent, hooked) for parent in parents}
+        masked = learned or adapter_name is not None
+        self.passes = {parent: self._passes(parent, masked) for parent in parents}
         self.gate_scales: dict[str, float] = {}
         self._attentions: dict[str, AttentionGates] = {}
 
@@ -116,9 +116,9 @@ class Attachment:
         scales = tuple(self.gate_scales[name] for name in names)
         bias = 0.0 if self.adapter_name is None else self.config.gate_bias  # a folder has its own
         gate = LearnedGate(hidden_size, names, pooling, scales, bias)
-        tokens, slots = layer.tokens, layer.running.slots
-        if pooling == "causal" and tokens.kv_layers and len(names) not in slots:
-            slots[len(names)] = tokens.new_slot(len(names))  # its totals travel in the KV cache
+        passes, slots = layer.passes, layer.running.slots
+        if pooling == "causal" and passes.kv_layers and len(names) not in slots:
+            slots[len(names)] = passes.new_slot(len(names))  # its totals travel in the KV cache
         return gate
 
     def attention(self, site: AttentionSite) -> AttentionGates:
@@ -128,7 +128,7 @@ class Attachment:
             layer = self.child(
                 self.model.get_submodule(site.name),
                 ATTENTION_CHILD,
-                lambda: AttentionGates(query, site, self.tokens[site.parent]),
+                lambda: AttentionGates(query, site, self.passes[site.parent]),
                 {"before": "before_attention", "always": "after_attention"},
             )
             names = tuple(self.gates[site.name])
@@ -137,15 +137,17 @@ class Attachment:
             self._attentions[site.name] = layer
         return self._attentions[site.name]
 
-    def _tokens(self, parent: str, hooked: bool) -> Tokens:
+    def _passes(self, parent: str, masked: bool) -> Passes:
         module = self.model.get_submodule(parent)
-        new = TOKENS_CHILD not in module._modules
-        hooks = {"before": "capture", "after": "store"} if hooked else {}
-        child: Tokens = self.child(
-            module, TOKENS_CHILD, lambda: Tokens(mask_arguments(module)), hooks
+        new = PASSES_CHILD not in module._modules
+        child: Passes = self.child(
+            module,
+            PASSES_CHILD,
+            lambda: Passes(mask_arguments(module) if masked else None),
+            {"before": "begin", "always": "end"},
         )
         causal = [site for site in self.attentions if site.parent == parent and site.causal]
-        if new and hooked and causal:
+        if new and masked and causal:
             child.kv_layers = len(causal)
             self.hook(child, self.model.get_submodule(causal[0].name), "before", child.note_cache)
         return child

@@ -16,6 +16,7 @@ Shapes: B examples, T queries, S keys, H heads, G key-value heads, E head size, 
 import contextlib
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -293,23 +294,23 @@ class Call(NamedTuple):
     causal: bool | None
 
 
-_calls: list[Call] = []
+_probe = threading.local()  # several threads may load models at the same time
 
 
 @contextlib.contextmanager
 def probing() -> Iterator[list[Call]]:
     """Record the calls of attentions in models whose attention implementation is PROBE."""
-    _calls.clear()
+    _probe.calls = []
     try:
-        yield _calls
+        yield _probe.calls
     finally:
-        _calls.clear()
+        del _probe.calls
 
 
 def unipelt_probe(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
     """Record the call and return zeros of the right shape."""
     causal = None if attention_mask is None else attention_mask.shape[2] > 1
-    _calls.append(Call(module, query.shape[1], key.shape[1], query.shape[3], causal))
+    _probe.calls.append(Call(module, query.shape[1], key.shape[1], query.shape[3], causal))
     return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
 
 

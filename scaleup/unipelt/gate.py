@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .kernels import narrow_products
-from .pooling import RunningMean, real_and_count, running_totals, shares
+from .passes import RunningMean
+from .pooling import real_and_count, running_totals, shares
 
 GateValue = torch.Tensor | float
 
@@ -179,9 +180,10 @@ class LearnedGate(nn.Linear):
         else:
             share = None
             if running is not None and mask_BT is not None:
-                share = running.tokens.share(mask_BT)
+                share = running.passes.current.share(mask_BT)
             g_BTN = pool(g_BTN, kind, mask_BT, share)
-        if self.statistics is not None and pooling is None:
+        recomputed = running is not None and running.passes.current.recomputed
+        if self.statistics is not None and pooling is None and not recomputed:
             self.statistics.add(g_BTN, mask_BT)
         gates = g_BTN.to(h_BTD.dtype).chunk(len(self.names), dim=-1)
         scaled_gates = (g if scale == 1 else g * scale for g, scale in zip(gates, self.scales))

@@ -20,8 +20,8 @@ from torch import nn
 from .attention import PrefixSource
 from .gate import GateValue
 from .kernels import narrow_products
+from .passes import Passes, RunningMean
 from .peft_names import BaseTunerLayer
-from .pooling import RunningMean, Tokens
 from .site_types import AttentionSite
 
 
@@ -31,17 +31,19 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
     Args:
         reference_module: the module whose device and dtype new entries take. Beside quantised
             weights entries stay float32.
+        passes: the forward passes of the parent model.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
     # Of BaseTunerLayer; without these lines, type checkers take them for parameters or modules.
     active_adapters: list[str]
+    disable_adapters: bool
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
-    def __init__(self, reference_module: nn.Module):
+    def __init__(self, reference_module: nn.Module, passes: Passes):
         super().__init__()
-        # In a tuple, because an attribute would register the module as a child.
-        self._reference_module = (reference_module,)
+        # In tuples, because attributes would register the modules as children.
+        self._reference_module, self._passes = (reference_module,), (passes,)
         self.merged_adapters: list[str] = []
         self.handles: list[Any] = []
         # Called as observer(submodule, change_BTD, whole_BTD) while an export measures by how much
@@ -49,6 +51,11 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
         self.observer: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
+
+    @property
+    def passes(self) -> Passes:
+        """The forward passes of the parent model."""
+        return self._passes[0]
 
     def get_base_layer(self) -> nn.Module:
         """Return the module that PEFT asks for device and dtype."""
@@ -67,8 +74,15 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def active(self, container: str) -> Any:
-        """Return the entry of the active adapter, or None if there is none or it is disabled."""
-        return self.active_entry(getattr(self, container))
+        """Return the entry of the active adapter, or None if there is none or it is disabled.
+
+        Raises:
+            RuntimeError: if the adapters were switched since the pass began.
+        """
+        entries = getattr(self, container)
+        if isinstance(entries, nn.ModuleDict):
+            self.passes.current.require_adapters(self.disable_adapters, tuple(self.active_adapters))
+        return self.active_entry(entries)
 
     def active_entry(self, entries: Any) -> Any:
         """Return the active adapter's entry of a container that belongs to another layer."""
@@ -93,15 +107,9 @@ class SiteLayer(AuxiliaryLayer):
 
     adapter_layer_names: tuple[str, ...] = ("unipelt_gate",)
 
-    def __init__(self, reference_module: nn.Module, tokens: Tokens):
-        super().__init__(reference_module)
-        self._tokens = (tokens,)  # in a tuple, because the parent model owns it
-        self.running = RunningMean(tokens)
-
-    @property
-    def tokens(self) -> Tokens:
-        """What is known about the tokens of the running pass."""
-        return self._tokens[0]
+    def __init__(self, reference_module: nn.Module, passes: Passes):
+        super().__init__(reference_module, passes)
+        self.running = RunningMean(passes)
 
     def evaluate(
         self, x_BTD: torch.Tensor, groups: Sequence[Sequence[nn.Linear]], joined: bool = False
@@ -117,7 +125,7 @@ class SiteLayer(AuxiliaryLayer):
             The gates by name, and the products of each group side by side, [B, T, R]. A product is
             None if the caller has to call its maps itself.
         """
-        gate = self.active("unipelt_gate")
+        gate = self.active_entry(self.unipelt_gate)
         products: list[torch.Tensor | None] = [None] * len(groups)
         logits = None
         maps = [linear for group in groups for linear in group]
@@ -130,12 +138,19 @@ class SiteLayer(AuxiliaryLayer):
                 results = results[0].split_with_sizes([*widths, gate.out_features], dim=-1)
             if results is not None:
                 *products, logits = results
-        mask_BT = self.tokens.real(x_BTD.shape[1])
+        mask_BT = self.passes.current.real(x_BTD.shape[1])
         return gate(x_BTD, mask_BT, running=self.running, logits_BTN=logits), products
 
 
 class AttentionMember:
-    """The part of one submodule at one attention. It keeps the state of a pass until `end`."""
+    """The part of one submodule at one attention."""
+
+    layer: "AttentionGates"
+
+    @property
+    def call(self) -> Any:
+        """What `begin` returned for the running call of the attention, None if it did not run."""
+        return self.layer.passes.current.calls.get(self)
 
     def maps(self) -> list[nn.Linear]:
         """Return the linear maps of the attention's input to evaluate together with the gates.
@@ -144,16 +159,15 @@ class AttentionMember:
         """
         return []
 
-    def begin(
-        self, attention: nn.Module, kwargs: dict[str, Any], inputs: "AttentionInputs"
-    ) -> None:
-        """Take its gate when the attention is called."""
+    def begin(self, attention: nn.Module, kwargs: dict[str, Any], inputs: "AttentionInputs") -> Any:
+        """Take its gate when the attention is called, and return the state of that call."""
         raise NotImplementedError
 
-    def end(self, output: Any) -> Any:
-        """Finish the pass.
+    def end(self, call: Any, output: Any) -> Any:
+        """Finish the call of the attention.
 
         Args:
+            call: what `begin` returned.
             output: the attention's output, None if the attention raised an exception.
 
         Returns:
@@ -180,8 +194,8 @@ class AttentionInputs:
 class AttentionGates(SiteLayer):
     """The child of an attention that evaluates its gates and hands them to the submodules there."""
 
-    def __init__(self, reference_module: nn.Module, site: AttentionSite, tokens: Tokens):
-        super().__init__(reference_module, tokens)
+    def __init__(self, reference_module: nn.Module, site: AttentionSite, passes: Passes):
+        super().__init__(reference_module, passes)
         self.site = site
         self.members: dict[str, AttentionMember] = {}  # by the name of the submodule
         self.prefix_source: PrefixSource | None = None
@@ -197,16 +211,21 @@ class AttentionGates(SiteLayer):
         names = [name for name in gate.names if name in self.members]
         groups = [self.members[name].maps() for name in names]
         gates, products = self.evaluate(h_BTD, groups, joined=True)
+        calls = self.passes.current.calls
         for name, group, product in zip(names, groups, products):
             inputs = AttentionInputs(h_BTD, gates[name], product if group else None)
-            self.members[name].begin(attention, kwargs, inputs)
+            member = self.members[name]
+            calls[member] = member.begin(attention, kwargs, inputs)
 
     def after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], output: object
     ) -> object:
-        """Finish the pass. This is a forward hook of the attention, also after an exception."""
-        replaced = None
+        """Finish the call. This is a forward hook of the attention, also after an exception."""
+        current, replaced = self.passes.find(), None
+        calls = {} if current is None else current.calls
         for member in self.members.values():
-            result = member.end(output if replaced is None else replaced)
-            replaced = result if result is not None else replaced
+            call = calls.pop(member, None)
+            if call is not None:
+                result = member.end(call, output if replaced is None else replaced)
+                replaced = result if result is not None else replaced
         return replaced

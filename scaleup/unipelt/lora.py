@@ -58,19 +58,29 @@ class LoraOptions:
     )
 
 
+@dataclasses.dataclass(slots=True)
+class LoraCall:
+    """The state of one call of an attention.
+
+    Attributes:
+        gates: G_L by projection, "query" or "value".
+        h_BTD: input of the attention.
+        low_rank: G_L · A h [B, T, R] by projection, where it was computed with the gates.
+        encoder_states: input of a cross attention's value projection.
+    """
+
+    gates: dict[str, GateValue]
+    h_BTD: torch.Tensor
+    low_rank: dict[str, torch.Tensor]
+    encoder_states: torch.Tensor | None = None
+
+
 class LoraMember(AttentionMember):
     """Hands the LoRA gate of one attention to its query and value projections."""
 
     def __init__(self, layer: AttentionGates):
         self.layer = layer
         self.down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
-        self._reset()
-
-    def _reset(self) -> None:
-        self.gates: dict[str, GateValue] = {}
-        self.h_BTD: torch.Tensor | None = None
-        self.low_rank: dict[str, torch.Tensor] = {}  # G_L · A h, by projection
-        self.encoder_states: torch.Tensor | None = None
 
     def register(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None:
         """Make A of a projection part of the product with the gates, if it reads the same input."""
@@ -88,41 +98,42 @@ class LoraMember(AttentionMember):
             linears.append(linear)
         return linears
 
-    def begin(self, attention: nn.Module, kwargs: dict[str, Any], inputs: AttentionInputs) -> None:
-        self.gates = {"query": inputs.gate, "value": inputs.gate}
+    def begin(
+        self, attention: nn.Module, kwargs: dict[str, Any], inputs: AttentionInputs
+    ) -> LoraCall:
+        call = LoraCall({"query": inputs.gate, "value": inputs.gate}, inputs.h_BTD, {})
         if self.layer.site.cross:
-            del self.gates["value"]
+            del call.gates["value"]
             states = (kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
-            self.encoder_states = next(states)
+            call.encoder_states = next(states)
         if inputs.product_BTR is not None:
-            self.h_BTD = inputs.h_BTD
             ranks = [linear.out_features for linear in self.maps()]
             low_rank = scaled(inputs.gate, inputs.product_BTR).split_with_sizes(ranks, dim=-1)
-            self.low_rank = dict(zip(self.down, low_rank))
-
-    def end(self, output: Any) -> Any:
-        self._reset()
+            call.low_rank = dict(zip(self.down, low_rank))
+        return call
 
     def gate(self, projection: str) -> GateValue | None:
-        """Return G_L of this pass for "query" or "value", None for no update.
+        """Return G_L of this call for "query" or "value", None for no update.
 
         DeBERTa also sends position embeddings through these projections. They belong to no example,
         so only the first call of a pass is gated there.
         """
+        call: LoraCall = self.call
         if self.layer.site.projects_positions:
-            return self.gates.pop(projection, None)
-        if projection not in self.gates:  # of a cross attention, which may see every encoder token
+            return call.gates.pop(projection, None)
+        if projection not in call.gates:  # of a cross attention, which may see every encoder token
             gate = self.layer.active("unipelt_gate")
             if isinstance(gate, ConstantGate):
                 return gate.values.get(VALUE, gate.values["lora"])
             pooling = "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
-            mask_BS = self.layer.tokens.encoder_mask_BS
-            self.gates[projection] = gate(self.encoder_states, mask_BS, pooling)["lora"]
-        return self.gates[projection]
+            mask_BS = self.layer.passes.current.encoder_mask_BS
+            call.gates[projection] = gate(call.encoder_states, mask_BS, pooling)["lora"]
+        return call.gates[projection]
 
     def product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """Return G_L · A x [B, T, R] if it was computed together with the gates."""
-        return self.low_rank.get(projection) if x_BTD is self.h_BTD else None
+        call: LoraCall = self.call
+        return call.low_rank.get(projection) if x_BTD is call.h_BTD else None
 
 
 class GatedLora(LoraVariant):

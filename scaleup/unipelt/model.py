@@ -25,6 +25,7 @@ from .attachment import Attachment
 from .attention import restore_attention
 from .config import UniPeltConfig
 from .layers import AuxiliaryLayer
+from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, attach, chosen, site_gates
@@ -96,6 +97,7 @@ class UniPeltModel(LoraModel):
                 for handle in getattr(module._modules.pop(name), "handles", ()):
                     handle.remove()
         restore_attention(unloaded)
+        unwrap_checkpointing(unloaded)
         return unloaded
 
     @classmethod

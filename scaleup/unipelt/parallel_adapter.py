@@ -41,26 +41,17 @@ class ParallelAdapterLayer(BottleneckLayer):
     gate = "parallel_adapter"
     adapter_layer_names = (entry, "unipelt_gate")
 
-    def __init__(self, reference_module: nn.Module, tokens: Any):
-        super().__init__(reference_module, tokens)
-        self.input_BTD: torch.Tensor | None = None  # of the sublayer, until its last projection
-
     def before_feed_forward(
         self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Keep the input of the sublayer. This is a forward pre-hook of its first projection."""
-        self.input_BTD = args[0]
+        self.passes.current.calls[self] = args[0]
 
     def after_feed_forward(
         self, projection: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor
     ) -> torch.Tensor | None:
         """Add the gated adapter. This is a forward hook of the sublayer's last projection."""
-        input_BTD, self.input_BTD = self.input_BTD, None
-        assert input_BTD is not None, "the first projection runs before the last one"
-        return self.updated(output_BTD, input_BTD)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"input_BTD": None}
+        return self.updated(output_BTD, self.passes.current.calls.pop(self))
 
 
 class ParallelAdapter(BottleneckSubmodule):
@@ -95,7 +86,7 @@ class ParallelAdapter(BottleneckSubmodule):
         layer: ParallelAdapterLayer = attachment.child(
             last,
             PARALLEL_CHILD,
-            lambda: ParallelAdapterLayer(last, attachment.tokens[site.parent]),
+            lambda: ParallelAdapterLayer(last, attachment.passes[site.parent]),
             {"after": "after_feed_forward"},
         )
         if new:

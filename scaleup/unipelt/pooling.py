@@ -1,4 +1,4 @@
-"""Padding masks, counts of tokens, and running means of gates that continue from a KV cache.
+"""Counts of tokens, and totals of gates that travel in a KV cache.
 
 With causal pooling the gate at token t is the mean over the real tokens up to t:
 
@@ -104,205 +104,34 @@ class StaticGateTotals(CacheLayerMixin):
         return query_length, 0
 
 
-class Tokens(nn.Module):
-    """The state of the tokens in the running forward pass of one parent model.
+def find_cache(inputs: tuple[Any, ...]) -> Cache | None:
+    """Return the KV cache of a self-attention among its inputs, None if there is none."""
+    cache = next((c for c in inputs if isinstance(c, Cache | EncoderDecoderCache)), None)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
-    It is a child of the model that is called with padding masks. An encoder has its own, because
-    `generate` calls it directly. The masks stay until the next pass, because gradient checkpointing
-    recomputes layers in the backward pass, which must therefore come before the next forward pass.
+
+def totals_layer(
+    cache: Cache, kv_layers: int, create: bool
+) -> GateTotals | StaticGateTotals | None:
+    """Return the layer of a cache that holds the totals of gates.
 
     Args:
-        positions: position of each argument of the model's `forward` that is read here, for callers
-            that pass it by position.
-
-    Attributes:
-        slots: index of a site's first gate among the totals in the cache → number of its gates.
+        cache: the KV cache of the self-attentions.
         kv_layers: number of attentions that keep keys and values.
-        mask_BT: 1 at real tokens, None if all are real.
-        encoder_mask_BS: the same for the encoder's tokens, in a decoder.
-        starts_BT: index of the first token of each token's text if a row holds several texts.
-        past: number of tokens in the cache.
-        totals: the layer of the cache that holds the totals, None if there is no cache.
-        pending: totals of this pass by slot, to be stored when the pass ends.
+        create: whether to add the layer if the cache has none.
     """
-
-    def __init__(self, positions: dict[str, int]):
-        super().__init__()
-        self.positions = positions
-        self.handles: list[Any] = []
-        self.slots: dict[int, int] = {}
-        self.kv_layers = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.mask_BT: torch.Tensor | None = None
-        self.encoder_mask_BS: torch.Tensor | None = None
-        self.starts_BT: torch.Tensor | None = None
-        self.past: int | torch.Tensor = 0
-        self.totals: GateTotals | StaticGateTotals | None = None
-        self.pending: dict[int, torch.Tensor] = {}
-        self._counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
-        self._share_BT1: torch.Tensor | None = None
-
-    def new_slot(self, width: int) -> int:
-        """Reserve a place among the totals for the gates of one site, and return its index."""
-        slot = sum(self.slots.values())
-        self.slots[slot] = width
-        return slot
-
-    def capture(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the masks. This is a forward pre-hook of the parent model.
-
-        Raises:
-            ValueError: for a mask that does not tell which tokens are real.
-        """
-        self._reset()
-        self.mask_BT = self._padding("attention_mask", args, kwargs)
-        self.encoder_mask_BS = self._padding("encoder_attention_mask", args, kwargs)
-        positions_BT = self._argument("position_ids", args, kwargs)
-        if positions_BT is not None and self.mask_BT is None and positions_BT.shape[1] > 1:
-            self.starts_BT = _starts(positions_BT)
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        position = self.positions.get(name, len(args))
-        return kwargs.get(name, args[position] if position < len(args) else None)
-
-    def _padding(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
-        """Return a padding mask [B, T].
-
-        Generation with a static cache passes masks per query and key [B, 1, T, K], one for each
-        kind of layer. There, queries that see no key are padding.
-        """
-        mask = self._argument(name, args, kwargs)
-        if isinstance(mask, dict):
-            mask = next((entry for entry in mask.values() if entry is not None), None)
-        if mask is None or mask.dim() == 2:
-            return mask
-        if mask.dim() != 4 or mask.shape[1] != 1 or not self.kv_layers:
-            raise ValueError(
-                f"{name} has the shape {tuple(mask.shape)}; UniPELT's gates need the padding mask "
-                "of shape [batch, tokens]"
-            )
-        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(dim=-1)
-
-    def real(self, tokens: int) -> torch.Tensor | None:
-        """Return the mask [B, T] of the last `tokens` tokens; cached tokens precede them in it."""
-        return None if self.mask_BT is None else self.mask_BT[:, -tokens:]
-
-    def note_cache(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Find the KV cache, to which the layer with the totals is added.
-
-        This is a forward pre-hook of the first self-attention, because models may create the cache.
-        """
-        inputs = (*kwargs.values(), *args)
-        cache = next((c for c in inputs if isinstance(c, Cache | EncoderDecoderCache)), None)
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        if cache is None:
-            return
-        # A copy: after a crop, sliding layers count in a tensor that they change in place.
-        self.past, self.starts_BT = cache.get_seq_length() + 0, None
-        kinds = GateTotals | StaticGateTotals
-        self.totals = next((layer for layer in cache.layers if isinstance(layer, kinds)), None)
-        if self.totals is None and self.slots:
-            # Each attention would create its layer at its own turn, behind the totals.
-            while len(cache.layers) < self.kv_layers:
-                cache.layers.append(cache.layer_class_to_replicate())
-            self.totals = StaticGateTotals() if cache.layers[0].is_compileable else GateTotals()
-            cache.layers.append(self.totals)
-
-    def before(self, slot: int) -> torch.Tensor | None:
-        """Return the totals [B, 1, N] of one site at the newest cached token.
-
-        Raises:
-            ValueError: if the cache was filled without this adapter.
-        """
-        if self.totals is None:
-            return None
-        if isinstance(self.totals, GateTotals) and self.totals.get_seq_length() != self.past:
-            raise ValueError(
-                "the KV cache holds tokens whose gates are not known, because it was filled without"
-                " this adapter; start with an empty one"
-            )
-        last = self.totals.last()
-        return None if last is None else last[0][..., slot : slot + self.slots[slot]]
-
-    def counts(self, g_BTN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return `real_and_count` of this pass, with cached tokens in the counts."""
-        if self._counts is None:
-            real_BT1, count_BT1 = real_and_count(g_BTN, self.real(g_BTN.shape[1]))
-            last = self.totals.last() if self.totals is not None else None
-            self._counts = real_BT1, count_BT1 if last is None else count_BT1 + last[1]
-        return self._counts
-
-    def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Return `shares` of this pass's mask, computed once per pass."""
-        if self._share_BT1 is None:
-            self._share_BT1 = shares(mask_BT)
-        return self._share_BT1
-
-    def store(self, parent: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Store this pass's totals in the cache. This is a forward hook of the parent model."""
-        if self.totals is None or not self.pending:
-            return
-        assert self._counts is not None
-        any_BTN = next(iter(self.pending.values()))
-        zeros_BT1 = any_BTN[..., :1] * 0  # for sites that were not called
-        shape, count_BT1 = any_BTN.shape[:2], self._counts[1]
-        parts = [
-            self.pending.get(slot, zeros_BT1).expand(*shape, width)
-            for slot, width in self.slots.items()
-        ]
-        totals_BTW = torch.cat(parts, dim=-1).detach()
-        self.totals.update(totals_BTW.unsqueeze(1), count_BT1.expand(*shape, 1).unsqueeze(1))
-        self.pending, self.totals = {}, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the state of the pass out of copies and pickles."""
-        tensors = ("mask_BT", "encoder_mask_BS", "starts_BT", "totals", "_counts", "_share_BT1")
-        return self.__dict__ | dict.fromkeys(tensors) | {"past": 0, "pending": {}}
+    kinds = GateTotals | StaticGateTotals
+    totals = next((layer for layer in cache.layers if isinstance(layer, kinds)), None)
+    if totals is None and create:
+        # Each attention would create its layer at its own turn, behind the totals.
+        while len(cache.layers) < kv_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        totals = StaticGateTotals() if cache.layers[0].is_compileable else GateTotals()
+        cache.layers.append(totals)
+    return totals
 
 
-class RunningMean:
-    """The running mean of the gates of one site.
-
-    Attributes:
-        slots: number of gates → their slot among the totals in the cache; empty if the model never
-            generates.
-    """
-
-    def __init__(self, tokens: Tokens):
-        self.tokens = tokens
-        self.slots: dict[int, int] = {}
-
-    def __call__(self, g_BTN: torch.Tensor) -> torch.Tensor:
-        """Return the mean [B, T, N] over the real tokens up to each, with the cached ones."""
-        tokens = self.tokens
-        if tokens.starts_BT is not None:
-            return _mean_within(g_BTN, tokens.starts_BT)
-        slot = self.slots.get(g_BTN.shape[2])
-        before_B1N = None if slot is None else tokens.before(slot)
-        real_BT1, count_BT1 = tokens.counts(g_BTN)
-        total_BTN = running_totals(g_BTN, real_BT1)
-        if before_B1N is not None:
-            total_BTN = total_BTN + before_B1N
-        if tokens.totals is not None and slot is not None:
-            tokens.pending[slot] = total_BTN
-        return total_BTN / (count_BT1 if real_BT1 is None else count_BT1.clamp(min=1))
-
-    def refuse_cache(self) -> None:
-        """Raise ValueError if there are cached tokens, for gates that need the whole sequence."""
-        if isinstance(self.tokens.past, torch.Tensor) or self.tokens.past > 0:
-            raise ValueError(
-                "gate_pooling 'paper' needs the whole sequence: train with 'auto' to generate, or "
-                "call generate(use_cache=False)"
-            )
-
-
-def _starts(positions_BT: torch.Tensor) -> torch.Tensor:
+def text_starts(positions_BT: torch.Tensor) -> torch.Tensor:
     """Return the index of the first token of each token's text, [B, T].
 
     Within a text, each position is greater by one than the position before it.
@@ -312,7 +141,7 @@ def _starts(positions_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(first_BT, index_T, 0).cummax(dim=1).values.expand(positions_BT.shape)
 
 
-def _mean_within(g_BTN: torch.Tensor, starts_BT: torch.Tensor) -> torch.Tensor:
+def mean_within(g_BTN: torch.Tensor, starts_BT: torch.Tensor) -> torch.Tensor:
     """Return the running mean [B, T, N] within each text of a row.
 
     It is computed in float64, because it is a difference of sums over the whole row.

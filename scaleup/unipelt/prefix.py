@@ -10,7 +10,7 @@ Shapes: B examples, T queries, G key-value heads, E head size, L prefix length, 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, WideMasks, use_prefix_attention
 from .kernels import few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
+from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .site_types import AttentionSite, BlockSite
 from .softmax_prefix import SoftmaxPrefix
@@ -48,16 +49,50 @@ class PrefixOptions:
     )
 
 
+class PassPrefixes(NamedTuple):
+    """What the attentions of one forward pass share.
+
+    Attributes:
+        layers_kv: keys and values [2, G, L, E] of each layer.
+        masks: attention masks with the prefix's columns.
+    """
+
+    layers_kv: tuple[torch.Tensor, ...]
+    masks: WideMasks
+
+
+@dataclasses.dataclass(slots=True)
+class PrefixCall:
+    """The state of one call of an attention.
+
+    Attributes:
+        prefix: the gated prefix, until the attention takes it.
+        masks: those of the pass.
+        dropout: probability, of an attention that computes its softmax itself.
+        softmax: the prefix in such an attention.
+    """
+
+    prefix: Prefix | None
+    masks: WideMasks
+    dropout: float = 0.0
+    softmax: SoftmaxPrefix | None = None
+
+
 class PrefixTuning(AuxiliaryLayer):
     """The prefixes of one parent model's self or cross attentions. It is a child of that model."""
 
     adapter_layer_names = ("unipelt_prefix",)
 
-    def __init__(self, reference_module: nn.Module, layers: int, kv_heads: int, head_size: int):
-        super().__init__(reference_module)
+    def __init__(
+        self,
+        reference_module: nn.Module,
+        passes: Passes,
+        layers: int,
+        kv_heads: int,
+        head_size: int,
+    ):
+        super().__init__(reference_module, passes)
         self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
-        self.layers_kv: tuple[torch.Tensor, ...] | None = None  # [2, G, L, E] per layer
-        self.masks = WideMasks()
 
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> nn.Module:
         """Return PEFT's prefix encoder: an MLP ("mlp") or the keys and values themselves ("none").
@@ -104,28 +139,19 @@ class PrefixTuning(AuxiliaryLayer):
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Evaluate the prefixes. This is a forward pre-hook of the parent model."""
-        self.masks = WideMasks()
         entry = self.active("unipelt_prefix")
-        if isinstance(entry, nn.Parameter):  # an exported folder: [N, 2, G, L, E]
-            self.layers_kv = entry.detach().unbind()
-        elif entry is None:
-            self.layers_kv = None
-        else:  # unbind: one index per layer would each create a gradient of the size of all layers
-            self.layers_kv = self.keys_values(entry).unbind()
-
-    def layer(self, index: int) -> torch.Tensor | None:
-        """Return keys and values [2, G, L, E] of one layer, None if the prefix is inactive."""
-        return None if self.layers_kv is None else self.layers_kv[index]
+        if entry is None:
+            return
+        # An exported folder holds [N, 2, G, L, E].
+        kv = entry.detach() if isinstance(entry, nn.Parameter) else self.keys_values(entry)
+        # unbind: one index per layer would each create a gradient of the size of all layers.
+        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), WideMasks())
 
     def stored(self) -> int:
         """Return the number of values that remain after training."""
         width = 2 * self.layers * self.kv_heads * self.head_size
         encoders: Any = self.unipelt_prefix
         return sum(e.embedding.num_embeddings * width for e in encoders.values())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The running prefix is part of a graph, which copies and pickles cannot contain.
-        return self.__dict__ | {"layers_kv": None, "masks": WideMasks()}
 
 
 class PrefixMember(AttentionMember):
@@ -135,36 +161,41 @@ class PrefixMember(AttentionMember):
         self.layer, self.bank, self.index = layer, bank, index
         self.causal = layer.site.causal
         self.watches_query = False
-        self.pending: Prefix | None = None
-        self.softmax: SoftmaxPrefix | None = None
-        self.dropout = 0.0
 
-    def begin(self, attention: Any, kwargs: dict[str, Any], inputs: AttentionInputs) -> None:
+    def begin(
+        self, attention: Any, kwargs: dict[str, Any], inputs: AttentionInputs
+    ) -> PrefixCall | None:
         """Keep the prefix until the attention function takes it.
 
         Raises:
             ValueError: where gradients would be lost.
         """
-        if self.layer.site.softmax_scale is not None:
-            self.dropout = attention.dropout.p if attention.training else 0.0
-        kv = self.bank.layer(self.index)
-        if kv is None:
-            return
+        prefixes: PassPrefixes | None = self.layer.passes.current.shared.get(self.bank)
+        if prefixes is None:
+            return None
+        kv = prefixes.layers_kv[self.index]
         if kv.requires_grad and not torch.is_grad_enabled():
             raise ValueError(
                 "reentrant gradient checkpointing loses the gradient of the prefix; "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        self.pending = (kv, inputs.gate)
+        call = PrefixCall((kv, inputs.gate), prefixes.masks)
+        if self.layer.site.softmax_scale is not None:
+            call.dropout = attention.dropout.p if attention.training else 0.0
+        return call
 
     def take_prefix(self) -> Prefix | None:
-        """Return the prefix of this pass, once. The attention function calls it."""
-        prefix, self.pending = self.pending, None
+        """Return the prefix of this call, once. The attention function calls it."""
+        call: PrefixCall | None = self.call
+        if call is None:
+            return None
+        prefix, call.prefix = call.prefix, None
         return prefix
 
     def widened(self, *mask_and_sizes: Any) -> torch.Tensor | None:
         """Return the attention mask with the prefix's columns, made once per shared mask."""
-        return self.bank.masks(*mask_and_sizes)
+        call: PrefixCall = self.call
+        return call.masks(*mask_and_sizes)
 
     def observer(self) -> Any:
         """Return where to report the change that the prefix makes, or None."""
@@ -179,35 +210,35 @@ class PrefixMember(AttentionMember):
         The first call of a pass is for the queries. DeBERTa sends its position embeddings through
         the same projection later.
         """
-        prefix = self.take_prefix()
+        prefix, call = self.take_prefix(), self.call
         if prefix is not None:
             scale = self.layer.site.softmax_scale
             assert scale is not None
-            self.softmax = SoftmaxPrefix(prefix, query_BTD, scale, self.dropout)
-            self.softmax.__enter__()
+            call.softmax = SoftmaxPrefix(prefix, query_BTD, scale, call.dropout)
+            call.softmax.__enter__()
 
     def before_output(
         self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Add the prefix's context to the input of the attention's output projection."""
-        softmax = self.softmax
+        call: PrefixCall | None = self.call
+        softmax = None if call is None else call.softmax
         if softmax is None or softmax.share_BHTL is None:
             return None  # `end` reports it
         return (args[0] + softmax.context(), *args[1:]), kwargs
 
-    def end(self, output: Any) -> Any:
-        """Finish the pass, and add the prefix's context that no output projection has taken.
+    def end(self, call: PrefixCall, output: Any) -> Any:
+        """Finish the call, and add the prefix's context that no output projection has taken.
 
         Raises:
             RuntimeError: if the attention did not use the prefix.
         """
-        softmax, unused = self.softmax, self.pending is not None
-        self.softmax = self.pending = None
+        softmax = call.softmax
         if softmax is not None:
             softmax.__exit__(None, None, None)
         if output is None:
             return None
-        if unused or (softmax is not None and softmax.share_BHTL is None):
+        if call.prefix is not None or (softmax is not None and softmax.share_BHTL is None):
             raise RuntimeError(
                 "the attention ignored its prefix: its implementation was changed after UniPELT "
                 "was attached; use set_attn_implementation('unipelt_sdpa') or 'unipelt_eager'"
@@ -247,11 +278,11 @@ class PrefixSubmodule(Submodule):
         for (parent, cross), sites in self._attached_banks(attachment).items():
             first = sites[0]
             value = attachment.model.get_submodule(first.value)
-            sizes = (len(sites), first.kv_heads, first.head_size)
+            arguments = attachment.passes[parent], len(sites), first.kv_heads, first.head_size
             bank = attachment.child(
                 attachment.model.get_submodule(parent),
                 PREFIX_CHILD[cross],
-                functools.partial(PrefixTuning, value, *sizes),
+                functools.partial(PrefixTuning, value, *arguments),
                 {"before": "before_forward"},
             )
             bank.add(attachment.adapter_name, unipelt_prefix=self._entry(attachment, bank))

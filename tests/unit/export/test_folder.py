@@ -1,5 +1,6 @@
 """Exported folders of every family give the logits and texts of the trained model."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -17,7 +18,18 @@ from scaleup.export import calibrate, fold
 from scaleup.export.folder import FolderWriter
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES
-from tests.utils.tiny import FAMILIES, adapt, backbone, implementation, logits, same, task_type
+from tests.utils.threads import run_together
+from tests.utils.tiny import (
+    FAMILIES,
+    PAD,
+    adapt,
+    backbone,
+    batch,
+    implementation,
+    logits,
+    same,
+    task_type,
+)
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -155,6 +167,27 @@ def test_an_exported_model_writes_the_same_text(family, tmp_path):
         exported.load(None).generate(**prompt, **arguments),
         exported.model.generate(**prompt, **arguments),
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_threads_that_share_an_exported_model_do_not_disturb_each_other(family, tmp_path):
+    """As a server with a pool of threads uses it: prompts of other lengths at the same time."""
+    model = Exported(family, tmp_path, gates="learned").load(None)
+    batches = [batch((11, 7, 9), seed=3), batch((6, 13, 8), seed=8)]
+    if family == "llama":
+        options = {"max_new_tokens": 4, "pad_token_id": PAD}
+        answers = [model.generate(**given, **options) for given in batches]
+    else:
+        answers = [logits(model, given) for given in batches]
+
+    def serve(given, expected):
+        for _ in range(8):
+            if family == "llama":
+                assert torch.equal(model.generate(**given, **options), expected)
+            else:
+                assert same(logits(model, given), expected)
+
+    run_together(*[functools.partial(serve, *work) for work in zip(batches, answers)])
 
 
 def test_shards_are_not_larger_than_allowed_and_load_together(tmp_path):

@@ -16,6 +16,7 @@ from scaleup.unipelt.attention import (
     unipelt_sdpa,
     widen_mask,
 )
+from scaleup.unipelt.passes import Passes
 from scaleup.unipelt.prefix import PrefixTuning
 
 B, T, S, H, E, L = 2, 4, 6, 4, 8, 3
@@ -134,7 +135,7 @@ def test_keys_are_brought_to_a_multiple_of_16_where_torch_is_faster_so():
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])
 def test_the_layout_is_the_authors(reparameterization):
     """Layer i takes entry 2i of [2 N, heads, size] for keys and 2i + 1 for values."""
-    bank = PrefixTuning(nn.Linear(1, 1), layers=2, kv_heads=H, head_size=E)
+    bank = PrefixTuning(nn.Linear(1, 1), Passes({}), layers=2, kv_heads=H, head_size=E)
     encoder = bank.encoder(L, 5, reparameterization)
     flat = encoder(torch.arange(L)).view(L, 2 * 2, H, E)
     for layer in range(2):
@@ -155,6 +156,6 @@ def test_both_registries_of_transformers_know_the_attentions():
 def test_a_fresh_prefix_is_small_beside_real_keys(reparameterization):
     """The start is the authors'. With PEFT's, entries near 1 outweigh short inputs."""
     torch.manual_seed(0)
-    bank = PrefixTuning(nn.Linear(H * E, H * E), layers=2, kv_heads=H, head_size=E)
+    bank = PrefixTuning(nn.Linear(H * E, H * E), Passes({}), layers=2, kv_heads=H, head_size=E)
     fresh = bank.keys_values(bank.encoder(10, 512, reparameterization))
     assert 0 < fresh.std() < 0.03

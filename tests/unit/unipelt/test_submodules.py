@@ -138,15 +138,15 @@ class Shift(Submodule):
 
     def attach(self, attachment) -> None:
         for site in attachment.blocks:
-            block, tokens = (
+            block, passes = (
                 attachment.model.get_submodule(site.name),
-                attachment.tokens[site.parent],
+                attachment.passes[site.parent],
             )
             reference = next(m for m in block.modules() if isinstance(m, nn.Linear))
             layer = attachment.child(
                 block,
                 "unipelt_shift_layer",
-                lambda reference=reference, tokens=tokens: self.Layer(reference, tokens),
+                lambda reference=reference, passes=passes: self.Layer(reference, passes),
                 {"after": "after_block"},
             )
             vector = nn.Linear(1, site.hidden_size)

@@ -1,0 +1,352 @@
+"""The state of forward passes. It belongs to a pass, never to a module.
+
+A model may run several forward passes before one backward pass, and several threads may run one
+model at the same time. Hooks therefore keep nothing on the modules that they watch.
+
+    Passes         the child of a parent model that begins and ends the model's forward passes
+    ForwardPass    everything that is known during one pass; `Passes.current` returns it
+
+Each thread has its own running passes. Gradient checkpointing recomputes blocks in the backward
+pass, when the forward pass of their model is over. The function that transformers calls for it is
+therefore wrapped, so that a recomputed block finds the pass to which it belongs.
+
+This is the only file that uses transformers' private name of that function.
+
+Shapes: B examples, T tokens of the pass, S encoder tokens, N gates in one projection.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .pooling import (
+    GateTotals,
+    StaticGateTotals,
+    find_cache,
+    mean_within,
+    real_and_count,
+    running_totals,
+    shares,
+    text_starts,
+    totals_layer,
+)
+
+
+@dataclasses.dataclass(eq=False)
+class ForwardPass:
+    """What is known during one forward pass of one parent model.
+
+    Attributes:
+        mask_BT: 1 at real tokens, None if all are real.
+        encoder_mask_BS: the same for the encoder's tokens, in a decoder.
+        starts_BT: index of the first token of each token's text if a row holds several texts.
+        past: number of tokens in the cache.
+        cached: the totals [B, 1, W] of all gates and the count [B, 1, 1] at the newest cached
+            token, None if there is none.
+        totals: the layer of the cache that holds them, None if there is no cache.
+        pending: totals of this pass by slot, to be stored when the pass ends.
+        shared: what is computed once per pass, by the layer that computes it, such as the prefixes
+            of all layers. Packed weights and the buffers of their gradients belong here, too.
+        calls: what a layer keeps from one of its hooks to the next, by the object that keeps it.
+        adapters: whether the adapters are disabled, and the names of the active ones.
+        recomputed: whether this is the recomputation of a block in the backward pass.
+    """
+
+    mask_BT: torch.Tensor | None = None
+    encoder_mask_BS: torch.Tensor | None = None
+    starts_BT: torch.Tensor | None = None
+    past: int | torch.Tensor = 0
+    cached: tuple[torch.Tensor, torch.Tensor] | None = None
+    totals: GateTotals | StaticGateTotals | None = None
+    pending: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    adapters: tuple[bool, tuple[str, ...]] | None = None
+    recomputed: bool = False
+    _counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
+    _share_BT1: torch.Tensor | None = None
+
+    def real(self, tokens: int) -> torch.Tensor | None:
+        """Return the mask [B, T] of the last `tokens` tokens; cached tokens precede them in it."""
+        return None if self.mask_BT is None else self.mask_BT[:, -tokens:]
+
+    def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Return `shares` of this pass's mask, computed once."""
+        if self._share_BT1 is None:
+            self._share_BT1 = shares(mask_BT)
+        return self._share_BT1
+
+    def counts(self, g_BTN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return `real_and_count` of this pass, computed once, with cached tokens in the counts."""
+        if self._counts is None:
+            real_BT1, count_BT1 = real_and_count(g_BTN, self.real(g_BTN.shape[1]))
+            if self.cached is not None:
+                count_BT1 = count_BT1 + self.cached[1]
+            self._counts = real_BT1, count_BT1
+        return self._counts
+
+    def before(self, slot: int, width: int) -> torch.Tensor | None:
+        """Return the totals [B, 1, N] of one site at the newest cached token.
+
+        Raises:
+            ValueError: if the cache was filled without this adapter.
+        """
+        if isinstance(self.totals, GateTotals) and self.totals.get_seq_length() != self.past:
+            raise ValueError(
+                "the KV cache holds tokens whose gates are not known, because it was filled without"
+                " this adapter; start with an empty one"
+            )
+        return None if self.cached is None else self.cached[0][..., slot : slot + width]
+
+    def require_adapters(self, disabled: bool, names: tuple[str, ...]) -> None:
+        """Raise RuntimeError if other adapters are active than earlier in this pass."""
+        if self.adapters is None:
+            self.adapters = disabled, names
+        elif self.adapters != (disabled, names):
+            raise RuntimeError(
+                "a layer does not find the adapters of its forward pass, which were switched or "
+                "disabled meanwhile; gradient checkpointing needs the same active adapters in the "
+                "backward pass, and threads that share a model must not switch them"
+            )
+
+    def store(self, slots: dict[int, int]) -> None:
+        """Store this pass's totals in the cache.
+
+        Args:
+            slots: index of a site's first gate → number of its gates.
+        """
+        if self.totals is None or not self.pending:
+            return
+        assert self._counts is not None
+        any_BTN = next(iter(self.pending.values()))
+        zeros_BT1 = any_BTN[..., :1] * 0  # for sites that were not called
+        shape, count_BT1 = any_BTN.shape[:2], self._counts[1]
+        parts = [
+            self.pending.get(slot, zeros_BT1).expand(*shape, width) for slot, width in slots.items()
+        ]
+        totals_BTW = torch.cat(parts, dim=-1).detach()
+        self.totals.update(totals_BTW.unsqueeze(1), count_BT1.expand(*shape, 1).unsqueeze(1))
+
+    def clear(self) -> None:
+        """Drop what only the pass itself needs.
+
+        Blocks to be recomputed keep the pass. If it kept a tensor of a block, the two would keep
+        each other in memory.
+        """
+        self.totals, self.pending, self.calls = None, {}, {}
+
+    def again(self) -> "ForwardPass":
+        """Return a copy for the recomputation of a block."""
+        return dataclasses.replace(self, calls={}, recomputed=True)
+
+
+# The dictionary of passes is replaced, never changed. No subclass of threading.local: torch.compile
+# loses what is assigned to its attributes.
+_thread = threading.local()
+_thread.passes = {}  # now, because a compiler would start again when it appears
+
+
+def _running() -> "dict[Passes, ForwardPass]":
+    """Return the passes that run in this thread."""
+    passes: dict[Passes, ForwardPass] = getattr(_thread, "passes", {})
+    return passes
+
+
+class Passes(nn.Module):
+    """The forward passes of one parent model, which is called with padding masks.
+
+    It is a child of that model. An encoder has its own, because `generate` calls it directly.
+
+    Args:
+        positions: position of each argument of the model's `forward` that is read here, for callers
+            that pass it by position. None if no layer needs the masks.
+
+    Attributes:
+        slots: index of a site's first gate among the totals in the cache → number of its gates.
+        kv_layers: number of attentions that keep keys and values.
+    """
+
+    def __init__(self, positions: dict[str, int] | None):
+        super().__init__()
+        self.positions = positions
+        self.handles: list[Any] = []
+        self.slots: dict[int, int] = {}
+        self.kv_layers = 0
+        self._checkpointing: list[Any] | None = None  # modules that can be recomputed
+
+    def new_slot(self, width: int) -> int:
+        """Reserve a place among the totals for the gates of one site, and return its index."""
+        slot = sum(self.slots.values())
+        self.slots[slot] = width
+        return slot
+
+    def find(self) -> ForwardPass | None:
+        """Return the pass that runs in this thread, None if there is none."""
+        return _running().get(self)
+
+    @property
+    def current(self) -> ForwardPass:
+        """The pass that runs in this thread.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        running = self.find()
+        if running is None:
+            raise RuntimeError(
+                "a layer with UniPELT was called outside of a forward pass of its model, where its "
+                "padding mask is not known; call the whole model, and switch gradient checkpointing"
+                " on with model.gradient_checkpointing_enable()"
+            )
+        return running
+
+    def begin(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a pass and read its masks. This is a forward pre-hook of the parent model.
+
+        Raises:
+            ValueError: for a mask that does not tell which tokens are real.
+        """
+        new = ForwardPass()
+        if self.positions is not None:
+            new.mask_BT = self._padding("attention_mask", args, kwargs)
+            new.encoder_mask_BS = self._padding("encoder_attention_mask", args, kwargs)
+            positions_BT = self._argument("position_ids", args, kwargs)
+            if positions_BT is not None and new.mask_BT is None and positions_BT.shape[1] > 1:
+                new.starts_BT = text_starts(positions_BT)
+        self._wrap_checkpointing(parent)
+        _thread.passes = {**_running(), self: new}
+
+    def end(self, parent: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """End the pass. This is a forward hook of the parent model, also after an exception."""
+        ended = self.find()
+        if ended is None:
+            return
+        _thread.passes = {key: value for key, value in _running().items() if key is not self}
+        if output is not None:
+            ended.store(self.slots)
+        ended.clear()
+
+    def note_cache(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Find the KV cache, to which the layer with the totals is added.
+
+        This is a forward pre-hook of the first self-attention, because models may create the cache.
+        """
+        current, cache = self.current, find_cache((*kwargs.values(), *args))
+        if cache is None or current.recomputed:
+            return
+        # A copy: after a crop, sliding layers count in a tensor that they change in place.
+        current.past, current.starts_BT = cache.get_seq_length() + 0, None
+        current.totals = totals_layer(cache, self.kv_layers, create=bool(self.slots))
+        current.cached = None if current.totals is None else current.totals.last()
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.positions is not None
+        position = self.positions.get(name, len(args))
+        return kwargs.get(name, args[position] if position < len(args) else None)
+
+    def _padding(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Return a padding mask [B, T].
+
+        Generation with a static cache passes masks per query and key [B, 1, T, K], one for each
+        kind of layer. There, queries that see no key are padding.
+        """
+        mask = self._argument(name, args, kwargs)
+        if isinstance(mask, dict):
+            mask = next((entry for entry in mask.values() if entry is not None), None)
+        if mask is None or mask.dim() == 2:
+            return mask
+        if mask.dim() != 4 or mask.shape[1] != 1 or not self.kv_layers:
+            raise ValueError(
+                f"{name} has the shape {tuple(mask.shape)}; UniPELT's gates need the padding mask "
+                "of shape [batch, tokens]"
+            )
+        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(dim=-1)
+
+    def _wrap_checkpointing(self, parent: nn.Module) -> None:
+        """Let blocks that checkpointing recomputes find their pass.
+
+        This is done at every pass, because users may switch checkpointing on at any time.
+        """
+        if self._checkpointing is None:
+            modules = parent.modules()
+            self._checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing")]
+        for module in self._checkpointing:
+            if module.gradient_checkpointing:
+                function = module._gradient_checkpointing_func
+                if getattr(function, "func", None) is not _checkpoint_in_pass:
+                    wrapped = functools.partial(_checkpoint_in_pass, function)
+                    module._gradient_checkpointing_func = wrapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one layer would otherwise contain copies of all blocks.
+        return self.__dict__ | {"_checkpointing": None}
+
+
+def unwrap_checkpointing(model: nn.Module) -> None:
+    """Give blocks back the checkpointing functions that they had before their first pass."""
+    for module in model.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "func", None) is _checkpoint_in_pass:
+            module._gradient_checkpointing_func = function.args[0]
+
+
+def _checkpoint_in_pass(checkpoint: Callable[..., Any], function: Any, *args: Any) -> Any:
+    """Call a checkpointing function so that it recomputes `function` in the running passes."""
+    return checkpoint(functools.partial(_run_in, _running(), function), *args)
+
+
+def _run_in(passes: dict[Passes, ForwardPass], function: Callable[..., Any], *args: Any) -> Any:
+    before = _running()
+    if before is passes:  # the forward pass itself
+        return function(*args)
+    _thread.passes = {owner: of_model.again() for owner, of_model in passes.items()}
+    try:
+        return function(*args)
+    finally:
+        _thread.passes = before
+
+
+class RunningMean:
+    """The running mean of the gates of one site.
+
+    Attributes:
+        slots: number of gates → their slot among the totals in the cache; empty if the model never
+            generates.
+    """
+
+    def __init__(self, passes: Passes):
+        self.passes = passes
+        self.slots: dict[int, int] = {}
+
+    def __call__(self, g_BTN: torch.Tensor) -> torch.Tensor:
+        """Return the mean [B, T, N] over the real tokens up to each, with the cached ones."""
+        current, width = self.passes.current, g_BTN.shape[2]
+        if current.starts_BT is not None:
+            return mean_within(g_BTN, current.starts_BT)
+        slot = self.slots.get(width)
+        before_B1N = None if slot is None else current.before(slot, width)
+        real_BT1, count_BT1 = current.counts(g_BTN)
+        total_BTN = running_totals(g_BTN, real_BT1)
+        if before_B1N is not None:
+            total_BTN = total_BTN + before_B1N
+        if current.totals is not None and slot is not None:
+            current.pending[slot] = total_BTN
+        return total_BTN / (count_BT1 if real_BT1 is None else count_BT1.clamp(min=1))
+
+    def refuse_cache(self) -> None:
+        """Raise ValueError if there are cached tokens, for gates that need the whole sequence."""
+        past = self.passes.current.past
+        if isinstance(past, torch.Tensor) or past > 0:
+            raise ValueError(
+                "gate_pooling 'paper' needs the whole sequence: train with 'auto' to generate, or "
+                "call generate(use_cache=False)"
+            )
