@@ -21,6 +21,13 @@ from scaleup.backbone.quantization import quantize_rows
 from scaleup.backbone.weights import Weights, return_freed_memory
 
 TRIM_EVERY = 1 << 24  # weights
+# The classes in the files of a DeepSpeed checkpoint. DeepSpeed unpickles without restrictions.
+STATE_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

@@ -19,13 +19,12 @@ from typing import Any, Literal, NotRequired
 
 import pandas as pd
 import pydantic
-import yaml
 from typing_extensions import TypedDict
 
 from scaleup.errors import ConfigError
 from scaleup.experiments.runs import Run, name_variants
-from scaleup.io import write_text
-from scaleup.settings.loading import flat
+from scaleup.io import read_bytes, write_text
+from scaleup.settings.loading import flat, parse
 from scaleup.training.output_folder import SET_ASIDE
 
 SUMMARY = ("trial", "task", "k", "method", "data_seed", "train_seed", "metric", "dev", "test")
@@ -129,7 +128,7 @@ def read(path: pathlib.Path) -> Run:
     facts: dict[str, Any] = {}
     if beside is not None:
         if (beside / "config.yaml").is_file():
-            settings = _parsed(beside / "config.yaml", lambda text: flat(yaml.safe_load(text)))
+            settings = _parsed(beside / "config.yaml", _settings_of)
         for name in ("timing", "environment"):
             if (beside / f"{name}.json").is_file():
                 facts |= _flatten(_parsed(beside / f"{name}.json", json.loads), name)
@@ -221,14 +220,19 @@ def _check(run: Run, name: str) -> Run:
     return run
 
 
-def _parsed(path: pathlib.Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _parsed(path: pathlib.Path, decode: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = decode(read_bytes(path).decode("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a mapping")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(_damage(path, error)) from None
     return content
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    """Return the settings in a config.yaml, `section.key` → value."""
+    return flat(parse(text, "YAML"))
 
 
 def _damage(name: object, reason: object) -> str:

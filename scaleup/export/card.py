@@ -6,7 +6,9 @@ import yaml
 
 from scaleup.backbone.loading import load_config, pad_tokens
 from scaleup.data.classification import role_columns
+from scaleup.errors import ConfigError
 from scaleup.export.report import Export, ExportReport
+from scaleup.settings.loading import parse
 
 LOAD_ADAPTER = """import scaleup
 from peft import PeftModel
@@ -31,8 +33,8 @@ def backbone_licence(name: str) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        values = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        values = parse(parts[1], str(path))
+    except ConfigError:
         return None
     licence = values.get("license") if isinstance(values, dict) else None
     return str(licence) if licence else None

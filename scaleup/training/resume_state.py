@@ -7,6 +7,7 @@ in the middle of its start at a damaged one. No pickled code is executed.
 
 import pathlib
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NotRequired
@@ -17,12 +18,14 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 from typing_extensions import TypedDict
 
+from scaleup.backbone.sharded import STATE_CLASSES
 from scaleup.errors import CheckpointError
-from scaleup.io import read_json
+from scaleup.io import read_bytes, read_json
 from scaleup.training.manifest import ALTERED, Manifest
 
 TRAINER_STATE = "trainer_state.json"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+LATEST = "latest"  # DeepSpeed's file with the name of the folder that it loads
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # tensors with the shape of a parameter
 
 
@@ -86,12 +89,33 @@ def check_state(folder: pathlib.Path, manifest: Manifest) -> None:
         names = sorted(path.name for path in folder.glob("rng_state_*.pth")) or ["rng_state_0.pth"]
     checks: dict[str, Callable[[Any], None]] = dict.fromkeys(names, _try_random_state)
     checks[SCHEDULER] = _try_scheduler
-    if manifest.run["zero_stage"] == 0:
+    if manifest.run["zero_stage"] == 0 and not (folder / LATEST).exists():
         checks[OPTIMIZER] = _try_optimizer
+    else:
+        _check_deepspeed(folder)
+        if not (folder / SCHEDULER).exists():
+            del checks[SCHEDULER]  # DeepSpeed has saved its own schedule
     for name, check in checks.items():
-        if manifest.run["zero_stage"] > 0 and name == SCHEDULER and not (folder / name).exists():
-            continue  # DeepSpeed has saved its own schedule
         _load(folder / name, check)
+
+
+def _check_deepspeed(folder: pathlib.Path) -> None:
+    """Check that DeepSpeed finds its files and executes nothing but its own classes of state."""
+    try:
+        name = read_bytes(folder / LATEST).decode("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / LATEST, str(error)) from None
+    files = sorted((folder / name).glob("*.pt")) if re.fullmatch(r"global_step\d+", name) else []
+    if not files:
+        raise _damaged(folder / LATEST, f"it names {name!r:.40}, which has no files")
+    for path in files:
+        try:
+            classes = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception as error:  # a damaged pickle can raise anything
+            raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        if classes - STATE_CLASSES:
+            unknown = min(classes - STATE_CLASSES)
+            raise _damaged(path, f"loading it would execute {unknown}, which is not DeepSpeed's")
 
 
 def check_optimizer(folder: pathlib.Path, groups: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pandas as pd
 import pytest
@@ -293,3 +294,14 @@ def test_damaged_rows_of_a_table_and_other_files_are_refused(small, tmp_path):
     table.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is damaged"):
         results.load([str(table)])
+
+
+def test_a_config_whose_aliases_multiply_is_refused_at_once(tmp_path):
+    out = leave_run(tmp_path, "cola", 100, "apl", 1, 0.5)
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    (out / "config.yaml").write_text("\n".join(lines))
+    begin = time.perf_counter()
+    with pytest.raises(ConfigError, match="config.yaml is damaged .*aliases"):
+        results.load([str(out)])
+    assert time.perf_counter() - begin < 5
