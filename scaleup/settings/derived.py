@@ -18,7 +18,7 @@ from scaleup.unipelt.submodules import SUBMODULES
 MOST = 10**9  # of anything that is counted: examples, steps, tokens
 
 # Bounds of numbers of TrainingArguments, most of which Trainer does not check.
-BOUNDS: dict[str, dict[str, float]] = {
+BOUNDS: dict[str, dict[str, Any]] = {
     "adam_beta1": {"ge": 0, "lt": 1},
     "adam_beta2": {"ge": 0, "lt": 1},
     "adam_epsilon": {"gt": 0, "le": 1},  # with 0, a gradient of 0 gives an update of 0/0

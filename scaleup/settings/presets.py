@@ -11,7 +11,7 @@ from scaleup.settings.rules import ZERO_PRESETS
 
 MOST_BYTES = 256 * 1024
 # What Trainer knows. DeepSpeed refuses a file without the sizes of a batch.
-AUTOMATIC = {
+AUTOMATIC: dict[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from scaleup.backbone.sharded import whole_copies
-from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError
+from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.io import write_problem
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
@@ -26,6 +26,7 @@ from scaleup.training.checkpoint import (
     create_staging_folder,
     expected_tensors,
     staging_folder,
+    verify,
 )
 from scaleup.training.context import Run
 from scaleup.training.evaluation import EvaluatingTrainer
@@ -263,8 +264,8 @@ class RunTrainer(EvaluatingTrainer):
         self._write(folder, lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
         self.accelerator.wait_for_everyone()
         best = self._best_checkpoint()
-        if best is not None and best != folder and self.writes:
-            assert best.is_dir(), f"{best} was never saved"
+        if best is not None and best != folder and self.writes and not best.is_dir():
+            raise RunError(f"{best}, the best checkpoint so far, was removed during the run")
         self.state.best_model_checkpoint = best and str(best)
         if self.writes:
             inner = staging / folder.name
@@ -296,4 +297,16 @@ class RunTrainer(EvaluatingTrainer):
     def _load_best_model(self) -> None:
         if self.shutdown.stopped_by is None:
             self.save_adapter_checkpoint("final")
+            self._check_best_checkpoint()
             super()._load_best_model()
+
+    def _check_best_checkpoint(self) -> None:
+        """Refuse a best checkpoint that was altered. Trainer would keep the last model instead."""
+        best = self._best_checkpoint()
+        if best is None or not self.writes:
+            return
+        try:
+            verify(best)
+        except (CheckpointError, OSError) as error:
+            problem = "the best checkpoint was removed or altered during the run"
+            raise RunError(f"{problem}: {one_line(error, 300)}") from error
