@@ -259,6 +259,17 @@ def test_threads_that_train_one_model_do_not_disturb_each_other(family, checkpoi
     run_together(*[functools.partial(repeat, given) for given in batches])
 
 
+def test_a_backward_pass_may_run_in_another_thread_than_its_forward_pass():
+    """As on a GPU, where autograd has a thread of its own for each device."""
+    model = trained("bart", ["adapter", "prefix", "lora"], checkpointing=True)
+    first, second = examples(model, (11, 7, 9), 3), examples(model, (6, 13, 8), 8)
+    expected = gradients(model, model(**first).loss)
+    loss, found = model(**first).loss, {}
+    without_gradients(model, second)
+    run_together(lambda: found.update(gradients(model, loss)))
+    assert worst(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_threads_that_generate_with_one_model_do_not_disturb_each_other(family):
     model = trained(family, ["adapter", "prefix", "lora"], checkpointing=False).eval()
