@@ -18,6 +18,23 @@ LOCK = ".lock"  # the file that a run locks in its output folder
 _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor
 
 
+def expand_home(value: Any) -> Any:
+    """Replace ~ at the start of a path, which no shell expands in a file or in --output=~/x.
+
+    Values that are no texts are returned as they are.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path == value:
+        user = value.partition("/")[0]
+        raise ValueError(f"there is no home of {user} here; write the path out")
+    return path
+
+
 def check_regular_file(path: str | os.PathLike[str]) -> None:
     """Raise OSError unless `path` is a regular file. Opening a pipe would wait for its writer."""
     try:

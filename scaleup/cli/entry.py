@@ -5,6 +5,7 @@ import functools
 import importlib
 import logging
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 import scaleup
 from scaleup.cli.exit_codes import cut, run_command
+from scaleup.io import expand_home
 
 COMMANDS = {
     "train": "train one model as a YAML config says",
@@ -58,7 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
     _quiet_libraries()
     options = parse(words[1:])
+    _expand_homes(parser, options)
     return run_command(name, command.run, options)
+
+
+def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Replace ~ at the start of every argument, as no shell does in --output=~/x."""
+    for name, value in vars(options).items():
+        try:
+            if isinstance(value, list):
+                value = [expand_home(item) for item in value]
+            elif isinstance(value, str | pathlib.Path):
+                value = type(value)(expand_home(str(value)))
+        except ValueError as error:
+            parser.error(f"--{name.replace('_', '-')}: {error}")
+        setattr(options, name, value)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ combinations that cannot work, and settings that would have no effect. The setti
 are those of `UniPeltConfig`, and `train` also takes any field of transformers' TrainingArguments.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ import yaml
 from pydantic import Field
 
 from scaleup.errors import ConfigError
+from scaleup.io import expand_home
 from scaleup.settings.derived import MOST, Section, method_fields, trainer_fields
 from scaleup.settings.loading import Dumper, read, validation_problem
 from scaleup.settings.rules import MANAGED, impossible, without_effect
@@ -26,17 +26,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 Count = Annotated[int, Field(ge=1, le=MOST)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
-
-
-def expand_home(value: Any) -> Any:
-    """Replace ~ at the start of a path, which no shell expands in a file."""
-    if not isinstance(value, str) or not value.startswith("~"):
-        return value
-    path = os.path.expanduser(value)
-    if path == value:
-        user = value.partition("/")[0]
-        raise ValueError(f"there is no home of {user} here; write the path out")
-    return path
 
 
 def _one_placeholder(template: str) -> str:

@@ -173,3 +173,17 @@ def test_short_messages_are_printed_whole(capsys):
 
     assert run_command("plan", fail, argparse.Namespace()) == 2
     assert capsys.readouterr().err == "error: 2 problems:\n  - train.seed: ä\n  - train.x: b\n"
+
+
+def test_the_home_of_an_unknown_user_is_no_folder_to_write_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["schema", "--output", "~nobody-of-this-name/schema.json"])
+    assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
+    assert "--output: there is no home of ~nobody-of-this-name here" in capsys.readouterr().err
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["schema", "--output=~/schema.json"]) == 0
+    assert (tmp_path / "schema.json").is_file()
