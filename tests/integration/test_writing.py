@@ -94,7 +94,7 @@ def test_what_was_written_for_the_test_set_is_kept(runs, name, count):
     sources = list(
         dict.fromkeys(
             json.loads(line)["text"]
-            for line in (runs.parent / "pairs.jsonl").read_text().splitlines()
+            for line in (runs.parent / "pairs_test.jsonl").read_text().splitlines()
         )
     )
     assert [line["text"] for line in lines] == (sources if count else [])
