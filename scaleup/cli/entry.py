@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Replace ~ at the start of every argument, as no shell does in --output=~/x."""
     for name, value in vars(options).items():
+        if isinstance(value, str | pathlib.Path) and "\0" in str(value):
+            parser.error(f"--{name.replace('_', '-')}: it holds a null character")
         try:
             if isinstance(value, list):
                 value = [expand_home(item) for item in value]
