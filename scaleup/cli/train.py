@@ -59,6 +59,7 @@ class _StoppedEarly(BaseException):
 
 
 def _stop_early(number: int, frame: object) -> None:
+    handle_save_signals(signal.SIG_IGN)  # the launcher may send another one
     raise _StoppedEarly(signal.Signals(number).name)
 
 
@@ -73,6 +74,7 @@ def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
         if code in (FAILED, MUST_CHANGE):
             startup.fail()
     finally:
+        startup.met()  # ends its thread, which would abort a process that leaves it in the store
         # To the other processes, a process that was stopped and has saved is no failure.
         watchdog.stop(DONE if code == stopped_code() else code)
     # After a failure other processes may be gone, and leaving the group could wait for them.

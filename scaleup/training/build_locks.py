@@ -19,13 +19,15 @@ LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "
 # process of this host holds its lock. The process that compiles may be in another container on
 # this host, or on another host if the file system can be a shared one.
 QUIET_LOCAL_S, QUIET_SHARED_S = 60.0, 900.0
+REMOVED = "removed; it was left behind by a process that was killed"
 
 
 def wait_for_builds(root: pathlib.Path | None = None, interval_s: float = 1.0) -> None:
     """Remove the locks that no living process holds, and wait until the others are released.
 
-    Each lock is reported. A process that is already waiting for a lock expects a complete extension
-    when the lock is gone, so this must be called before anything is compiled.
+    Each lock is reported by the first process of a host. A process that is already waiting for a
+    lock expects a complete extension when the lock is gone, so every process must call this before
+    anything is compiled.
 
     Args:
         root: the folder of all extensions. The default is that of torch.
@@ -34,11 +36,14 @@ def wait_for_builds(root: pathlib.Path | None = None, interval_s: float = 1.0) -
     reported: dict[pathlib.Path, str] = {}
     while locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         for lock in locks:
-            with contextlib.suppress(FileNotFoundError):  # it was released in this moment
+            try:
                 report = _wait_or_remove(lock)
-                if reported.get(lock) != report:
-                    print(f"note: {lock}: {report}", flush=True)
-                    reported[lock] = report
+            except FileNotFoundError:  # it was released, or another process has removed it
+                continue
+            first = os.environ.get("LOCAL_RANK", "0") == "0"
+            if reported.get(lock) != report and (first or report == REMOVED):
+                print(f"note: {lock}: {report}", flush=True)
+            reported[lock] = report
         time.sleep(interval_s)
 
 
@@ -52,6 +57,7 @@ def _root() -> pathlib.Path:
 
 def _wait_or_remove(lock: pathlib.Path) -> str:
     """Remove a lock if no living process can hold it. Return what has to be said about it."""
+    identity = _identity(lock.stat())
     if _is_open(lock):
         return "waiting for the process that compiles this extension"
     local = _file_system(lock) in LOCAL_TYPES
@@ -62,17 +68,19 @@ def _wait_or_remove(lock: pathlib.Path) -> str:
             f"no process of this host holds it. It is removed after {quiet_s:g} s without a change"
             " beside it; remove it now if nothing else compiles there"
         )
-    return _remove(lock)
-
-
-def _remove(lock: pathlib.Path) -> str:
-    """Remove this very lock file, and no other one that a process has made meanwhile."""
     with lock.open("r+") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-            lock.unlink()
-    return "removed; it was left behind by a process that was killed"
+        # Another process may have removed the lock, and may compile now under one of its own.
+        if _identity(lock.stat()) != identity:
+            raise FileNotFoundError(lock)
+        lock.unlink()
+    return REMOVED
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from one that is made later, perhaps with the same inode."""
+    return status.st_ino, status.st_ctime_ns
 
 
 def _is_open(path: pathlib.Path) -> bool:

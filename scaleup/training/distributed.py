@@ -110,7 +110,7 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     if launched:
         options = {"timeout": datetime.timedelta(seconds=timeout_s)}
         options |= {} if cuda else {"backend": "gloo"}
-    if deepspeed and os.environ["LOCAL_RANK"] == "0":  # the other processes wait for this one
+    if deepspeed:  # compiles before the processes have met
         build_locks.wait_for_builds()
     # Several CPU processes need cpu=True. DeepSpeed would be dropped with it.
     state = PartialState(cpu=not cuda and not deepspeed, **options)

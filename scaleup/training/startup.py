@@ -42,7 +42,7 @@ def watch(limit_s: float) -> None:
 
 
 def met() -> None:
-    """Stop the watch, because all processes have met."""
+    """Stop the watch, because all processes have met, or because this one ends."""
     _over.set()
     if _thread is not None:
         _thread.join(timeout=INTERVAL_S)

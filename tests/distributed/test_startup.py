@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from benchmarks.cases import command
 from scaleup.training import startup
-from tests.utils.workspace import ROOT, environment
+from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
 pytestmark = pytest.mark.distributed
 # A process that is ready to train, up to the point where it waits for the others.
@@ -124,3 +126,26 @@ def test_a_rank_0_that_is_killed_while_another_is_missing_ends_those_that_wait(r
     os.kill(killed.pid, signal.SIGKILL)
     code, stderr = end(waiting)
     assert code == 1
+
+
+@pytest.mark.slow  # compiles an extension of DeepSpeed
+def test_a_run_that_was_killed_at_its_first_start_of_deepspeed_can_start_again(tmp_path):
+    workspace = make_workspace(tmp_path / "workspace")
+    words = ["train.max_steps=2", "train.deepspeed=zero2", "train.disable_tqdm=true"]
+    arguments = overrides(workspace, tmp_path / "run", *words, "train.resume=auto")
+    launch = command(ROOT / "launch" / "train.py", arguments, 2)
+    options = {"env": environment(TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")), "cwd": ROOT}
+    first = subprocess.Popen(launch, **options)
+    deadline = time.monotonic() + 240
+    while not (locks := [*(tmp_path / "extensions").glob("*/lock")]):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+        process.kill()
+    first.wait()
+    for path in locks[0].parent.iterdir():  # as if the next start came later
+        os.utime(path, (0, 0))
+    again = subprocess.run(launch, capture_output=True, text=True, timeout=580, **options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"note: {locks[0]}: removed; it was left behind" in again.stdout
+    assert (tmp_path / "run" / "results.json").exists()

@@ -91,6 +91,23 @@ def test_a_lock_that_another_host_may_hold_stays_while_its_folder_changes(
     assert "removed" in build_locks._wait_or_remove(lock) and not lock.exists()
 
 
+def test_a_lock_that_another_process_has_taken_meanwhile_stays(lock, monkeypatch):
+    """Two processes find the same old lock. One removes it and compiles, before the other does."""
+    lock.touch()
+    age(lock, 1e6)
+
+    def replace(path: pathlib.Path) -> bool:
+        path.unlink()
+        path.touch()
+        age(path, 1e6)
+        return False
+
+    monkeypatch.setattr(build_locks, "_is_open", replace)
+    with pytest.raises(FileNotFoundError):
+        build_locks._wait_or_remove(lock)
+    assert lock.exists()
+
+
 def test_the_file_system_of_a_file_is_that_of_its_nearest_mount():
     assert build_locks._file_system(pathlib.Path("/proc/self/status")) == "proc"
 
