@@ -78,7 +78,13 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file in UTF-8 so that it never exists half written under its final name."""
+    """Write a file in UTF-8 so that it never exists half written under its final name.
+
+    A pipe or a device, such as /dev/null, is written to. It must not be replaced by a file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -11,6 +11,8 @@ from benchmarks.cases import ROOT
 from scaleup.experiments import results
 from tests.utils.workspace import environment, make_workspace
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def evidence(tmp_path, data_dir):

@@ -1,4 +1,7 @@
-"""Amounts of memory as text."""
+"""Writing files, and amounts of memory as text."""
+
+import os
+import threading
 
 import pytest
 
@@ -17,3 +20,15 @@ def test_amounts_of_memory(text, size):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(errors.ConfigError, match="--max-shard-size"):
         io.parse_bytes(text, "--max-shard-size")
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    io.write_text(pipe, "text")
+    reader.join(timeout=10)
+    assert received == ["text"] and pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
