@@ -69,7 +69,7 @@ class Table:
 
     @property
     def is_text(self) -> bool:
-        """Whether every cell is a text, as in CSV and TSV."""
+        """Return whether every cell is a text, as in CSV and TSV."""
         return os.path.splitext(self.file)[1].lower() in (".csv", ".tsv")
 
     def rows_shown(self, rows: list[int]) -> str:
