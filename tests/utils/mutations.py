@@ -65,7 +65,6 @@ WORDS = [
     "1" * 5000,
     "/",
     "/dev/null",
-    "/dev/zero",
     "fifo",
     "folder",
     "empty",
