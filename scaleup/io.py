@@ -1,5 +1,6 @@
 """Atomic writes, locks of output folders, and amounts of memory as text."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import resource
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 from scaleup.errors import ConfigError, one_line
@@ -77,17 +79,24 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file in UTF-8 so that it never exists half written under its final name.
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give the path to write to so that a file never exists half written under its final name.
 
     A pipe or a device, such as /dev/null, is written to. It must not be replaced by a file.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_text(text, encoding="utf-8")
+        yield path
         return
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    yield part
     os.replace(part, path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file in UTF-8, see `whole_file`."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

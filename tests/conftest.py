@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -65,3 +66,13 @@ def keys(request, monkeypatch) -> str:
         monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
         monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
     return request.param
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Restore the handlers that a run in this process replaces."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

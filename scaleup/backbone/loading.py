@@ -120,8 +120,9 @@ def _check_special_tokens(
     eos = tokenizer.eos_token_id
     classifies = auto is AutoModelForSequenceClassification
     if eos is None or (classifies and eos not in ids):
-        problem = "has no end-of-sequence token" if eos is None else "ends no text with </s>"
-        problem = problem.replace("</s>", f"its end-of-sequence token {tokenizer.eos_token}")
+        problem = "has no end-of-sequence token"
+        if eos is not None:
+            problem = f"ends no text with its end-of-sequence token {tokenizer.eos_token}"
         raise ConfigError(
             f"model.name: the tokenizer of {name} {problem}, which a {config.model_type} model "
             "needs; set its eos_token and save it"

@@ -4,7 +4,6 @@ matplotlib is an optional dependency and slow to import, so it is imported where
 """
 
 import dataclasses
-import os
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from scaleup.errors import ConfigError
+from scaleup.io import whole_file
 
 DPI = 150
 FAINT, SCALEUP, PAPER = "#8a8a8a", "#1f5fa8", "#b3572a"  # colours
@@ -75,9 +75,8 @@ def _new_figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: pathlib.Path) -> None:
     """Write a figure atomically; the same figure gives the same bytes."""
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", facecolor="white", metadata={"Software": None})
-    os.replace(part, path)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", facecolor="white", metadata={"Software": None})
 
 
 def draw_panels(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None:

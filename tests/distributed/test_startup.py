@@ -104,13 +104,18 @@ def test_ranks_that_all_refuse_do_not_wait_for_each_other(ranks):
     assert time.monotonic() - begin < startup.FAREWELL_S - 10
 
 
+def let_wait(*processes):
+    """Return when the processes have been waiting for another rank for some seconds."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    time.sleep(8)
+
+
 def test_a_rank_that_is_killed_while_another_is_missing_ends_those_that_wait(ranks):
     """Rank 2 never starts."""
     group = ranks(3)
     waiting, killed = group.start(0), group.start(1)
-    for process in (waiting, killed):
-        assert process.stdout.readline() == "ready\n"
-    time.sleep(8)
+    let_wait(waiting, killed)
     assert waiting.poll() is None  # a rank that is only slow is waited for
     os.kill(killed.pid, signal.SIGKILL)
     code, stderr = end(waiting)
@@ -120,9 +125,7 @@ def test_a_rank_that_is_killed_while_another_is_missing_ends_those_that_wait(ran
 def test_a_rank_0_that_is_killed_while_another_is_missing_ends_those_that_wait(ranks):
     group = ranks(3)
     killed, waiting = group.start(0), group.start(1)
-    for process in (waiting, killed):
-        assert process.stdout.readline() == "ready\n"
-    time.sleep(8)
+    let_wait(waiting, killed)
     os.kill(killed.pid, signal.SIGKILL)
     code, stderr = end(waiting)
     assert code == 1

@@ -4,7 +4,6 @@ import csv
 import json
 import pathlib
 import shutil
-import signal
 
 import pytest
 import torch
@@ -27,6 +26,8 @@ FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "format_0_
 FAMILIES = sorted(path.name for path in (FIXTURES / "adapters").iterdir())
 TOLERANCE = 1e-5
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
@@ -42,15 +43,6 @@ def workspace(tmp_path, monkeypatch) -> pathlib.Path:
         shutil.copy(FIXTURES / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Restore the handlers that a run replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def load_adapter(folder: str) -> torch.nn.Module:

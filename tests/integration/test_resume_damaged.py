@@ -4,28 +4,19 @@ import json
 import pathlib
 import pickle
 import shutil
-import signal
 
 import pytest
 import torch
 
 from scaleup.cli import main
 from scaleup.training.callbacks import rewind
-from tests.utils.altered import rehash
+from tests.utils.altered import Evil, rehash
 from tests.utils.workspace import ROOT, losses
 
 OLD = ROOT / "tests" / "fixtures" / "format_0_1"
 WORDS = ["train", "--config", "run/config.yaml", "train.resume=auto"]
 
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker: pathlib.Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.marker,)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture
@@ -37,16 +28,6 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
         shutil.copy(OLD / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Restore the handlers that a run replaces."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:

@@ -6,6 +6,16 @@ import pathlib
 from scaleup.training import checkpoint
 
 
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: pathlib.Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.marker,)
+
+
 def rehash(folder: pathlib.Path, **changes) -> None:
     """Write the hashes of the files that are in a checkpoint now into its manifest.
 

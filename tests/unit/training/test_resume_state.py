@@ -10,19 +10,10 @@ import torch
 from scaleup.errors import CheckpointError
 from scaleup.training.manifest import Manifest
 from scaleup.training.resume_state import check_state
+from tests.utils.altered import Evil
 from tests.utils.workspace import ROOT
 
 OLD = ROOT / "tests" / "fixtures" / "format_0_1" / "run" / "checkpoint-9"
-
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, marker: pathlib.Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.marker,)
 
 
 @pytest.fixture
