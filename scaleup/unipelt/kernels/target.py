@@ -1,16 +1,52 @@
-"""The device that kernels are chosen for: that of a tensor, unless a plan names another."""
+"""Which kernels to use: the device that they are chosen for, and SCALEUP_KERNELS.
+
+    auto        (default) Triton kernels on CUDA; on a CPU whatever is faster there
+    off         the plain formulas everywhere
+    reference   the path of CUDA on any device, each kernel as a plain formula
+"""
 
 import contextlib
+import functools
+import importlib.util
+import os
 import threading
 from collections.abc import Iterator
 
 import torch
 
+VARIABLE = "SCALEUP_KERNELS"
+MODES = ("auto", "off", "reference")
 _thread = threading.local()  # another thread may run a model meanwhile
 
 
+def mode() -> str:
+    """Return the value of SCALEUP_KERNELS.
+
+    Raises:
+        ValueError: for an unknown value.
+    """
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in MODES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}; got {value!r}")
+    return value
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fast_path(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor takes the fast path of CUDA."""
+    value = mode()
+    return value == "reference" or (
+        value == "auto" and target_device(tensor) == "cuda" and has_triton()
+    )
+
+
 def target_device(tensor: torch.Tensor) -> str:
-    """Return the type of the device for which to choose a kernel."""
+    """Return the type of the device for which to choose a kernel: that of a tensor by default."""
     planned: str | None = getattr(_thread, "planned", None)
     return planned or tensor.device.type
 
