@@ -93,12 +93,12 @@ def _narrow_backward(
 
 
 @_merge_forward.register_fake
-def _(query, out, lse, prefix, gate, scale):  # type: ignore[no-untyped-def]
+def fake_merge_forward(query, out, lse, prefix, gate, scale):  # type: ignore[no-untyped-def]
     return None
 
 
 @_merge_backward.register_fake
-def _(query, out, lse, prefix, gate, grad_out, grad_query, scale):  # type: ignore[no-untyped-def]
+def fake_merge_backward(query, out, lse, prefix, gate, grad_out, grad_query, scale):  # type: ignore[no-untyped-def]
     dtype = reference.wide_dtype(query)
     (batch, heads, queries, size), length = query.shape, prefix.shape[2]
     parts = query.new_empty(batch, 2, heads, length, size, dtype=dtype)
@@ -107,7 +107,7 @@ def _(query, out, lse, prefix, gate, grad_out, grad_query, scale):  # type: igno
 
 
 @_narrow_forward.register_fake
-def _(z, bias, scales, mask, selected, causal, activation, ones_column, width):  # type: ignore[no-untyped-def]
+def fake_narrow_forward(z, bias, scales, mask, selected, causal, activation, ones_column, width):  # type: ignore[no-untyped-def]
     batch, tokens = z.shape[:2]
     gates = z.new_empty(
         batch, tokens if causal else 1, scales.shape[0], dtype=reference.wide_dtype(z)
@@ -116,7 +116,7 @@ def _(z, bias, scales, mask, selected, causal, activation, ones_column, width): 
 
 
 @_narrow_backward.register_fake
-def _(z, *args):  # type: ignore[no-untyped-def]
+def fake_narrow_backward(z, *args):  # type: ignore[no-untyped-def]
     return torch.empty_like(z)
 
 
