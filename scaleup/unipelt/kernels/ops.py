@@ -23,9 +23,16 @@ Tensor = torch.Tensor
 
 @custom_op(f"{LIBRARY}::merge_forward", mutates_args=("out", "lse"))
 def _merge_forward(
-    query: Tensor, out: Tensor, lse: Tensor, prefix: Tensor, gate: Tensor | None, scale: float
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prefix: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> None:
-    reference.merge_forward(query, out, lse, prefix, gate, scale)
+    reference.merge_forward(query, out, lse, prefix, gate, scale, keep, dropout)
 
 
 @custom_op(f"{LIBRARY}::merge_backward", mutates_args=("grad_query",))
@@ -38,8 +45,12 @@ def _merge_backward(
     grad_out: Tensor,
     grad_query: Tensor,
     scale: float,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return reference.merge_backward(query, out, lse, prefix, gate, grad_out, grad_query, scale)
+    return reference.merge_backward(
+        query, out, lse, prefix, gate, grad_out, grad_query, scale, keep, dropout
+    )
 
 
 @custom_op(f"{LIBRARY}::narrow_forward", mutates_args=())
@@ -93,12 +104,12 @@ def _narrow_backward(
 
 
 @_merge_forward.register_fake
-def fake_merge_forward(query, out, lse, prefix, gate, scale):  # type: ignore[no-untyped-def]
+def fake_merge_forward(query, out, lse, prefix, gate, scale, keep=None, dropout=0.0):  # type: ignore[no-untyped-def]
     return None
 
 
 @_merge_backward.register_fake
-def fake_merge_backward(query, out, lse, prefix, gate, grad_out, grad_query, scale):  # type: ignore[no-untyped-def]
+def fake_merge_backward(query, out, lse, prefix, gate, *args, **kwargs):  # type: ignore[no-untyped-def]
     dtype = reference.wide_dtype(query)
     (batch, heads, queries, size), length = query.shape, prefix.shape[2]
     parts = query.new_empty(batch, 2, heads, length, size, dtype=dtype)

@@ -9,13 +9,20 @@ compare with. `ops.py` chooses between the two.
 Merging is exact (Milakov and Gimelshein 2018; Dao et al. 2022): from the output o₁ and the
 log-sum-exp λ₁ of an attention over the real keys, and the scores s = scale · g q·P_Kᵀ of a prefix,
 
-    λ = log(exp λ₁ + Σ exp s)        o = exp(λ₁ − λ) o₁ + exp(s − λ) (g P_V)
+    λ = log(exp λ₁ + Σ exp s)        o = exp(λ₁ − λ) o₁ + z exp(s − λ) (g P_V)
+
+Dropout leaves λ as it is, so z, which is 0 or 1 / (1 − dropout), enters only there: the fused
+attention has dropped weights of the real keys in o₁, and a mask `keep` says which weights of the
+prefix remain. Together that is dropout of all weights.
 
 Shapes: B examples, H heads, G key-value heads, T queries or tokens, E head size, L prefix length,
 R narrow columns, N gates, C = R + N, W ≥ C columns of z, V columns of v.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +45,18 @@ def _known(lse_BHT: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Ten
     return torch.where(lse_BHT == torch.inf, -torch.inf, lse_BHT)
 
 
+def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from computing the products of a kernel in fewer bits."""
+
+    @functools.wraps(function)
+    def call(query: torch.Tensor, *args: Any) -> Any:
+        with torch.autocast(query.device.type, enabled=False):
+            return function(query, *args)
+
+    return call
+
+
+@_full_precision
 def merge_forward(
     query_BHTE: torch.Tensor,
     out_BHTE: torch.Tensor,
@@ -45,6 +64,8 @@ def merge_forward(
     prefix: torch.Tensor,
     gate_BHT: torch.Tensor | None,
     scale: float,
+    keep_BHTL: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> None:
     """Join the prefix to an attention over the real keys, in place.
 
@@ -56,6 +77,8 @@ def merge_forward(
         prefix: keys and values [2, G, L, E].
         gate_BHT: g in float32 (or float64), possibly expanded over heads and queries; None for 1.
         scale: factor of the scores.
+        keep_BHTL: boolean, which weights of the prefix dropout keeps; None for all of them.
+        dropout: its probability; the weights that are kept are divided by 1 − dropout.
     """
     dtype, (heads, queries) = wide_dtype(query_BHTE), query_BHTE.shape[1:3]
     keys_HLE, values_HLE = _by_head(prefix, heads, dtype)
@@ -67,6 +90,8 @@ def merge_forward(
     weights_BHTL = (scores_BHTL - merged_BHT.unsqueeze(-1)).exp()
     if gate_BHT is not None:
         weights_BHTL = weights_BHTL * gate_BHT.unsqueeze(-1)
+    if keep_BHTL is not None:
+        weights_BHTL = weights_BHTL * keep_BHTL / (1 - dropout)
     kept_BHT1 = (before_BHT - merged_BHT).exp().unsqueeze(-1)
     # A query without keys has no o₁: some kernels return NaN there.
     real_BHTE = torch.where(kept_BHT1 > 0, out_BHTE.to(dtype), 0.0)
@@ -74,6 +99,7 @@ def merge_forward(
     lse_BHT[..., :queries] = merged_BHT
 
 
+@_full_precision
 def merge_backward(
     query_BHTE: torch.Tensor,
     out_BHTE: torch.Tensor,
@@ -83,6 +109,8 @@ def merge_backward(
     grad_out_BHTE: torch.Tensor,
     grad_query_BHTE: torch.Tensor,
     scale: float,
+    keep_BHTL: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients that the prefix adds to those of the fused attention.
 
@@ -90,7 +118,7 @@ def merge_backward(
     gradients of the real keys and values and its part of the queries' gradient.
 
     Args:
-        query_BHTE, prefix, gate_BHT, scale: as in the forward pass.
+        query_BHTE, prefix, gate_BHT, scale, keep_BHTL, dropout: as in the forward pass.
         out_BHTE, lse_BHT: the merged o and λ.
         grad_out_BHTE: gradient of o.
         grad_query_BHTE: gradient of the queries, to which the prefix's part is added in place.
@@ -106,13 +134,14 @@ def merge_backward(
     gate_BHT1 = 1.0 if gate_BHT is None else gate_BHT.unsqueeze(-1)
     raw_BHTL = query_BHTE @ keys_HLE.transpose(1, 2) * scale
     weights_BHTL = (raw_BHTL * gate_BHT1 - lse_BHT[..., :queries].to(dtype).unsqueeze(-1)).exp()
-    seen_BHTL = grad_out_BHTE @ values_HLE.transpose(1, 2)
+    kept_BHTL = 1.0 if keep_BHTL is None else keep_BHTL.to(dtype) / (1 - dropout)
+    seen_BHTL = grad_out_BHTE @ values_HLE.transpose(1, 2) * kept_BHTL
     delta_BHT1 = (grad_out_BHTE * out_BHTE.to(dtype)).sum(dim=-1, keepdim=True)
     grad_scores_BHTL = weights_BHTL * (seen_BHTL * gate_BHT1 - delta_BHT1)
     grad_raw_BHTL = grad_scores_BHTL * gate_BHT1 * scale
     grad_query_BHTE.add_((grad_raw_BHTL @ keys_HLE).to(grad_query_BHTE.dtype))
     grad_keys = grad_raw_BHTL.transpose(2, 3) @ query_BHTE
-    grad_values = (weights_BHTL * gate_BHT1).transpose(2, 3) @ grad_out_BHTE
+    grad_values = (weights_BHTL * gate_BHT1 * kept_BHTL).transpose(2, 3) @ grad_out_BHTE
     grad_prefix = torch.stack([grad_keys, grad_values], dim=1)
     if gate_BHT is None:
         return grad_prefix, raw_BHTL.new_empty(0)

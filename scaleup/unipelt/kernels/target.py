@@ -1,8 +1,8 @@
 """Which kernels to use: the device that they are chosen for, and SCALEUP_KERNELS.
 
-    auto        (default) Triton kernels on CUDA; on a CPU whatever is faster there
-    off         the plain formulas everywhere
-    reference   the path of CUDA on any device, each kernel as a plain formula
+auto        (default) Triton kernels on CUDA; on a CPU whatever is faster there
+off         the plain formulas everywhere
+reference   the path of CUDA on any device, each kernel as a plain formula
 """
 
 import contextlib
