@@ -16,6 +16,7 @@ from scaleup.data.files import Examples, Table
 from scaleup.data.glue import GLUE, load_from_hub, local_files
 from scaleup.data.labels import MISSING, NUMBER, spelling_problems
 from scaleup.data.metrics import label_metrics
+from scaleup.data.padding import padded_length
 from scaleup.data.pairs import separate_pairs
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
@@ -264,16 +265,19 @@ def provenance(examples: Examples) -> list[dict[str, Any]]:
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, multiple: int = 1
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a function that pads examples to a batch of tensors [examples, tokens].
 
-    The batch is as long as its longest example, or as `max_length` if data.pad_to_max_length is on.
+    The batch is as long as its longest example, rounded up to a multiple of `multiple`, or as
+    `max_length` if data.pad_to_max_length is on.
     """
-    padding = "max_length" if data.pad_to_max_length else "longest"
-    pad = DataCollatorWithPadding(tokenizer, padding=padding, max_length=data.max_length)
+    pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=data.max_length)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if not data.pad_to_max_length:
+            longest = max(len(row["input_ids"]) for row in rows)
+            pad.max_length = padded_length(longest, multiple, data.max_length)
         return pad([{k: value for k, value in row.items() if k != "length"} for row in rows])
 
     return collate

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from scaleup.data import files
 from scaleup.data.files import Examples, Table
 from scaleup.data.metrics import IGNORED, text_metrics
+from scaleup.data.padding import padded_length
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
@@ -260,10 +261,10 @@ class _Collator:
     transformers' DataCollatorForSeq2Seq knows neither prompts nor positions of packed texts.
     """
 
-    def __init__(self, pad: int, length: int):
-        """Take the id of the padding token and the smallest length of a batch."""
+    def __init__(self, pad: int, data: DataSettings, multiple: int):
+        """Take the id of the padding token, and the number whose multiples lengths shall be."""
         self.fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
-        self.length = length
+        self.data, self.multiple = data, multiple
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = {name: [row[name] for row in features] for name in features[0]}
@@ -276,26 +277,40 @@ class _Collator:
             batch["prompt_mask"] = self._pad(ones, 0, left=True)
         if "position_ids" in columns:  # the padding of a packed row counts as a text of its own
             rows = columns.pop("position_ids")
-            longest = max(*map(len, rows), self.length)
-            rows = [[*row, *range(longest - len(row))] for row in rows]
+            length = self._length(max(map(len, rows)), self.data.max_length)
+            rows = [[*row, *range(length - len(row))] for row in rows]
             batch["position_ids"] = torch.tensor(rows)
         elif "attention_mask" not in columns:
             columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        targets = self.data.task == "seq2seq"
         for name, rows in columns.items():
-            batch[name] = self._pad(rows, self.fill[name], left=name == "prompt")
+            most = self.data.max_length
+            if name == "labels" and targets and not self.data.pad_to_max_length:
+                most = self.data.max_target_length
+            batch[name] = self._pad(rows, self.fill[name], most, left=name == "prompt")
         return batch
 
-    def _pad(self, rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
+    def _length(self, longest: int, most: int) -> int:
+        if self.data.pad_to_max_length:
+            return max(longest, most)
+        return padded_length(longest, self.multiple, most)
+
+    def _pad(
+        self, rows: list[list[int]], fill: int, most: int = 0, left: bool = False
+    ) -> torch.Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         if left:
             return pad_sequence(tensors, True, fill, padding_side="left")
         padded = pad_sequence(tensors, True, fill)
-        missing = max(self.length - padded.shape[1], 0)
+        missing = self._length(padded.shape[1], most) - padded.shape[1]
         return torch.nn.functional.pad(padded, (0, missing), value=fill)
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, multiple: int = 1
 ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """Return a function that pads examples to the longest of the batch, or to max_length."""
-    return _Collator(tokenizer.pad_token_id, data.max_length if data.pad_to_max_length else 0)
+    """Return a function that pads examples to the longest of the batch, or to max_length.
+
+    The lengths of a batch are rounded up to multiples of `multiple`.
+    """
+    return _Collator(tokenizer.pad_token_id, data, multiple)

@@ -92,6 +92,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
             f"model.quantization: {model.quantization} weights are frozen; method.name "
             f"{method.name} trains them: use none"
         )
+    if train is not None and train.cuda_graphs:
+        problems += _graph_problems(train, quantized)
     if data is not None:
         problems += _data_problems(data, method)
     if train is not None:
@@ -200,6 +202,22 @@ def _data_problems(data: Any, method: Any) -> list[str]:
             f"for data.task {task}"
         )
     return problems
+
+
+def _graph_problems(train: Any, quantized: bool) -> list[str]:
+    others = {
+        "train.deepspeed": train.deepspeed is not None,
+        "train.gradient_checkpointing": train.gradient_checkpointing,
+        "train.torch_compile": train.torch_compile,
+        "train.use_cpu": train.use_cpu,
+        "model.quantization": quantized,
+    }
+    problem = "cannot record steps with"
+    return [
+        f"train.cuda_graphs: {problem} {name}; leave one of them out"
+        for name, wanted in others.items()
+        if wanted
+    ]
 
 
 def _train_problems(train: Any) -> list[str]:

@@ -162,7 +162,7 @@ LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
 
 # Settings of `train` that reach TrainingArguments under another name or not at all.
 _TRANSLATED = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16"}
-_TRANSLATED |= {"group_by_length", "deepspeed", "gate_learning_rate"}
+_TRANSLATED |= {"group_by_length", "deepspeed", "gate_learning_rate", "cuda_graphs"}
 
 
 class DeclaredTrainSettings(Section):
@@ -204,6 +204,10 @@ class DeclaredTrainSettings(Section):
     """float16 autocast with loss scaling, for GPUs without bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    cuda_graphs: bool = False
+    """Record each training step once per batch length (in multiples of 32 tokens) and repeat it as
+    a CUDA graph, which makes steps of small batches several times as fast. One process on one GPU,
+    without DeepSpeed, quantisation, torch_compile and gradient_checkpointing."""
     group_by_length: bool = True
     """Form batches of similar length; has no effect with data.pad_to_max_length."""
     deepspeed: Path | None = None

@@ -38,7 +38,7 @@ from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml
-from scaleup.training import console, distributed, resume, watchdog
+from scaleup.training import console, distributed, graphs, resume, watchdog
 from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import check_tensors
@@ -69,6 +69,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         *precision.problems(settings, precision.device_half_dtype(settings, world.device)),
         *packing_problems(settings.data, config),
         *hub_structure(settings, config),
+        *graphs.problems(settings, world, config),
     ]
     if problems:
         raise ConfigError(problems)
@@ -193,7 +194,8 @@ def _check_checkpoint(
 
 def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
     settings, examples, prepare = run.settings, run.examples, run.task.module
-    gate_statistics = GateStatistics(model, run.args.torch_compile)
+    graphs_used = settings.train.cuda_graphs or run.args.torch_compile
+    gate_statistics = GateStatistics(model, graphs_used)
     shutdown = GracefulShutdown()
     logger = JsonlLogger(run.out / "log.jsonl", gate_statistics, run.writes)
     try:
@@ -204,7 +206,9 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
             model=model,
             train_dataset=examples.train,
             eval_dataset=examples.dev,
-            data_collator=prepare.collator(run.tokenizer, settings.data),
+            data_collator=prepare.collator(
+                run.tokenizer, settings.data, graphs.BUCKET if settings.train.cuda_graphs else 1
+            ),
             processing_class=run.tokenizer,
             compute_metrics=prepare.compute_metrics(examples, run.tokenizer),
             callbacks=[shutdown, logger, *callbacks],

@@ -3,6 +3,7 @@
 Only this file and `scaleup.training.evaluation` override private methods of Trainer.
 """
 
+import functools
 import math
 import pathlib
 import shutil
@@ -30,8 +31,10 @@ from scaleup.training.checkpoint import (
 )
 from scaleup.training.context import Run
 from scaleup.training.evaluation import EvaluatingTrainer
+from scaleup.training.graphs import StepGraphs
 from scaleup.training.sampler import ResumableSampler
 
+ITEMS = "num_items_in_batch"
 BATCHES = 1 << 20  # more than the batches of one optimizer step
 
 
@@ -48,6 +51,7 @@ class RunTrainer(EvaluatingTrainer):
         self.since = time.perf_counter()
         self.earlier_loss = 0.0  # sum over the steps before this run was resumed
         self.repeats_evaluation = False
+        self.graphs: StepGraphs | None = None
         self.batch = (0, 0)  # optimizer step, forward pass within it
         self.frozen_head: dict[str, torch.Tensor] = {}  # whole, while ZeRO-3 saves
         self.parameter_groups: list[dict[str, Any]] = []  # of the optimizer, except of DeepSpeed's
@@ -104,13 +108,36 @@ class RunTrainer(EvaluatingTrainer):
         # Packed rows have no attention mask.
         counted = inputs.get("attention_mask", inputs["input_ids"] >= 0)
         self.tokens += counted.sum().to(self.tokens.device)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self._pass(model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
         self.batch = (step, self.batch[1] + 1 if self.batch[0] == step else 1)
         # Recorded on the device, and read only where the process waits for the device anyway.
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
         self.first_bad = torch.where(bad, step * BATCHES + self.batch[1], self.first_bad)
         return loss
+
+    def _pass(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the forward and the backward pass of a batch, as a CUDA graph if they are recorded.
+
+        Returns:
+            The loss.
+        """
+        if not self.run.settings.train.cuda_graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.graphs is None:
+            self.graphs = StepGraphs(
+                model.parameters(), functools.partial(self._tensors_pass, model)
+            )
+        inputs = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:  # not the same number at every step
+            inputs |= {ITEMS: torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        return self.graphs(inputs)
+
+    def _tensors_pass(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        kept = {name: value for name, value in inputs.items() if name != ITEMS}
+        return super().training_step(model, kept, inputs.get(ITEMS))
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"

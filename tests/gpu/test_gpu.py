@@ -186,6 +186,8 @@ RUNS = [
     ("bert", "train.gradient_checkpointing=true"),
     ("bert", "method=full"),
     ("bert", "train.torch_compile=true"),
+    ("bert", "train.cuda_graphs=true"),
+    ("bart", "train.cuda_graphs=true", "train.fp16=true"),
     ("bart", "train.deepspeed=zero2"),
     ("bert", "train.deepspeed=zero3"),
     ("bart", "model.quantization=8bit"),

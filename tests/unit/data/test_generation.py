@@ -216,6 +216,11 @@ def test_packed_rows_hold_whole_texts_and_positions_begin_anew(tokenizer, write)
             for label, position in zip(row["labels"], row["position_ids"])
             if position == 0
         )
+    for multiple in (4, 8):
+        rounded = collator(tokenizer, data, multiple)([dict(packed[0])])
+        length = len(packed[0]["input_ids"])
+        assert rounded["position_ids"].shape[1] == min(-(-length // multiple) * multiple, 10)
+        assert (rounded["labels"][:, length:] == IGNORED).all()
     batch = collator(tokenizer, data)([dict(row) for row in packed])
     assert (
         "attention_mask" not in batch

@@ -196,6 +196,10 @@ def test_batches_are_padded_to_their_longest_example_or_to_max_length(in_tmp, to
     assert long["input_ids"].shape == (2, 12)
     assert torch.equal(long["input_ids"][:, :7], short["input_ids"])
     assert "length" in rows[0], "the examples themselves are left alone"
+    for multiple, length in ((4, 8), (10, 10), (16, 12)):  # never beyond max_length
+        rounded = data.collator(tokenizer, fields, multiple)(rows)
+        assert rounded["input_ids"].shape == (2, length)
+        assert rounded["attention_mask"].sum() == short["attention_mask"].sum()
 
 
 def test_regression_labels_become_float32(in_tmp, tokenizer):
