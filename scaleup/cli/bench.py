@@ -59,7 +59,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "autocast"
     )
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
-    model.add_argument("--output", type=Path, help="the JSON file to write")
 
     timed = options_parser()
     timed.add_argument("--rounds", type=positive, help="timed rounds (default: 15)")
@@ -85,13 +84,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     padding.add_argument("--texts", nargs=3, metavar=metavars, help=texts)
     padding.add_argument("--examples", type=positive, help="how many (default: 256)")
 
+    written = options_parser()
+    written.add_argument("--output", type=Path, help="the JSON file to write")
+    counted = options_parser()
+    counted.add_argument("--baseline", metavar="PYTHON", help=baseline)
+    launched = options_parser()
+    launched.add_argument("--rounds", type=positive, help="timed rounds (default: 60)")
+    launch = "microseconds that launching a kernel takes the host (default: 10)"
+    launched.add_argument("--launch-us", type=positive, help=launch)
+
     measurements = parser.add_subparsers(dest="what", required=True, metavar="MEASUREMENT")
     common: Any = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
     for name, parents, summary in (
-        ("inference", [model, timed, chosen, step], "time forward passes"),
-        ("training", [model, timed, chosen, step], "time training steps"),
-        ("ragged", [model, timed, padding], "time examples of many lengths: padding and groups"),
-        ("memory", [model, chosen], "measure the peak memory of a training step"),
+        ("inference", [model, timed, chosen, step, written], "time forward passes"),
+        ("training", [model, timed, chosen, step, written], "time training steps"),
+        ("ragged", [model, timed, padding, written], "time padding and groups of lengths"),
+        ("memory", [model, chosen, written], "measure the peak memory of a training step"),
+        ("calls", [counted, written], "count the calls of a layer that a GPU has to wait for"),
+        ("host", [launched, written], "time the host of a GPU whose kernels take no time"),
     ):
         description = f"{summary.capitalize()}."
         measurements.add_parser(
@@ -105,9 +115,13 @@ def run(options: argparse.Namespace) -> int:
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, STEADY_ALLOCATOR | os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which is not measured
-    from scaleup.experiments import bench
+    from scaleup.experiments import bench, overhead
 
-    fields = bench.BenchOptions.__dataclass_fields__
-    chosen = {name: value for name, value in vars(options).items() if name in fields}
-    bench.run(bench.BenchOptions(**chosen))
+    measurements: dict[str, tuple[Any, Any]] = {
+        "calls": (overhead.CallOptions, overhead.run_calls),
+        "host": (overhead.HostOptions, overhead.run_host),
+    }
+    options_class, measure = measurements.get(options.what, (bench.BenchOptions, bench.run))
+    fields = options_class.__dataclass_fields__
+    measure(options_class(**{k: v for k, v in vars(options).items() if k in fields}))
     return 0

@@ -9,12 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import multiprocessing
-import os
-import pathlib
 import random
-import subprocess
 import tempfile
 from typing import Any
 
@@ -22,17 +18,14 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from scaleup import io
 from scaleup.backbone.loading import load_model
 from scaleup.data import classification
-from scaleup.errors import ConfigError, RunError
-from scaleup.experiments import meter, timing, variants
+from scaleup.errors import ConfigError
+from scaleup.experiments import baseline, bench_output, meter, timing, variants
 from scaleup.experiments.variants import Batch, BenchOptions, Variant
-from scaleup.machine import device_name, versions
 from scaleup.settings import schema
 from scaleup.settings.loading import override
 
-BASELINE_SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "baseline_library.py"
 # variant → (what is trained, quantization, gradient checkpointing)
 MEMORY = {
     "full fine-tuning": ("all", "none", False),
@@ -65,12 +58,7 @@ def check(options: BenchOptions) -> None:
         problems.append("--device cuda: torch finds no GPU on this machine")
     if problems:
         raise ConfigError(problems)
-    if options.output is not None:
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.output.parent).close()
-        except OSError as error:
-            raise _not_writable(options.output, error) from None
+    bench_output.check(options.output)
 
 
 def run(options: BenchOptions) -> None:
@@ -80,13 +68,7 @@ def run(options: BenchOptions) -> None:
     logging.disable_progress_bar()
     rows = memory_rows(options) if options.what == "memory" else timed_rows(options)
     reference = options.reference or next(iter(rows))
-    machine: dict[str, Any] = {
-        **versions("torch"),
-        "threads": torch.get_num_threads(),
-        "cpu": device_name("cpu"),
-        "cores": os.cpu_count(),
-        "gpu": device_name("cuda") if options.device == "cuda" else None,
-    }
+    machine = bench_output.machine(options.device)
     facts = [
         options.what,
         options.geometry,
@@ -100,17 +82,8 @@ def run(options: BenchOptions) -> None:
     width = max(map(len, rows))
     for name, row in rows.items():
         print(f"{name:<{width}}  {row['ratio']:.3f}  {_describe(row)}")
-    if options.output is not None:
-        settings = dataclasses.asdict(options) | {"reference": reference}
-        del settings["output"], settings["only"]
-        try:
-            io.write_json(options.output, {"settings": settings, "machine": machine, "rows": rows})
-        except OSError as error:
-            raise _not_writable(options.output, error) from None
-
-
-def _not_writable(path: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--output: {path} cannot be written: {error.strerror}")
+    settings = dataclasses.asdict(options) | {"reference": reference}
+    bench_output.write(options.output, settings, rows, options.device)
 
 
 def timed_rows(options: BenchOptions) -> Rows:
@@ -170,7 +143,7 @@ def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
     create = variants.training_variants if training else variants.inference_variants
     compared = create(options, batch)
     if options.baseline is not None:
-        compared |= _baseline_variants(options, batch)
+        compared |= baseline.create_variants(options, batch)
     return compared, sum(lengths)
 
 
@@ -192,42 +165,6 @@ def _text_lengths(task: str, data: str, tokenizer: str, count: int, max_length: 
             "or its name if the hub can be reached"
         ) from None
     return list(classification.tokenize(texts, loaded_tokenizer, settings).train["length"])
-
-
-def _baseline_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]:
-    """Start the process of the baseline library, which names its variants in its first line."""
-    if not BASELINE_SCRIPT.exists():
-        raise ConfigError("--baseline works only in a checkout of the repository")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        file = f"{folder}/batch.pt"
-        torch.save(batch, file)
-        command = [str(options.baseline), str(BASELINE_SCRIPT), options.what, options.geometry]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        try:
-            process: Any = subprocess.Popen([*command, file], **pipes)
-            trained = process.stdout.readline()
-        except OSError as error:
-            trained, reason = "", error.strerror
-        else:
-            reason = "its output says why"
-    if not trained:
-        raise ConfigError(
-            f"--baseline: {options.baseline} cannot run {BASELINE_SCRIPT.name} ({reason}); "
-            "`make bench-baseline` creates an environment for it"
-        )
-
-    def worker(name: str) -> timing.Worker:
-        def resume() -> tuple[bool, float]:
-            process.stdin.write(name + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            if not answer:
-                raise RunError("--baseline: the process has ended; its last output says why")
-            return tuple(json.loads(answer))
-
-        return resume
-
-    return {name: Variant(worker(name), n, None) for name, n in json.loads(trained).items()}
 
 
 def _profiled_rows(compared: dict[str, Variant], rounds: int, reference: str) -> Rows:

@@ -1,14 +1,13 @@
 """Measure what a step costs besides time: arithmetic, calls of operations, and memory."""
 
-import collections
 import gc
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaleup.experiments.call_counts import CallCounter
 from scaleup.experiments.timing import step_seconds
 
 aten = torch.ops.aten
@@ -36,19 +35,6 @@ FUSED_ATTENTION = {
     for kernel in KERNELS
     for suffix, flops in (("", _attention_flops), ("_backward", _attention_backward_flops))
 }
-
-
-class CallCounter(TorchDispatchMode):
-    """Count the calls of torch operations by name, without views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.calls[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def count_operations(step: Callable[[], object]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from transformers import (
 from scaleup.backbone.loading import empty_model
 from scaleup.backbone.method import apply_method, task_type
 from scaleup.errors import ConfigError
+from scaleup.experiments.call_counts import pass_gradients
 from scaleup.export import fold
 from scaleup.export.folder import FolderWriter
 from scaleup.settings.schema import MethodSettings
@@ -168,6 +169,13 @@ def random_batch(lengths: list[int], width: int, vocabulary: int) -> Batch:
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
+def with_labels(batch: Batch, model: Any) -> Batch:
+    """Return the batch with the labels that the head of `model` needs: classes or tokens."""
+    if model.get_output_embeddings() is None:
+        return batch
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
 def half_padding_lengths(count: int, width: int) -> list[int]:
     """Spread lengths from an eighth of `width` to `width`: half of all tokens are padding."""
     steps = max(1, count - 2)
@@ -195,7 +203,8 @@ def _unipelt_makers(options: BenchOptions) -> dict[str, Callable[[], nn.Module]]
     }
 
 
-def _peft_lora(base: PreTrainedModel) -> nn.Module:
+def peft_lora(base: PreTrainedModel) -> nn.Module:
+    """Add PEFT's LoRA of rank 8 to the query and value projections of every attention."""
     targets = [name for site in find_sites(base)[0] for name in (site.query, site.value)]
     config = LoraConfig(task_type=task_type(base), r=8, lora_alpha=16, target_modules=targets)
     return _add_adapter(base, config)
@@ -203,16 +212,9 @@ def _peft_lora(base: PreTrainedModel) -> nn.Module:
 
 def lower_bound(base: PreTrainedModel) -> nn.Module:
     """Train the head alone, but let gradients pass through the activations of the whole model."""
-
-    def require_gradient(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        return out.requires_grad_()
-
-    base.requires_grad_(False)
+    pass_gradients(base)
     for name in head_names(base):
         base.get_submodule(name).float().requires_grad_(True)
-    for module in base.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == base.config.vocab_size:
-            module.register_forward_hook(require_gradient)
     return base
 
 
@@ -271,10 +273,10 @@ def training_variant(options: BenchOptions, model: Any, batches: list[Batch]) ->
     trained = [p for p in model.parameters() if p.requires_grad]
     # The lower bound of a language model trains nothing.
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
-    batches = [{name: tensor.to(options.device) for name, tensor in b.items()} for b in batches]
-    if model.get_output_embeddings() is not None:
-        for batch in batches:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batches = [
+        {name: tensor.to(options.device) for name, tensor in with_labels(batch, model).items()}
+        for batch in batches
+    ]
     half = options.dtype == "bfloat16"
 
     def step() -> None:
@@ -299,7 +301,7 @@ def training_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]
         "full fine-tuning": lambda: options.backbone(torch.float32),
         "lower-bound": lambda: lower_bound(options.backbone()),
         "BitFit": lambda: apply_method(options.backbone(torch.float32), bitfit),
-        "PEFT LoRA": lambda: _peft_lora(options.backbone()),
+        "PEFT LoRA": lambda: peft_lora(options.backbone()),
     } | _unipelt_makers(options)
     models = {name: makers[name]() for name in select(makers, options.only)}
     return {name: training_variant(options, model, [batch]) for name, model in models.items()}
