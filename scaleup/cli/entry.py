@@ -59,9 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse cannot mix positional words with flags where there are subcommands.
     parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
     _quiet_libraries()
-    options = parse(words[1:])
-    _expand_homes(parser, options)
-    return run_command(name, command.run, options)
+
+    def parse_and_run(options: argparse.Namespace) -> int:
+        parse(words[1:], options)  # prints the help, too
+        _expand_homes(parser, options)
+        return int(command.run(options))
+
+    return run_command(name, parse_and_run, argparse.Namespace())
 
 
 def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

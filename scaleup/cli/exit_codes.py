@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 0, or SCALEUP_EXIT_STOPPED | stopped by SIGTERM, SIGUSR1 or SIGHUP, and everything is saved |
-| 1 | the command could not finish; what it saved before remains |
+| 1 | the command could not finish, or print its result; what it saved before remains |
 | 2 | the config, the data or an argument must change |
 | 130 | interrupted (Ctrl-C) |
 | 128 + number | a signal ended `export`; nothing was kept |
@@ -71,7 +71,19 @@ def run_command(
     Errors that are not listed here are bugs and keep their traceback.
     """
     try:
-        return command(options)
+        return _run(name, command, options)
+    finally:
+        _discard_lost_output()
+
+
+def _run(
+    name: str, command: Callable[[argparse.Namespace], int], options: argparse.Namespace
+) -> int:
+    try:
+        code = command(options)
+        if sys.stdout is not None:  # None if the shell has closed it (>&-)
+            sys.stdout.flush()  # at the end of the interpreter, a full disk would be a traceback
+        return code
     except ConfigError as error:
         # Every host prints its own problems, because the files of one host only may be at fault.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -79,7 +91,7 @@ def run_command(
         return MUST_CHANGE
     except Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(stopped, file=sys.stderr)
+            print_line(str(stopped))
         return stopped_code()
     except ScaleupError as error:
         _print_error(cut(str(error)))
@@ -92,7 +104,7 @@ def run_command(
         # What follows may wait for other processes. A second Ctrl-C waits for nothing.
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         advice = "; continue with train.resume=auto" if name == "train" else ""
-        print(f"interrupted{advice}", file=sys.stderr)
+        print_line(f"interrupted{advice}")
         return INTERRUPTED
 
 
@@ -123,5 +135,20 @@ def cut(message: str) -> str:
     return f"{begin.decode(errors='ignore')} … {end.decode(errors='ignore')}"
 
 
+def print_line(line: str) -> None:
+    """Print a line to stderr, if that is possible: after SIGHUP the terminal may be gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print_line(f"error: {message}")
+
+
+def _discard_lost_output() -> None:
+    """Discard output that cannot be written. The interpreter would try it again at its end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

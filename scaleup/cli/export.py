@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaleup.cli.config import add_trust_argument
-from scaleup.cli.exit_codes import DONE, Stopped, raise_on
+from scaleup.cli.exit_codes import DONE, Stopped, print_line, raise_on
 from scaleup.errors import ConfigError
 from scaleup.io import parse_bytes
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         with raise_on(signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             return _run(options)
     except Stopped as stopped:
-        print(f"stopped by {stopped}; nothing was kept", file=sys.stderr)
+        print_line(f"stopped by {stopped}; nothing was kept")
         return 128 + stopped.number
 
 

@@ -8,17 +8,18 @@ sweeps on one folder share its trials. On a cluster, use --shard in a job array.
 writes OUTPUT/results.csv with one row per finished trial, which `scaleup report` reads. With
 --done TABLE.csv a sweep also goes on where another machine stopped.
 
-Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM and saved (SCALEUP_EXIT_STOPPED
-can name another code); 1 some runs are missing, because they failed twice or another sweep has
-them; 2 something must change (one message lists everything); 130 interrupted.
+Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM, SIGUSR1 or SIGHUP and saved
+(SCALEUP_EXIT_STOPPED can name another code); 1 some runs are missing, because they failed twice or
+another sweep has them; 2 something must change (one message lists everything); 130 interrupted.
 """
 
 import argparse
+import contextlib
 import shutil
 import signal
 import sys
 
-from scaleup.cli.exit_codes import DONE, FAILED, INTERRUPTED, stopped_code
+from scaleup.cli.exit_codes import DONE, FAILED, INTERRUPTED, print_line, stopped_code
 from scaleup.errors import ConfigError
 
 
@@ -40,21 +41,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 class Screen:
-    """Lines that stay and, on a terminal, a last line that changes."""
+    """Lines that stay and, on a terminal, a last line that changes.
+
+    A sweep goes on without its screen, which may be closed: trials write their own logs.
+    """
 
     def __init__(self) -> None:
-        self.shown, self.terminal = "", sys.stdout.isatty()
+        self.shown = ""
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by >&-
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        print(("\r\033[K" if self.shown else "") + line, flush=True)
+        with contextlib.suppress(OSError):
+            print(("\r\033[K" if self.shown else "") + line, flush=True)
         self.shown = ""
 
     def show(self, line: str) -> None:
         """Replace the last line."""
         line = line[: shutil.get_terminal_size().columns - 1]
         if self.terminal and line != self.shown:
-            print(f"\r\033[K{line}", end="", flush=True)
+            with contextlib.suppress(OSError):
+                print(f"\r\033[K{line}", end="", flush=True)
             self.shown = line
 
 
@@ -89,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         names = ", ".join(trial.name for trial in sweeper.elsewhere)
         screen.say(f"elsewhere  {names}: another sweep runs them")
     for name, why in sweeper.failed.items():
-        print(f"failed     {name}: {why}", file=sys.stderr)
+        print_line(f"failed     {name}: {why}")
     try:
         screen.say(f"table      {sweep.save_table(checked, earlier)}")
     except ConfigError as error:

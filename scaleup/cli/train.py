@@ -12,11 +12,10 @@ your scheduler starts a job again only after a failure (launch/slurm and launch/
 import argparse
 import os
 import signal
-import sys
 from typing import Any
 
 from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
-from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, run_command, stopped_code
+from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, print_line, run_command, stopped_code
 from scaleup.errors import RunError
 from scaleup.training.signals import handle_save_signals
 
@@ -39,7 +38,7 @@ class _HelpWithSettings(argparse.Action):
         from scaleup.cli.entry import HELP_COLUMNS
         from scaleup.settings.describe import describe
 
-        print(parser.format_help() + "\n" + describe(HELP_COLUMNS))
+        print(parser.format_help() + "\n" + describe(HELP_COLUMNS), flush=True)
         parser.exit()
 
 
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _run_and_leave(options, launcher)
     except _StoppedEarly as stopped:
-        print(f"stopped by {stopped} before the first step; nothing was lost", file=sys.stderr)
+        print_line(f"stopped by {stopped} before the first step; nothing was lost")
         return stopped_code()
 
 

@@ -34,6 +34,7 @@ from scaleup.io import LOCK
 from scaleup.settings.loading import flat, override
 from scaleup.settings.schema import stored
 from scaleup.training.resume import checkpoints
+from scaleup.training.signals import SAVE_SIGNALS, handle_save_signals
 
 # -P: files of the current folder do not shadow modules.
 TRAIN = (sys.executable, "-P", "-m", "scaleup", "train")
@@ -108,8 +109,9 @@ class Sweeper:
 
         Return whether all trials have results, from this sweep or from another one.
         """
-        signals = (signal.SIGTERM, signal.SIGINT)
-        handlers = {number: signal.signal(number, self._stop) for number in signals}
+        handlers = {n: signal.getsignal(n) for n in (*SAVE_SIGNALS, signal.SIGINT)}
+        handle_save_signals(self._stop)
+        signal.signal(signal.SIGINT, self._stop)
         try:
             while not self.stopping:
                 self._collect_finished()
@@ -235,7 +237,7 @@ class Sweeper:
             run.kill()
 
     def _stop(self, number: int, frame: object) -> None:
-        if self.stopping:  # the second signal
+        if self.stopping == number:  # at the end of a session, SIGTERM and SIGHUP come together
             self._kill_trials()
         self.stopping = signal.Signals(number)
 

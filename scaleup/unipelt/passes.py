@@ -54,6 +54,8 @@ class ForwardPass:
             of all layers. Packed weights and the buffers of their gradients belong here, too.
         calls: what a layer keeps from one of its hooks to the next, by the object that keeps it.
         adapters: whether the adapters are disabled, and the names of the active ones.
+        outer: the pass of the same model that this one interrupts, as in a hook that calls the
+            model.
         recomputed: whether this is the recomputation of a block in the backward pass.
     """
 
@@ -67,6 +69,7 @@ class ForwardPass:
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     adapters: tuple[bool, tuple[str, ...]] | None = None
+    outer: "ForwardPass | None" = None
     recomputed: bool = False
     _counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
     _share_BT1: torch.Tensor | None = None
@@ -129,7 +132,7 @@ class ForwardPass:
         parts = [
             self.pending.get(slot, zeros_BT1).expand(*shape, width) for slot, width in slots.items()
         ]
-        totals_BTW = torch.cat(parts, dim=-1).detach()
+        totals_BTW = torch.cat(parts, dim=-1)  # with gradients, as the keys and values have them
         self.totals.update(totals_BTW.unsqueeze(1), count_BT1.expand(*shape, 1).unsqueeze(1))
 
     def clear(self) -> None:
@@ -138,7 +141,7 @@ class ForwardPass:
         Blocks to be recomputed keep the pass. If it kept a tensor of a block, the two would keep
         each other in memory.
         """
-        self.totals, self.pending, self.calls = None, {}, {}
+        self.totals, self.pending, self.calls, self.outer = None, {}, {}, None
 
     def again(self) -> "ForwardPass":
         """Return a copy for the recomputation of a block."""
@@ -211,7 +214,7 @@ class Passes(nn.Module):
         Raises:
             ValueError: for a mask that does not tell which tokens are real.
         """
-        new = ForwardPass()
+        new = ForwardPass(outer=self.find())
         if self.positions is not None:
             new.mask_BT = self._padding("attention_mask", args, kwargs)
             new.encoder_mask_BS = self._padding("encoder_attention_mask", args, kwargs)
@@ -226,7 +229,8 @@ class Passes(nn.Module):
         ended = self.find()
         if ended is None:
             return
-        _thread.passes = {key: value for key, value in _running().items() if key is not self}
+        remaining = {key: value for key, value in _running().items() if key is not self}
+        _thread.passes = remaining if ended.outer is None else {**remaining, self: ended.outer}
         if output is not None:
             ended.store(self.slots)
         ended.clear()

@@ -33,16 +33,18 @@ def real_and_count(
     if mask_BT is None:
         count_T = torch.arange(1, g_BTN.shape[1] + 1, device=g_BTN.device, dtype=g_BTN.dtype)
         return None, count_T[None, :, None]
-    real_BT1 = mask_BT.unsqueeze(2).to(g_BTN.dtype)
+    real_BT1 = (mask_BT != 0).unsqueeze(2).to(g_BTN.dtype)
     return real_BT1, real_BT1.cumsum(dim=1)
 
 
 def shares(mask_BT: torch.Tensor) -> torch.Tensor:
     """Return the weight of each token in a mean over real tokens, [B, T, 1] in float32.
 
-    All weights of an example without real tokens are 0.
+    All weights of an example without real tokens are 0. Tokens are real where the mask is not 0, as
+    in attention, whatever its data type.
     """
-    return (mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)).float().unsqueeze(2)
+    real_BT = (mask_BT != 0).float()
+    return (real_BT / real_BT.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(2)
 
 
 def running_totals(g_BTN: torch.Tensor, real_BT1: torch.Tensor | None) -> torch.Tensor:
@@ -85,7 +87,7 @@ class StaticGateTotals(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.copy_(key_states[:, :, -1:])
+        self.keys.copy_(key_states[:, :, -1:].detach())  # the buffer outlives the pass
         self.values.copy_(value_states[:, :, -1:])
         return self.keys, self.values
 

@@ -48,7 +48,9 @@ def batch(tokenizer) -> dict[str, torch.Tensor]:
     return tokenizer(texts, others, padding=True, return_tensors="pt")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2"))]
+)
 def test_an_exported_decoder_scores_pairs_as_its_run_did(tmp_path, family):
     make_decoder(tmp_path / "model", family)
     write_pairs(tmp_path)

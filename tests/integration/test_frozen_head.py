@@ -125,7 +125,12 @@ def test_a_resumed_run_takes_the_frozen_head_from_its_checkpoint(workspace, tmp_
 
 
 @pytest.mark.parametrize(
-    "method, kind", [("apl", "exact"), ("apl", "standalone"), ("lora", "merged")]
+    "method, kind",
+    [
+        ("apl", "exact"),
+        pytest.param("apl", "standalone", marks=pytest.mark.slow),
+        pytest.param("lora", "merged", marks=pytest.mark.slow),
+    ],
 )
 def test_exports_and_reloaded_adapters_have_the_frozen_head(method, kind, workspace, tmp_path):
     train(workspace, tmp_path / "run", method, "method.head=frozen", "model.head_bias=prior")

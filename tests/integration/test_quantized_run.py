@@ -18,6 +18,7 @@ def train(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_evaluating_more_often_and_resuming_leave_an_nf4_run_the_same_bits(tmp_path: pathlib.Path):
     """Its exports pass their verification, too. The other run is evaluated once per epoch."""
     folder = make_workspace(tmp_path)

@@ -23,6 +23,7 @@ from scaleup.experiments.sweep import Sweeper
 from scaleup.settings import schema as config
 from scaleup.settings.schema import to_yaml
 from scaleup.training import run as train
+from scaleup.training.signals import SAVE_SIGNALS
 from tests.utils.sweeps import sweep_file
 from tests.utils.workspace import make_workspace
 
@@ -249,17 +250,20 @@ def test_the_progress_line_shows_the_time_left(fakes):
     )  # an earlier run says that it took 7 s
 
 
-def test_sigterm_lets_runs_save_and_a_new_start_continues(fakes):
+@pytest.mark.parametrize("number", SAVE_SIGNALS)
+def test_a_signal_lets_runs_save_and_a_new_start_continues(fakes, number):
     made = fakes(2, **{f"t-1-m-{i}": {"seconds": 30} for i in range(2)})
     one = sweeper(made)
 
     def stop() -> None:
         while len(journal(made)) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        if number == signal.SIGHUP:  # systemd sends both when a session ends
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    assert not one.run() and one.stopping == signal.SIGTERM and not one.failed
+    assert not one.run() and one.stopping in (number, signal.SIGTERM) and not one.failed
     assert [what for what, *_ in journal(made)].count("saved") == 2 and locked(made) == []
     (made.output / "plan.json").write_text("{}")
     assert sweeper(made).run()

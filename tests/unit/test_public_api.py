@@ -42,31 +42,52 @@ def test_importing_the_package_imports_no_library():
     )
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import scaleup, peft",
-        "import peft, scaleup",
-        "import scaleup; from transformers import Trainer",
-        "import scaleup; import transformers.trainer_utils",
-        "import scaleup.settings.schema",
-        "import scaleup.unipelt.sites",
-        "import scaleup; import peft.tuners.lora",
-        "import scaleup; scaleup.UniPeltConfig()",
-        # transformers looks for PEFT in this way before it imports it.
-        "import importlib.util, scaleup; assert importlib.util.find_spec('peft').origin;"
-        "assert 'peft' not in sys.modules; import peft",
-        "import importlib, scaleup, peft; importlib.reload(peft)",
-        "import importlib, scaleup; importlib.reload(scaleup); import peft",
-        "import threading, scaleup\n"
-        "def work():\n    import peft\n    from peft import PeftModel\n"
-        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
-        "for t in threads: t.start()\n"
-        "for t in threads: t.join()",
-    ],
-)
-def test_peft_knows_the_method_in_every_order_of_imports(imports):
-    python(f"{imports}\n{KNOWN}")
+ORDERS_OF_IMPORTS = [
+    "import scaleup, peft",
+    "import peft, scaleup",
+    "import scaleup; from transformers import Trainer",
+    "import scaleup; import transformers.trainer_utils",
+    "import scaleup.settings.schema",
+    "import scaleup.unipelt.sites",
+    "import scaleup; import peft.tuners.lora",
+    "import scaleup; scaleup.UniPeltConfig()",
+    # transformers looks for PEFT in this way before it imports it.
+    "import importlib.util, scaleup; assert importlib.util.find_spec('peft').origin;"
+    "assert 'peft' not in sys.modules; import peft",
+    "import importlib, scaleup, peft; importlib.reload(peft)",
+    "import importlib, scaleup; importlib.reload(scaleup); import peft",
+    "import threading, scaleup\n"
+    "def work():\n    import peft\n    from peft import PeftModel\n"
+    "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+    "for t in threads: t.start()\n"
+    "for t in threads: t.join()",
+]
+
+# One process imports what all orders have in common, and each order runs in a fork of it.
+IN_FORKS = """
+import os, sys, traceback
+import accelerate, bitsandbytes, sklearn.metrics, torch, transformers.modeling_utils
+assert not {'scaleup', 'peft'} & sys.modules.keys()
+for script in SCRIPTS:
+    child = os.fork()
+    if not child:
+        try:
+            exec(script, {"sys": sys})
+        except BaseException:
+            print(script, file=sys.stderr)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(1)
+    print('right')
+"""
+
+
+def test_peft_knows_the_method_in_every_order_of_imports():
+    scripts = [f"{imports}\n{KNOWN}" for imports in ORDERS_OF_IMPORTS]
+    output = python(f"SCRIPTS = {scripts!r}\n{IN_FORKS}")
+    assert output.split() == ["right"] * len(scripts)
 
 
 @pytest.mark.parametrize("imports", ["import scaleup\nimport peft", "import peft\nimport scaleup"])

@@ -39,6 +39,18 @@ class HandWritten(torch.autograd.Function):
         """Return the result of `forward`, with gradients if they are enabled."""
         return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(NoGradients(), *args)
 
+    @staticmethod
+    def refuse_second_derivatives() -> None:
+        """Raise RuntimeError where `backward` is to be differentiated. Call this first in it.
+
+        What was saved is no longer connected with the inputs, so the result would be wrong. torch's
+        once_differentiable misses some of these cases.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "UniPELT's layers have no second derivatives; leave out create_graph=True"
+            )
+
 
 def _product_dtype(wide: torch.Tensor, *linears: nn.Module) -> torch.dtype | None:
     """Return the dtype in which to multiply: autocast's, or else the one that all tensors have.
@@ -96,6 +108,7 @@ class _Narrow(HandWritten):
 
     @staticmethod
     def backward(ctx: Any, *grads_BTR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        HandWritten.refuse_second_derivatives()
         x_MD, *joined = ctx.saved_tensors
         grad_MD: torch.Tensor | None = None
         grad_weights: list[torch.Tensor] = []
@@ -193,6 +206,7 @@ class _Add(HandWritten):
 
     @staticmethod
     def backward(ctx: Any, grad_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        HandWritten.refuse_second_derivatives()
         v_MR, gate_M1, weight_DR, bias_D = ctx.saved_tensors
         shape, gate_shape = ctx.shapes
         grad_MD = grad_BTD.flatten(0, -2).to(v_MR.dtype)

@@ -137,11 +137,7 @@ class _Attend(HandWritten):
         Raises:
             RuntimeError: where second derivatives are asked for.
         """
-        if torch.is_grad_enabled():  # torch's once_differentiable misses some of these cases
-            raise RuntimeError(
-                "attention with a prefix has no second derivatives on a CPU; load the model with "
-                "attn_implementation='eager'"
-            )
+        HandWritten.refuse_second_derivatives()
         scaled_NTE, keys_NSE, values_NSE, weights_NTS, *rest = ctx.saved_tensors
         kept_NTS, raw_BHTL, prefix, gate_BT = rest
         batch, queries, heads, size = grad_BTHE.shape

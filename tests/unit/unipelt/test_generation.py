@@ -267,3 +267,23 @@ def test_copies_of_a_model_that_has_generated_are_independent():
             parameter.zero_()
     assert torch.equal(generate(twin).sequences, expected)
     assert twin.config._attn_implementation == "unipelt_sdpa"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bart", "t5"])
+def test_gradients_pass_through_the_cache(family):
+    """As with keys and values: a later pass depends on the gates of earlier tokens, too."""
+    model = decoder(family, submodules=["adapter", "prefix", "lora"])
+    tokens = batch((11, 11, 11))["input_ids"]
+    name = "input_ids" if task_type(model.get_base_model()) == "CAUSAL_LM" else "decoder_input_ids"
+    source = {} if name == "input_ids" else prompt(model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor | None]:
+        return torch.autograd.grad(logits.square().mean(), weights, allow_unused=True)
+
+    whole = gradients(model(**source, **{name: tokens}, use_cache=False).logits[:, 6:])
+    cache = model(**source, **{name: tokens[:, :6]}, use_cache=True).past_key_values
+    rest = {name: tokens[:, 6:], "past_key_values": cache, "use_cache": True}
+    for one, other in zip(gradients(model(**source, **rest).logits), whole, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).abs().max() < 1e-4 * max(other.abs().max(), 1e-2)

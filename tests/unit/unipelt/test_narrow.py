@@ -121,6 +121,24 @@ def test_joined_products_have_the_values_and_gradients_of_separate_ones(groups):
     assert narrow_products(x.float(), linears) is None  # dtypes must be equal
 
 
+def test_second_derivatives_are_refused_and_not_wrong():
+    """What is saved for the backward pass is no longer connected with the inputs."""
+    z, narrow, linear = (part.requires_grad_() for part in inputs())
+    products = narrow_products(z, [nn.Linear(D, R), nn.Linear(D, 1)])[0]
+    for result in (products, add_gated(z, narrow, 0.5, linear, may_overwrite=False)):
+        (grad,) = torch.autograd.grad(result.square().sum(), z, retain_graph=True)
+        assert grad.isfinite().all()
+        with pytest.raises(RuntimeError, match="have no second derivatives; leave out create_g"):
+            torch.autograd.grad(result.square().sum(), z, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        few_rows(narrow[0], linear).square().sum(), narrow, create_graph=True
+    )
+    (second,) = torch.autograd.grad(grad.sum(), narrow)
+    torch.testing.assert_close(
+        second[0], (2 * linear.weight.t() @ linear.weight).sum(0).expand(T, R)
+    )
+
+
 def test_a_replaced_linear_function_is_used(monkeypatch):
     """DeepSpeed replaces it under ZeRO-3 and gathers the weights around its calls."""
     calls, plain = [], nn.functional.linear

@@ -203,6 +203,25 @@ def test_a_block_that_runs_outside_of_its_model_is_refused():
         loss.backward()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", ["bert", "bart", "llama"])
+@pytest.mark.parametrize("inner", [without_gradients, with_disabled_adapter_and_gradients])
+def test_a_hook_may_run_the_model_inside_a_pass_of_the_model(family, inner, checkpointing):
+    model = trained(family, ["adapter", "prefix", "lora"], checkpointing)
+    first, second = examples(model, (11, 7, 9), 3), examples(model, (6, 13, 8), 8)
+    expected, depth = gradients(model, model(**first).loss), []
+
+    def interrupt(*_):
+        if not depth:
+            depth.append(1)
+            inner(model, second)
+            depth.clear()
+
+    blocks, _ = find_sites(model.get_base_model())
+    model.get_base_model().get_submodule(blocks[-1].name).register_forward_hook(interrupt)
+    assert worst(gradients(model, model(**first).loss), expected) < 1e-5
+
+
 def test_nothing_of_a_pass_stays_after_it():
     """Blocks to be recomputed keep their pass, which must not keep the blocks' tensors in turn."""
 

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from scaleup.unipelt.passes import Passes, RunningMean
-from scaleup.unipelt.pooling import text_starts
+from scaleup.unipelt.pooling import real_and_count, shares, text_starts
 from tests.utils.tiny import backbone
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
@@ -17,6 +17,14 @@ def test_masks_are_read_by_name_and_by_position():
     assert passes.current.mask_BT is MASK and passes.current.encoder_mask_BS is None
     passes.begin(passes, (), {"attention_mask": None, "encoder_attention_mask": MASK})
     assert passes.current.mask_BT is None and passes.current.encoder_mask_BS is MASK
+
+
+@pytest.mark.parametrize("mask", [MASK.bfloat16(), MASK.bool(), MASK.byte(), 3 * MASK])
+def test_neither_the_type_nor_the_numbers_of_a_mask_change_the_weights_of_tokens(mask):
+    assert torch.equal(shares(mask), shares(MASK)) and shares(mask).dtype == torch.float32
+    gates = torch.ones(3, 5, 1)
+    for one, other in zip(real_and_count(gates, mask), real_and_count(gates, MASK), strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.float32
 
 
 def test_in_a_mask_per_query_queries_that_see_no_key_are_padding():
