@@ -112,6 +112,27 @@ def find_cache(inputs: tuple[Any, ...]) -> Cache | None:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
+class KeptBesideCache(dict[Any, Any]):
+    """What stays the same during a generation, by the layer that computes it.
+
+    It is not part of the generated text: copies of a cache compute it anew.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptBesideCache":
+        return KeptBesideCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptBesideCache, ()
+
+
+def kept_beside(cache: Cache | None) -> dict[Any, Any]:
+    """Return what is kept as long as a KV cache lives, an empty dictionary without a cache."""
+    if cache is None or torch.is_grad_enabled():  # weights that train may change
+        return {}
+    kept: KeptBesideCache = vars(cache).setdefault("unipelt_kept", KeptBesideCache())
+    return kept
+
+
 def totals_layer(
     cache: Cache, kv_layers: int, create: bool
 ) -> GateTotals | StaticGateTotals | None:

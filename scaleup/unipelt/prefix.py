@@ -21,6 +21,7 @@ from .kernels import few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
 from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig
+from .pooling import find_cache, kept_beside
 from .site_types import AttentionSite, BlockSite
 from .softmax_prefix import SoftmaxPrefix
 from .submodule import LARGEST, Folding, Submodule, option
@@ -138,12 +139,21 @@ class PrefixTuning(AuxiliaryLayer):
     def before_forward(
         self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Evaluate the prefixes. This is a forward pre-hook of the parent model."""
+        """Evaluate the prefixes. This is a forward pre-hook of the parent model.
+
+        During generation they are evaluated once, not for each token.
+        """
         entry = self.active("unipelt_prefix")
         if entry is None:
             return
-        # An exported folder holds [N, 2, G, L, E].
-        kv = entry.detach() if isinstance(entry, nn.Parameter) else self.keys_values(entry)
+        if isinstance(entry, nn.Parameter):  # an exported folder holds [N, 2, G, L, E]
+            kv = entry.detach()
+        else:
+            kept = kept_beside(find_cache((*kwargs.values(), *args)))
+            key = self, entry
+            if key not in kept:
+                kept[key] = self.keys_values(entry)
+            kv = kept[key]
         # unbind: one index per layer would each create a gradient of the size of all layers.
         self.passes.current.shared[self] = PassPrefixes(kv.unbind(), WideMasks())
 

@@ -1,12 +1,15 @@
 """Decoders: no token sees a later one, and a KV cache does not change what is generated."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from transformers import BartForConditionalGeneration, MBartForConditionalGeneration
+from torch import nn
+from transformers import BartForConditionalGeneration, DynamicCache, MBartForConditionalGeneration
 
 from scaleup.unipelt.gate import LearnedGate
+from scaleup.unipelt.prefix import PrefixTuning
 from scaleup.unipelt.sites import PACKS
 from tests.utils.tiny import CASES, EOS, PAD, TARGETS, VOCABULARY, adapt, backbone, batch, task_type
 
@@ -287,3 +290,36 @@ def test_gradients_pass_through_the_cache(family):
     for one, other in zip(gradients(model(**source, **rest).logits), whole, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one - other).abs().max() < 1e-4 * max(other.abs().max(), 1e-2)
+
+
+@pytest.mark.parametrize("family, banks", [("llama", 1), ("gpt2", 1), ("bart", 3), ("t5", 3)])
+def test_the_prefix_is_evaluated_once_per_generation(family, banks, monkeypatch):
+    model = decoder(family, submodules=["adapter", "prefix", "lora"])
+    calls = []
+    evaluate = PrefixTuning.keys_values
+    monkeypatch.setattr(
+        PrefixTuning, "keys_values", lambda self, entry: calls.append(self) or evaluate(self, entry)
+    )
+    first = torch.stack(generate(model).logits)
+    assert len(calls) == len(set(calls)) == banks
+    with torch.no_grad():  # the next generation has the weights of its time
+        for name, parameter in model.named_parameters():
+            if ".unipelt_prefix." in name:
+                parameter.add_(1.0)
+    cached, uncached = generate(model), generate(model, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    difference = torch.stack(cached.logits) - torch.stack(uncached.logits)
+    assert difference.abs().max() < 1e-4 < (torch.stack(cached.logits) - first).abs().max()
+
+
+def test_a_copy_of_a_cache_holds_no_copy_of_the_model():
+    model = decoder("llama", submodules=["adapter", "prefix", "lora"]).eval()
+    cache = DynamicCache()
+    with torch.no_grad():
+        expected = model(**prompt(model), past_key_values=cache).logits
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+        assert vars(cache)["unipelt_kept"] and not vars(twin)["unipelt_kept"]
+        step = {"input_ids": torch.full((len(expected), 1), 5)}
+        step["attention_mask"] = nn.functional.pad(prompt(model)["attention_mask"], (0, 1), value=1)
+        logits = [model(**step, past_key_values=past).logits for past in (cache, twin)]
+    assert torch.equal(*logits)
