@@ -77,7 +77,6 @@ TABLES ?= results/bench
 BENCH = OMP_NUM_THREADS=1 "$(VENV)/bin/scaleup" bench
 OVER_BOUND = --reference lower-bound --only lower-bound APL "APL, prefix MLP"
 LARGE = --geometry bart-large --batch 4
-NARROW = --geometry bert-narrow --batch 1 --length 16 --rounds 50
 RAGGED = --batch 4 --examples 64 --rounds 5
 
 bench: venv
@@ -91,8 +90,9 @@ bench: venv
 	$(BENCH) memory --geometry bart-large --output "$(TABLES)/memory-bart-large-128.json"
 	$(BENCH) ragged $(RAGGED) --output "$(TABLES)/ragged-half.json"
 	$(BENCH) ragged $(RAGGED) --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
-	$(BENCH) inference $(NARROW) --output "$(TABLES)/overhead-inference.json"
-	$(BENCH) training $(NARROW) $(OVER_BOUND) --output "$(TABLES)/overhead-training.json"
+	$(BENCH) calls --output "$(TABLES)/calls.json"
+	$(BENCH) host --output "$(TABLES)/host.json"
+	$(BENCH) decode --profile --output "$(TABLES)/decode.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_BOUND) --output "$(TABLES)/training-compiled.json"
 
@@ -132,6 +132,7 @@ bench-baseline: venv
 	  cp benchmarks/baseline_library.txt $(BASELINE)/requirements.txt; \
 	fi
 	$(BENCH) training --length 32 --rounds 20 $(OVER_BOUND) --baseline $(BASELINE)/bin/python --output "$(TABLES)/training-baseline.json"
+	$(BENCH) calls --baseline $(BASELINE)/bin/python --output "$(TABLES)/calls.json"
 	$(BENCH) inference --only bare APL --baseline $(BASELINE)/bin/python --output "$(TABLES)/inference-baseline.json"
 
 docs: venv

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # Copies of the names in scaleup/experiments, whose import takes seconds (a test compares them).
-GEOMETRIES = ("bert-base", "bart-large", "bert-narrow", "llama-8b")
+GEOMETRIES = ("bert-base", "bart-large", "llama-8b", "smollm2-135m")
 # The C library reads these when a process starts. By default it returns large tensors to the system
 # and fetches them again page by page, which hits variants at random (up to a tenth of a step).
 STEADY_ALLOCATOR = {
@@ -46,10 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         argparse.ArgumentParser, add_help=False, argument_default=argparse.SUPPRESS
     )
     model = options_parser()
-    geometry = (
-        "sizes of the model (default: bert-base). bert-narrow: BERT-base without its width, to "
-        "time Python alone; llama-8b: needs --dtype bfloat16"
-    )
+    geometry = "sizes of the model (default: bert-base). llama-8b: needs --dtype bfloat16"
     model.add_argument("--geometry", choices=GEOMETRIES, help=geometry)
     model.add_argument("--batch", type=positive, help="examples per step (default: 16)")
     model.add_argument("--length", type=positive, help="tokens (default: 128)")
@@ -93,6 +90,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     launch = "microseconds that launching a kernel takes the host (default: 10)"
     launched.add_argument("--launch-us", type=positive, help=launch)
 
+    generated = options_parser()
+    folder = "folder of a causal language model (default: SmolLM2-135M with random weights)"
+    generated.add_argument("--model", metavar="FOLDER", help=folder)
+    generated.add_argument("--batch", type=positive, help="prompts (default: 4)")
+    generated.add_argument("--length", type=positive, help="of a prompt (default: 16)")
+    generated.add_argument("--ragged", action="store_true", help="make half of them padding")
+    generated.add_argument("--tokens", type=positive, help="generated tokens (default: 16)")
+    generated.add_argument("--rounds", type=positive, help="timed rounds (default: 8)")
+    functions = "list the functions that take longest"
+    generated.add_argument("--profile", action="store_true", help=functions)
+
     measurements = parser.add_subparsers(dest="what", required=True, metavar="MEASUREMENT")
     common: Any = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
     for name, parents, summary in (
@@ -101,6 +109,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("ragged", [model, timed, padding, written], "time padding and groups of lengths"),
         ("memory", [model, chosen, written], "measure the peak memory of a training step"),
         ("calls", [counted, written], "count the calls of a layer that a GPU has to wait for"),
+        ("decode", [generated, written], "time the host while a language model generates"),
         ("host", [launched, written], "time the host of a GPU whose kernels take no time"),
     ):
         description = f"{summary.capitalize()}."
@@ -115,10 +124,11 @@ def run(options: argparse.Namespace) -> int:
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, STEADY_ALLOCATOR | os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which is not measured
-    from scaleup.experiments import bench, overhead
+    from scaleup.experiments import bench, decoding, overhead
 
     measurements: dict[str, tuple[Any, Any]] = {
         "calls": (overhead.CallOptions, overhead.run_calls),
+        "decode": (decoding.DecodeOptions, decoding.run),
         "host": (overhead.HostOptions, overhead.run_host),
     }
     options_class, measure = measurements.get(options.what, (bench.BenchOptions, bench.run))

@@ -139,11 +139,11 @@ def pass_gradients(model: PreTrainedModel) -> None:
             module.register_forward_hook(require_gradient)
 
 
-def narrow_model(family: str, layers: int) -> PreTrainedModel:
-    """Create a model of one of `FAMILIES` with random bfloat16 weights."""
+def narrow_model(family: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Create a model of one of `FAMILIES` with random weights."""
     auto_class, create_config = FAMILIES[family]
     torch.manual_seed(0)
-    return auto_class.from_config(create_config(layers), dtype=torch.bfloat16)
+    return auto_class.from_config(create_config(layers), dtype=dtype)
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -47,8 +47,6 @@ _BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_l
 GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
     "bert-base": lambda: BertConfig(**_BERT),
     "bart-large": lambda: BartConfig(dropout=0.0, num_labels=2),
-    # The modules of BERT-base with almost no arithmetic: what remains is the time of Python.
-    "bert-narrow": lambda: BertConfig(hidden_size=96, intermediate_size=96, **_BERT),
     # Llama 3.1 8B as a language model.
     "llama-8b": lambda: LlamaConfig(
         hidden_size=4096,
@@ -60,8 +58,19 @@ GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
         max_position_embeddings=8192,
         use_cache=False,
     ),
+    "smollm2-135m": lambda: LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        use_cache=False,
+    ),
 }
-LANGUAGE_MODELS = ("llama-8b",)  # the other geometries have a classification head
+LANGUAGE_MODELS = ("llama-8b", "smollm2-135m")  # the other geometries have a classification head
 FLAT = {"prefix_reparameterization": "none"}
 UNIPELT: dict[str, dict[str, Any]] = {
     "adapter": {"submodules": ["adapter"]},
