@@ -117,7 +117,7 @@ def time_tokens(
     create: Callable[[], PreTrainedModel], options: DecodeOptions
 ) -> dict[str, dict[str, Any]]:
     """Time every variant, round by round in rotating order; one row each."""
-    models = {name: add(create()).eval() for name, add in COMPARED.items()}
+    models: dict[str, Any] = {name: add(create()).eval() for name, add in COMPARED.items()}
     inputs = prompts(options, models[REFERENCE].config.vocab_size)
     steps: dict[str, list[list[float]]] = {name: [] for name in models}
     for number in range(options.rounds + 1):  # the first warms up
