@@ -9,7 +9,7 @@
 # make docs-pages   the pages in docs/ that are generated from the code
 # make sweep        the missing trials of SWEEP (configs/sweeps/minilm.yaml: hours)
 # make bench        the tables of results/bench: an hour on an idle machine
-# make bench-gpu    training steps on one GPU in bfloat16 (the 8B geometry needs over 80 GB): minutes
+# make bench-gpu    kernels and training steps on one GPU of over 80 GB: under 9 minutes
 # make evidence-gpu   the MPNet sweep on one GPU, MODEL and GLUE being folders: under 9 minutes
 # make bench-baseline   the same for the library adapters 1.3.0, in its own environment
 # make clean        removes .venv, quickstart/, build/ and caches; models/ and runs/ stay
@@ -96,26 +96,12 @@ bench: venv
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_BOUND) --output "$(TABLES)/training-compiled.json"
 
-# The 8B geometry holds four variants at once, which needs over 80 GB; --only takes fewer.
-GPU_FLAGS = --device cuda --dtype bfloat16
-ON_GPU = "$(VENV)/bin/scaleup" bench training $(GPU_FLAGS) --reference lower-bound
-FORWARD_ON_GPU = "$(VENV)/bin/scaleup" bench inference $(GPU_FLAGS)
-SHOWN = lower-bound "PEFT LoRA" APL "APL, prefix MLP"
-LLAMA = --geometry llama-8b --batch 1 --length 2048
-
-bench-gpu: venv
-	$(ON_GPU) --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bert-base.json"
-	$(ON_GPU) --batch 256 --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bert-base-large-batch.json"
-	$(ON_GPU) --geometry bart-large --batch 32 --only "full fine-tuning" $(SHOWN) --output "$(TABLES)/gpu/training-bart-large.json"
-	$(ON_GPU) $(LLAMA) --rounds 7 --only $(SHOWN) --output "$(TABLES)/gpu/training-llama-8b.json"
-	$(ON_GPU) --compile --only lower-bound APL --output "$(TABLES)/gpu/training-compiled.json"
-	$(ON_GPU) --compile reduce-overhead --rounds 30 --only lower-bound APL --output "$(TABLES)/gpu/training-graphs.json"
-	$(ON_GPU) --compile reduce-overhead --rounds 30 --only "full fine-tuning" lower-bound "PEFT LoRA" --output "$(TABLES)/gpu/training-graphs-others.json"
-	$(FORWARD_ON_GPU) $(LLAMA) --rounds 10 --only bare lora APL --output "$(TABLES)/gpu/inference-llama-8b.json"
-	$(FORWARD_ON_GPU) --geometry bart-large --batch 32 --rounds 30 --only bare APL "APL merged" --output "$(TABLES)/gpu/inference-bart-large.json"
-
-# On a machine without package index: make evidence-gpu GPU_PYTHON=python3
+# On a machine without package index: make bench-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(VENV)/bin/python
+
+bench-gpu:
+	"$(GPU_PYTHON)" -m benchmarks.gpu --output "$(TABLES)/gpu"
+
 MODEL ?= models/mpnet
 GLUE ?= ../shared/data/glue
 EVIDENCE ?= results/mpnet_gpu.csv

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # Copies of the names in scaleup/experiments, whose import takes seconds (a test compares them).
-GEOMETRIES = ("bert-base", "bart-large", "llama-8b", "smollm2-135m")
+GEOMETRIES = ("bert-base", "bart-large", "tiny", "llama-8b", "smollm2-135m")
 # The C library reads these when a process starts. By default it returns large tensors to the system
 # and fetches them again page by page, which hits variants at random (up to a tenth of a step).
 STEADY_ALLOCATOR = {
@@ -70,6 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     modes = ("default", "reduce-overhead")
     compiled = "run each model through torch.compile; reduce-overhead: as CUDA graphs"
     way.add_argument("--compile", nargs="?", const="default", choices=modes, help=compiled)
+    graphs = "record the steps as CUDA graphs, as train.cuda_graphs does (training only)"
+    way.add_argument("--graphs", action="store_true", help=graphs)
     profile = "time each operation instead of whole steps"
     way.add_argument("--profile", action="store_true", help=profile)
     baseline = "interpreter of an environment with the library `adapters`, whose UniPELT takes part"

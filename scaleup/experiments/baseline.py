@@ -10,7 +10,8 @@ import torch
 
 from scaleup.errors import ConfigError, RunError
 from scaleup.experiments import timing
-from scaleup.experiments.variants import Batch, BenchOptions, Variant
+from scaleup.experiments.batches import Batch
+from scaleup.experiments.variants import BenchOptions, Variant
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "baseline_library.py"
 

@@ -21,8 +21,9 @@ from transformers.utils import logging
 from scaleup.backbone.loading import load_model
 from scaleup.data import classification
 from scaleup.errors import ConfigError
-from scaleup.experiments import baseline, bench_output, meter, timing, variants
-from scaleup.experiments.variants import Batch, BenchOptions, Variant
+from scaleup.experiments import baseline, batches, bench_output, meter, timing, variants
+from scaleup.experiments.batches import Batch
+from scaleup.experiments.variants import BenchOptions, Variant
 from scaleup.settings import schema
 from scaleup.settings.loading import override
 
@@ -52,6 +53,8 @@ def check(options: BenchOptions) -> None:
         problems.append("--ragged needs --batch 2 and --length 8 or more to spread the lengths")
     if options.compile == "reduce-overhead" and not on_gpu:
         problems.append("--compile reduce-overhead makes CUDA graphs; on a CPU use plain --compile")
+    if options.graphs and not (on_gpu and options.what == "training"):
+        problems.append("--graphs records training steps as CUDA graphs; add --device cuda")
     if options.length > positions:
         problems.append(f"--length: {options.geometry} has only {positions} positions")
     if on_gpu and not torch.cuda.is_available():
@@ -75,6 +78,7 @@ def run(options: BenchOptions) -> None:
         f"{options.batch} x {options.length}" + (" half padding" if options.ragged else ""),
         f"{options.rounds} rounds" if options.what != "memory" else "",
         f"compiled ({options.compile})" if options.compile else "",
+        "as CUDA graphs" if options.graphs else "",
         machine["gpu"] or f"{machine['threads']} threads",
         f"{options.dtype}; relative to {reference}",
     ]
@@ -102,7 +106,9 @@ def timed_rows(options: BenchOptions) -> Rows:
     for name, row in rows.items():
         seconds, variant = row["milliseconds"] / 1000, compared[name]
         row |= {"trained": variant.trained, "tokens_per_second": round(tokens / seconds)}
-        if variant.model is not None and not options.compile:
+        if variant.peak is not None:
+            row["peak"] = variant.peak
+        if variant.model is not None and not options.compile and not options.graphs:
             row |= meter.count_operations(variant.step)
             row["of_matmul_rate"] = round(row["gflop"] / seconds / rate, 4)
     return rows
@@ -129,7 +135,7 @@ def time_variants(
 def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
     """Create the variants; also return the number of tokens (without padding) of a step."""
     if options.what == "ragged":
-        lengths = variants.half_padding_lengths(options.examples, options.length)
+        lengths = batches.half_padding_lengths(options.examples, options.length)
         if options.texts:
             task, data, tokenizer = options.texts
             lengths = _text_lengths(task, data, tokenizer, options.examples, options.length)
@@ -137,8 +143,8 @@ def _create_variants(options: BenchOptions) -> tuple[dict[str, Variant], int]:
         return variants.ragged_variants(options, lengths), sum(lengths)
     lengths = [options.length] * options.batch
     if options.ragged:
-        lengths = variants.half_padding_lengths(options.batch, options.length)
-    batch = variants.random_batch(lengths, options.length, options.config.vocab_size)
+        lengths = batches.half_padding_lengths(options.batch, options.length)
+    batch = batches.random_batch(lengths, options.length, options.config.vocab_size)
     training = options.what == "training"
     create = variants.training_variants if training else variants.inference_variants
     compared = create(options, batch)
@@ -184,7 +190,7 @@ def _profiled_rows(compared: dict[str, Variant], rounds: int, reference: str) ->
 def memory_rows(options: BenchOptions) -> Rows:
     """Measure the memory of each variant in a fresh process, relative to the first variant's."""
     lengths = [options.length] * options.batch
-    batch = variants.random_batch(lengths, options.length, options.config.vocab_size)
+    batch = batches.random_batch(lengths, options.length, options.config.vocab_size)
     rows: Rows = {}
     for name in variants.select(MEMORY, options.only):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -233,7 +239,7 @@ def measure_memory(name: str, options: BenchOptions, batch: Batch) -> dict[str, 
 
 def _describe(row: dict[str, Any]) -> str:
     """Format a row for the screen, without its name and ratio."""
-    if "peak" in row:
+    if "rest" in row:
         peak, rest = (f"{row[key] / 2**20:8.0f} MiB" for key in ("peak", "rest"))
         return f"peak {peak}  between steps {rest}  {row['trained']:>12,} trained"
     if "operations" in row:
@@ -246,6 +252,8 @@ def _describe(row: dict[str, Any]) -> str:
     if "calls" in row:
         rate = f"({row['of_matmul_rate']:.2f} of a product's rate)"
         counts = f"{row['gflop']:9.1f} GFLOP {rate}  {row['calls']:6d} calls"
+    if "peak" in row:
+        counts += f"  peak {row['peak'] / 2**20:8.0f} MiB"
     low, high = row["quartiles"]
     return (
         f"[{low:.3f}, {high:.3f}]  best {row['best']:.3f}  {row['milliseconds']:9.1f} ms"

@@ -22,7 +22,7 @@ from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from scaleup.backbone.loading import load_config, load_model
-from scaleup.experiments import bench_output, call_counts, overhead, timing, variants
+from scaleup.experiments import batches, bench_output, call_counts, overhead, timing, variants
 from scaleup.experiments.variants import BenchOptions
 from scaleup.settings.schema import ModelSettings
 
@@ -92,8 +92,8 @@ def prompts(options: DecodeOptions, vocabulary: int) -> dict[str, torch.Tensor]:
     """Draw prompts [B, T], padded on the left."""
     lengths = [options.length] * options.batch
     if options.ragged:
-        lengths = variants.half_padding_lengths(options.batch, options.length)
-    batch = variants.random_batch(lengths, options.length, vocabulary)
+        lengths = batches.half_padding_lengths(options.batch, options.length)
+    batch = batches.random_batch(lengths, options.length, vocabulary)
     return {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
 
 

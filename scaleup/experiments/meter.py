@@ -11,6 +11,7 @@ from scaleup.experiments.call_counts import CallCounter
 from scaleup.experiments.timing import step_seconds
 
 aten = torch.ops.aten
+UNMEASURED_STEPS = 4  # the optimizer's state is created, or a graph recorded
 
 
 def _attention_flops(
@@ -74,6 +75,16 @@ def profile_operations(
         del record
         gc.collect()
     return sorted(((*key, round(ms, 3)) for key, ms in best.items()), key=lambda row: -row[3])
+
+
+def cuda_peak(step: Callable[[], object]) -> int:
+    """Measure the most bytes that all tensors on the GPU take during a step, after a few others."""
+    for _ in range(UNMEASURED_STEPS):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def live_bytes() -> int:

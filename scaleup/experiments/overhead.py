@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from scaleup.experiments import baseline, bench_output, call_counts, timing, variants
+from scaleup.experiments import baseline, batches, bench_output, call_counts, timing, variants
 from scaleup.unipelt.kernels import ops, planned_for
 from scaleup.unipelt.kernels.target import VARIABLE
 
@@ -111,10 +111,10 @@ def launches_only(microseconds: int) -> Iterator[None]:
             setattr(ops, name, kernel)
 
 
-def _batch(family: str, batch: int, padded: bool) -> variants.Batch:
-    lengths = variants.half_padding_lengths(batch, LENGTH) if padded else [LENGTH] * batch
-    random_batch = variants.random_batch(lengths, LENGTH, call_counts.VOCABULARY)
-    return variants.with_labels(random_batch, call_counts.narrow_model(family, 1))
+def _batch(family: str, batch: int, padded: bool) -> batches.Batch:
+    lengths = batches.half_padding_lengths(batch, LENGTH) if padded else [LENGTH] * batch
+    random_batch = batches.random_batch(lengths, LENGTH, call_counts.VOCABULARY)
+    return batches.with_labels(random_batch, call_counts.narrow_model(family, 1))
 
 
 def count_layer(family: str, variant: str, padded: bool) -> dict[str, float]:
@@ -161,10 +161,11 @@ def call_rows(python: str | None = None) -> dict[str, dict[str, Any]]:
         calls = {v: count_layer(family, v, padded) for v in COMPARED if v != BOUND}
         rows[name] = {v: beyond_bound(c, bound) for v, c in ({BOUND: bound} | calls).items()}
     if python is not None:
-        batches = {
-            n: (family, _batch(family, BATCH, padded)) for n, (family, padded) in names.items()
+        inputs = {
+            name: (family, _batch(family, BATCH, padded))
+            for name, (family, padded) in names.items()
         }
-        process, counted = baseline.start(python, ["calls"], batches)
+        process, counted = baseline.start(python, ["calls"], inputs)
         process.wait()
         for name, calls in counted.items():
             bound = calls.pop(BOUND)

@@ -7,8 +7,6 @@ bfloat16, trained weights in float32, and autocast.
 
 The variant `lower-bound` is the least that training inside a frozen backbone can cost: gradients
 pass through all activations but reach no weight of the backbone.
-
-Shapes: B examples, T tokens.
 """
 
 import copy
@@ -34,10 +32,13 @@ from transformers import (
 from scaleup.backbone.loading import empty_model
 from scaleup.backbone.method import apply_method, task_type
 from scaleup.errors import ConfigError
-from scaleup.experiments.call_counts import pass_gradients
+from scaleup.experiments import meter
+from scaleup.experiments.batches import Batch, random_batch, with_labels
+from scaleup.experiments.call_counts import FAMILIES, pass_gradients
 from scaleup.export import fold
 from scaleup.export.folder import FolderWriter
 from scaleup.settings.schema import MethodSettings
+from scaleup.training.graphs import StepGraphs
 from scaleup.training.sampler import ResumableSampler
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import find_sites, head_names
@@ -47,6 +48,7 @@ _BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_l
 GEOMETRIES: dict[str, Callable[[], PretrainedConfig]] = {
     "bert-base": lambda: BertConfig(**_BERT),
     "bart-large": lambda: BartConfig(dropout=0.0, num_labels=2),
+    "tiny": lambda: FAMILIES["BERT"][1](2),
     # Llama 3.1 8B as a language model.
     "llama-8b": lambda: LlamaConfig(
         hidden_size=4096,
@@ -81,8 +83,6 @@ UNIPELT: dict[str, dict[str, Any]] = {
     "APL, prefix MLP": {},
     "NoGate": {"gates": "none", **FLAT},
 }
-EOS = 2
-Batch = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ class BenchOptions:
         texts: (GLUE task, folder with GLUE, tokenizer): the source of the lengths for `ragged`.
         reference: the variant to divide by; None: the first.
         compile: the mode of `torch.compile`; None: the models run without it.
+        graphs: whether training steps are CUDA graphs, as with train.cuda_graphs.
         baseline: the interpreter of an environment with the baseline library, `adapters`.
         only: the variants that take part; empty: all.
     """
@@ -108,6 +109,7 @@ class BenchOptions:
     rounds: int = 15
     reference: str | None = None
     compile: str | None = None
+    graphs: bool = False
     profile: bool = False
     baseline: str | None = None
     device: str = "cpu"
@@ -150,11 +152,13 @@ class Variant:
         step: does one training step or forward pass.
         trained: the number of trained parameters.
         model: the model; None if it lives in the process of the baseline library.
+        peak: the most bytes that a training step takes on a GPU, with the model and the optimizer.
     """
 
     step: Callable[[], object]
     trained: int
     model: nn.Module | None
+    peak: int | None = None
 
 
 def select(names: Iterable[str], only: Sequence[str]) -> list[str]:
@@ -164,31 +168,6 @@ def select(names: Iterable[str], only: Sequence[str]) -> list[str]:
         if name not in names:
             raise ConfigError(f"--only: {name} is not one of {', '.join(names)}")
     return [name for name in names if not only or name in only]
-
-
-def random_batch(lengths: list[int], width: int, vocabulary: int) -> Batch:
-    """Draw random tokens [B, T] with T = `width`. EOS closes each example; padding follows."""
-    generator = torch.Generator().manual_seed(0)
-    lengths_B = torch.tensor(lengths)
-    input_ids = torch.randint(5, vocabulary, (len(lengths), width), generator=generator)
-    mask = (torch.arange(width) < lengths_B[:, None]).long()
-    input_ids = input_ids * mask + (1 - mask)
-    input_ids[torch.arange(len(lengths)), lengths_B - 1] = EOS
-    labels = torch.randint(0, 2, (len(lengths),), generator=generator)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-
-
-def with_labels(batch: Batch, model: Any) -> Batch:
-    """Return the batch with the labels that the head of `model` needs: classes or tokens."""
-    if model.get_output_embeddings() is None:
-        return batch
-    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-
-def half_padding_lengths(count: int, width: int) -> list[int]:
-    """Spread lengths from an eighth of `width` to `width`: half of all tokens are padding."""
-    steps = max(1, count - 2)
-    return [round(width / 8 + 3 * width / 4 * i / steps) for i in range(count - 1)] + [width]
 
 
 def _add_adapter(base: PreTrainedModel, config: LoraConfig) -> nn.Module:
@@ -288,11 +267,17 @@ def training_variant(options: BenchOptions, model: Any, batches: list[Batch]) ->
     ]
     half = options.dtype == "bfloat16"
 
+    def passes(batch: Batch) -> torch.Tensor:
+        with torch.autocast(options.device, torch.bfloat16, enabled=half):
+            loss = call(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    run = StepGraphs(model.parameters(), passes) if options.graphs else passes
+
     def step() -> None:
         for batch in batches:
-            with torch.autocast(options.device, torch.bfloat16, enabled=half):
-                loss = call(**batch).loss
-            loss.backward()
+            run(batch)
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -312,8 +297,15 @@ def training_variants(options: BenchOptions, batch: Batch) -> dict[str, Variant]
         "BitFit": lambda: apply_method(options.backbone(torch.float32), bitfit),
         "PEFT LoRA": lambda: peft_lora(options.backbone()),
     } | _unipelt_makers(options)
-    models = {name: makers[name]() for name in select(makers, options.only)}
-    return {name: training_variant(options, model, [batch]) for name, model in models.items()}
+    created = {}
+    for name in select(makers, options.only):
+        allocated = torch.cuda.memory_allocated() if options.device == "cuda" else None
+        variant = training_variant(options, makers[name](), [batch])
+        if allocated is not None:
+            peak = meter.cuda_peak(variant.step) - allocated
+            variant = dataclasses.replace(variant, peak=peak)
+        created[name] = variant
+    return created
 
 
 def ragged_variants(options: BenchOptions, lengths: list[int]) -> dict[str, Variant]:

@@ -125,6 +125,7 @@ def test_options_without_effect_or_meaning_are_refused(capsys, words, message):
             ["training", "--compile", "reduce-overhead"],
             "--compile reduce-overhead makes CUDA graphs; on a CPU use plain --compile",
         ),
+        (["training", "--graphs"], "--graphs records training steps as CUDA graphs; add --device"),
         (["training", "--device", "cuda"], "--device cuda: torch finds no GPU on this machine"),
         (
             ["ragged", "--texts", "colla", "nowhere", "nowhere"],

@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig
 
 from scaleup.errors import ConfigError
-from scaleup.experiments import bench, variants
-from scaleup.experiments.variants import BenchOptions, random_batch
+from scaleup.experiments import batches, bench, variants
+from scaleup.experiments.batches import random_batch
+from scaleup.experiments.variants import BenchOptions
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +20,11 @@ def addresses(variant: variants.Variant) -> list[int]:
 
 
 def test_half_padding_is_half():
-    lengths = variants.half_padding_lengths(16, 128)
+    lengths = batches.half_padding_lengths(16, 128)
     assert len(lengths) == 16 and lengths[-1] == 128 and 0.45 < sum(lengths) / (16 * 128) < 0.55
     batch = random_batch(lengths, 128, 50)
     assert batch["attention_mask"].sum(1).tolist() == lengths
-    assert (batch["input_ids"][range(16), [n - 1 for n in lengths]] == variants.EOS).all()
+    assert (batch["input_ids"][range(16), [n - 1 for n in lengths]] == batches.EOS).all()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 1).all()
 
 
