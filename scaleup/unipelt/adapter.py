@@ -14,6 +14,7 @@ Shapes: B examples, T tokens, D hidden size, M bottleneck size.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,18 @@ from transformers.pytorch_utils import Conv1D
 
 from .attachment import Attachment
 from .gate import cast_to_weight
-from .kernels import add_gated
+from .kernels import (
+    ACTIVATIONS,
+    Entry,
+    PackedSite,
+    PlainPath,
+    Site,
+    Sites,
+    Wide,
+    add_gated,
+    aligned,
+    bottleneck,
+)
 from .layers import SiteLayer
 from .passes import Passes
 from .site_types import AttentionSite, BlockSite
@@ -54,6 +66,7 @@ class Bottleneck(nn.Module):
     def __init__(self, hidden_size: int, size: int, activation: str):
         super().__init__()
         self.down = nn.Linear(hidden_size, size)
+        self.activation_name = activation
         self.activation = ACT2FN[activation]
         self.up = nn.Linear(size, hidden_size)
         for linear in (self.down, self.up):
@@ -72,6 +85,18 @@ class Bottleneck(nn.Module):
         return self.activation(wn_BTM + self.down.bias.to(wn_BTM.dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class OnesColumn:
+    """[W_up, b_up, 0]: the bias is multiplied by the gate, which is the column behind the units."""
+
+    def __call__(
+        self, matrices: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        weights, biases = parts
+        units = weights.shape[2]
+        return [(matrices[..., :units], weights), (matrices[..., units], biases)]
+
+
 class BottleneckLayer(SiteLayer):
     """A gated bottleneck, wherever it is placed.
 
@@ -83,6 +108,49 @@ class BottleneckLayer(SiteLayer):
     entry = "unipelt_adapter"
     gate = "adapter"
     adapter_layer_names: tuple[str, ...] = (entry, "unipelt_gate")
+
+    def declare(self) -> Sites:
+        adapter = self.active_entry(getattr(self, self.entry))
+        if adapter is None:
+            return {}
+        gate = self.learned_gate()
+        if adapter.activation_name not in ACTIVATIONS:
+            raise PlainPath(f"there is no kernel for the activation {adapter.activation_name}")
+        path = self.path(self.entry)
+        down, up = (
+            [(self, f"{path}.{name}.weight"), (self, f"{path}.{name}.bias")]
+            for name in ("down", "up")
+        )
+        narrow = self.declare_narrow(down[:1], [down[1]])
+        narrow.selected = gate.names.index(self.gate)
+        narrow.activation, narrow.ones_column = adapter.activation_name, True
+        columns = aligned(narrow.rank + 1)
+        wide = Wide(up, adapter.up.out_features, columns, OnesColumn())
+        return {self: Site(narrow, wide, self.norm_constants())}
+
+    def norm_constants(self) -> list[Entry]:
+        """Return weight and bias of a LayerNorm that the fast path evaluates with the adapter."""
+        return []
+
+    def fast(
+        self,
+        z_BTD: torch.Tensor,
+        n_BTD: torch.Tensor | None,
+        norm: tuple[float, bool] | None = None,
+    ) -> torch.Tensor | None:
+        """Compute `bottleneck` by the fast path, or return None if it does not apply."""
+        current = self.passes.current
+        packed = current.packed(self, z_BTD if n_BTD is None else n_BTD)
+        if packed is None or current.lease is None:
+            return None
+        gate, mask_BT = self.active("unipelt_gate"), current.real(z_BTD.shape[1])
+        sink = self.sink(gate)
+        out_BTD = bottleneck(
+            z_BTD, n_BTD, current.anchor, current.lease, packed, mask_BT, norm, sink
+        )
+        if sink is not None:
+            self.note(gate, *sink)
+        return out_BTD
 
     def updated(
         self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, owned: bool = False
@@ -97,6 +165,9 @@ class BottleneckLayer(SiteLayer):
         adapter: Bottleneck | None = self.active(self.entry)
         if adapter is None:
             return None
+        fast_BTD = self.fast(z_BTD, n_BTD)
+        if fast_BTD is not None:
+            return fast_BTD
         gates, (wn_BTM,) = self.evaluate(n_BTD, [[adapter.down]])
         if self.gate not in gates:
             return None
@@ -113,8 +184,19 @@ class PostNormAdapter(BottleneckLayer):
         super().__init__(base_layer, passes)
         self.base_layer = base_layer
 
+    def norm_constants(self) -> list[Entry]:
+        norm = self.base_layer
+        if type(norm) is not nn.LayerNorm or norm.bias is None:
+            return []
+        return [(self, "base_layer.weight"), (self, "base_layer.bias")]
+
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
         """Return LN(z + G_A adapter(LN(z)))."""
+        norm: Any = self.base_layer
+        if self.norm_constants() and not (norm.weight.requires_grad or norm.bias.requires_grad):
+            fast_BTD = self.fast(z_BTD, None, (norm.eps, True))
+            if fast_BTD is not None:
+                return fast_BTD
         n_BTD = self.base_layer(z_BTD)
         updated_BTD = self.updated(z_BTD, n_BTD, owned=True)  # the block made z for its norm only
         return n_BTD if updated_BTD is None else self.base_layer(updated_BTD)
@@ -128,7 +210,10 @@ class PreNormAdapter(BottleneckLayer):
     ) -> torch.Tensor | tuple[Any, ...]:
         """Add the gated adapter to the first output of the block, as its forward hook."""
         z_BTD = output[0] if isinstance(output, tuple) else output
-        updated_BTD = self.updated(z_BTD, nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:]))
+        updated_BTD = self.fast(z_BTD, None, (1e-5, False))
+        if updated_BTD is None:
+            normalised_BTD = nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:])
+            updated_BTD = self.updated(z_BTD, normalised_BTD)
         if updated_BTD is None:
             return output
         return (updated_BTD, *output[1:]) if isinstance(output, tuple) else updated_BTD

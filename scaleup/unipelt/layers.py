@@ -18,8 +18,18 @@ import torch
 from torch import nn
 
 from .attention import PrefixSource
-from .gate import GateValue
-from .kernels import narrow_products
+from .gate import GateValue, LearnedGate
+from .kernels import (
+    Entry,
+    Narrow,
+    PackedSite,
+    PlainPath,
+    Site,
+    Sites,
+    narrow_products,
+    narrow_site,
+    parameter,
+)
 from .passes import Passes, RunningMean
 from .peft_names import BaseTunerLayer
 from .site_types import AttentionSite
@@ -70,6 +80,7 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
                 setattr(self, container, entry)
             else:
                 getattr(self, container)[adapter_name] = entry
+        self.passes.forget_layers()
         if adapter_name is not None:
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -92,6 +103,19 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
             return None
         return next((entries[name] for name in self.active_adapters if name in entries), None)
 
+    def active_names(self) -> tuple[str, ...] | None:
+        """Return the names of the active adapters, () in an exported folder; None if disabled."""
+        if not any(isinstance(module, nn.ModuleDict) for module in self._modules.values()):
+            return ()
+        return None if self.disable_adapters else tuple(self.active_adapters)
+
+    def path(self, container: str, module: nn.Module | None = None) -> str:
+        """Return the path of the active adapter's entry, below this layer or another module."""
+        entries = getattr(self if module is None else module, container)
+        if not isinstance(entries, nn.ModuleDict):
+            return container
+        return f"{container}.{next(n for n in self.active_adapters if n in entries)}"
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise ValueError: a gated submodule cannot be merged into weights."""
         raise ValueError(
@@ -110,6 +134,54 @@ class SiteLayer(AuxiliaryLayer):
     def __init__(self, reference_module: nn.Module, passes: Passes):
         super().__init__(reference_module, passes)
         self.running = RunningMean(passes)
+
+    def declare(self) -> Sites:
+        """Return the matrices that the fast path needs of the active adapter, if there is one.
+
+        Raises:
+            PlainPath: if the layer cannot take it.
+        """
+        raise NotImplementedError
+
+    def learned_gate(self) -> LearnedGate:
+        """Return the gate of the active adapter.
+
+        Raises:
+            PlainPath: if it is a constant.
+        """
+        gate = self.active_entry(self.unipelt_gate)
+        if not isinstance(gate, LearnedGate):
+            raise PlainPath("gates are constants")
+        return gate
+
+    def declare_narrow(self, weights: list[Entry], biases: list[Entry | int]) -> Narrow:
+        """Return a matrix with the gates behind other rows, and the gates' pooling."""
+        gate, path = self.learned_gate(), self.path("unipelt_gate")
+        rank = sum(len(parameter(entry)) for entry in weights)
+        return Narrow(
+            weights=[*weights, (self, f"{path}.weight")],
+            biases=[*biases, (self, f"{path}.bias")],
+            rank=rank,
+            scales=gate.scales,
+            masked=gate.pooling != "paper",
+            causal=gate.pooling == "causal",
+        )
+
+    def sink(self, gate: LearnedGate) -> list[torch.Tensor] | None:
+        """Return a list for the gates that the fast path computes, if anything needs them."""
+        current = self.passes.current
+        logged = gate.statistics is not None and not current.recomputed
+        return [] if logged or (current.totals is not None and gate.pooling == "causal") else None
+
+    def note(self, gate: LearnedGate, gates_BTN: torch.Tensor) -> None:
+        """Log gates [B, 1 or T, N] that the fast path computed, and keep their totals."""
+        current = self.passes.current
+        if any(scale != 1 for scale in gate.scales):
+            gates_BTN = gates_BTN / gates_BTN.new_tensor(gate.scales)
+        if gate.pooling == "causal":
+            self.running.keep(gates_BTN)
+        if gate.statistics is not None and not current.recomputed:
+            gate.statistics.add(gates_BTN, current.real(gates_BTN.shape[1]))
 
     def evaluate(
         self, x_BTD: torch.Tensor, groups: Sequence[Sequence[nn.Linear]], joined: bool = False
@@ -159,6 +231,18 @@ class AttentionMember:
         """
         return []
 
+    def narrow(self) -> list[Entry]:
+        """Return the weights of its maps for the fast path, empty if it has none.
+
+        Raises:
+            PlainPath: if it cannot take the fast path.
+        """
+        raise PlainPath(f"{type(self).__name__} has no fast path")
+
+    def declare(self) -> Sites:
+        """Return the other matrices that it needs there."""
+        return {}
+
     def begin(self, attention: nn.Module, kwargs: dict[str, Any], inputs: "AttentionInputs") -> Any:
         """Take its gate when the attention is called, and return the state of that call."""
         raise NotImplementedError
@@ -184,11 +268,15 @@ class AttentionInputs:
         h_BTD: input of the attention.
         gate: the member's gate.
         product_BTR: its `maps` of the input side by side, None if it has to evaluate them itself.
+        gated: on the fast path, the gated product [M, R] of each of its maps (M = B·T). A member
+            without maps gets its gate instead, as an expanded view [B, H, T] in float32. None on
+            the plain path.
     """
 
     h_BTD: torch.Tensor
-    gate: GateValue
+    gate: GateValue | None
     product_BTR: torch.Tensor | None
+    gated: Sequence[torch.Tensor] | None = None
 
 
 class AttentionGates(SiteLayer):
@@ -200,6 +288,35 @@ class AttentionGates(SiteLayer):
         self.members: dict[str, AttentionMember] = {}  # by the name of the submodule
         self.prefix_source: PrefixSource | None = None
 
+    @property
+    def heads(self) -> int:
+        """The number of query heads, 0 if no prefix can take part in the softmax."""
+        if self.site.layout is not None:
+            return self.site.layout.heads
+        query: Any = self.get_base_layer()
+        return query.out_features // self.site.head_size if self.site.takes_prefix else 0
+
+    def declare(self) -> Sites:
+        if self.active_entry(self.unipelt_gate) is None:
+            return {}
+        names = [name for name in self.learned_gate().names if name in self.members]
+        maps = {name: self.members[name].narrow() for name in names}
+        readers = [name for name, weights in maps.items() if weights]
+        others = [name for name, weights in maps.items() if not weights]
+        if len(readers) > 1 or len(others) > 1:
+            raise PlainPath("several submodules of one attention need the same products")
+        weights = maps[readers[0]] if readers else []
+        narrow = self.declare_narrow(weights, [sum(len(parameter(w)) for w in weights)])
+        gates = self.learned_gate().names
+        narrow.selected = gates.index(readers[0]) if readers else 0
+        narrow.handed_out = gates.index(others[0]) if others else 0
+        ranks = [len(parameter(weight)) for weight in weights]
+        details = readers, others, ranks, self.heads if others else 0
+        sites: Sites = {self: Site(narrow, details=details)}
+        for name in names:
+            sites |= self.members[name].declare()
+        return sites
+
     def before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -208,6 +325,10 @@ class AttentionGates(SiteLayer):
         if gate is None:
             return
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        packed = self.passes.current.packed(self, h_BTD)
+        if packed is not None:
+            self._begin_fast(attention, kwargs, h_BTD, gate, packed)
+            return
         names = [name for name in gate.names if name in self.members]
         groups = [self.members[name].maps() for name in names]
         gates, products = self.evaluate(h_BTD, groups, joined=True)
@@ -216,6 +337,36 @@ class AttentionGates(SiteLayer):
             inputs = AttentionInputs(h_BTD, gates[name], product if group else None)
             member = self.members[name]
             calls[member] = member.begin(attention, kwargs, inputs)
+
+    def _begin_fast(
+        self,
+        attention: nn.Module,
+        kwargs: dict[str, Any],
+        h_BTD: torch.Tensor,
+        gate: LearnedGate,
+        packed: PackedSite,
+    ) -> None:
+        """Evaluate gates and gated narrow products by the fast path."""
+        current = self.passes.current
+        readers, others, ranks, heads = packed.details
+        mask_BT, sink = current.real(h_BTD.shape[1]), self.sink(gate)
+        assert current.lease is not None
+        results = narrow_site(
+            h_BTD, current.anchor, current.lease, packed, mask_BT, heads, ranks, sink
+        )
+        if sink is not None:
+            self.note(gate, *sink)
+        for name in others:
+            member = self.members[name]
+            handed_out, *results = results
+            current.calls[member] = member.begin(
+                attention, kwargs, AttentionInputs(h_BTD, handed_out, None, ())
+            )
+        for name in readers:
+            member = self.members[name]
+            current.calls[member] = member.begin(
+                attention, kwargs, AttentionInputs(h_BTD, None, None, results)
+            )
 
     def after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], output: object

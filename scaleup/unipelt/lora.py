@@ -18,15 +18,28 @@ Shapes: B examples, T tokens, D hidden size, R rank.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD
 from .gate import ConstantGate, GateValue, cast_to_weight
-from .kernels import add_lora, scaled
+from .kernels import (
+    Entry,
+    PlainPath,
+    Site,
+    Sites,
+    Wide,
+    add_lora,
+    add_product,
+    narrow_site,
+    parameter,
+    scaled,
+)
 from .layers import AttentionGates, AttentionInputs, AttentionMember
 from .peft_names import LoraLayer, LoraVariant
 from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
@@ -65,14 +78,17 @@ class LoraCall:
     Attributes:
         gates: G_L by projection, "query" or "value".
         h_BTD: input of the attention.
-        low_rank: G_L · A h [B, T, R] by projection, where it was computed with the gates.
+        low_rank: G_L · A h [B, T, R] by projection, where it was computed with the gates; on the
+            fast path [M, R] for M = B·T.
         encoder_states: input of a cross attention's value projection.
+        fast: whether the attention takes the fast path.
     """
 
     gates: dict[str, GateValue]
     h_BTD: torch.Tensor
     low_rank: dict[str, torch.Tensor]
     encoder_states: torch.Tensor | None = None
+    fast: bool = False
 
 
 class LoraMember(AttentionMember):
@@ -80,36 +96,73 @@ class LoraMember(AttentionMember):
 
     def __init__(self, layer: AttentionGates):
         self.layer = layer
-        self.down: dict[str, tuple[nn.Module, nn.Module | None]] = {}
+        self.projections: dict[str, Any] = {}  # "query", "value" → what holds its A and B
 
-    def register(self, projection: str, lora_a: nn.Module, dropout: nn.Module | None) -> None:
-        """Make A of a projection part of the product with the gates, if it reads the same input."""
-        if not self.layer.site.cross or projection == "query":
-            self.down[projection] = (lora_a, dropout)
+    def register(self, role: str, projection: nn.Module) -> None:
+        """Note a projection. Its A joins the product with the gates if it reads the same input."""
+        self.projections[role] = projection
+        self.layer.passes.forget_layers()
+
+    def _down(self) -> dict[str, Any]:
+        """Return the projections that read the input of the attention."""
+        cross = self.layer.site.cross
+        return {role: p for role, p in self.projections.items() if not cross or role == "query"}
 
     def maps(self) -> list[nn.Linear]:
         active = self.layer.active_entry
         linears = []
-        for lora_a, dropouts in self.down.values():
-            linear, dropout = active(lora_a), None if dropouts is None else active(dropouts)
-            idle = dropout is None or isinstance(dropout, nn.Identity) or not dropout.training
+        for projection in self._down().values():
+            linear, dropout = active(projection.lora_A), active(projection.lora_dropout)
+            idle = isinstance(dropout, nn.Identity) or not dropout.training
             if linear is None or not idle:
                 return []
             linears.append(linear)
         return linears
 
+    def _entry(self, projection: Any, container: str) -> Entry:
+        return projection, f"{self.layer.path(container, projection)}.weight"
+
+    def narrow(self) -> list[Entry]:
+        if self.layer.site.projects_positions:
+            raise PlainPath("positions pass through the projections of an attention")
+        dropouts = [self.layer.active_entry(p.lora_dropout) for p in self.projections.values()]
+        if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
+            raise PlainPath("lora_dropout")
+        return [self._entry(projection, "lora_A") for projection in self._down().values()]
+
+    def declare(self) -> Sites:
+        """Return B of each projection, and A and the gates of a cross attention's values."""
+        sites: Sites = {}
+        for role, projection in self.projections.items():
+            up, entry = self.layer.active_entry(projection.lora_B), self._entry(projection, "lora_B")
+            if isinstance(up, FusedUpdate):
+                rank = up.weight.shape[1]
+                wide = Wide([entry], up.rows, 2 * rank, FusedBlocks(up.layout))
+            else:
+                wide = Wide([entry], *up.weight.shape)
+            site = sites[self, role] = Site(wide=wide)
+            if role not in self._down():
+                down = self._entry(projection, "lora_A")
+                rank = len(parameter(down))
+                site.narrow = self.layer.declare_narrow([down], [rank])
+                site.narrow.selected = self.layer.learned_gate().names.index("lora")
+                site.narrow.causal, site.details = False, [rank]
+        return sites
+
     def begin(
         self, attention: nn.Module, kwargs: dict[str, Any], inputs: AttentionInputs
     ) -> LoraCall:
-        call = LoraCall({"query": inputs.gate, "value": inputs.gate}, inputs.h_BTD, {})
+        gates = dict.fromkeys(self._down(), inputs.gate) if inputs.gate is not None else {}
+        call = LoraCall(gates, inputs.h_BTD, {}, fast=inputs.gated is not None)
+        if inputs.gated is not None:
+            call.low_rank = dict(zip(self._down(), inputs.gated))
         if self.layer.site.cross:
-            del call.gates["value"]
             states = (kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
             call.encoder_states = next(states)
         if inputs.product_BTR is not None:
             ranks = [linear.out_features for linear in self.maps()]
             low_rank = scaled(inputs.gate, inputs.product_BTR).split_with_sizes(ranks, dim=-1)
-            call.low_rank = dict(zip(self.down, low_rank))
+            call.low_rank = dict(zip(self._down(), low_rank))
         return call
 
     def gate(self, projection: str) -> GateValue | None:
@@ -121,19 +174,46 @@ class LoraMember(AttentionMember):
         call: LoraCall = self.call
         if self.layer.site.projects_positions:
             return call.gates.pop(projection, None)
-        if projection not in call.gates:  # of a cross attention, which may see every encoder token
-            gate = self.layer.active("unipelt_gate")
+        if projection in call.gates:
+            return call.gates[projection]
+        gate, current = self.layer.active("unipelt_gate"), self.layer.passes.current
+        if projection in self._down():  # the fast path has no gate for a projection of other input
+            mask_BT = current.real(call.h_BTD.shape[1])
+            gates = gate(call.h_BTD, mask_BT, gate.pooling, self.layer.running)
+        else:  # of a cross attention, which may see every encoder token
             if isinstance(gate, ConstantGate):
                 return gate.values.get(VALUE, gate.values["lora"])
             pooling = "paper" if getattr(gate, "pooling", None) == "paper" else "masked"
-            mask_BS = self.layer.passes.current.encoder_mask_BS
-            call.gates[projection] = gate(call.encoder_states, mask_BS, pooling)["lora"]
+            gates = gate(call.encoder_states, current.encoder_mask_BS, pooling)
+        call.gates[projection] = gates["lora"]
         return call.gates[projection]
 
     def product(self, projection: str, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """Return G_L · A x [B, T, R] if it was computed together with the gates."""
         call: LoraCall = self.call
         return call.low_rank.get(projection) if x_BTD is call.h_BTD else None
+
+    def fast_update(
+        self, role: str, x_BTD: torch.Tensor, result: torch.Tensor, frozen: nn.Module
+    ) -> torch.Tensor | None:
+        """Return the result with the update by the fast path, None if it does not apply."""
+        current = self.layer.passes.current
+        call: LoraCall = current.calls[self]
+        if not call.fast:
+            return None
+        lease, anchor = current.lease, current.anchor
+        assert lease is not None
+        site = lease.sites[self, role]
+        v_MR = call.low_rank.get(role) if x_BTD is call.h_BTD else None
+        if v_MR is None:
+            if role in call.low_rank or current.packed((self, role), x_BTD) is None:
+                return None
+            mask_BS, ranks = current.encoder_mask_BS, site.details
+            (v_MR,) = narrow_site(x_BTD, anchor, lease, site, mask_BS, 0, ranks)
+        # These layers do not need their output in the backward pass. That of a quantised layer may
+        # be a view that must not be changed.
+        in_place = type(frozen) in (nn.Linear, Conv1D)
+        return add_product(result, v_MR, anchor, lease, site, in_place)
 
 
 class GatedLora(LoraVariant):
@@ -185,6 +265,10 @@ def _update(
     result: torch.Tensor,
     projection: Any,
 ) -> torch.Tensor:
+    frozen = projection.get_base_layer() if isinstance(projection, LoraLayer) else projection
+    updated = member.fast_update(role, x, result, frozen)
+    if updated is not None:
+        return updated
     gate = member.gate(role)
     if gate is None:
         return result
@@ -192,7 +276,6 @@ def _update(
     low_rank = member.product(role, x)
     if low_rank is None:
         low_rank = scaled(gate, lora_a(dropout(cast_to_weight(x, lora_a.weight))))
-    frozen = projection.get_base_layer() if isinstance(projection, LoraLayer) else projection
     return add_lora(result, low_rank, lora_b, frozen)
 
 
@@ -217,16 +300,39 @@ class LoraUpdate(nn.Module):
             self.lora_A = nn.Linear(member.layer.site.hidden_size, 2 * rank, bias=False)
             self.lora_B = FusedUpdate(rank, layout)
         self._member, self.role = (member,), role
-        self.dropout = nn.Identity()
-        member.register(role, self.lora_A, None)
+        self.lora_dropout = nn.Identity()
+        member.register(role, self)
 
     def after_projection(
         self, projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor:
         """Add the update. This is a forward hook of the projection."""
-        parts = (self.lora_A, self.dropout, self.lora_B)
+        parts = (self.lora_A, self.lora_dropout, self.lora_B)
         updated = _update(self._member[0], self.role, parts, args[0], output, projection)
         return updated.to(output.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedBlocks:
+    """Where B of a fused projection lies in a matrix [rows, 2R]; the other blocks are 0."""
+
+    layout: FusedQKVLayout
+
+    def __call__(
+        self, matrices: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        (weights,) = parts
+        layout, rank = self.layout, weights.shape[2]
+        heads = layout.heads, layout.kv_heads
+        blocks = zip(weights.split([n * layout.head_size for n in heads], dim=1), heads)
+        query, value = (block.unflatten(1, (n, layout.head_size)) for block, n in blocks)
+        if layout.order == "parts":
+            rows = matrices.unflatten(1, (-1, layout.head_size))
+            first, last = rows[:, : layout.heads], rows[:, -layout.kv_heads :]
+        else:
+            rows = matrices.unflatten(1, (layout.heads, -1, layout.head_size))
+            first, last = rows[:, :, 0], rows[:, :, -1]
+        return [(first[..., :rank], query), (last[..., rank:], value)]
 
 
 class FusedUpdate(nn.Module):
@@ -241,6 +347,11 @@ class FusedUpdate(nn.Module):
         self.layout = layout
         self.sizes = [layout.heads * layout.head_size, layout.kv_heads * layout.head_size]
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), rank))
+
+    @property
+    def rows(self) -> int:
+        """The number of outputs of the projection."""
+        return self.sizes[0] + 2 * self.sizes[1]
 
     def forward(self, low_rank: torch.Tensor) -> torch.Tensor:
         low_q, low_v = low_rank.chunk(2, dim=-1)
@@ -349,7 +460,7 @@ def _attach_variant(
     projection.lora_variant[adapter_name] = GatedLora(member, role)
     # A cast would copy x, and A x was computed from the original.
     projection.cast_input_dtype_enabled = False
-    member.register(role, projection.lora_A, projection.lora_dropout)
+    member.register(role, projection)
 
 
 def _weight_update(

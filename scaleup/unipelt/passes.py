@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kernels import Lease, PackedSite, Plan, collect_sites, fast_path
 from .pooling import (
     GateTotals,
     StaticGateTotals,
@@ -51,7 +52,10 @@ class ForwardPass:
         totals: the layer of the cache that holds them, None if there is no cache.
         pending: totals of this pass by slot, to be stored when the pass ends.
         shared: what is computed once per pass, by the layer that computes it, such as the prefixes
-            of all layers. Packed weights and the buffers of their gradients belong here, too.
+            of all layers.
+        lease: the packed weights of the fast path, None if all layers take the plain path.
+        anchor: what the sites depend on so that gradients reach those weights; None without
+            gradients.
         calls: what a layer keeps from one of its hooks to the next, by the object that keeps it.
         adapters: whether the adapters are disabled, and the names of the active ones.
         outer: the pass of the same model that this one interrupts, as in a hook that calls the
@@ -67,6 +71,8 @@ class ForwardPass:
     totals: GateTotals | StaticGateTotals | None = None
     pending: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    lease: Lease | None = None
+    anchor: torch.Tensor | None = None
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     adapters: tuple[bool, tuple[str, ...]] | None = None
     outer: "ForwardPass | None" = None
@@ -77,6 +83,28 @@ class ForwardPass:
     def real(self, tokens: int) -> torch.Tensor | None:
         """Return the mask [B, T] of the last `tokens` tokens; cached tokens precede them in it."""
         return None if self.mask_BT is None else self.mask_BT[:, -tokens:]
+
+    def packed(self, owner: Any, x_BTD: torch.Tensor) -> PackedSite | None:
+        """Return the packed matrices for an input, None if its layer takes the plain path now.
+
+        Args:
+            owner: the object under which the layer has declared them.
+            x_BTD: the input.
+        """
+        lease = self.lease
+        if lease is None or torch.compiler.is_compiling():
+            return None
+        site = lease.sites.get(owner)
+        if (
+            site is None
+            or type(self.past) is not int  # of a static cache
+            or self.past
+            or x_BTD.dim() != 3
+            or (self.anchor is None and torch.is_grad_enabled())
+            or not lease.takes(x_BTD)
+        ):
+            return None
+        return site
 
     def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return `shares` of this pass's mask, computed once."""
@@ -181,6 +209,12 @@ class Passes(nn.Module):
         self.slots: dict[int, int] = {}
         self.kv_layers = 0
         self._checkpointing: list[Any] | None = None  # modules that can be recomputed
+        self.forget_layers()
+
+    def forget_layers(self) -> None:
+        """Find the layers and their packed weights anew at the next pass."""
+        self._layers: list[Any] | None = None  # those that can take the fast path
+        self._plans: dict[Any, Plan | None] = {}
 
     def new_slot(self, width: int) -> int:
         """Reserve a place among the totals for the gates of one site, and return its index."""
@@ -222,6 +256,8 @@ class Passes(nn.Module):
             if positions_BT is not None and new.mask_BT is None and positions_BT.shape[1] > 1:
                 new.starts_BT = text_starts(positions_BT)
         self._wrap_checkpointing(parent)
+        if not torch.compiler.is_compiling() and new.starts_BT is None:
+            self._pack(parent, new, (*kwargs.values(), *args))
         _thread.passes = {**_running(), self: new}
 
     def end(self, parent: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -249,6 +285,34 @@ class Passes(nn.Module):
         current.past, current.starts_BT = cache.get_seq_length() + 0, None
         current.totals = totals_layer(cache, self.kv_layers, create=bool(self.slots))
         current.cached = None if current.totals is None else current.totals.last()
+
+    def _pack(self, parent: nn.Module, new: ForwardPass, inputs: tuple[Any, ...]) -> None:
+        """Pack the weights for a pass of the fast path."""
+        if self._layers is None:
+            own = (m for m in parent.modules() if getattr(m, "passes", None) is self)
+            self._layers = [layer for layer in own if hasattr(layer, "declare")]
+        layers = self._layers
+        first = next((p for layer in layers for p in layer.parameters()), None)
+        if first is None or not fast_path(first):
+            return
+        names = layers[0].active_names()
+        if names is None or any(layer.observer is not None for layer in layers):
+            return
+        if not torch.is_grad_enabled():
+            cache = find_cache(inputs)
+            past = 0 if cache is None else cache.get_seq_length()
+            if isinstance(past, torch.Tensor) or past:
+                return  # a single token is not worth it
+        device = first.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else first.dtype
+        key = names, dtype, autocast
+        plan = self._plans.get(key)
+        if key not in self._plans or (plan is not None and not plan.is_current()):
+            sites = collect_sites(layers)[0]
+            plan = self._plans[key] = Plan(sites, dtype, autocast) if sites else None
+        if plan is not None:
+            new.lease, new.anchor = plan.begin()
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.positions is not None
@@ -292,7 +356,7 @@ class Passes(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer would otherwise contain copies of all blocks.
-        return self.__dict__ | {"_checkpointing": None}
+        return self.__dict__ | {"_checkpointing": None, "_layers": None, "_plans": {}}
 
 
 def unwrap_checkpointing(model: nn.Module) -> None:
@@ -345,6 +409,13 @@ class RunningMean:
         if current.totals is not None and slot is not None:
             current.pending[slot] = total_BTN
         return total_BTN / (count_BT1 if real_BT1 is None else count_BT1.clamp(min=1))
+
+    def keep(self, mean_BTN: torch.Tensor) -> None:
+        """Keep the totals of means [B, T, N] that were computed elsewhere, from an empty cache."""
+        current, slot = self.passes.current, self.slots.get(mean_BTN.shape[2])
+        if current.totals is not None and slot is not None:
+            _, count_BT1 = current.counts(mean_BTN)
+            current.pending[slot] = mean_BTN * count_BT1.clamp(min=1)
 
     def refuse_cache(self) -> None:
         """Raise ValueError if there are cached tokens, for gates that need the whole sequence."""

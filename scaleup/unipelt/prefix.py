@@ -17,7 +17,7 @@ from torch import nn
 
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, WideMasks, use_prefix_attention
-from .kernels import few_rows
+from .kernels import Entry, PlainPath, few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
 from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig
@@ -172,6 +172,12 @@ class PrefixMember(AttentionMember):
         self.causal = layer.site.causal
         self.watches_query = False
 
+    def narrow(self) -> list[Entry]:
+        """Return no maps: the prefix only needs its gate."""
+        if self.layer.site.softmax_scale is not None:
+            raise PlainPath("an attention computes its softmax itself")
+        return []
+
     def begin(
         self, attention: Any, kwargs: dict[str, Any], inputs: AttentionInputs
     ) -> PrefixCall | None:
@@ -189,7 +195,12 @@ class PrefixMember(AttentionMember):
                 "reentrant gradient checkpointing loses the gradient of the prefix; "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        call = PrefixCall((kv, inputs.gate), prefixes.masks)
+        gate = inputs.gate
+        assert gate is not None
+        if isinstance(gate, torch.Tensor) and inputs.gated is not None:
+            gate = (gate[:, 0] if gate.stride(2) else gate[:, 0, :1]).unsqueeze(2)
+            gate = gate.to(inputs.h_BTD.dtype)
+        call = PrefixCall((kv, gate), prefixes.masks)
         if self.layer.site.softmax_scale is not None:
             call.dropout = attention.dropout.p if attention.training else 0.0
         return call

@@ -1,20 +1,56 @@
 """Fused operations of UniPELT, and the choice between them and the plain formulas.
 
-An exported folder is flat: this file becomes `kernels.py` there, beside `narrow.py` and
-`short_attention.py`. Files in this folder therefore import only each other.
+An exported folder is flat: this file becomes `kernels.py` there, beside the other files of this
+folder. They therefore import only each other. A file that others import as a module (`ops`) is also
+named in an import here, because transformers follows only imports of the form `from .file import`.
 """
 
+from .fused import add_product, bottleneck, narrow_site
 from .narrow import add_gated, add_lora, few_rows, narrow_products, scaled
+from .ops import LIBRARY
+from .packed import (
+    Entry,
+    Lease,
+    Narrow,
+    PackedSite,
+    PlainPath,
+    Plan,
+    Site,
+    Sites,
+    Wide,
+    aligned,
+    collect_sites,
+    parameter,
+)
+from .reference import ACTIVATIONS
 from .short_attention import attend, is_short
-from .target import planned_for, target_device
+from .target import fast_path, planned_for, target_device
 
 __all__ = [
+    "ACTIVATIONS",
+    "LIBRARY",
+    "Entry",
+    "Lease",
+    "Narrow",
+    "PackedSite",
+    "PlainPath",
+    "Plan",
+    "Site",
+    "Sites",
+    "Wide",
     "add_gated",
     "add_lora",
+    "add_product",
+    "aligned",
     "attend",
+    "bottleneck",
+    "collect_sites",
+    "fast_path",
     "few_rows",
     "is_short",
     "narrow_products",
+    "narrow_site",
+    "parameter",
     "planned_for",
     "scaled",
     "target_device",

@@ -30,6 +30,9 @@ class NoGradients:
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Keep nothing."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Do nothing, because there will be no gradients."""
+
 
 class HandWritten(torch.autograd.Function):
     """An autograd function with a method that skips autograd where no gradient is needed."""
