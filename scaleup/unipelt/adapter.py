@@ -27,7 +27,6 @@ from .gate import cast_to_weight
 from .kernels import (
     ACTIVATIONS,
     Entry,
-    PackedSite,
     PlainPath,
     Site,
     Sites,

@@ -154,7 +154,7 @@ class SiteLayer(AuxiliaryLayer):
             raise PlainPath("gates are constants")
         return gate
 
-    def declare_narrow(self, weights: list[Entry], biases: list[Entry | int]) -> Narrow:
+    def declare_narrow(self, weights: Sequence[Entry], biases: Sequence[Entry | int]) -> Narrow:
         """Return a matrix with the gates behind other rows, and the gates' pooling."""
         gate, path = self.learned_gate(), self.path("unipelt_gate")
         rank = sum(len(parameter(entry)) for entry in weights)
@@ -351,7 +351,7 @@ class AttentionGates(SiteLayer):
         readers, others, ranks, heads = packed.details
         mask_BT, sink = current.real(h_BTD.shape[1]), self.sink(gate)
         assert current.lease is not None
-        results = narrow_site(
+        results: Sequence[torch.Tensor] = narrow_site(
             h_BTD, current.anchor, current.lease, packed, mask_BT, heads, ranks, sink
         )
         if sink is not None:

@@ -134,7 +134,8 @@ class LoraMember(AttentionMember):
         """Return B of each projection, and A and the gates of a cross attention's values."""
         sites: Sites = {}
         for role, projection in self.projections.items():
-            up, entry = self.layer.active_entry(projection.lora_B), self._entry(projection, "lora_B")
+            up = self.layer.active_entry(projection.lora_B)
+            entry = self._entry(projection, "lora_B")
             if isinstance(up, FusedUpdate):
                 rank = up.weight.shape[1]
                 wide = Wide([entry], up.rows, 2 * rank, FusedBlocks(up.layout))
@@ -159,7 +160,7 @@ class LoraMember(AttentionMember):
         if self.layer.site.cross:
             states = (kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
             call.encoder_states = next(states)
-        if inputs.product_BTR is not None:
+        if inputs.product_BTR is not None and inputs.gate is not None:
             ranks = [linear.out_features for linear in self.maps()]
             low_rank = scaled(inputs.gate, inputs.product_BTR).split_with_sizes(ranks, dim=-1)
             call.low_rank = dict(zip(self._down(), low_rank))

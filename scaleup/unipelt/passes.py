@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import Lease, PackedSite, Plan, collect_sites, fast_path
+from .kernels import Lease, PackedSite, Plan, begin, collect_sites, fast_path
 from .pooling import (
     GateTotals,
     StaticGateTotals,
@@ -312,7 +312,7 @@ class Passes(nn.Module):
             sites = collect_sites(layers)[0]
             plan = self._plans[key] = Plan(sites, dtype, autocast) if sites else None
         if plan is not None:
-            new.lease, new.anchor = plan.begin()
+            new.lease, new.anchor = begin(plan)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.positions is not None

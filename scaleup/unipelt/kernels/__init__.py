@@ -10,9 +10,7 @@ from .narrow import add_gated, add_lora, few_rows, narrow_products, scaled
 from .ops import LIBRARY
 from .packed import (
     Entry,
-    Lease,
     Narrow,
-    PackedSite,
     PlainPath,
     Plan,
     Site,
@@ -25,6 +23,7 @@ from .packed import (
 from .reference import ACTIVATIONS
 from .short_attention import attend, is_short
 from .target import fast_path, planned_for, target_device
+from .workspace import Lease, PackedSite, begin
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,6 +42,7 @@ __all__ = [
     "add_product",
     "aligned",
     "attend",
+    "begin",
     "bottleneck",
     "collect_sites",
     "fast_path",

@@ -6,7 +6,7 @@
 
 Everything narrow at a site is one matrix product and one kernel in each direction. The weights are
 those of a `PackedSite`. Their gradients are added to its buffers, so autograd sees no weights here:
-the functions depend on the anchor instead, see `packed.py`.
+the functions depend on the anchor instead, see `workspace.py`.
 
 Shapes: B examples, T tokens, M = B·T, D wide, H heads, R narrow columns, V columns of v.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from . import ops
-from .narrow import HandWritten, NoGradients
-from .packed import Lease, PackedSite, refuse_double_backward
+from .narrow import HandWritten
+from .workspace import Lease, PackedSite, refuse_double_backward
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 def _collects(ctx: Any) -> bool:
     """Return whether the running backward pass will reach the parameters through the anchor."""
     pack = ctx.pack
-    return pack is not None and torch._C._will_engine_execute_node(pack)  # type: ignore[attr-defined]
+    return pack is not None and torch._C._will_engine_execute_node(pack)
 
 
 def _keep(ctx: Any, anchor: Tensor | None, lease: Lease, site: PackedSite) -> None:
@@ -163,7 +163,7 @@ def narrow_site(
         The gate to hand out as an expanded view [B, H, T] in float32, if H > 0, and v [M, ·] for
         each of the `ranks`.
     """
-    return _NarrowSite.run(x_BTD, anchor, lease, site, mask_BT, heads, ranks, sink)  # type: ignore[no-any-return]
+    return _NarrowSite.run(x_BTD, anchor, lease, site, mask_BT, heads, ranks, sink)
 
 
 class _AddProduct(HandWritten):
@@ -222,7 +222,7 @@ def add_product(
         anchor, lease, site: as for `narrow_site`.
         in_place: whether the result may be overwritten.
     """
-    return _AddProduct.run(result, v_MR, anchor, lease, site, in_place)  # type: ignore[no-any-return]
+    return _AddProduct.run(result, v_MR, anchor, lease, site, in_place)
 
 
 class _Bottleneck(HandWritten):
@@ -342,5 +342,5 @@ def bottleneck(
             the constants of the site; without constants it only normalises.
         norm: ε, and whether the norm is applied to the sum as well; None without norms.
     """
-    with torch._C._DisableAutocast():  # type: ignore[attr-defined]
-        return _Bottleneck.run(z_BTD, n_BTD, anchor, lease, site, mask_BT, norm, sink)  # type: ignore[no-any-return]
+    with torch._C._DisableAutocast():
+        return _Bottleneck.run(z_BTD, n_BTD, anchor, lease, site, mask_BT, norm, sink)
