@@ -129,7 +129,7 @@ def kept_beside(cache: Cache | None) -> dict[Any, Any]:
     """Return what is kept as long as a KV cache lives, an empty dictionary without a cache."""
     if cache is None or torch.is_grad_enabled():  # weights that train may change
         return {}
-    kept: KeptBesideCache = vars(cache).setdefault("unipelt_kept", KeptBesideCache())
+    kept: KeptBesideCache = cache.__dict__.setdefault("unipelt_kept", KeptBesideCache())
     return kept
 
 

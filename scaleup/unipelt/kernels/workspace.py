@@ -124,7 +124,7 @@ class Workspace:
                     scales[values][i] = value
             packed.scales = scales[values]
 
-    def load(self) -> None:
+    def fill(self) -> None:
         """Copy the parameters to their places."""
         plan = self.plan
         torch._foreach_copy_(self.weights, plan.parameters[: len(self.weights)])
@@ -229,7 +229,7 @@ def begin(plan: Plan) -> tuple[Lease, Tensor | None]:
     lease = Lease(plan)
     if torch.is_grad_enabled():
         return lease, Pack.apply(lease, *plan.parameters)
-    lease.workspace.load()
+    lease.workspace.fill()
     return lease, None
 
 
@@ -242,7 +242,7 @@ class Pack(torch.autograd.Function):
         ctx.lease = lease
         ctx.set_materialize_grads(False)
         lease.workspace.prepare_gradients()
-        lease.workspace.load()
+        lease.workspace.fill()
         return parameters[0].new_empty(())
 
     @staticmethod
