@@ -7,12 +7,16 @@ directly, because a registered operation costs the host several times as much as
 `reference.py` says what each of them computes. Shapes are those of its legend.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from . import reference
+from .target import mode
 
 # Each exported folder registers its own operations, because one process may load several.
 LIBRARY = "scaleup"
@@ -131,7 +135,59 @@ def fake_narrow_backward(z, *args):  # type: ignore[no-untyped-def]
     return torch.empty_like(z)
 
 
-merge_forward = _merge_forward
-merge_backward = _merge_backward
-narrow_forward = _narrow_forward
-narrow_backward = _narrow_backward
+@functools.cache
+def _launchers() -> dict[str, Callable[..., Any]]:
+    """Return the functions that start the Triton kernels.
+
+    Raises:
+        ImportError: without Triton.
+    """
+    # Imported late, because a machine without a GPU may not have Triton.
+    from .triton_merge import merge_backward, merge_forward
+    from .triton_narrow import narrow_backward, narrow_forward
+
+    return {
+        "merge_forward": merge_forward,
+        "merge_backward": merge_backward,
+        "narrow_forward": narrow_forward,
+        "narrow_backward": narrow_backward,
+    }
+
+
+def _on_cuda(name: str, operation: CustomOpDef) -> Callable[..., Any]:
+    """Make Triton the implementation of an operation on CUDA.
+
+    Returns:
+        A function with the operation's arguments that starts the kernel directly where it can.
+    """
+    formula = getattr(reference, name)
+
+    @operation.register_kernel("cuda")
+    def compiled(*args: Any) -> Any:
+        """Run as part of a compiled graph."""
+        if mode() == "reference":
+            return formula(*args)
+        results = _launchers()[name](*args)
+        if name == "merge_backward":
+            # The number of parts depends on the sizes, but a compiler must know it.
+            parts, grad_gate = results
+            return parts.unflatten(0, (args[0].shape[0], -1)).sum(dim=1), grad_gate
+        return results
+
+    def call(first: Tensor, *args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or not first.is_cuda
+            or type(first) is not Tensor  # a tensor without data, of a memory plan
+            or mode() == "reference"
+        ):
+            return operation(first, *args)
+        return _launchers()[name](first, *args)
+
+    return call
+
+
+merge_forward = _on_cuda("merge_forward", _merge_forward)
+merge_backward = _on_cuda("merge_backward", _merge_backward)
+narrow_forward = _on_cuda("narrow_forward", _narrow_forward)
+narrow_backward = _on_cuda("narrow_backward", _narrow_backward)

@@ -269,7 +269,7 @@ def narrow_backward(
     narrow_BTR, g_BTN, real_BT1, count = _parts(z_BTW, bias_C, mask_BT, scales_N.shape[0], causal)
     rank = narrow_BTR.shape[2]
     parts = [part.reshape(batch, tokens, -1).to(dtype) for part in grads_v]
-    grad_v = torch.cat(parts, dim=-1) if parts else narrow_BTR.new_zeros(batch, tokens, rank + 1)
+    grad_v = torch.cat([*parts, narrow_BTR.new_zeros(batch, tokens, rank + 1)], dim=-1)
     grad_act_BTR = grad_v[..., :rank]
     grad_narrow_BTR = grad_act_BTR * gates[..., selected : selected + 1]
     grad_narrow_BTR = grad_narrow_BTR * _slope(narrow_BTR, activation)

@@ -14,8 +14,13 @@ from collections.abc import Iterator
 
 import torch
 
+from .reference import ACTIVATIONS
+
 VARIABLE = "SCALEUP_KERNELS"
 MODES = ("auto", "off", "reference")
+# What the Triton kernels can do.
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_HEAD_SIZE, MOST_COLUMNS = 256, 512
 _thread = threading.local()  # another thread may run a model meanwhile
 
 
@@ -43,6 +48,26 @@ def fast_path(tensor: torch.Tensor) -> bool:
     return value == "reference" or (
         value == "auto" and target_device(tensor) == "cuda" and has_triton()
     )
+
+
+def merge_refusal(dtype: torch.dtype, head_size: int) -> str | None:
+    """Return why the Triton kernels of a prefix cannot run for such queries, or None."""
+    if dtype not in TRITON_DTYPES:
+        return f"queries are {dtype}; it takes bfloat16, float16 and float32"
+    if head_size > MOST_HEAD_SIZE:
+        return f"heads have {head_size} columns; it takes at most {MOST_HEAD_SIZE}"
+    return None
+
+
+def narrow_refusal(dtype: torch.dtype, columns: int, activation: str) -> str | None:
+    """Return why the Triton kernels of narrow maps cannot run, or None."""
+    if dtype not in TRITON_DTYPES:
+        return f"the input is {dtype}; it takes bfloat16, float16 and float32"
+    if columns > MOST_COLUMNS:
+        return f"the narrow maps have {columns} columns; it takes at most {MOST_COLUMNS}"
+    if activation not in ACTIVATIONS:
+        return f"the activation is {activation}; it takes {', '.join(ACTIVATIONS)}"
+    return None
 
 
 def target_device(tensor: torch.Tensor) -> str:
