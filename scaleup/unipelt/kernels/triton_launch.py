@@ -51,6 +51,8 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
+    if not programs:  # there is no example or no token
+        return None
     device = first.get_device()
     if device >= 0 and device != torch.cuda.current_device():
         # Triton uses the current device, which need not be the one of a model that is spread out.
@@ -64,8 +66,10 @@ def launch(
         compiled[programs, 1, 1](*tensors, *numbers, *constants)
         return None
     # Pipelined loops would need more registers than there are.
-    options = dict(num_warps=warps, num_stages=1, maxnreg=registers)
-    compiled = kernel[(programs,)](*tensors, *numbers, *constants, **options)
+    limit = {} if registers is None else {"maxnreg": registers}
+    compiled = kernel[(programs,)](
+        *tensors, *numbers, *constants, num_warps=warps, num_stages=1, **limit
+    )
     if compiled is not None:  # Triton's interpreter compiles nothing
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()

@@ -44,10 +44,32 @@ def sources() -> dict[str, str]:
     return files | {f"{CODE}.py": MODELLING_CODE.format(model_type="unipelt_bert", **values)}
 
 
+def imports_tl(tree: ast.Module) -> bool:
+    """Return whether the name `tl` can only be triton.language, whose `load` reads GPU memory."""
+    origins = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            origins |= {
+                (module, alias.name) for alias in node.names if "tl" in (alias.name, alias.asname)
+            }
+        elif (
+            isinstance(node, ast.Name) and node.id == "tl" and isinstance(node.ctx, ast.Store)
+        ) or (isinstance(node, ast.arg) and node.arg == "tl"):
+            return False
+    return bool(origins) and origins <= {(None, "triton.language"), ("triton_launch", "tl")}
+
+
 def problems(text: str) -> list[str]:
     """Return what a file uses that an export may not use."""
     found = []
     tree = ast.parse(text)
+    loads_of_tl = {
+        id(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "load" and imports_tl(tree)
+        if isinstance(node.value, ast.Name) and node.value.id == "tl"
+    }
     allowed_uses = {
         id(node.value)
         for node in ast.walk(tree)
@@ -68,7 +90,7 @@ def problems(text: str) -> list[str]:
             if node.id in IN_PART and id(node) not in allowed_uses:
                 found.append(f"line {node.lineno} uses {node.id} for more than it may")
         elif isinstance(node, ast.Attribute):
-            names = [node.attr]
+            names = [] if id(node) in loads_of_tl else [node.attr]
         elif isinstance(node, ast.Constant):  # also the names that getattr takes as text
             names = [str(node.value)]
         for module in modules:
@@ -108,6 +130,10 @@ def test_exported_code_opens_nothing_and_executes_no_text(name):
         "__import__('os')",
         "torch.load('x')",
         "getattr(torch, 'load')",
+        "tl.load('x')",
+        "import torch as tl\ntl.load('x')",
+        "import triton.language as tl\ntl = torch\ntl.load('x')",
+        "from .triton_launch import tl\ntorch.load('x')",
         "torch.utils.cpp_extension",
         "().__class__.__base__.__subclasses__()",
         "from transformers import AutoModel as A\nA.from_pretrained('x')",
