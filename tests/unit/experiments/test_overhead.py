@@ -11,7 +11,7 @@ from torch import nn
 from scaleup.experiments import call_counts, overhead
 from scaleup.experiments.overhead import BOUND, CallOptions, HostOptions
 from scaleup.unipelt.kernels import ops, reference
-from scaleup.unipelt.kernels.target import VARIABLE, mode, target_device
+from scaleup.unipelt.kernels.target import VARIABLE, fast_path, mode, target_device
 
 # family → the most calls of APL per layer beyond the lower bound: now, and with the fast path
 CALLS = {
@@ -66,14 +66,14 @@ def test_a_layer_is_half_of_what_two_more_layers_add():
 
 
 def test_kernels_are_chosen_as_on_cuda_only_inside_of_the_context(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "off")
-    with pytest.raises(KeyError), overhead.kernels_as_on_cuda("reference"):
-        assert mode() == "reference" and target_device(torch.ones(1)) == "cuda"
+    monkeypatch.setenv(VARIABLE, "auto")
+    with pytest.raises(KeyError), overhead.kernels_as_on_cuda("off"):
+        assert mode() == "off" and target_device(torch.ones(1)) == "cuda"
         raise KeyError
-    assert mode() == "off" and target_device(torch.ones(1)) == "cpu"
+    assert mode() == "auto" and target_device(torch.ones(1)) == "cpu"
     monkeypatch.delenv(VARIABLE)
-    with overhead.kernels_as_on_cuda("off"):
-        assert mode() == "off"
+    with overhead.kernels_as_on_cuda("reference"):
+        assert mode() == "reference" and fast_path(torch.ones(1))
     assert VARIABLE not in os.environ
 
 
