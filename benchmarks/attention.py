@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.attention --output results/attention/ways.json
 
-One way is torch's fused kernel; the other is batched matrix products
+One way is torch's fused kernel (with a gate per query, over the real keys only, as
+scaleup/unipelt/kernels/lse_attention.py calls it); the other is batched matrix products
 (scaleup/unipelt/kernels/short_attention.py). There are 12 heads of size 64 and a prefix of length
 10. The ways alternate, and the result has the shortest time and the first quartile of each. It
 decides up to how many keys short_attention is used.
@@ -16,14 +17,16 @@ import torch
 from torch import nn
 
 from benchmarks.cases import argument_parser, write_result
-from scaleup.unipelt.attention import ATTENTION_CHILD, unipelt_sdpa, widen_mask
+from scaleup.unipelt.attention import ATTENTION_CHILD, unipelt_sdpa
 from scaleup.unipelt.kernels import short_attention
+from scaleup.unipelt.masks import PassMasks
 
 # (examples, tokens)
 SHAPES = ((16, 16), (16, 32), (16, 48), (16, 64), (16, 96), (16, 128), (8, 180), (4, 256))
 GATES = ("example", "example, dropout", "query")
 HEADS, HEAD_SIZE, PREFIX_LENGTH = 12, 64, 10
 MOST_KEYS = {"kernel": 0, "products": 10**6}  # way → the most keys for which products are used
+LIMITS = ("MOST_KEYS", "MOST_KEYS_PER_QUERY", "MOST_KEYS_WITHOUT_FUSED")
 WARM_UP_ROUNDS = 2
 
 
@@ -35,7 +38,7 @@ class Attention(nn.Module):
         self.is_causal, self.num_key_value_groups = causal, 1
         child = nn.Module()
         child.prefix_source = types.SimpleNamespace(
-            causal=causal, take_prefix=lambda: prefix, widened=widen_mask, observer=lambda: None
+            causal=causal, take_prefix=lambda: prefix, masks=PassMasks, observer=lambda: None
         )
         self.add_module(ATTENTION_CHILD, child)
 
@@ -52,7 +55,8 @@ def measure(batch: int, tokens: int, gate: str, rounds: int) -> dict[str, list[f
     milliseconds: dict[str, list[float]] = {way: [] for way in MOST_KEYS}
     for number in range(rounds + WARM_UP_ROUNDS):
         for way, most in MOST_KEYS.items():
-            short_attention.MOST_KEYS = short_attention.MOST_KEYS_WITHOUT_FUSED = most
+            for name in LIMITS:
+                setattr(short_attention, name, most)
             for leaf in (*hidden, prefix, gates):
                 leaf.grad = None
             began = time.perf_counter()

@@ -63,8 +63,8 @@ def keys(request, monkeypatch) -> str:
     Tiny models have few keys, so torch's kernels would not be tested otherwise.
     """
     if request.param == "many keys":
-        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
-        monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
+        for limit in ("MOST_KEYS", "MOST_KEYS_PER_QUERY", "MOST_KEYS_WITHOUT_FUSED"):
+            monkeypatch.setattr(f"scaleup.unipelt.kernels.short_attention.{limit}", 0)
     return request.param
 
 

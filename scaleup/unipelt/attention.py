@@ -27,7 +27,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .gate import GateValue
-from .kernels import attend, is_short, target_device
+from .kernels import Visible, attend, fast_path, is_fast_on_cpu, is_short, kernel_for, lse_attention
+from .masks import PassMasks, alignment_padding
 
 # The plain implementation → its name with a prefix. Each exported folder has names of its own,
 # because one process may load scaleup and folders that several versions of it have exported.
@@ -36,9 +37,9 @@ FAMILY = "unipelt" if __name__.startswith("scaleup.") else f"unipelt_{_FOLDER}"
 ATTENTION = {plain: f"{FAMILY}_{plain}" for plain in ("sdpa", "eager")}
 PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
 ATTENTION_CHILD = "unipelt_attention"  # the child of an attention that evaluates its gates
-ALIGNMENT = 16  # keys; torch's fused CPU attention takes a fifth longer over 138 keys than over 144
 
-Prefix = tuple[torch.Tensor, GateValue]  # keys and values [2, G, L, E], gate
+# Keys and values [2, G, L, E], and the gate: a constant, [B, 1 or T, 1], or an expanded [B, H, T].
+Prefix = tuple[torch.Tensor, GateValue]
 
 
 def use_prefix_attention(model: PreTrainedModel) -> None:
@@ -74,76 +75,12 @@ def models_with_own_config(model: nn.Module) -> list[PreTrainedModel]:
     return list({id(part.config): part for part in models}.values())
 
 
-def alignment_padding(
-    query_BHTE: torch.Tensor, key_BGSE: torch.Tensor, length: int, dropout: float
-) -> int:
-    """Return how many invisible keys bring the number of keys to a multiple of ALIGNMENT.
-
-    0 where that is not worth a mask: with dropout the fused CPU attention is not used, and a single
-    query takes next to no time.
-    """
-    worth = target_device(query_BHTE) == "cpu" and query_BHTE.shape[2] > 1 and not dropout
-    return -(key_BGSE.shape[2] + length) % ALIGNMENT if worth else 0
-
-
-def widen_mask(
-    mask: torch.Tensor | None,
-    length: int,
-    query_BHTE: torch.Tensor,
-    key_BGSE: torch.Tensor,
-    causal: bool,
-    padding: int = 0,
-) -> torch.Tensor | None:
-    """Add columns for a prefix in front of an attention mask.
-
-    No mask with causal attention means "rely on is_causal", which a longer key would misalign, so
-    the causal mask is written out.
-
-    Args:
-        mask: boolean or additive, [B or 1, H or 1, T, S], or None. The result has the same type.
-        length: columns that every query sees.
-        query_BHTE, key_BGSE: tensors that give the sizes.
-        causal: whether queries do not see later keys.
-        padding: columns in front of these that no query sees.
-    """
-    queries, keys = query_BHTE.shape[2], key_BGSE.shape[2]
-    if mask is not None:
-        boolean = mask.dtype == torch.bool
-        front = mask.new_full((*mask.shape[:-1], padding + length), True if boolean else 0.0)
-        front[..., :padding] = False if boolean else torch.finfo(mask.dtype).min
-        return torch.cat([front, mask], dim=-1)
-    if (not causal or queries == 1) and not padding:
-        return None
-    rows = queries if causal else 1
-    visible = query_BHTE.new_ones(rows, padding + length + keys, dtype=torch.bool)
-    visible = visible.tril(diagonal=padding + length) if causal else visible
-    visible[:, :padding] = False
-    return visible[None, None]
-
-
-class WideMasks:
-    """The widened masks of one forward pass. Layers with the same mask share one."""
-
-    def __init__(self) -> None:
-        self.known: list[tuple[Any, ...]] = []
-
-    def __call__(
-        self,
-        mask: torch.Tensor | None,
-        length: int,
-        query_BHTE: torch.Tensor,
-        key_BGSE: torch.Tensor,
-        causal: bool,
-        padding: int = 0,
-    ) -> torch.Tensor | None:
-        """Return `widen_mask` of these arguments."""
-        sizes = (length, query_BHTE.shape[2], key_BGSE.shape[2], causal, padding)
-        for other, same_sizes, wide in self.known:
-            if other is mask and sizes == same_sizes:
-                return wide
-        wide = widen_mask(mask, length, query_BHTE, key_BGSE, causal, padding)
-        self.known.append((mask, sizes, wide))
-        return wide
+def _of_one_head(gate: GateValue, query_BHTE: torch.Tensor) -> GateValue:
+    """Return a gate that may be expanded to [B, H, T] as [B, 1 or T, 1]."""
+    if not isinstance(gate, torch.Tensor) or gate.shape[1:] != query_BHTE.shape[1:3]:
+        return gate
+    gate_BT = gate[:, 0] if gate.stride(2) else gate[:, 0, :1]
+    return gate_BT.unsqueeze(2).to(query_BHTE.dtype)
 
 
 def _join_scaled(
@@ -202,7 +139,7 @@ class PrefixSource(Protocol):
 
     def take_prefix(self) -> Prefix | None: ...
 
-    def widened(self, *mask_and_sizes: Any) -> torch.Tensor | None: ...
+    def masks(self) -> PassMasks: ...
 
     def observer(self) -> Callable[[torch.Tensor, torch.Tensor], None] | None: ...
 
@@ -249,24 +186,67 @@ def _join(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call `plain` with the prefix in front of keys and values, or an equivalent kernel."""
     query, key, value = qkv
-    length, gate = prefix[0].shape[2], prefix[1]
     causal = kwargs.get("is_causal")
     causal = source.causal if causal is None else causal
-    per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
     dropout, sdpa = kwargs.get("dropout", 0.0), plain is not _plain_eager
-    biased = kwargs.get("position_bias") is not None
-    if sdpa and not biased and is_short(*qkv, attention_mask, length, dropout, per_token):
-        mask = source.widened(attention_mask, length, query, key, causal)
+    bias, masks = kwargs.get("position_bias"), source.masks()
+
+    def by_log_sum_exp() -> torch.Tensor | None:
+        return _by_log_sum_exp(qkv, attention_mask, bias, causal, prefix, masks, scaling, dropout)
+
+    if sdpa and fast_path(query) and (out := by_log_sum_exp()) is not None:
+        return out, None
+    length, gate = prefix[0].shape[2], _of_one_head(prefix[1], query)
+    prefix = prefix[0], gate
+    per_token = isinstance(gate, torch.Tensor) and gate.shape[1] > 1
+    few = bias is None and is_short(*qkv, attention_mask, length, dropout, per_token)
+    if sdpa and few:
+        mask = masks.widened(attention_mask, length, query, key, causal)
         return attend(*qkv, *prefix, mask, scaling, dropout), None
+    if sdpa and is_fast_on_cpu(query, per_token, dropout) and (out := by_log_sum_exp()) is not None:
+        return out, None
     padding = alignment_padding(query, key, length, dropout) if sdpa and not per_token else 0
-    mask = source.widened(attention_mask, length, query, key, causal, padding)
+    mask = masks.widened(attention_mask, length, query, key, causal, padding)
     kwargs = kwargs | {"is_causal": False, "scaling": scaling}  # the mask contains the causal part
-    if biased:  # T5's bias depends on the distance between tokens, which a prefix does not have
-        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (padding + length, 0))
+    if bias is not None:  # T5's depends on the distance between tokens, which a prefix lacks
+        kwargs["position_bias"] = nn.functional.pad(bias, (padding + length, 0))
     if per_token:
         return _attend_per_token(plain, module, qkv, mask, prefix, **kwargs)
     key, value = _join_scaled(prefix, key, value, padding)
     return plain(module, query, key, value, mask, **kwargs)
+
+
+def _by_log_sum_exp(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    prefix: Prefix,
+    masks: PassMasks,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor | None:
+    """Return the attention [B, T, H, E] of the real keys in a fused kernel, joined by the prefix.
+
+    Returns:
+        None if there is no such kernel, or if a mask or a position bias is trained, whose gradient
+        the kernels do not compute.
+    """
+    if attention_mask is not None and attention_mask.requires_grad:
+        return None
+    # With gradient checkpointing, T5 asks for the gradient of a bias of zeros, a leaf.
+    if bias is not None and bias.requires_grad and not bias.is_leaf:
+        return None
+    device = qkv[0].device.type
+    if torch.is_autocast_enabled(device):  # as sdpa does
+        qkv = tuple(x.to(torch.get_autocast_dtype(device)) for x in qkv)
+    query, key, value = qkv
+    mask = masks.additive(attention_mask, bias, query.dtype)
+    visible = Visible(mask, causal and attention_mask is None and query.shape[2] > 1)
+    same = query.dtype == key.dtype == value.dtype
+    if not same or not dropout < 1 or kernel_for(query, key, visible, dropout) is None:
+        return None
+    return lse_attention(query, key, value, *prefix, visible, scaling, dropout)
 
 
 def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .attachment import Attachment
-from .attention import ATTENTION_CHILD, Prefix, WideMasks, use_prefix_attention
+from .attention import ATTENTION_CHILD, Prefix, use_prefix_attention
 from .kernels import Entry, PlainPath, few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
+from .masks import PassMasks
 from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .pooling import find_cache, kept_beside
@@ -55,11 +56,11 @@ class PassPrefixes(NamedTuple):
 
     Attributes:
         layers_kv: keys and values [2, G, L, E] of each layer.
-        masks: attention masks with the prefix's columns.
+        masks: attention masks that layers share.
     """
 
     layers_kv: tuple[torch.Tensor, ...]
-    masks: WideMasks
+    masks: PassMasks
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +75,7 @@ class PrefixCall:
     """
 
     prefix: Prefix | None
-    masks: WideMasks
+    masks: PassMasks
     dropout: float = 0.0
     softmax: SoftmaxPrefix | None = None
 
@@ -155,7 +156,7 @@ class PrefixTuning(AuxiliaryLayer):
                 kept[key] = self.keys_values(entry)
             kv = kept[key]
         # unbind: one index per layer would each create a gradient of the size of all layers.
-        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), WideMasks())
+        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), PassMasks())
 
     def stored(self) -> int:
         """Return the number of values that remain after training."""
@@ -195,12 +196,8 @@ class PrefixMember(AttentionMember):
                 "reentrant gradient checkpointing loses the gradient of the prefix; "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        gate = inputs.gate
-        assert gate is not None
-        if isinstance(gate, torch.Tensor) and inputs.gated is not None:
-            gate = (gate[:, 0] if gate.stride(2) else gate[:, 0, :1]).unsqueeze(2)
-            gate = gate.to(inputs.h_BTD.dtype)
-        call = PrefixCall((kv, gate), prefixes.masks)
+        assert inputs.gate is not None
+        call = PrefixCall((kv, inputs.gate), prefixes.masks)
         if self.layer.site.softmax_scale is not None:
             call.dropout = attention.dropout.p if attention.training else 0.0
         return call
@@ -213,10 +210,10 @@ class PrefixMember(AttentionMember):
         prefix, call.prefix = call.prefix, None
         return prefix
 
-    def widened(self, *mask_and_sizes: Any) -> torch.Tensor | None:
-        """Return the attention mask with the prefix's columns, made once per shared mask."""
+    def masks(self) -> PassMasks:
+        """Return the masks that the attentions of this pass share."""
         call: PrefixCall = self.call
-        return call.masks(*mask_and_sizes)
+        return call.masks
 
     def observer(self) -> Any:
         """Return where to report the change that the prefix makes, or None."""

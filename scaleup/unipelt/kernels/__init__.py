@@ -6,6 +6,8 @@ named in an import here, because transformers follows only imports of the form `
 """
 
 from .fused import add_product, bottleneck, narrow_site
+from .fused_attention import Visible, additive_mask, kernel_for
+from .lse_attention import is_fast_on_cpu, lse_attention
 from .narrow import add_gated, add_lora, few_rows, narrow_products, scaled
 from .ops import LIBRARY
 from .packed import (
@@ -36,10 +38,12 @@ __all__ = [
     "Plan",
     "Site",
     "Sites",
+    "Visible",
     "Wide",
     "add_gated",
     "add_lora",
     "add_product",
+    "additive_mask",
     "aligned",
     "attend",
     "begin",
@@ -47,7 +51,10 @@ __all__ = [
     "collect_sites",
     "fast_path",
     "few_rows",
+    "is_fast_on_cpu",
     "is_short",
+    "kernel_for",
+    "lse_attention",
     "narrow_products",
     "narrow_site",
     "parameter",

@@ -16,6 +16,7 @@ import torch
 from torch.library import CustomOpDef, custom_op
 
 from . import reference
+from .reference import wide_dtype
 from .target import mode
 
 # Each exported folder registers its own operations, because one process may load several.
@@ -114,9 +115,9 @@ def fake_merge_forward(query, out, lse, prefix, gate, scale, keep=None, dropout=
 
 @_merge_backward.register_fake
 def fake_merge_backward(query, out, lse, prefix, gate, *args, **kwargs):  # type: ignore[no-untyped-def]
-    dtype = reference.wide_dtype(query)
+    dtype = wide_dtype(query)
     (batch, heads, queries, size), length = query.shape, prefix.shape[2]
-    parts = query.new_empty(batch, 2, heads, length, size, dtype=dtype)
+    parts = query.new_empty(1, 2, heads, length, size, dtype=dtype)
     shape = (0,) if gate is None else (batch, heads, queries)
     return parts, query.new_empty(shape, dtype=dtype)
 
@@ -124,9 +125,7 @@ def fake_merge_backward(query, out, lse, prefix, gate, *args, **kwargs):  # type
 @_narrow_forward.register_fake
 def fake_narrow_forward(z, bias, scales, mask, selected, causal, activation, ones_column, width):  # type: ignore[no-untyped-def]
     batch, tokens = z.shape[:2]
-    gates = z.new_empty(
-        batch, tokens if causal else 1, scales.shape[0], dtype=reference.wide_dtype(z)
-    )
+    gates = z.new_empty(batch, tokens if causal else 1, scales.shape[0], dtype=wide_dtype(z))
     return z.new_empty(batch, tokens, width), gates
 
 
@@ -171,7 +170,7 @@ def _on_cuda(name: str, operation: CustomOpDef) -> Callable[..., Any]:
         if name == "merge_backward":
             # The number of parts depends on the sizes, but a compiler must know it.
             parts, grad_gate = results
-            return parts.unflatten(0, (args[0].shape[0], -1)).sum(dim=1), grad_gate
+            return parts.sum(dim=0, keepdim=True), grad_gate
         return results
 
     def call(first: Tensor, *args: Any) -> Any:

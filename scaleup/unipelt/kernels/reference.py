@@ -16,7 +16,7 @@ attention has dropped weights of the real keys in o₁, and a mask `keep` says w
 prefix remain. Together that is dropout of all weights.
 
 Shapes: B examples, H heads, G key-value heads, T queries or tokens, E head size, L prefix length,
-R narrow columns, N gates, C = R + N, W ≥ C columns of z, V columns of v.
+M = B·T, R narrow columns, N gates, C = R + N, W ≥ C columns of z, V columns of v.
 """
 
 import functools
@@ -34,13 +34,23 @@ def wide_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _by_head(prefix: torch.Tensor, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _heads(prefix: torch.Tensor, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return the prefix's keys and values [H, L, E] of every query head."""
     return prefix.to(dtype).repeat_interleave(heads // prefix.shape[1], dim=1).unbind()
 
 
-def _known(lse_BHT: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return λ₁ of the real queries. Fused kernels mark queries without keys by +inf."""
+def _by_head(x_BHT: torch.Tensor) -> torch.Tensor:
+    """Return [H, M, ·]: one product per head is faster than one per example."""
+    return x_BHT.transpose(0, 1).flatten(1, 2)
+
+
+def _by_example(x_HM: torch.Tensor, batch: int) -> torch.Tensor:
+    """Undo `_by_head`."""
+    return x_HM.unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _real(lse_BHT: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return λ₁ of the queries. Fused kernels mark queries without keys by +inf."""
     lse_BHT = lse_BHT[..., :queries].to(dtype)
     return torch.where(lse_BHT == torch.inf, -torch.inf, lse_BHT)
 
@@ -80,23 +90,24 @@ def merge_forward(
         keep_BHTL: boolean, which weights of the prefix dropout keeps; None for all of them.
         dropout: its probability; the weights that are kept are divided by 1 − dropout.
     """
-    dtype, (heads, queries) = wide_dtype(query_BHTE), query_BHTE.shape[1:3]
-    keys_HLE, values_HLE = _by_head(prefix, heads, dtype)
-    scores_BHTL = query_BHTE.to(dtype) @ keys_HLE.transpose(1, 2) * scale
-    if gate_BHT is not None:
-        scores_BHTL = scores_BHTL * gate_BHT.unsqueeze(-1)
-    before_BHT = _known(lse_BHT, queries, dtype)
-    merged_BHT = torch.logaddexp(before_BHT, scores_BHTL.logsumexp(dim=-1))
-    weights_BHTL = (scores_BHTL - merged_BHT.unsqueeze(-1)).exp()
-    if gate_BHT is not None:
-        weights_BHTL = weights_BHTL * gate_BHT.unsqueeze(-1)
+    dtype, (batch, heads, queries) = wide_dtype(query_BHTE), query_BHTE.shape[:3]
+    keys_HLE, values_HLE = _heads(prefix, heads, dtype)
+    scores_HML = torch.bmm(_by_head(query_BHTE.to(dtype)), keys_HLE.transpose(1, 2)).mul_(scale)
+    gate_HM1 = None if gate_BHT is None else _by_head(gate_BHT.to(dtype)).unsqueeze(-1)
+    if gate_HM1 is not None:
+        scores_HML *= gate_HM1
+    before_HM = _by_head(_real(lse_BHT, queries, dtype))
+    merged_HM = torch.logaddexp(before_HM, scores_HML.logsumexp(dim=-1))
+    weights_HML = scores_HML.sub_(merged_HM.unsqueeze(-1)).exp_()
+    if gate_HM1 is not None:
+        weights_HML *= gate_HM1
     if keep_BHTL is not None:
-        weights_BHTL = weights_BHTL * keep_BHTL / (1 - dropout)
-    kept_BHT1 = (before_BHT - merged_BHT).exp().unsqueeze(-1)
+        weights_HML *= _by_head(keep_BHTL.to(dtype)) / (1 - dropout)
+    kept_HM1 = (before_HM - merged_HM).exp_().unsqueeze(-1)
     # A query without keys has no o₁: some kernels return NaN there.
-    real_BHTE = torch.where(kept_BHT1 > 0, out_BHTE.to(dtype), 0.0)
-    out_BHTE.copy_(kept_BHT1 * real_BHTE + weights_BHTL @ values_HLE)
-    lse_BHT[..., :queries] = merged_BHT
+    real_HME = torch.where(kept_HM1 > 0, kept_HM1 * _by_head(out_BHTE.to(dtype)), 0.0)
+    out_BHTE.copy_(_by_example(real_HME.baddbmm_(weights_HML, values_HLE), batch))
+    lse_BHT[..., :queries] = _by_example(merged_HM, batch)
 
 
 @_full_precision
@@ -128,24 +139,34 @@ def merge_backward(
         float32 (or float64), and the gradient [B, H, T] of the gate, without elements if there is
         no gate.
     """
-    dtype, (heads, queries) = wide_dtype(query_BHTE), query_BHTE.shape[1:3]
-    keys_HLE, values_HLE = _by_head(prefix, heads, dtype)
-    query_BHTE, grad_out_BHTE = query_BHTE.to(dtype), grad_out_BHTE.to(dtype)
-    gate_BHT1 = 1.0 if gate_BHT is None else gate_BHT.unsqueeze(-1)
-    raw_BHTL = query_BHTE @ keys_HLE.transpose(1, 2) * scale
-    weights_BHTL = (raw_BHTL * gate_BHT1 - lse_BHT[..., :queries].to(dtype).unsqueeze(-1)).exp()
-    kept_BHTL = 1.0 if keep_BHTL is None else keep_BHTL.to(dtype) / (1 - dropout)
-    seen_BHTL = grad_out_BHTE @ values_HLE.transpose(1, 2) * kept_BHTL
-    delta_BHT1 = (grad_out_BHTE * out_BHTE.to(dtype)).sum(dim=-1, keepdim=True)
-    grad_scores_BHTL = weights_BHTL * (seen_BHTL * gate_BHT1 - delta_BHT1)
-    grad_raw_BHTL = grad_scores_BHTL * gate_BHT1 * scale
-    grad_query_BHTE.add_((grad_raw_BHTL @ keys_HLE).to(grad_query_BHTE.dtype))
-    grad_keys = grad_raw_BHTL.transpose(2, 3) @ query_BHTE
-    grad_values = (weights_BHTL * gate_BHT1 * kept_BHTL).transpose(2, 3) @ grad_out_BHTE
-    grad_prefix = torch.stack([grad_keys, grad_values], dim=1)
+    dtype, (batch, heads, queries) = wide_dtype(query_BHTE), query_BHTE.shape[:3]
+    keys_HLE, values_HLE = _heads(prefix, heads, dtype)
+    query_HME, grad_HME = _by_head(query_BHTE.to(dtype)), _by_head(grad_out_BHTE.to(dtype))
+    gate_HM1 = 1.0 if gate_BHT is None else _by_head(gate_BHT.to(dtype)).unsqueeze(-1)
+    lse_HM1 = _by_head(lse_BHT[..., :queries].to(dtype)).unsqueeze(-1)
+    delta_HM1 = (grad_HME * _by_head(out_BHTE.to(dtype))).sum(dim=-1, keepdim=True)
+    raw_HML = torch.bmm(query_HME, keys_HLE.transpose(1, 2)).mul_(scale)
+    weights_HML = (raw_HML * gate_HM1).sub_(lse_HM1).exp_()
+    seen_HML = torch.bmm(grad_HME, values_HLE.transpose(1, 2))
+    shares_HML = weights_HML * gate_HM1
+    if keep_BHTL is not None:
+        kept_HML = _by_head(keep_BHTL.to(dtype)) / (1 - dropout)
+        seen_HML *= kept_HML
+        shares_HML *= kept_HML
+    grad_scores_HML = weights_HML * (seen_HML * gate_HM1 - delta_HM1)
+    grad_raw_HML = grad_scores_HML * gate_HM1 * scale
+    added_BHTE = _by_example(torch.bmm(grad_raw_HML, keys_HLE), batch)
+    grad_query_BHTE.add_(added_BHTE.to(grad_query_BHTE.dtype))
+    grad_prefix = torch.stack(
+        [
+            torch.bmm(grad_raw_HML.transpose(1, 2), query_HME),
+            torch.bmm(shares_HML.transpose(1, 2), grad_HME),
+        ]
+    ).unsqueeze(0)
     if gate_BHT is None:
-        return grad_prefix, raw_BHTL.new_empty(0)
-    return grad_prefix, (grad_scores_BHTL * raw_BHTL + weights_BHTL * seen_BHTL).sum(dim=-1)
+        return grad_prefix, raw_HML.new_empty(0)
+    grad_gate_HM = (grad_scores_HML * raw_HML + weights_HML * seen_HML).sum(dim=-1)
+    return grad_prefix, _by_example(grad_gate_HM, batch).contiguous()
 
 
 def _activate(x: torch.Tensor, activation: str) -> torch.Tensor:

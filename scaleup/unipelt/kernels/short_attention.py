@@ -5,8 +5,8 @@
 Joining a prefix to keys and values copies both, and torch's fused attention for CPUs then copies
 them again, block by block. With few keys, batched products read the first copies and are faster
 (docs/performance.md): up to 64 keys against the fused kernel, and up to more where the fused kernel
-cannot be used as it is, because of dropout or a gate per query. The weights [B, H, T, S] are kept
-for the backward pass.
+cannot be used as it is, because of dropout or a gate per query; for the latter, lse_attention is
+faster with more keys than that. The weights [B, H, T, S] are kept for the backward pass.
 
 Shapes: B examples, T queries, S keys including the prefix's, H heads, E head size, L prefix length,
 N = B·H.
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from .narrow import HandWritten
-from .target import target_device
+from .target import mode, target_device
 
-MOST_KEYS, MOST_KEYS_WITHOUT_FUSED = 64, 192  # including those of the prefix
+# Including those of the prefix.
+MOST_KEYS, MOST_KEYS_PER_QUERY, MOST_KEYS_WITHOUT_FUSED = 64, 96, 192
 
 
 def is_short(
@@ -47,6 +48,8 @@ def is_short(
     if mask is not None and mask.requires_grad:
         return False
     most = MOST_KEYS_WITHOUT_FUSED if per_query or dropout else MOST_KEYS
+    if per_query and not dropout and mode() == "auto":
+        most = MOST_KEYS_PER_QUERY
     few = key_BHSE.shape[2] + length <= most
     several = query_BHTE.shape[2] > 1 and query_BHTE.shape[:2] == key_BHSE.shape[:2]
     return few and several and dropout < 1

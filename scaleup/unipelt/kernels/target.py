@@ -6,18 +6,18 @@ reference   the path of CUDA on any device, each kernel as a plain formula
 """
 
 import contextlib
-import functools
-import importlib.util
 import os
 import threading
 from collections.abc import Iterator
 
 import torch
+from torch.utils._triton import has_triton_package
 
 from .reference import ACTIVATIONS
 
 VARIABLE = "SCALEUP_KERNELS"
 MODES = ("auto", "off", "reference")
+HAS_TRITON = has_triton_package()  # once, because compilers cannot trace the search for it
 # What the Triton kernels can do.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD_SIZE, MOST_COLUMNS = 256, 512
@@ -36,18 +36,15 @@ def mode() -> str:
     return value
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def fast_path(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor takes the fast path of CUDA."""
+    """Return whether a tensor takes the fast path of CUDA.
+
+    A memory plan for a GPU assumes that Triton, which comes with torch there, is installed.
+    """
     value = mode()
-    return value == "reference" or (
-        value == "auto" and target_device(tensor) == "cuda" and has_triton()
-    )
+    if value != "auto" or target_device(tensor) != "cuda":
+        return value == "reference"
+    return HAS_TRITON or tensor.device.type != "cuda"
 
 
 def merge_refusal(dtype: torch.dtype, head_size: int) -> str | None:

@@ -76,8 +76,8 @@ def test_a_plan_for_a_gpu_knows_nothing_of_a_cpus_attention(workspace, monkeypat
         Kernels("cuda", None, "plain", False),
     )
     planned = trace(lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32)
-    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS", 0)
-    monkeypatch.setattr("scaleup.unipelt.kernels.short_attention.MOST_KEYS_WITHOUT_FUSED", 0)
+    for limit in ("MOST_KEYS", "MOST_KEYS_PER_QUERY", "MOST_KEYS_WITHOUT_FUSED"):
+        monkeypatch.setattr(f"scaleup.unipelt.kernels.short_attention.{limit}", 0)
     assert planned == trace(
         lambda shape: adapted(workspace, "bert", "meta", shape), shape, kernels, 8, 32
     )

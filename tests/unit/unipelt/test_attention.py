@@ -9,13 +9,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from scaleup.unipelt.attention import (
-    ATTENTION,
-    ATTENTION_CHILD,
-    alignment_padding,
-    unipelt_sdpa,
-    widen_mask,
-)
+from scaleup.unipelt.attention import ATTENTION, ATTENTION_CHILD, unipelt_sdpa
+from scaleup.unipelt.masks import PassMasks, alignment_padding, widen_mask
 from scaleup.unipelt.passes import Passes
 from scaleup.unipelt.prefix import PrefixTuning
 
@@ -30,7 +25,7 @@ class Site(nn.Module):
         self.is_causal, self.num_key_value_groups = causal, groups
         child = nn.Module()
         child.prefix_source = types.SimpleNamespace(
-            causal=causal, take_prefix=lambda: prefix, widened=widen_mask, observer=lambda: None
+            causal=causal, take_prefix=lambda: prefix, masks=PassMasks, observer=lambda: None
         )
         self.add_module(ATTENTION_CHILD, child)
 

@@ -8,8 +8,10 @@ from scaleup.training.callbacks import GateStatistics
 from tests.utils.tiny import adapt, backbone, inputs
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("family", ["bert", "bart", "llama"])
-def test_the_whole_model_is_one_graph_and_gives_the_same_logits(family):
+def test_the_whole_model_is_one_graph_and_gives_the_same_logits(family, kernels, monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", kernels)
     model = adapt(backbone(family), prefix_reparameterization="none")
     given = inputs(model) | ({} if family in ("bert", "bart") else {"use_cache": False})
     with torch.no_grad():

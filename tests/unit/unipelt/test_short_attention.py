@@ -108,10 +108,11 @@ def test_second_derivatives_are_refused_and_not_wrong():
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
-def test_it_is_the_way_for_few_keys_in_float32_on_a_cpu():
-    query, few, more = (
-        torch.zeros(2, H, tokens, E)
-        for tokens in (T, short.MOST_KEYS - L, short.MOST_KEYS_WITHOUT_FUSED - L)
+def test_it_is_the_way_for_few_keys_in_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", "auto")
+    limits = (short.MOST_KEYS, short.MOST_KEYS_PER_QUERY, short.MOST_KEYS_WITHOUT_FUSED)
+    query, few, several, more = (
+        torch.zeros(2, H, tokens, E) for tokens in (T, *(limit - L for limit in limits))
     )
 
     def way(query, key, value=None, mask=None, length=L, dropout=0.0, per_query=False) -> bool:
@@ -119,8 +120,11 @@ def test_it_is_the_way_for_few_keys_in_float32_on_a_cpu():
             query, key, key if value is None else value, mask, length, dropout, per_query
         )
 
-    for keys, slow in ((few, {}), (more, {"dropout": 0.1}), (more, {"per_query": True})):
+    for keys, slow in ((few, {}), (more, {"dropout": 0.1}), (several, {"per_query": True})):
         assert way(query, keys, **slow) and not way(query, keys, length=L + 1, **slow)
+    monkeypatch.setenv("SCALEUP_KERNELS", "off")  # there, lse_attention does not take the others
+    assert way(query, more, per_query=True) and not way(query, more, length=L + 1, per_query=True)
+    monkeypatch.setenv("SCALEUP_KERNELS", "auto")
     for other in (query[:, :, :1], query.bfloat16(), query.to("meta"), query[:, :1], query[:1]):
         assert not way(other, few)
     assert not way(query, few, value=few.bfloat16())
