@@ -239,8 +239,9 @@ def _by_log_sum_exp(
         return None
     device = qkv[0].device.type
     if torch.is_autocast_enabled(device):  # as sdpa does
-        qkv = tuple(x.to(torch.get_autocast_dtype(device)) for x in qkv)
-    query, key, value = qkv
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in qkv)
+    else:
+        query, key, value = qkv
     mask = masks.additive(attention_mask, bias, query.dtype)
     visible = Visible(mask, causal and attention_mask is None and query.shape[2] > 1)
     same = query.dtype == key.dtype == value.dtype

@@ -56,7 +56,7 @@ def lse_attention(
     gate_BHT = per_query(gate, query_BHTE) if isinstance(gate, Tensor) else None
     if not isinstance(gate, Tensor) and gate != 1.0:
         prefix = prefix * gate
-    tensors = query_BHTE, key_BGSE, value_BGSE
+    tensors: tuple[Tensor, ...] = query_BHTE, key_BGSE, value_BGSE
     if visible.lengths is not None:
         tensors = tuple(one_row(x) for x in tensors)
         if gate_BHT is not None:
@@ -213,8 +213,8 @@ def _operation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visible = Visible(mask, causal, lengths, (longest[0], longest[1]), window)
     out, lse, keep, dropped = _forward(query, key, value, prefix, gate, visible, scale, dropout)
-    others = (_or_empty(x, query) for x in (keep, *dropped))
-    return out.transpose(1, 2), lse, *others
+    keep, first, second = (_or_empty(x, query) for x in (keep, *dropped))
+    return out.transpose(1, 2), lse, keep, first, second
 
 
 @custom_op(f"{LIBRARY}::lse_attention_backward", mutates_args=())
