@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .gate import GateValue
-from .kernels import Visible, attend, fast_path, is_fast_on_cpu, is_short, kernel_for, lse_attention
+from .kernels import Visible, attend, is_fast_on_cpu, is_short, kernel_for, lse_attention
 from .masks import PassMasks, alignment_padding
 
 # The plain implementation → its name with a prefix. Each exported folder has names of its own,
@@ -194,7 +194,7 @@ def _join(
     def by_log_sum_exp() -> torch.Tensor | None:
         return _by_log_sum_exp(qkv, attention_mask, bias, causal, prefix, masks, scaling, dropout)
 
-    if sdpa and fast_path(query) and (out := by_log_sum_exp()) is not None:
+    if sdpa and masks.fast and (out := by_log_sum_exp()) is not None:
         return out, None
     length, gate = prefix[0].shape[2], _of_one_head(prefix[1], query)
     prefix = prefix[0], gate

@@ -61,9 +61,15 @@ def widen_mask(
 
 
 class PassMasks:
-    """The masks of one forward pass. Layers with the same mask share what is made of it."""
+    """The masks of one forward pass. Layers with the same mask share what is made of it.
 
-    def __init__(self) -> None:
+    Args:
+        fast: whether the attentions of the pass take the fast path. It is decided once, because
+            blocks that are recomputed in the backward pass must keep the same tensors.
+    """
+
+    def __init__(self, fast: bool = False) -> None:
+        self.fast = fast
         self.known: list[tuple[tuple[Any, ...], tuple[Any, ...], torch.Tensor | None]] = []
 
     def widened(

@@ -17,7 +17,7 @@ from torch import nn
 
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, use_prefix_attention
-from .kernels import Entry, PlainPath, few_rows
+from .kernels import Entry, PlainPath, fast_path, few_rows
 from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
 from .masks import PassMasks
 from .passes import Passes
@@ -156,7 +156,7 @@ class PrefixTuning(AuxiliaryLayer):
                 kept[key] = self.keys_values(entry)
             kv = kept[key]
         # unbind: one index per layer would each create a gradient of the size of all layers.
-        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), PassMasks())
+        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), PassMasks(fast_path(kv)))
 
     def stored(self) -> int:
         """Return the number of values that remain after training."""

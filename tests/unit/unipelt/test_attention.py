@@ -10,6 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scaleup.unipelt.attention import ATTENTION, ATTENTION_CHILD, unipelt_sdpa
+from scaleup.unipelt.kernels import fast_path
 from scaleup.unipelt.masks import PassMasks, alignment_padding, widen_mask
 from scaleup.unipelt.passes import Passes
 from scaleup.unipelt.prefix import PrefixTuning
@@ -25,7 +26,10 @@ class Site(nn.Module):
         self.is_causal, self.num_key_value_groups = causal, groups
         child = nn.Module()
         child.prefix_source = types.SimpleNamespace(
-            causal=causal, take_prefix=lambda: prefix, masks=PassMasks, observer=lambda: None
+            causal=causal,
+            take_prefix=lambda: prefix,
+            masks=lambda: PassMasks(fast_path(prefix[0])),
+            observer=lambda: None,
         )
         self.add_module(ATTENTION_CHILD, child)
 
