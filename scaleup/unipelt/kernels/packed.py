@@ -186,8 +186,12 @@ def collect_sites(layers: Iterable[Any]) -> tuple[Sites, list[str]]:
 
 
 def _templates(entries: Sequence[Entry | int]) -> list[Tensor]:
-    """Return the parameters of entries. Gaps become empty tensors of their size."""
-    return [torch.empty(e, device="meta") if isinstance(e, int) else parameter(e) for e in entries]
+    """Return the parameters of entries. Gaps become empty tensors of their size.
+
+    Gaps of no size are left out: torch would create a tensor for each of them in every pass.
+    """
+    present = [entry for entry in entries if entry != 0]
+    return [torch.empty(e, device="meta") if isinstance(e, int) else parameter(e) for e in present]
 
 
 def cut(flat: Tensor, templates: list[Tensor]) -> list[Tensor]:
