@@ -13,17 +13,11 @@ from scaleup.experiments.overhead import BOUND, CallOptions, HostOptions
 from scaleup.unipelt.kernels import ops, reference
 from scaleup.unipelt.kernels.target import VARIABLE, fast_path, mode, target_device
 
-# family → the most calls of APL per layer beyond the lower bound: now, and with the fast path
-CALLS = {
-    "BERT": (94, 30),
-    "Llama": (141, 30),
-    "GPT-2": (140, 30),
-    "T5 encoder": (95, 30),
-    "T5 pair": (332, 84),
-    "BART pair": (335, 84),
-}
-# family → the most host time of APL relative to the lower bound: now, and with the fast path
-HOST = {"BERT": (3.9, 2.3), "BART pair": (4.9, 2.4), "Llama": (3.9, 2.1)}
+# family → the most calls of APL per layer beyond the lower bound
+CALLS = {"BERT": 30, "Llama": 30, "GPT-2": 30, "T5 encoder": 30, "T5 pair": 84, "BART pair": 84}
+# family → the most host time of APL relative to the lower bound
+HOST = {"BERT": 2.3, "BART pair": 2.4, "Llama": 2.1}
+BUSY = 1.15  # a busy machine disturbs the measurement
 NARROW = dict(selected=0, causal=False, activation="relu", ones_column=True, width=8)
 
 
@@ -37,17 +31,17 @@ def narrow_inputs() -> list[torch.Tensor | None]:
 def test_calls_of_a_layer_stay_within_the_limit(family, padded):
     bound, apl = (overhead.count_layer(family, name, padded) for name in (BOUND, "APL"))
     row = overhead.beyond_bound(apl, bound)
-    assert 0 < row["beyond"] <= CALLS[family][0], row["beyond_by_name"]
+    assert 0 < row["beyond"] <= CALLS[family], row["beyond_by_name"]
 
 
 @pytest.mark.parametrize("family", overhead.HOST_FAMILIES)
 def test_host_time_of_a_step_stays_within_the_limit(family):
-    """A busy machine disturbs a measurement, so one of three has to be within the limit."""
+    """One of three measurements has to be within the limit."""
     measured = []
-    while len(measured) < 3 and not (measured and measured[-1] <= HOST[family][0]):
+    while len(measured) < 3 and not (measured and measured[-1] <= BUSY * HOST[family]):
         rows = overhead.host_rows(family, rounds=12, launch_us=10, names=[BOUND, "APL"])
         measured.append(rows["APL"]["best"])
-    assert 1 < measured[-1] <= HOST[family][0], measured
+    assert 1 < measured[-1] <= BUSY * HOST[family], measured
 
 
 def test_a_counter_leaves_out_views_and_counts_a_kernel_once():
