@@ -49,9 +49,9 @@ class AbsentGpu(DriverBase):
         return module, function, registers, spills, most_threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return what launches a compiled kernel: grid, stream, function, five more, arguments."""
+        """Return what launches a kernel: grid, stream, function, metadata, 3 hooks, arguments."""
 
         def record(*args: Any) -> None:
-            self.launches.append((source.fn.__name__, args[:3], args[9:]))
+            self.launches.append((source.fn.__name__, args[:6], args[9:]))
 
         return record

@@ -13,7 +13,7 @@ from .triton_merge_kernels import backward_kernel, forward_kernel
 
 # A program keeps both gradients of its piece of the prefix, [L, E], in registers. Products in
 # float32 need many more registers, because tensor cores do not compute them exactly.
-MOST_ELEMENTS, MOST_ELEMENTS_FLOAT32, MOST_KEYS = 8192, 2048, 64
+MOST_ELEMENTS, MOST_ELEMENTS_FLOAT32, MOST_KEYS = 4096, 2048, 32
 # About three programs backwards for each multiprocessor of an A100 or H100. More of them would
 # write more parts of the prefix's gradient, fewer would leave multiprocessors idle.
 PROGRAMS, MOST_STEPS = 384, 16
@@ -154,6 +154,6 @@ def merge_backward(
             + (parts[:, :, :, first:], of_gate),
             (*factors, *sizes, piece.shape[2], length, splits, steps, *strides),
             (size, first > 0, block_t, block_l, block_e),
-            8 if wide or block_l * block_e > 4096 else 4,
+            8 if wide or block_l * block_e > 2048 else 4,
         )
     return parts, grad_gate
