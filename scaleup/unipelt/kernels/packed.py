@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .target import MOST_COLUMNS
+
 ALIGNMENT = 8  # values; matrix products are fast for sizes that are multiples of it
 Entry = tuple[nn.Module, str]  # a parameter: a module and the path below it, "down.weight"
 Tensor = torch.Tensor
@@ -179,6 +181,8 @@ def collect_sites(layers: Iterable[Any]) -> tuple[Sites, list[str]]:
             for entry in trained:
                 first = parameter(entry) if first is None else first
                 _require_packable(entry, first)
+            if any(s.narrow and s.narrow.rank > MOST_COLUMNS for s in declared.values()):
+                raise PlainPath(f"narrow maps of one input have more than {MOST_COLUMNS} columns")
             sites |= declared
         except PlainPath as reason:
             reasons[str(reason)] = None

@@ -39,12 +39,14 @@ def mode() -> str:
 def fast_path(tensor: torch.Tensor) -> bool:
     """Return whether a tensor takes the fast path of CUDA.
 
-    A memory plan for a GPU assumes that Triton, which comes with torch there, is installed.
+    A memory plan for a GPU assumes that Triton, which comes with torch there, is installed. The
+    kernels cannot compute in float64.
     """
     value = mode()
     if value != "auto" or target_device(tensor) != "cuda":
         return value == "reference"
-    return HAS_TRITON or tensor.device.type != "cuda"
+    has_triton = HAS_TRITON or tensor.device.type != "cuda"
+    return has_triton and tensor.dtype != torch.float64
 
 
 def merge_refusal(dtype: torch.dtype, head_size: int) -> str | None:

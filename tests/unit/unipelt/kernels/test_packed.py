@@ -247,6 +247,16 @@ def test_weights_that_cannot_be_packed_leave_their_layer_on_the_plain_path(chang
     assert len(reasons) == 1 and reason in reasons[0]
 
 
+@pytest.mark.parametrize("rank", [512, 513])
+def test_more_columns_than_a_kernel_takes_stay_on_the_plain_path(rank):
+    linear = nn.Linear(8, rank + 1, bias=False)
+    narrow = Narrow([(linear, "weight")], [rank + 1], rank, (1.0,), masked=False, causal=False)
+    layer = SimpleNamespace(declare=lambda: {linear: Site(narrow)})
+    sites, reasons = collect_sites([layer])
+    assert (linear in sites) == (rank == 512)
+    assert reasons == ([] if sites else ["narrow maps of one input have more than 512 columns"])
+
+
 def test_equal_reasons_are_given_once():
     def declare():
         raise PlainPath("a reason")

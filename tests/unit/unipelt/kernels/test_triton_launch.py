@@ -164,6 +164,14 @@ def test_a_cpu_takes_the_formulas():
     assert v.dtype == gates.dtype == torch.float64
 
 
+def test_the_fast_path_of_a_gpu_leaves_out_float64(monkeypatch):
+    monkeypatch.delenv(target.VARIABLE, raising=False)
+    with target.planned_for("cuda"):
+        assert target.fast_path(torch.ones(1))
+        assert not target.fast_path(torch.ones(1, dtype=torch.float64))
+    assert not target.fast_path(torch.ones(1))
+
+
 def test_without_triton_one_error_says_what_to_install():
     code = (
         "import sys; sys.modules['triton'] = None\n"
