@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from scaleup.backbone import precision
+from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.loading import load_config, pad_tokens, set_pad_token
 from scaleup.backbone.method import empty_run_model
@@ -76,6 +77,7 @@ class Plan:
     examples: int | None  # for training; None if the data set is on the hub
     counts: dict[str, Any]
     rows: list[Row]
+    kernels: str | None  # a line about them; None if there is nothing to say
     checks: list[str]
 
     def verdict(self, total: int) -> str:
@@ -222,5 +224,6 @@ def make_plan(
         examples=examples,
         counts=parameter_counts(planner.models[False]),
         rows=rows,
+        kernels=kernels_line(settings, planner.models[False], device, planned=True),
         checks=check_requirements(settings, world),
     )

@@ -77,6 +77,7 @@ def table(plan: Plan) -> list[str]:
         f"({counts['stored_percent']:.2f}%)",
         f"batch      {batches(plan)}",
         f"planned    for {plan.device}, mixed precision {plan.half}{limit}",
+        *filter(None, [plan.kernels]),
         *plan.checks,
         "",
         f"Memory of one process, K/M/G = powers of 1024; every batch {batch} x {length} tokens "
@@ -108,6 +109,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device_bytes": plan.limit,
         "parameters": plan.counts,
         "batch": batches(plan),
+        "kernels": plan.kernels,
         "checks": plan.checks,
         "fits": plan.fits if plan.limit is not None else None,
         "rows": rows,

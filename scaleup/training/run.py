@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from scaleup import io, machine
 from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
+from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
@@ -100,7 +101,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     distributed.gather(world, None)  # all have read the old folder before anything is moved
     if prepared.writes:
         _open_folder(prepared, old_weights)
-    _announce(prepared, counts)
+    _announce(prepared, counts, model)
     if checkpoint or old_weights:
         _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
     _train(prepared, trainer, checkpoint)
@@ -250,10 +251,12 @@ def _print(world: World, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def _announce(run: Run, counts: dict[str, Any]) -> None:
-    """Print the header of the run: model, data, batch, hosts and memory."""
+def _announce(run: Run, counts: dict[str, Any], model: nn.Module) -> None:
+    """Print the header of the run: model, data, batch, kernels, hosts and memory."""
     settings, world = run.settings, run.world
     _print(world, *console.header(run, counts))
+    if kernels := kernels_line(settings, model, world.device.type, planned=False):
+        _print(world, kernels)
     places = distributed.hosts(world)
     _print(world, *console.placement(places))
     if world.size > 1:

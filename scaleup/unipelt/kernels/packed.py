@@ -266,7 +266,8 @@ class Plan:
             if container.get(name) is not value:
                 return False
         first = self.parameters[0]
-        return first.device == self.device and first.dtype == self.parameter_dtype
+        same = first.device == self.device and first.dtype == self.parameter_dtype
+        return same and not hasattr(first, "ds_id")  # DeepSpeed shards parameters in place
 
     def matrices(self, flat: Tensor) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
         """View the input and the output matrices in a buffer, by site."""

@@ -89,6 +89,7 @@ def test_the_script_shows_writes_and_judges(workspace, tmp_path):
         "as required",
         "deepspeed ",
         "planned    for cuda, mixed precision bf16",
+        "kernels    Triton\n",
     ):
         assert words in result.stdout, result.stdout
     written = json.loads(out.read_text())

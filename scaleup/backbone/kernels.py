@@ -1,0 +1,45 @@
+"""The line about kernels in the header of a run and in a memory plan."""
+
+from torch import nn
+
+from scaleup.settings.presets import read_deepspeed
+from scaleup.settings.schema import Settings
+from scaleup.unipelt.fast_path import plain_parts
+from scaleup.unipelt.kernels.target import HAS_TRITON, mode
+
+
+def kernels_line(settings: Settings, model: nn.Module, device: str, planned: bool) -> str | None:
+    """Say which kernels a run uses, and why parts of the model use plain PyTorch.
+
+    Args:
+        settings: the settings of the run.
+        model: the model with its adapter.
+        device: "cuda" or "cpu".
+        planned: whether the run is only planned, so that this machine does not matter.
+
+    Returns:
+        None for methods without kernels, and on a CPU unless SCALEUP_KERNELS=reference.
+    """
+    if settings.method.name != "unipelt" or (device == "cpu" and mode() != "reference"):
+        return None
+    if mode() == "off":
+        return "kernels    plain PyTorch (SCALEUP_KERNELS=off)"
+    if mode() == "auto" and not planned and not HAS_TRITON:
+        return "kernels    plain PyTorch (triton is not installed)"
+    reasons = _of_settings(settings)
+    reasons += [reason for reason in plain_parts(model) if reason not in reasons]
+    name = "plain formulas of the GPU's kernels" if mode() == "reference" else "Triton"
+    exceptions = f"; parts in plain PyTorch: {'; '.join(reasons)}" if reasons else ""
+    return f"kernels    {name}{exceptions}"
+
+
+def _of_settings(settings: Settings) -> list[str]:
+    """Return the reasons that the model does not show."""
+    reasons, deepspeed = [], settings.train.deepspeed
+    if deepspeed and read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage") == 3:
+        reasons.append("ZeRO-3 shards the trained weights")
+    if settings.train.torch_compile:
+        reasons.append("torch.compile has its own")
+    if settings.data.packing:
+        reasons.append("packed rows average gates within each text")
+    return reasons

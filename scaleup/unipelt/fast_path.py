@@ -1,0 +1,20 @@
+"""Why parts of a model do not take the fast path of `kernels/`."""
+
+from torch import nn
+
+from .attention import ATTENTION, models_with_own_config
+from .kernels import collect_sites
+from .layers import SiteLayer
+from .prefix import PrefixTuning
+
+
+def plain_parts(model: nn.Module) -> list[str]:
+    """Return the reasons why parts of a model with UniPELT take the plain path, in plain words."""
+    modules = list(model.modules())
+    reasons = collect_sites(m for m in modules if isinstance(m, SiteLayer))[1]
+    if any(isinstance(m, PrefixTuning) for m in modules) and any(
+        part.config._attn_implementation == ATTENTION["eager"]
+        for part in models_with_own_config(model)
+    ):
+        reasons.append("eager attention")
+    return reasons
