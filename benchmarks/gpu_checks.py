@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_checks --output results/bench/gpu/checks.json
 
-kernels: each kernel against its reference in float64 on the same inputs. models: loss and gradients
+kernels: each kernel against its reference in float64 on the same inputs. attention: output and
+gradients of attention with a prefix against autograd in float64. models: loss and gradients
 of small models in float32 and bfloat16 against those with SCALEUP_KERNELS=off in float32. host:
 microseconds that the host needs for one call. The exit code is 1 if an error is above its limit.
 """
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.cases import argument_parser, write_result
 from scaleup.experiments import batches, call_counts, variants
-from scaleup.unipelt.kernels import ops, reference
+from scaleup.unipelt.kernels import Visible, additive_mask, lse_attention, ops, reference
 from scaleup.unipelt.kernels.target import VARIABLE
 
 # dtype of the inputs → largest error of a kernel, relative to the largest value of the result
@@ -28,6 +29,15 @@ KERNEL_LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 MODEL_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # batch, heads, key-value heads, queries, head size, prefix length
 MERGES = ((2, 12, 12, 128, 64, 10), (1, 32, 8, 200, 128, 10), (3, 4, 2, 17, 16, 3))
+# batch, heads, key-value heads, tokens, head size; mask; gate
+ATTENTIONS = (
+    ((2, 12, 12, 128, 64), "no mask", "per example"),
+    ((2, 12, 12, 128, 64), "padding", "per example"),
+    ((1, 32, 8, 512, 128), "causal", "per token"),
+    ((2, 8, 2, 100, 64), "padding", "per token"),
+    ((2, 4, 4, 33, 64), "causal", "ungated"),
+)
+PREFIX = 10
 # batch, tokens, narrow columns, gates
 SITES = ((2, 128, 16, 2), (1, 2048, 48, 1), (3, 17, 5, 3))
 CALLS = 2000
@@ -129,6 +139,77 @@ def kernel_results(device: str) -> Iterator[tuple[str, Result]]:
             yield name, {"error": error, "limit": limit}
 
 
+def plain_attention(
+    query_BHTE: torch.Tensor,
+    key_BGSE: torch.Tensor,
+    value_BGSE: torch.Tensor,
+    prefix: torch.Tensor,
+    gate_BT1: torch.Tensor | float,
+    hidden: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute attention with a prefix [2, G, L, E] as one softmax over all keys, [B, T, H, E]."""
+    groups = query_BHTE.shape[1] // key_BGSE.shape[1]
+    scaled_BHTE = query_BHTE * query_BHTE.shape[3] ** -0.5
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (key_BGSE, value_BGSE))
+    prefix_keys, prefix_values = prefix.repeat_interleave(groups, dim=1).unbind()
+    scores_BHTS = scaled_BHTE @ keys.transpose(2, 3)
+    if hidden is not None:
+        scores_BHTS = scores_BHTS.masked_fill(hidden, -torch.inf)
+    gate = gate_BT1.unsqueeze(1) if isinstance(gate_BT1, torch.Tensor) else gate_BT1
+    prefix_scores = scaled_BHTE @ prefix_keys.transpose(1, 2) * gate
+    weights = torch.cat([prefix_scores, scores_BHTS], dim=-1).softmax(dim=-1)
+    length = prefix.shape[2]
+    out = weights[..., :length] * gate @ prefix_values + weights[..., length:] @ values
+    return out.transpose(1, 2)
+
+
+def attention_error(
+    shape: tuple[int, ...], mask: str, gated: str, dtype: torch.dtype, device: str
+) -> float:
+    """Check the output of attention and the gradients of all inputs."""
+    batch, heads, kv_heads, tokens, size = shape
+    new = torch.Generator(device).manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=new, device=device).to(dtype)
+
+    inputs = [random(batch, heads, tokens, size)]
+    inputs += [random(batch, kv_heads, tokens, size) for _ in range(2)]
+    inputs.append(random(2, kv_heads, PREFIX, size))
+    if gated != "ungated":
+        inputs.append(random(batch, tokens if gated == "per token" else 1, 1).sigmoid())
+    hidden, visible = None, Visible(causal=mask == "causal")
+    if mask == "causal":
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+    elif mask == "padding":
+        lengths = torch.linspace(tokens // 2, tokens, batch, device=device).long()
+        hidden = (torch.arange(tokens, device=device) >= lengths[:, None])[:, None, None]
+        visible = Visible(mask=additive_mask(~hidden, dtype))
+    grad = random(batch, tokens, heads, size)
+
+    def results(values: list[torch.Tensor], function: Callable) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in values]
+        gate = leaves[4:] or [1.0]
+        out = function(*leaves[:4], *gate)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    actual = results(
+        inputs, lambda q, k, v, p, g: lse_attention(q, k, v, p, g, visible, size**-0.5, 0.0)
+    )
+    expected = results(_wide(inputs), lambda q, k, v, p, g: plain_attention(q, k, v, p, g, hidden))
+    return max(relative_error(a, e) for a, e in zip(actual, expected))
+
+
+def attention_results(device: str) -> Iterator[tuple[str, Result]]:
+    """Check attention with a prefix in every dtype."""
+    for dtype, limit in KERNEL_LIMITS.items():
+        for shape, mask, gated in ATTENTIONS:
+            kind = str(dtype).removeprefix("torch.")
+            name = f"attention, {kind}, {'x'.join(map(str, shape))}, {mask}, {gated}"
+            error = attention_error(shape, mask, gated, dtype, device)
+            yield name, {"error": error, "limit": limit}
+
+
 @contextlib.contextmanager
 def _kernels(mode: str) -> Iterator[None]:
     before = os.environ.get(VARIABLE, "auto")
@@ -207,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results: dict[str, Result] = {}
     failed = 0
-    for check in (kernel_results, model_results, host_results):
+    for check in (kernel_results, attention_results, model_results, host_results):
         for name, result in check(options.device):
             results[name] = result
             write_result(options.output, results)

@@ -113,6 +113,7 @@ def test_a_dry_run_checks_and_times_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
         "merge": 27,
         "narrow": 36,
+        "attention": 15,
         "model": 8,
         "host": 3,
     }
@@ -124,6 +125,7 @@ def test_a_dry_run_checks_and_times_on_a_cpu(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_kernel_fails_the_checks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_checks, "attention_results", lambda device: ())
     monkeypatch.setattr(gpu_checks, "model_results", lambda device: ())
     monkeypatch.setattr(gpu_checks, "host_results", lambda device: ())
     monkeypatch.setattr(gpu_checks, "SITES", ((2, 16, 4, 2),))
@@ -143,6 +145,7 @@ def test_a_wrong_kernel_fails_the_checks(tmp_path, monkeypatch, capsys):
 def test_an_error_that_is_no_number_or_too_large_is_found(value, tmp_path, monkeypatch):
     results = (("merge", {"error": value, "limit": 0.1}),)
     monkeypatch.setattr(gpu_checks, "kernel_results", lambda device: results)
+    monkeypatch.setattr(gpu_checks, "attention_results", lambda device: ())
     monkeypatch.setattr(gpu_checks, "model_results", lambda device: ())
     monkeypatch.setattr(gpu_checks, "host_results", lambda device: ())
     assert gpu_checks.main(["--device", "cpu", "--output", str(tmp_path / "c.json")]) == 1
