@@ -24,6 +24,9 @@ from scaleup.backbone.int8 import replace_linears
 from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import ModelSettings
+from scaleup.unipelt.attention import implementation
+from scaleup.unipelt.flash import check_flash
+from scaleup.unipelt.kernels import fast_path
 from scaleup.unipelt.quantized import leave_out_scales
 from scaleup.unipelt.site_types import AttentionSite
 from scaleup.unipelt.sites import find_sites, head_names
@@ -239,7 +242,7 @@ def empty_model(
     transformers' `from_config` would allocate and shard every weight under ZeRO-3.
     """
     cls = auto._model_mapping[type(config)]
-    config._attn_implementation = attention
+    config._attn_implementation = implementation(attention)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype or default)
     try:
@@ -248,6 +251,11 @@ def empty_model(
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
+    if attention == "flash":
+        try:
+            check_flash(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     return model
 
 
@@ -284,6 +292,10 @@ def load_model(
         The model, and the names of its missing modules: poolers that the files lack. They have to
         train and be saved, because they cannot be restored from the backbone's files.
     """
+    if settings.attention == "flash" and not fast_path(torch.empty(0, device=device)):
+        raise ConfigError(
+            "model.attention: flash needs a GPU and SCALEUP_KERNELS=auto; set model.attention=sdpa"
+        )
     try:
         empty = empty_model(config, settings.attention, dtype, auto)
         heads = tuple(head_names(empty))
@@ -297,7 +309,7 @@ def load_model(
                 settings.name,
                 config=config,
                 dtype=dtype,
-                attn_implementation=settings.attention,
+                attn_implementation=implementation(settings.attention),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **_source(settings),

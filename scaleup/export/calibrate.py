@@ -75,9 +75,10 @@ class TrainedMeasurements(Measurements):
 def load(job: TrainedJob) -> nn.Module:
     """Load the trained model on this machine's device, in evaluation mode."""
     settings = schema.load(job.config)
+    changes: dict[str, str] = {"attention": settings.model.portable_attention}
     if job.full_precision:
-        model_settings = settings.model.model_copy(update={"quantization": "none"})
-        settings = settings.model_copy(update={"model": model_settings})
+        changes["quantization"] = "none"
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source: dict[str, Any] = {
         "adapter" if job.with_peft else "weights": pathlib.Path(job.checkpoint)

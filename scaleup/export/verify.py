@@ -189,7 +189,7 @@ class Evaluation:
         job = FolderJob(
             folder=str(folder.resolve()),
             auto=self.export.auto.__name__,
-            attention=self.settings.model.attention,
+            attention=self.settings.model.portable_attention,
             **self._files("after"),
         )
         return self.run_process("after", ["-I", measure.__file__], job, Measurements)

@@ -92,6 +92,13 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
             f"model.quantization: {model.quantization} weights are frozen; method.name "
             f"{method.name} trains them: use none"
         )
+    if model is not None and model.attention == "flash" and train is not None:
+        half = train.bf16 or train.fp16 or model.dtype in ("bfloat16", "float16")
+        if not half:
+            problems.append(
+                "model.attention: flash computes in half precision; set train.bf16=true, or "
+                "model.attention=sdpa"
+            )
     if train is not None and train.cuda_graphs:
         problems += _graph_problems(train, quantized)
     if data is not None:

@@ -49,14 +49,20 @@ class ModelSettings(Section):
     quantization: Literal["none", "8bit", "nf4"] = "none"
     """Quantise frozen linear weights to int8 (by bitsandbytes; under ZeRO-3 by scaleup, which
     shards them) or to 4 bits (NF4)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation; eager is slow but works for every model."""
+    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    """Attention implementation. flash: torch's flash kernel on a GPU in half precision, without
+    masks for padded batches and packed rows. eager is slow but works for every model."""
     head_bias: Literal["default", "prior"] = "default"
     """Initial bias of a new head. prior: the mean of the training labels (regression) or the
     logarithms of the class shares, which saves the hundreds of steps that learn this constant.
     default: as transformers makes it, as in the paper."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you trust."""
+
+    @property
+    def portable_attention(self) -> str:
+        """Return an implementation of the same attention that needs neither GPU nor scaleup."""
+        return "sdpa" if self.attention == "flash" else self.attention
 
 
 class _Method(Section):

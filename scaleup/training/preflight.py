@@ -63,9 +63,11 @@ def _structure_problems(
         return []  # `model_config` reports a model that cannot do the task
     known = config.model_type in TESTED
     eager_only = model.attention != "eager" and config.model_type in EAGER_ONLY
-    if not completes and known and not eager_only:
+    if not completes and known and not eager_only and model.attention != "flash":
         return []
     attentions, problem = backbone.find_attentions(config, model.attention, auto)
+    if problem is not None and problem.startswith("model.attention"):
+        return [problem]
     if problem is not None and model.attention != "eager":
         attentions, eager_problem = backbone.find_attentions(config, "eager", auto)
         reason = problem.partition(".")[0].partition(";")[0]

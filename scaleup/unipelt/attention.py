@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .flash import flash_lengths, flash_visible, plain_flash
 from .gate import GateValue
 from .kernels import Visible, attend, is_fast_on_cpu, is_short, kernel_for, lse_attention
 from .masks import PassMasks, alignment_padding
@@ -35,6 +36,7 @@ from .masks import PassMasks, alignment_padding
 _FOLDER = hashlib.sha256(__name__.encode()).hexdigest()[:8]
 FAMILY = "unipelt" if __name__.startswith("scaleup.") else f"unipelt_{_FOLDER}"
 ATTENTION = {plain: f"{FAMILY}_{plain}" for plain in ("sdpa", "eager")}
+FLASH = f"{FAMILY}_fa"  # transformers searches "flash" in names and would import flash-attn
 PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
 ATTENTION_CHILD = "unipelt_attention"  # the child of an attention that evaluates its gates
 
@@ -50,15 +52,20 @@ def use_prefix_attention(model: PreTrainedModel) -> None:
     """
     for part in models_with_own_config(model):
         current = part.config._attn_implementation
-        if current in ATTENTION.values():
+        if current in (*ATTENTION.values(), FLASH):
             continue
         if current not in ATTENTION:
             raise ValueError(
-                f"the prefix works with sdpa or eager attention, not with {current}; "
+                f"the prefix works with sdpa, eager or {FLASH} attention, not with {current}; "
                 "load the model with attn_implementation='sdpa'"
             )
         part.set_attn_implementation(ATTENTION[current])
         assert part.config._attn_implementation == ATTENTION[current]
+
+
+def implementation(attention: str) -> str:
+    """Return the name in transformers of a value of `model.attention`."""
+    return FLASH if attention == "flash" else attention
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -194,6 +201,9 @@ def _join(
     def by_log_sum_exp() -> torch.Tensor | None:
         return _by_log_sum_exp(qkv, attention_mask, bias, causal, prefix, masks, scaling, dropout)
 
+    if plain is plain_flash:
+        visible = flash_visible(module, query, key, attention_mask, dropout, kwargs)
+        return lse_attention(query, key, value, *prefix, visible, scaling, dropout), None
     if sdpa and masks.fast and (out := by_log_sum_exp()) is not None:
         return out, None
     length, gate = prefix[0].shape[2], _of_one_head(prefix[1], query)
@@ -214,6 +224,14 @@ def _join(
         return _attend_per_token(plain, module, qkv, mask, prefix, **kwargs)
     key, value = _join_scaled(prefix, key, value, padding)
     return plain(module, query, key, value, mask, **kwargs)
+
+
+def _autocast(qkv: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Cast queries, keys and values under autocast, as torch's sdpa does."""
+    device = qkv[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return qkv
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in qkv)
 
 
 def _by_log_sum_exp(
@@ -237,11 +255,7 @@ def _by_log_sum_exp(
     # With gradient checkpointing, T5 asks for the gradient of a bias of zeros, a leaf.
     if bias is not None and bias.requires_grad and not bias.is_leaf:
         return None
-    device = qkv[0].device.type
-    if torch.is_autocast_enabled(device):  # as sdpa does
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in qkv)
-    else:
-        query, key, value = qkv
+    query, key, value = _autocast(qkv)
     mask = masks.additive(attention_mask, bias, query.dtype)
     visible = Visible(mask, causal and attention_mask is None and query.shape[2] > 1)
     same = query.dtype == key.dtype == value.dtype
@@ -259,6 +273,12 @@ def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs)
 def unipelt_eager(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
     """Call the eager attention of the module's modelling file with the module's gated prefix."""
     return _attend(_plain_eager, module, query, key, value, attention_mask, **kwargs)
+
+
+def unipelt_flash(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+    """Compute flash attention with the module's gated prefix if there is one."""
+    query, key, value = _autocast((query, key, value))
+    return _attend(plain_flash, module, query, key, value, attention_mask, **kwargs)
 
 
 def _plain_eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -315,6 +335,8 @@ def register_attention() -> None:
     for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
         AttentionInterface.register(ATTENTION[plain], function)
         AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    AttentionInterface.register(FLASH, unipelt_flash)
+    AttentionMaskInterface.register(FLASH, flash_lengths)
     AttentionInterface.register(PROBE, unipelt_probe)
     AttentionMaskInterface.register(PROBE, probe_mask)
 

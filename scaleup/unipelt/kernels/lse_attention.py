@@ -33,7 +33,7 @@ def lse_attention(
     query_BHTE: Tensor,
     key_BGSE: Tensor,
     value_BGSE: Tensor,
-    prefix: Tensor,
+    prefix: Tensor | None,
     gate: Tensor | float,
     visible: Visible,
     scale: float,
@@ -43,7 +43,7 @@ def lse_attention(
 
     Args:
         query_BHTE, key_BGSE, value_BGSE: of the attention, without the prefix.
-        prefix: keys and values of the prefix, [2, G, L, E].
+        prefix: keys and values of the prefix, [2, G, L, E], or None.
         gate: [B, 1 or T, 1], or [B, H, T] with equal heads, or a constant.
         visible: which real keys a query sees.
         scale: factor of the scores.
@@ -54,17 +54,21 @@ def lse_attention(
     """
     batch, heads, queries = query_BHTE.shape[:3]
     gate_BHT = per_query(gate, query_BHTE) if isinstance(gate, Tensor) else None
-    if not isinstance(gate, Tensor) and gate != 1.0:
-        prefix = prefix * gate
-    tensors: tuple[Tensor, ...] = query_BHTE, key_BGSE, value_BGSE
+    query, key, value = query_BHTE, key_BGSE, value_BGSE
     if visible.lengths is not None:
-        tensors = tuple(one_row(x) for x in tensors)
+        query, key, value = (one_row(x) for x in (query, key, value))
         if gate_BHT is not None:
             gate_BHT = gate_BHT[:, :1].reshape(1, 1, -1).expand(1, heads, -1)
-    if torch.compiler.is_compiling():
-        out = _operation(*tensors, prefix, gate_BHT, *visible, scale, dropout)[0]
+    if prefix is None:  # torch differentiates its own kernels
+        out = fused_attention.forward(query, key, value, visible, scale, dropout)[0].transpose(1, 2)
     else:
-        out = _LseAttention.run(*tensors, prefix, gate_BHT, visible, scale, dropout)
+        if not isinstance(gate, Tensor) and gate != 1.0:
+            prefix = prefix * gate
+        tensors = query, key, value, prefix, gate_BHT
+        if torch.compiler.is_compiling():
+            out = _operation(*tensors, *visible, scale, dropout)[0]
+        else:
+            out = _LseAttention.run(*tensors, visible, scale, dropout)
     return out if visible.lengths is None else out.view(batch, queries, heads, -1)
 
 

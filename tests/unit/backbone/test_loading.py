@@ -12,6 +12,7 @@ from scaleup.backbone.method import apply_method
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings
 from scaleup.training.preflight import model_config
+from scaleup.unipelt.attention import FLASH
 from scaleup.unipelt.model import parameter_counts
 from scaleup.unipelt.sites import head_names
 from tests.utils.tiny import backbone, logits, same
@@ -131,10 +132,10 @@ def test_a_damaged_weight_file_is_refused(folder):
         load(folder)
 
 
-def problems(name, method="unipelt", **data):
+def problems(name, method="unipelt", attention="sdpa", **data):
     return model_config(
         {
-            "model": ModelSettings(name=str(name)),
+            "model": ModelSettings(name=str(name), attention=attention),
             "method": MethodSettings(name=method),
             "data": DataSettings(name="rte", **data),
         }
@@ -148,6 +149,25 @@ def test_a_folder_is_judged_before_weights_are_loaded(folder):
     assert "has no weights" in problems(folder)[0]
     (folder / "config.json").write_text("{nonsense")
     assert "not a usable model config" in problems(folder)[0]
+
+
+def test_flash_attention_is_refused_for_models_without_it_and_on_a_cpu(
+    folder, tmp_path, monkeypatch
+):
+    assert problems(folder, attention="flash") == []
+    settings = ModelSettings(name=str(folder), attention="flash")
+
+    def loaded():
+        arguments = AutoModelForSequenceClassification, torch.float32, torch.device("cpu")
+        return load_model(settings, load_config(settings), *arguments)[0]
+
+    with pytest.raises(ConfigError, match="^model.attention: flash needs a GPU"):
+        loaded()
+    monkeypatch.setenv("SCALEUP_KERNELS", "reference")
+    assert loaded().config._attn_implementation == FLASH
+    backbone("t5").save_pretrained(tmp_path / "t5")
+    refused = problems(tmp_path / "t5", attention="flash")
+    assert len(refused) == 1 and refused[0].startswith("model.attention: flash: t5 does not")
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "bart", "t5", "distilbert"])

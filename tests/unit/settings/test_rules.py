@@ -206,3 +206,12 @@ def test_further_checks_get_the_valid_sections_and_add_their_problems():
 def test_values_that_libraries_would_refuse_later_are_refused_now(key, value, words):
     found = problems(GLUE, f"train.{key}={value}")
     assert any(problem.startswith(f"train.{key}: ") and words in problem for problem in found)
+
+
+def test_flash_attention_needs_half_precision():
+    flash = "model.attention=flash"
+    assert any(
+        p.startswith(flash.replace("=", ": ")) for p in problems(GLUE, flash, "train.bf16=false")
+    )
+    for half in ("train.bf16=auto", "train.bf16=true", "model.dtype=bfloat16"):
+        assert not any("flash" in problem for problem in problems(GLUE, flash, half))
