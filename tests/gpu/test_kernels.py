@@ -53,7 +53,7 @@ def test_narrow_maps_equal_the_formula(size, dtype):
     "case",
     [
         Merge(2, 4, 2, 100, 24, 70, "head", 0.1),
-        Merge(2, 4, 1, 50, 256, 40, "token"),
+        Merge(2, 4, 1, 50, 128, 40, "token"),
         Merge(3, 4, 4, 1, 64, 10, "token"),
     ],
     ids=str,
@@ -61,6 +61,11 @@ def test_narrow_maps_equal_the_formula(size, dtype):
 @both_dtypes
 def test_unusual_sizes_are_merged(case, dtype):
     compare_merge(ops, case.inputs(dtype, "cuda"), dtype)
+
+
+def test_a_head_of_256_is_merged():
+    case = Merge(2, 4, 1, 50, 256, 40, "token", 0.1)
+    compare_merge(ops, case.inputs(torch.bfloat16, "cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,18 @@ def test_unusual_sizes_are_merged(case, dtype):
 @both_dtypes
 def test_unusual_sizes_are_narrow(case, dtype):
     compare_narrow(ops, case, case.inputs(dtype, "cuda"), dtype)
+
+
+def test_the_registered_operation_returns_the_shapes_that_compilers_expect():
+    x = MERGE_SIZES["llama"].inputs(torch.bfloat16, "cuda")
+    arguments = (
+        *(x[name] for name in ("query", "out", "lse", "prefix", "gate", "grad_out")),
+        *(x["grad_query"], x["scale"], x["keep"], x["dropout"]),
+    )
+    for result, expected in zip(
+        ops._merge_backward(*arguments), ops.fake_merge_backward(*arguments), strict=True
+    ):
+        assert result.shape == expected.shape and result.stride() == expected.stride()
 
 
 def test_results_are_the_same_each_time():

@@ -96,7 +96,7 @@ def merge_forward(
             (query, out, lse, piece, gate, keep_piece),
             (*factors, *sizes, piece.shape[2], blocks, *strides),
             constants,
-            8 if query.dtype == torch.float32 and block_e > 128 else 4,
+            4,
         )
 
 

@@ -21,7 +21,7 @@ MERGES = {
     "a gate for each head, dropout": Merge(1, 3, 3, 33, 64, 5, "head", 0.3),
     "a single key, dropout, no gate": Merge(2, 2, 2, 5, 16, 1, dropout=0.5),
     "a prefix in pieces": Merge(1, 2, 1, 20, 16, 70, "token", 0.2),
-    "a wide head, a prefix in pieces": Merge(1, 1, 1, 18, 200, 33, "example", 0.2),
+    "a wide head, a prefix in pieces": Merge(1, 1, 1, 18, 100, 40, "example", 0.2),
 }
 NARROWS = {
     "attention, all tokens": Narrow(2, 37, 16, 2, 24, 16, selected=1, grads=(8, 8), heads=5),
@@ -53,6 +53,11 @@ NARROWS = {
 @pytest.mark.parametrize("name", MERGES)
 def test_a_prefix_is_merged_as_by_the_formula(name, dtype):
     compare_merge(triton_merge, MERGES[name].inputs(dtype), dtype)
+
+
+def test_a_head_of_256_is_merged():
+    case = Merge(1, 1, 1, 18, 256, 20, "token", 0.2)
+    compare_merge(triton_merge, case.inputs(torch.float16), torch.float16)
 
 
 def test_one_program_handles_several_blocks_of_queries(monkeypatch):

@@ -15,6 +15,7 @@ import triton
 from triton.runtime import driver
 
 from scaleup.unipelt.kernels import triton_merge, triton_narrow
+from scaleup.unipelt.kernels.target import merge_refusal
 from tests.utils.kernel_cases import MERGE_SIZES, NARROW_SIZES, Merge, Narrow
 from tests.utils.triton_driver import AbsentGpu
 
@@ -118,6 +119,8 @@ def test_narrow_kernels_fit_at_the_sizes_of_the_design(size, compiled):
     ids=str,
 )
 def test_merge_kernels_fit_at_all_sizes(case, dtype, compiled):
+    if merge_refusal(dtype, case.size) is not None:
+        pytest.skip("the kernels refuse this size")
     run_merge(case, dtype)
     assert_fit(compiled)
 
