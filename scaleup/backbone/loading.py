@@ -26,7 +26,7 @@ from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.attention import implementation
 from scaleup.unipelt.flash import check_flash
-from scaleup.unipelt.kernels import fast_path
+from scaleup.unipelt.kernels.target import mode
 from scaleup.unipelt.quantized import leave_out_scales
 from scaleup.unipelt.site_types import AttentionSite
 from scaleup.unipelt.sites import find_sites, head_names
@@ -259,6 +259,19 @@ def empty_model(
     return model
 
 
+def check_attention(settings: ModelSettings, device: str) -> None:
+    """Check that a device has the attention of a run.
+
+    Raises:
+        ConfigError: if it has not.
+    """
+    usable = mode() == "reference" or (mode() == "auto" and device == "cuda")
+    if settings.attention == "flash" and not usable:
+        raise ConfigError(
+            "model.attention: flash needs a GPU and SCALEUP_KERNELS=auto; set model.attention=sdpa"
+        )
+
+
 def find_attentions(
     config: PretrainedConfig, attention: str, auto: Any
 ) -> tuple[list[AttentionSite], str | None]:
@@ -292,10 +305,7 @@ def load_model(
         The model, and the names of its missing modules: poolers that the files lack. They have to
         train and be saved, because they cannot be restored from the backbone's files.
     """
-    if settings.attention == "flash" and not fast_path(torch.empty(0, device=device)):
-        raise ConfigError(
-            "model.attention: flash needs a GPU and SCALEUP_KERNELS=auto; set model.attention=sdpa"
-        )
+    check_attention(settings, device.type)
     try:
         empty = empty_model(config, settings.attention, dtype, auto)
         heads = tuple(head_names(empty))

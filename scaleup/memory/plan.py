@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.loading import load_config, pad_tokens, set_pad_token
+from scaleup.backbone.loading import check_attention, load_config, pad_tokens, set_pad_token
 from scaleup.backbone.method import empty_run_model
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
@@ -198,6 +198,7 @@ def make_plan(
         configured: plan only the configured stage and kind of weights, which is quicker.
         progress: is called with a line about each slow computation.
     """
+    check_attention(settings.model, device)
     config = load_config(settings.model)
     settings = fit_length(settings, config)
     config.num_labels, examples = _outputs_and_examples(settings)

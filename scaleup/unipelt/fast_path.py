@@ -17,4 +17,6 @@ def plain_parts(model: nn.Module) -> list[str]:
         for part in models_with_own_config(model)
     ):
         reasons.append("eager attention")
+    if any(m.head_size % 8 for m in modules if isinstance(m, PrefixTuning)):
+        reasons.append("heads are no multiple of 8 columns")
     return reasons

@@ -68,3 +68,7 @@ def test_the_environment(monkeypatch):
     assert line() == "kernels    plain PyTorch (SCALEUP_KERNELS=off)"
     monkeypatch.setenv(VARIABLE, "reference")
     assert line(device="cpu") == "kernels    plain formulas of the GPU's kernels"
+
+
+def test_heads_that_no_kernel_takes():
+    assert "heads are no multiple of 8" in line(adapt(backbone("bert", num_attention_heads=8)))

@@ -83,6 +83,20 @@ def test_a_plan_for_a_gpu_knows_nothing_of_a_cpus_attention(workspace, monkeypat
     )
 
 
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_a_plan_for_a_gpu_has_neither_joined_keys_nor_masks_for_the_prefix(
+    workspace, family, monkeypatch
+):
+    shape = AutoConfig.from_pretrained(workspace / family)
+    kernels, steps = Kernels("cuda", torch.bfloat16, "plain", False), {}
+    for mode in ("off", "auto"):
+        monkeypatch.setenv("SCALEUP_KERNELS", mode)
+        steps[mode] = trace(
+            lambda shape: adapted(workspace, family, "meta", shape), shape, kernels, 8, 64
+        )
+    assert steps["auto"].kept < steps["off"].kept and steps["auto"].peak < steps["off"].peak
+
+
 def test_torchs_functions_are_put_back_after_a_failure():
     before = (nn.functional.linear, nn.functional.layer_norm, nn.functional.dropout, torch.rand)
     with pytest.raises(AttributeError):  # no config, no forward

@@ -186,3 +186,12 @@ def test_the_plan_is_within_a_tenth_of_the_gpus_peak():
         optimizer.zero_grad()
     total = state.resident + max(planned.peak, state.gradients)
     assert total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+def test_flash_attention_is_planned_for_a_gpu_only(workspace):
+    chosen = settings(workspace, "model.attention=flash", "train.bf16=true")
+    (row,) = make_plan(chosen, 1, "cuda", configured=True).rows
+    (usual,) = make_plan(settings(workspace, "train.bf16=true"), 1, "cuda", configured=True).rows
+    assert 0 < row.step.peak <= usual.step.peak
+    with pytest.raises(errors.ConfigError, match="^model.attention: flash needs a GPU"):
+        make_plan(chosen, 1, "cpu", configured=True)
