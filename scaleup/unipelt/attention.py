@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .flash import flash_lengths, flash_visible, plain_flash
+from .flash import flash_lengths, flash_visible, plain_flash, sdpa_mask
 from .gate import GateValue
 from .kernels import Visible, attend, is_fast_on_cpu, is_short, kernel_for, lse_attention
 from .masks import PassMasks, alignment_padding
@@ -266,6 +266,8 @@ def _by_log_sum_exp(
 
 def unipelt_sdpa(module: nn.Module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
     """Compute scaled-dot-product attention with the module's gated prefix."""
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        return unipelt_flash(module, query, key, value, attention_mask, **kwargs)
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return _attend(plain, module, query, key, value, attention_mask, **kwargs)
 
@@ -332,9 +334,10 @@ def register_attention() -> None:
 
     Their mask functions are registered too: without them a model's mask would silently be None.
     """
-    for plain, function in (("sdpa", unipelt_sdpa), ("eager", unipelt_eager)):
-        AttentionInterface.register(ATTENTION[plain], function)
-        AttentionMaskInterface.register(ATTENTION[plain], ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    AttentionInterface.register(ATTENTION["sdpa"], unipelt_sdpa)
+    AttentionMaskInterface.register(ATTENTION["sdpa"], sdpa_mask)
+    AttentionInterface.register(ATTENTION["eager"], unipelt_eager)
+    AttentionMaskInterface.register(ATTENTION["eager"], ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     AttentionInterface.register(FLASH, unipelt_flash)
     AttentionMaskInterface.register(FLASH, flash_lengths)
     AttentionInterface.register(PROBE, unipelt_probe)

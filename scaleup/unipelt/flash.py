@@ -1,4 +1,4 @@
-"""Flash attention without masks: `model.attention: flash`.
+"""Flash attention without masks: `model.attention: flash`, and packed rows with sdpa.
 
 Torch's flash kernel takes no mask. It takes the lengths of the texts in one long row instead, and
 each text attends to itself. Padding is thus a text of its own, so that nothing is gathered and
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
@@ -21,6 +21,7 @@ from .kernels import Visible, fast_path, kernel_for, lse_attention, target_devic
 
 # Arguments of attention functions that change what the kernel would have to compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models that see a part of a text
 SETTING = "model.attention: flash"
 
 
@@ -96,6 +97,46 @@ def flash_lengths(
     starts_N = starts_BT.flatten().nonzero().squeeze(1)
     ends_N = torch.cat([starts_N, starts_N.new_tensor([starts_BT.numel()])]).int()
     return torch.stack([ends_N, ends_N])
+
+
+def sdpa_mask(**arguments: Any) -> torch.Tensor | None:
+    """Return the mask of sdpa, or `flash_lengths` of packed texts if the flash kernel takes them.
+
+    This is a mask function of transformers.
+    """
+    lengths = flash_lengths(**arguments) if _is_packed_for_flash(**arguments) else None
+    return masking_utils.sdpa_mask(**arguments) if lengths is None else lengths
+
+
+def _is_packed_for_flash(
+    q_length: int,
+    kv_length: int,
+    device: torch.device,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    **kwargs: Any,
+) -> bool:
+    """Return whether rows may hold several texts, and the flash kernel does what sdpa does.
+
+    Args:
+        q_length, kv_length, mask_function, attention_mask, use_vmap: as for `flash_lengths`.
+        device, dtype, config: those of the model.
+        kwargs: other arguments of mask functions.
+    """
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if plain or attention_mask is not None or use_vmap or q_length != kv_length or is_tracing():
+        return False
+    # Beside texts, only plain causal attention. sdpa leaves out the cap of the scores.
+    if any(getattr(config, name, None) for name in (*WINDOWS, "attn_logit_softcapping")):
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    head = torch.empty(1, 1, 1, size, dtype=dtype, device=device)
+    return fast_path(head) and kernel_for(head, head, Visible(), 0.0) in ("flash", "cpu")
 
 
 def _of_padding(mask_BS: torch.Tensor, queries: int, encoder: bool) -> torch.Tensor:

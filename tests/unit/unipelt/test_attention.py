@@ -146,9 +146,14 @@ def test_the_layout_is_the_authors(reparameterization):
 
 def test_both_registries_of_transformers_know_the_attentions():
     """Without its mask function, transformers would silently pass a mask of None."""
-    for plain, ours in ATTENTION.items():
+    for ours in ATTENTION.values():
         assert ours in ALL_ATTENTION_FUNCTIONS and ours in ALL_MASK_ATTENTION_FUNCTIONS
-        assert ALL_MASK_ATTENTION_FUNCTIONS[ours] is ALL_MASK_ATTENTION_FUNCTIONS[plain]
+    sizes = dict(batch_size=2, q_length=4, kv_length=4, device=torch.device("cpu"))
+    padding = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    for plain, ours in ATTENTION.items():
+        masks = (ALL_MASK_ATTENTION_FUNCTIONS[name] for name in (plain, ours))
+        expected, made = (mask(**sizes, attention_mask=padding, config=None) for mask in masks)
+        assert torch.equal(expected, made)
 
 
 @pytest.mark.parametrize("reparameterization", ["mlp", "none"])

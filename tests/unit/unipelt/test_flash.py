@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BartForConditionalGeneration
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from scaleup.unipelt import flash
 from scaleup.unipelt.attention import FLASH
 from scaleup.unipelt.flash import check_flash, flash_lengths
 from scaleup.unipelt.kernels import planned_for
@@ -67,6 +68,7 @@ def batch(model, rows: str) -> dict[str, torch.Tensor]:
     if rows == "packed":
         positions = torch.cat([torch.arange(length) for length in PACKED])
         given["position_ids"] = positions.expand(len(given["input_ids"]), -1)
+        given["use_cache"] = False  # with a cache, transformers ignores the positions
     if rows == "left padding":
         for name in ("input_ids", "attention_mask"):
             given[name] = given[name].flip(1)
@@ -102,6 +104,29 @@ def test_logits_and_gradients_are_those_of_sdpa(family, rows, monkeypatch):
     expected = results(model, given)
     monkeypatch.setenv("SCALEUP_KERNELS", "reference")
     compare(results(switched(family, FLASH), given), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_packed_rows_need_no_mask_with_sdpa_either(family, monkeypatch):
+    model = switched(family, "sdpa")
+    given, masks = batch(model, "packed"), []
+    monkeypatch.setenv("SCALEUP_KERNELS", "off")
+    expected = results(model, given)
+    visible = flash.flash_visible
+
+    def record(module, query, key, lengths, *rest):
+        masks.append(lengths)
+        return visible(module, query, key, lengths, *rest)
+
+    monkeypatch.setattr("scaleup.unipelt.attention.flash_visible", record)
+    monkeypatch.setenv("SCALEUP_KERNELS", "reference")
+    model.zero_grad()
+    compare(results(model, given), expected)
+    if family == "mistral":  # its windows are in the mask
+        assert not masks
+    else:
+        ends = torch.tensor([0, 5, 9, 11, 16, 20, 22, 27, 31, 33]).expand(2, -1)
+        assert masks and all(torch.equal(lengths, ends.int()) for lengths in masks)
 
 
 @pytest.mark.parametrize("rows", ["padding", "packed"])
