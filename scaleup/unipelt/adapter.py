@@ -30,6 +30,7 @@ from .kernels import (
     PlainPath,
     Site,
     Sites,
+    StepSite,
     Wide,
     add_gated,
     aligned,
@@ -139,6 +140,9 @@ class BottleneckLayer(SiteLayer):
     ) -> torch.Tensor | None:
         """Compute `bottleneck` by the fast path, or return None if it does not apply."""
         current = self.passes.current
+        step = current.step(self, z_BTD)
+        if step is not None:
+            return self._step(step, z_BTD, n_BTD, norm)
         packed = current.packed(self, z_BTD if n_BTD is None else n_BTD)
         if packed is None or current.lease is None:
             return None
@@ -150,6 +154,26 @@ class BottleneckLayer(SiteLayer):
         if sink is not None:
             self.note(gate, *sink)
         return out_BTD
+
+    def _step(
+        self,
+        step: StepSite,
+        z_BTD: torch.Tensor,
+        n_BTD: torch.Tensor | None,
+        norm: tuple[float, bool] | None,
+    ) -> torch.Tensor:
+        """Compute `bottleneck` for a single generated token."""
+        z_BD = z_BTD[:, 0]
+        if norm is not None:
+            n_BD = step.norm(z_BD, norm[0])
+        else:
+            assert n_BTD is not None
+            n_BD = n_BTD[:, 0]
+        units_BC, gates_BN = self.step_gates(step, n_BD)
+        out_BD = step.bottleneck(z_BD, units_BC, gates_BN)
+        if norm is not None and norm[1]:
+            out_BD = step.norm(out_BD, norm[0])
+        return out_BD.unsqueeze(1)
 
     def updated(
         self, z_BTD: torch.Tensor, n_BTD: torch.Tensor, owned: bool = False

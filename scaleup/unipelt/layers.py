@@ -26,6 +26,7 @@ from .kernels import (
     PlainPath,
     Site,
     Sites,
+    StepSite,
     narrow_products,
     narrow_site,
     parameter,
@@ -183,6 +184,13 @@ class SiteLayer(AuxiliaryLayer):
         if gate.statistics is not None and not current.recomputed:
             gate.statistics.add(gates_BTN, current.real(gates_BTN.shape[1]))
 
+    def step_gates(self, step: StepSite, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the product [B, C] and the gates [B, N] of a single generated token."""
+        current = self.passes.current
+        slot = self.running.slots[step.gates]
+        z_BC, current.means[slot], gates_BN = step.evaluate(x_BD, current.means_of_step(), slot)
+        return z_BC, gates_BN
+
     def evaluate(
         self, x_BTD: torch.Tensor, groups: Sequence[Sequence[nn.Linear]], joined: bool = False
     ) -> tuple[dict[str, GateValue], list[torch.Tensor | None]]:
@@ -321,10 +329,14 @@ class AttentionGates(SiteLayer):
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Evaluate the gates. This is a forward pre-hook of the attention."""
+        h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        step = self.passes.current.step(self, h_BTD)
+        if step is not None:
+            self._begin_step(attention, kwargs, h_BTD, step)
+            return
         gate = self.active("unipelt_gate")
         if gate is None:
             return
-        h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         packed = self.passes.current.packed(self, h_BTD)
         if packed is not None:
             self._begin_fast(attention, kwargs, h_BTD, gate, packed)
@@ -367,6 +379,23 @@ class AttentionGates(SiteLayer):
             current.calls[member] = member.begin(
                 attention, kwargs, AttentionInputs(h_BTD, None, None, results)
             )
+
+    def _begin_step(
+        self, attention: nn.Module, kwargs: dict[str, Any], h_BTD: torch.Tensor, step: StepSite
+    ) -> None:
+        """Evaluate gates and gated narrow products of a single generated token."""
+        calls = self.passes.current.calls
+        readers, others, ranks, _ = step.details
+        z_BC, gates_BN = self.step_gates(step, h_BTD[:, 0])
+        for name in others:
+            member, gate_B11 = self.members[name], gates_BN[:, step.handed_out].unsqueeze(1)
+            calls[member] = member.begin(
+                attention, kwargs, AttentionInputs(h_BTD, gate_B11, None, ())
+            )
+        for name in readers:
+            member, gated = self.members[name], step.gated(z_BC, gates_BN)
+            inputs = AttentionInputs(h_BTD, None, None, gated.split_with_sizes(ranks, dim=1))
+            calls[member] = member.begin(attention, kwargs, inputs)
 
     def after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], output: object

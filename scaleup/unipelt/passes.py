@@ -24,11 +24,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import Lease, PackedSite, Plan, begin, collect_sites, fast_path
+from .kernels import (
+    Decoding,
+    Lease,
+    Means,
+    PackedSite,
+    Plan,
+    StepSite,
+    begin,
+    collect_sites,
+    fast_path,
+    means_of_step,
+    mode,
+)
 from .pooling import (
     GateTotals,
     StaticGateTotals,
     find_cache,
+    kept_beside,
     mean_within,
     real_and_count,
     running_totals,
@@ -56,6 +69,8 @@ class ForwardPass:
         lease: the packed weights of the fast path, None if all layers take the plain path.
         anchor: what the sites depend on so that gradients reach those weights; None without
             gradients.
+        decoding: the packed weights for single tokens, in a pass of a generation.
+        means: of the gates that single tokens have, by slot, to be stored when the pass ends.
         calls: what a layer keeps from one of its hooks to the next, by the object that keeps it.
         adapters: whether the adapters are disabled, and the names of the active ones.
         outer: the pass of the same model that this one interrupts, as in a hook that calls the
@@ -73,12 +88,15 @@ class ForwardPass:
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     lease: Lease | None = None
     anchor: torch.Tensor | None = None
+    decoding: Decoding | None = None
+    means: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     adapters: tuple[bool, tuple[str, ...]] | None = None
     outer: "ForwardPass | None" = None
     recomputed: bool = False
     _counts: tuple[torch.Tensor | None, torch.Tensor] | None = None
     _share_BT1: torch.Tensor | None = None
+    _step: Means | None = None
 
     def real(self, tokens: int) -> torch.Tensor | None:
         """Return the mask [B, T] of the last `tokens` tokens; cached tokens precede them in it."""
@@ -105,6 +123,26 @@ class ForwardPass:
         ):
             return None
         return site
+
+    def step(self, owner: Any, x_BTD: torch.Tensor) -> StepSite | None:
+        """Return the weights of a site for a single token, None if it takes another path.
+
+        Args:
+            owner: the object under which the layer has declared them.
+            x_BTD: the input.
+        """
+        decoding = self.decoding
+        if decoding is None or self.cached is None or not decoding.takes(x_BTD):
+            return None
+        return decoding.site(owner)
+
+    def means_of_step(self) -> Means:
+        """Return what the running means of a single token share."""
+        if self._step is None:
+            assert self.cached is not None
+            totals_B1W, count_B11 = self.cached
+            self._step = means_of_step(totals_B1W[:, 0], count_B11[:, 0], self.real(1))
+        return self._step
 
     def share(self, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return `shares` of this pass's mask, computed once."""
@@ -151,6 +189,8 @@ class ForwardPass:
         Args:
             slots: index of a site's first gate → number of its gates.
         """
+        if self.totals is not None and self.means:
+            self._store_step(self.totals, slots)
         if self.totals is None or not self.pending:
             return
         assert self._counts is not None
@@ -163,6 +203,19 @@ class ForwardPass:
         totals_BTW = torch.cat(parts, dim=-1)  # with gradients, as the keys and values have them
         self.totals.update(totals_BTW.unsqueeze(1), count_BT1.expand(*shape, 1).unsqueeze(1))
 
+    def _store_step(self, totals: GateTotals | StaticGateTotals, slots: dict[int, int]) -> None:
+        count_B1 = self.means_of_step().count_B1
+        parts = []
+        for slot, width in slots.items():
+            mean_BN = self.means.get(slot)
+            if mean_BN is None and slot in self.pending:  # of a site on the plain path
+                mean_BN = self.pending[slot][:, 0] / count_B1.clamp(min=1)
+            zeros_BN = self.means_of_step().before_BW[:, :width] * 0
+            parts.append(zeros_BN if mean_BN is None else mean_BN)
+        totals_BW = torch.cat(parts, dim=1) * count_B1
+        totals.update(totals_BW[:, None, None], count_B1.expand(len(totals_BW), 1)[:, None, None])
+        self.pending = {}
+
     def clear(self) -> None:
         """Drop what only the pass itself needs.
 
@@ -170,6 +223,7 @@ class ForwardPass:
         each other in memory.
         """
         self.totals, self.pending, self.calls, self.outer = None, {}, {}, None
+        self.means, self._step = {}, None
 
     def again(self) -> "ForwardPass":
         """Return a copy for the recomputation of a block."""
@@ -293,26 +347,38 @@ class Passes(nn.Module):
             self._layers = [layer for layer in own if hasattr(layer, "declare")]
         layers = self._layers
         first = next((p for layer in layers for p in layer.parameters()), None)
-        if first is None or not fast_path(first):
+        if first is None or mode() == "off":
             return
         names = layers[0].active_names()
         if names is None or any(layer.observer is not None for layer in layers):
             return
-        if not torch.is_grad_enabled():
-            cache = find_cache(inputs)
-            past = 0 if cache is None else cache.get_seq_length()
-            if isinstance(past, torch.Tensor) or past:
-                return  # a single token is not worth it
         device = first.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else first.dtype
         key = names, dtype, autocast
+        cache = None if torch.is_grad_enabled() else find_cache(inputs)
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, torch.Tensor):  # of a static cache
+            return
+        if past:
+            kept = kept_beside(cache)
+            if (self, *key) not in kept:
+                plan = self._plan(layers, key)
+                kept[self, *key] = None if plan is None else Decoding(begin(plan)[0])
+            new.decoding = kept[self, *key]
+            new.lease = None if new.decoding is None else new.decoding.lease
+        elif fast_path(first):
+            plan = self._plan(layers, key)
+            if plan is not None:
+                new.lease, new.anchor = begin(plan)
+
+    def _plan(self, layers: list[Any], key: tuple[Any, torch.dtype, bool]) -> Plan | None:
+        """Return the layout of the weights for adapters, dtype and autocast; None without one."""
         plan = self._plans.get(key)
         if key not in self._plans or (plan is not None and not plan.is_current()):
             sites = collect_sites(layers)[0]
-            plan = self._plans[key] = Plan(sites, dtype, autocast) if sites else None
-        if plan is not None:
-            new.lease, new.anchor = begin(plan)
+            plan = self._plans[key] = Plan(sites, *key[1:]) if sites else None
+        return plan
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.positions is not None

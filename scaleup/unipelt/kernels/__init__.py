@@ -24,20 +24,24 @@ from .packed import (
 )
 from .reference import ACTIVATIONS
 from .short_attention import attend, is_short
-from .target import fast_path, planned_for, target_device
+from .step import Decoding, Means, StepSite, means_of_step
+from .target import fast_path, mode, planned_for, target_device
 from .workspace import Lease, PackedSite, begin
 
 __all__ = [
     "ACTIVATIONS",
     "LIBRARY",
+    "Decoding",
     "Entry",
     "Lease",
+    "Means",
     "Narrow",
     "PackedSite",
     "PlainPath",
     "Plan",
     "Site",
     "Sites",
+    "StepSite",
     "Visible",
     "Wide",
     "add_gated",
@@ -55,6 +59,8 @@ __all__ = [
     "is_short",
     "kernel_for",
     "lse_attention",
+    "means_of_step",
+    "mode",
     "narrow_products",
     "narrow_site",
     "parameter",

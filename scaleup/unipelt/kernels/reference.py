@@ -169,7 +169,7 @@ def merge_backward(
     return grad_prefix, _by_example(grad_gate_HM, batch).contiguous()
 
 
-def _activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     assert activation in ACTIVATIONS, activation
     if activation == "none":
         return x
@@ -249,7 +249,7 @@ def narrow_forward(
     gates = totals / count * scales_N
     chosen, rank = gates[..., selected : selected + 1], narrow_BTR.shape[2]
     v_BTV = narrow_BTR.new_zeros(*z_BTW.shape[:2], width)
-    v_BTV[..., :rank] = _activate(narrow_BTR, activation) * chosen
+    v_BTV[..., :rank] = activate(narrow_BTR, activation) * chosen
     if ones_column:
         v_BTV[..., rank : rank + 1] = chosen
     return v_BTV.to(z_BTW.dtype), gates
@@ -296,7 +296,7 @@ def narrow_backward(
     grad_narrow_BTR = grad_narrow_BTR * _slope(narrow_BTR, activation)
 
     grad_gates_BTN = torch.zeros_like(g_BTN)  # of the pooled gate that each token uses
-    grad_gates_BTN[..., selected] = (grad_act_BTR * _activate(narrow_BTR, activation)).sum(dim=-1)
+    grad_gates_BTN[..., selected] = (grad_act_BTR * activate(narrow_BTR, activation)).sum(dim=-1)
     if ones_column:
         grad_gates_BTN[..., selected] += grad_v[..., rank]
     if grad_gate_BHT is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BartForConditionalGeneration, DynamicCache, MBartForConditionalGeneration
 
 from scaleup.unipelt.gate import LearnedGate
+from scaleup.unipelt.kernels import StepSite
 from scaleup.unipelt.prefix import PrefixTuning
 from scaleup.unipelt.sites import PACKS
 from tests.utils.tiny import CASES, EOS, PAD, TARGETS, VOCABULARY, adapt, backbone, batch, task_type
@@ -171,7 +172,8 @@ def test_encoder_gates_are_computed_once_per_generation(family):
     encoder = [n for name, n in calls.items() if ".encoder." in name and "EncDec" not in name]
     cross = [n for name, n in calls.items() if "encoder_attn" in name or "EncDecAttention" in name]
     assert encoder and set(encoder) == {1}
-    assert cross and set(cross) == {NEW + 1}  # each step's own tokens, and the encoder's once
+    # The prompt's and the encoder's tokens; generated tokens take the packed weights.
+    assert cross and set(cross) == {2}
 
 
 def test_the_state_of_the_gates_is_cropped_with_the_cache():
@@ -323,3 +325,23 @@ def test_a_copy_of_a_cache_holds_no_copy_of_the_model():
         step["attention_mask"] = nn.functional.pad(prompt(model)["attention_mask"], (0, 1), value=1)
         logits = [model(**step, past_key_values=past).logits for past in (cache, twin)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference", "off"])
+@pytest.mark.parametrize(
+    "family, sites", [("llama", 3 * 3), ("gpt2", 3 * 3), ("bart", 2 * 4), ("t5", 2 * 4)]
+)
+def test_generated_tokens_take_packed_weights(family, sites, mode, monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", mode)
+    options = {"lora_gate": "scale", "adapter_activation": "gelu"}
+    submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
+    model = decoder(family, submodules=submodules, **options)
+    calls = []
+    evaluate = StepSite.evaluate
+    monkeypatch.setattr(
+        StepSite, "evaluate", lambda self, *args: calls.append(self) or evaluate(self, *args)
+    )
+    cached, uncached = generate(model), generate(model, use_cache=False)
+    difference = torch.stack(cached.logits) - torch.stack(uncached.logits)
+    assert difference.abs().max() < 1e-4
+    assert len(calls) == (0 if mode == "off" else (NEW - 1) * sites)
