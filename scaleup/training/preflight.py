@@ -34,7 +34,7 @@ from scaleup.settings.schema import (
     Settings,
     TrainSettings,
 )
-from scaleup.training.deepspeed_file import deepspeed_problems
+from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
 from scaleup.unipelt.submodules import SUBMODULES
@@ -153,7 +153,8 @@ def training_files(sections: dict[str, Section]) -> list[str]:
     train = sections.get("train")
     if not isinstance(train, TrainSettings):
         return []
-    return output_folder_problems(train) + deepspeed_problems(train.deepspeed)
+    problems = deepspeed_problems(train.deepspeed) + replaced_settings(train)
+    return output_folder_problems(train) + problems
 
 
 def model_config(sections: dict[str, Section]) -> list[str]:

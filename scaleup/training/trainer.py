@@ -3,6 +3,7 @@
 Only this file and `scaleup.training.evaluation` override private methods of Trainer.
 """
 
+import copy
 import math
 import pathlib
 import shutil
@@ -57,10 +58,13 @@ class RunTrainer(EvaluatingTrainer):
     def try_out(self) -> None:
         """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
         self.lengths = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        *_, steps = self.lengths
         if self.is_deepspeed_enabled:
-            self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
+            # A copy, because Trainer fills it in once more and refuses what is filled in already.
+            config = copy.deepcopy(self.args.hf_deepspeed_config)
+            config.trainer_config_finalize(self.args, self.model, steps)
         else:
-            self.create_optimizer_and_scheduler(1000)
+            self.create_optimizer_and_scheduler(steps)
             self.parameter_groups = [
                 dict(group)
                 for group in self.optimizer.param_groups  # type: ignore[has-type]
