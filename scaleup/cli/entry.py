@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse cannot mix positional words with flags where there are subcommands.
     parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
     _quiet_libraries()
+    for word in words[1:]:
+        if re.fullmatch(r"--[\w-]+=--", word):  # argparse makes an empty list of it
+            parser.error(f"{word}: -- is no value; write ./-- for a file of this name")
 
     def parse_and_run(options: argparse.Namespace) -> int:
         parse(words[1:], options)  # prints the help, too
@@ -73,6 +77,9 @@ def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for name, value in vars(options).items():
         if isinstance(value, str | pathlib.Path) and "\0" in str(value):
             parser.error(f"--{name.replace('_', '-')}: it holds a null character")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str | pathlib.Path) and not _is_unicode(str(item)):
+                parser.error(f"--{name.replace('_', '-')}: it is not UTF-8 text")
         try:
             if isinstance(value, list):
                 value = [expand_home(item) for item in value]
@@ -81,6 +88,15 @@ def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         except ValueError as error:
             parser.error(f"--{name.replace('_', '-')}: {error}")
         setattr(options, name, value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a word of the command line was UTF-8, as libraries expect of paths."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,8 +22,8 @@ from scaleup.io import write_problem
 
 LONGEST = 2000  # bytes of a message
 DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
-# These commands only read the files that they are given, so a bad path is the user's to change.
-OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE}
+# These commands have nothing to lose, so a bad path is the user's to change.
+OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE, "schema": MUST_CHANGE}
 
 
 def stopped_code() -> int:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from scaleup import io
 from scaleup.backbone.loading import load_model
 from scaleup.data import classification
-from scaleup.errors import ConfigError, RunError
+from scaleup.errors import ConfigError, RunError, one_line
 from scaleup.experiments import meter, timing, variants
 from scaleup.experiments.variants import Batch, BenchOptions, Variant
 from scaleup.machine import device_name, versions
@@ -68,7 +68,7 @@ def check(options: BenchOptions) -> None:
     if options.output is not None:
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.output.parent).close()
+            io.check_output(options.output)
         except OSError as error:
             raise _not_writable(options.output, error) from None
 
@@ -185,11 +185,12 @@ def _text_lengths(task: str, data: str, tokenizer: str, count: int, max_length: 
     except ConfigError as error:
         raise ConfigError(f"--texts, --examples: {'; '.join(error.problems)}") from None
     try:
-        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    except OSError:
+        # Without the second argument, transformers would ask on the screen.
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except Exception as error:  # the library tokenizers has no class for its errors
         raise ConfigError(
-            f"--texts: {tokenizer} has no tokenizer; give the folder of a model, "
-            "or its name if the hub can be reached"
+            f"--texts: {tokenizer} has no tokenizer that can be loaded ({one_line(error, 200)}); "
+            "give the folder of a model, or its name if the hub can be reached"
         ) from None
     return list(classification.tokenize(texts, loaded_tokenizer, settings).train["length"])
 

@@ -12,6 +12,7 @@ shard of the backbone at a time.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -46,6 +47,7 @@ from scaleup.training.checkpoint import (
     verify,
 )
 from scaleup.training.manifest import ALTERED, Manifest
+from scaleup.training.output_folder import has_long_name
 from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES
@@ -97,18 +99,14 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     checkpoint = options.checkpoint
     path = options.config or checkpoint.parent / "config.yaml"
     problems = []
-    if not checkpoint.is_dir():
+    if not os.path.isdir(checkpoint):
         problems.append(f"--checkpoint: no folder {checkpoint}")
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         problems.append(
             f"--config: no file {path}; give the config.yaml of the run that wrote {checkpoint}"
         )
-    if options.output.exists():
-        problems.append(f"--output: {options.output} exists; choose another folder")
-    elif checkpoint.resolve() in options.output.resolve().parents:
-        problems.append(
-            f"--output: {options.output} is inside the checkpoint; choose another folder"
-        )
+    if problem := _output_problem(options.output, checkpoint):
+        problems.append(f"--output: {options.output} {problem}; choose another folder")
     if problems:
         raise ConfigError(problems)
     _check_manifest(checkpoint, Manifest.read(checkpoint))
@@ -132,6 +130,23 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
             f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); {advice}"
         )
     return settings, manifest, config
+
+
+def _output_problem(output: pathlib.Path, checkpoint: pathlib.Path) -> str | None:
+    """Return why no export can be written to a folder, or None."""
+    try:
+        if output.exists():
+            return "exists"
+        if checkpoint.resolve() in output.resolve().parents:
+            return "is inside the checkpoint"
+        if has_long_name(staging_folder(output)):
+            return "has a name that is too long"
+        parent = next(path for path in output.absolute().parents if path.exists())
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    if not parent.is_dir():
+        return f"cannot be written: {parent} is a file"
+    return None if os.access(parent, os.W_OK | os.X_OK) else "cannot be written: no permission"
 
 
 def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:

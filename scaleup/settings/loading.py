@@ -73,6 +73,7 @@ def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 MOST_BYTES = 256 * 1024  # of a config file
+MOST_DIGITS = 3000  # Python writes no decimal number of more than 4300 digits
 MOST_VALUES = 100_000  # of a YAML text in which every alias is replaced by what it stands for
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)")
@@ -108,6 +109,16 @@ class Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
         return root
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """Return a text in which two halves of a surrogate pair, as JSON spells them, are one."""
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.MarkedYAMLError(
+                problem="a text has half of a surrogate pair", problem_mark=node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping whose keys are unique; merge keys (<<) may still be overridden."""
         seen = set()
@@ -124,6 +135,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Return an integer, also one with the tag !!int, for which PyYAML reads 0100 as 64."""
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.YAMLError(f"a number has more than {MOST_DIGITS:,} digits")
         if not INTEGER.fullmatch(node.value):
             raise yaml.MarkedYAMLError(
                 problem=f"{node.value:.80} is no integer", problem_mark=node.start_mark

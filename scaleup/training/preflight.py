@@ -17,9 +17,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone.folder import (
-    check_config_file,
     folder_problems,
     has_tokenizer,
+    read_config,
     size_problems,
     state,
 )
@@ -157,28 +157,39 @@ def training_files(sections: dict[str, Section]) -> list[str]:
     return output_folder_problems(train) + problems
 
 
+def model_files(sections: dict[str, Section]) -> list[str]:
+    """Check the files of a model folder, without code that comes with the model."""
+    model = sections.get("model")
+    if not isinstance(model, ModelSettings):
+        return []
+    folder = pathlib.Path(model.name)
+    if not os.path.isfile(folder / "config.json"):
+        return []
+    problems = folder_problems(folder)
+    try:
+        problems += size_problems(folder, read_config(folder))[:5]
+    except ConfigError as error:
+        problems = problems or error.problems
+    return problems
+
+
 def model_config(sections: dict[str, Section]) -> list[str]:
     """Check that a model folder is complete, and that data and method can use its model."""
     model, method, data = (sections.get(name) for name in ("model", "method", "data"))
     if not isinstance(model, ModelSettings):
         return []
     folder = pathlib.Path(model.name)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return []
+    if problems := model_files(sections):
+        return problems
     try:
-        problems = folder_problems(folder)
-        check_config_file(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except ConfigError as error:
-        return problems or error.problems
     except Exception as error:  # transformers raises all kinds for a damaged config.json
         reason = one_line(error, 200)
-        return [
-            *problems,
-            f"model.name: {folder}/config.json is not a usable model config: {reason}",
-        ]
+        return [f"model.name: {folder}/config.json is not a usable model config: {reason}"]
     if sizes := size_problems(folder, config.to_dict()):
-        return problems + sizes[:5]
+        return sizes[:5]
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         problems.append(f"model.name: {folder} has no weights (*.safetensors or *.bin)")
     if not isinstance(data, DataSettings):

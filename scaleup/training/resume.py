@@ -168,7 +168,7 @@ def choose(
             " and schedule (the old run moves to before-N/)"
         )
     try:
-        check_state(newest, now)
+        check_state(newest, now, settings.train.fp16)
     except CheckpointError as error:
         raise _with_advice(error, newest) from None
     best = trainer_state(newest)["best_global_step"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -187,3 +188,39 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["schema", "--output=~/schema.json"]) == 0
     assert (tmp_path / "schema.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "long name"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr("scaleup.memory.plan.make_plan", lambda *_: pytest.fail("planned"))
+    path = tmp_path / ("x" * 300 if kind == "long name" else "output")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["schema", "--output", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and len(shown.splitlines()) == 1
+    if kind != "pipe":  # whether a process reads a pipe is known when it is written to
+        assert main(["plan", "--json", str(path), "data.name=rte", "model.name=x"]) == 2
+        assert f"--json: {path} cannot be written: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["schema", "--output=--"],
+        ["schema", "--output=\udcff"],
+        ["report", "table1", "--runs=\udcff"],
+        ["export", "--output=--", "--checkpoint", "x"],
+        ["train", "data.train_file=\udcff"],
+    ],
+)
+def test_words_that_are_no_values_or_no_text_are_refused(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "it is not UTF-8 text" in last or "-- is no value" in last

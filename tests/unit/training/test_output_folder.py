@@ -72,3 +72,9 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path, override, words):
 def test_a_hub_id_and_a_deepspeed_file_are_accepted(tmp_path):
     (tmp_path / "zero.json").write_text("{}")
     check("model.name=org/model", "train.deepspeed=zero.json")
+
+
+@pytest.mark.parametrize("name", ["new/" + "a" * 300, "a" * 300 + "/new"])
+def test_a_name_that_no_file_system_takes_is_refused_before_it_is_made(name):
+    (found,) = output_folder_problems(TrainSettings(output_dir=name))
+    assert found.startswith("train.output_dir: ")
