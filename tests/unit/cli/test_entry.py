@@ -102,7 +102,7 @@ def test_every_command_prints_errors_alike(monkeypatch, capsys, name, error, cod
     def command(options):
         raise error
 
-    expected = (2 if name in ("plan", "report") else 1) if code is None else code
+    expected = (2 if name in ("plan", "report", "schema") else 1) if code is None else code
     assert run_command(name, command, None) == expected
     assert capsys.readouterr().err.startswith(printed)
 
