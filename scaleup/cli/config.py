@@ -39,20 +39,24 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
-def load_settings(options: argparse.Namespace, problems: Sequence[str] = ()) -> "Settings":
+def load_settings(
+    options: argparse.Namespace, problems: Sequence[str] = (), writes: bool = True
+) -> "Settings":
     """Load and check the config of a command.
 
     Args:
         options: the parsed command line.
         problems: problems with other arguments, which are reported with those of the config.
+        writes: whether the command writes into the output folder, which is then checked.
 
     Raises:
         ConfigError: lists every problem.
     """
     with without_garbage_collection():
         from scaleup.settings.schema import load
-        from scaleup.training.preflight import CHECKS
+        from scaleup.training.preflight import CHECKS, READING_CHECKS
         from scaleup.training.run_settings import check_permission
 
     check_permission(options.config, options.overrides)
-    return load(options.config, options.overrides, checks=(*CHECKS, lambda _: list(problems)))
+    checks = CHECKS if writes else READING_CHECKS
+    return load(options.config, options.overrides, checks=(*checks, lambda _: list(problems)))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import scaleup
-from scaleup.cli.exit_codes import cut, run_command
+from scaleup.cli.exit_codes import cut, discard_lost_output, run_command
 from scaleup.io import expand_home
 
 COMMANDS = {
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, see `scaleup.cli.exit_codes`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    name = _parser().parse_args(words[:1]).command
+    try:
+        name = _parser().parse_args(words[:1]).command
+    finally:
+        discard_lost_output()  # the help, into a pipe that is closed
     command = importlib.import_module(f"scaleup.cli.{name}")
     parser = Parser(
         prog=f"scaleup {name}",
@@ -116,6 +119,8 @@ def _quiet_libraries() -> None:
     """Silence what other libraries say about themselves. Call this before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Each attempt to reach the hub is a warning. The error at the end says what is wrong.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # PEFT imports bitsandbytes wherever it is installed, which then misses an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

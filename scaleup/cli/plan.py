@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else None
     except ConfigError as error:
         problems += error.problems
-    settings = load_settings(options, problems)
+    settings = load_settings(options, problems, writes=False)
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
     made = make_plan(
         settings, options.world, options.device, limit, options.configured, report_progress

@@ -10,7 +10,9 @@ your scheduler starts a job again only after a failure (launch/slurm and launch/
 """
 
 import argparse
+import contextlib
 import os
+import pathlib
 import signal
 from typing import Any
 
@@ -38,7 +40,8 @@ class _HelpWithSettings(argparse.Action):
         from scaleup.cli.entry import HELP_COLUMNS
         from scaleup.settings.describe import describe
 
-        print(parser.format_help() + "\n" + describe(HELP_COLUMNS), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # as after `| head`
+            print(parser.format_help() + "\n" + describe(HELP_COLUMNS), flush=True)
         parser.exit()
 
 
@@ -83,9 +86,9 @@ def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    settings = load_settings(options)
+    settings = load_settings(options, writes=not options.print_config)
     from scaleup.settings.schema import to_yaml
-    from scaleup.training import distributed, watchdog
+    from scaleup.training import distributed, resume, watchdog
     from scaleup.training.run import run as train
 
     if options.print_config:
@@ -99,4 +102,7 @@ def _train(options: argparse.Namespace) -> int:
         if lost is None:
             raise
         raise RunError(lost) from error
+    except KeyboardInterrupt:
+        out = pathlib.Path(settings.train.output_dir)
+        raise KeyboardInterrupt(resume.how_to_continue(out)) from None
     return DONE

@@ -38,6 +38,7 @@ from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
+from scaleup.training import resume
 from scaleup.training.checkpoint import (
     check_adapter_tensors,
     commit_checkpoint,
@@ -46,7 +47,7 @@ from scaleup.training.checkpoint import (
     staging_folder,
     verify,
 )
-from scaleup.training.manifest import ALTERED, Manifest
+from scaleup.training.manifest import ALTERED, MANIFEST, Manifest
 from scaleup.training.output_folder import has_long_name
 from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.sites import find_sites
@@ -101,6 +102,10 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     problems = []
     if not os.path.isdir(checkpoint):
         problems.append(f"--checkpoint: no folder {checkpoint}")
+    elif os.path.isfile(checkpoint / "config.yaml") and not (checkpoint / MANIFEST).exists():
+        problems.append(
+            f"--checkpoint: {checkpoint} is the folder of a run; {_suggest(checkpoint)}"
+        )
     elif not os.path.isfile(path):
         problems.append(
             f"--config: no file {path}; give the config.yaml of the run that wrote {checkpoint}"
@@ -147,6 +152,15 @@ def _output_problem(output: pathlib.Path, checkpoint: pathlib.Path) -> str | Non
     if not parent.is_dir():
         return f"cannot be written: {parent} is a file"
     return None if os.access(parent, os.W_OK | os.X_OK) else "cannot be written: no permission"
+
+
+def _suggest(run: pathlib.Path) -> str:
+    """Return advice that names the best checkpoint in the folder of a run."""
+    names = ("best", "final", *(path.name for path in reversed(resume.checkpoints(run))))
+    name = next((name for name in names if (run / name).is_dir()), None)
+    if name is None:
+        return "it has no checkpoint yet"
+    return f"give one of its checkpoints: --checkpoint {run / name}"
 
 
 def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from scaleup.errors import Preempted
 from scaleup.io import write_text
+from scaleup.training import resume
 from scaleup.training.signals import handle_save_signals
 from scaleup.unipelt.gate import GateMoments, LearnedGate
 from scaleup.unipelt.model import site_of
@@ -110,7 +111,7 @@ class GracefulShutdown(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         if self._vote():
-            note = "continue with train.resume=auto"
+            note = resume.how_to_continue(pathlib.Path(args.output_dir))
             raise Preempted(f"stopped by {self.stopped_by} during an evaluation; {note}")
 
     def _vote(self) -> bool:

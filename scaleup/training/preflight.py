@@ -148,13 +148,18 @@ def model_folder(sections: dict[str, Section]) -> list[str]:
     return [f"model.name: no folder {name}; {advice}"]
 
 
-def training_files(sections: dict[str, Section]) -> list[str]:
-    """Check the DeepSpeed config and the output folder."""
+def output_folder(sections: dict[str, Section]) -> list[str]:
+    """Check that the run can write into its folder."""
+    train = sections.get("train")
+    return output_folder_problems(train) if isinstance(train, TrainSettings) else []
+
+
+def deepspeed_file(sections: dict[str, Section]) -> list[str]:
+    """Check the DeepSpeed config."""
     train = sections.get("train")
     if not isinstance(train, TrainSettings):
         return []
-    problems = deepspeed_problems(train.deepspeed) + replaced_settings(train)
-    return output_folder_problems(train) + problems
+    return deepspeed_problems(train.deepspeed) + replaced_settings(train)
 
 
 def model_files(sections: dict[str, Section]) -> list[str]:
@@ -210,4 +215,6 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     return problems
 
 
-CHECKS = (model_folder, training_files, tasks.check, model_config)
+# `plan` only reads: the output folder may hold a run. `train` checks that folder too.
+READING_CHECKS = (model_folder, deepspeed_file, tasks.check, model_config)
+CHECKS = (output_folder, *READING_CHECKS)

@@ -129,6 +129,15 @@ def changes(settings: Settings) -> list[str]:
     return [f"train.resume: {path} has another {', '.join(keys)}; {advice}"]
 
 
+def how_to_continue(out: pathlib.Path) -> str:
+    """Return from where a run that ends now could continue, for its last message."""
+    if committed := checkpoints(out):
+        return f"continue with train.resume=auto from {committed[-1]}"
+    old = _newest_set_aside(out)
+    start = f"from the weights of {old}" if old else "from the beginning"
+    return f"no checkpoint was saved yet, so that train.resume=auto would start {start}"
+
+
 def choose(
     settings: Settings, out: pathlib.Path, now: Manifest, names_by_rank: list[list[str]]
 ) -> tuple[pathlib.Path | None, pathlib.Path | None]:

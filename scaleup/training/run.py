@@ -100,8 +100,11 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     if prepared.writes:
         _open_folder(prepared, old_weights)
     _announce(prepared, counts)
-    if checkpoint or old_weights:
-        _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
+    if settings.train.resume != "never":
+        start = f"no checkpoint in {out}, so the run starts from the beginning"
+        if old_weights:
+            start = f"the weights of {old_weights}, from step 0"
+        _print(world, f"resume     {checkpoint or start}")
     _train(prepared, trainer, checkpoint)
     results = score(trainer, counts)
     seconds = time.perf_counter() - begin

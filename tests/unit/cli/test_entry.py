@@ -144,6 +144,17 @@ def test_a_misspelt_key_is_answered_without_noise():
     assert result.stderr.startswith("error: 1 problem:\n  - train.lerning_rate: unknown setting")
 
 
+def test_attempts_to_reach_the_hub_are_no_noise():
+    script = (
+        "from scaleup.cli.entry import _quiet_libraries\n"
+        "_quiet_libraries()\n"
+        "from huggingface_hub.utils import logging\n"
+        "logging.get_logger('huggingface_hub.utils._http').warning('Retrying in 1s')\n"
+    )
+    result = python("-c", script)
+    assert result.returncode == 0 and not result.stderr
+
+
 def test_the_schema_is_written_or_printed(tmp_path, capsys):
     assert main(["schema"]) == 0
     printed = capsys.readouterr().out
