@@ -16,6 +16,7 @@ from scaleup.errors import ConfigError, one_line
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 DEVICES = "/dev"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # the disk or the user's share of it is full
 LOCK = ".lock"  # the file that a run locks in its output folder
 
 _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor

@@ -19,6 +19,7 @@ from typing import Any
 from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
 from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, print_line, run_command, stopped_code
 from scaleup.errors import RunError
+from scaleup.io import NO_SPACE, write_problem
 from scaleup.training.signals import handle_save_signals
 
 
@@ -102,6 +103,11 @@ def _train(options: argparse.Namespace) -> int:
         if lost is None:
             raise
         raise RunError(lost) from error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        advice = "free space and run the same command with train.resume=auto"
+        raise RunError(f"{settings.train.output_dir}: {write_problem(error)}; {advice}") from error
     except KeyboardInterrupt:
         out = pathlib.Path(settings.train.output_dir)
         raise KeyboardInterrupt(resume.how_to_continue(out)) from None

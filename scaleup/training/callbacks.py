@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from scaleup.data.files import Examples
 from scaleup.errors import Preempted
 from scaleup.io import write_text
 from scaleup.training import resume
@@ -175,9 +176,9 @@ def _step(line: bytes) -> float:
 class ProgressBars(ProgressCallback):
     """Show one bar for training, with the newest loss and dev score, and one for each scoring."""
 
-    def __init__(self, metric: str):
+    def __init__(self, examples: Examples):
         super().__init__()
-        self.metric = metric
+        self.metric, self.test = examples.metric, examples.test
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -193,3 +194,19 @@ class ProgressBars(ProgressCallback):
                 self.shown[name] = f"{logs[key]:.3f}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        if state.is_world_process_zero and self.prediction_bar is None:
+            self.prediction_bar = tqdm(
+                desc="test" if eval_dataloader.dataset is self.test else "dev",
+                total=len(eval_dataloader),
+                leave=self.training_bar is None,
+                dynamic_ncols=True,
+            )
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def close(self) -> None:
+        """End the bars, so that a message after them begins on a line of its own."""
+        for bar in filter(None, (self.prediction_bar, self.training_bar)):
+            bar.close()
+        self.prediction_bar = self.training_bar = None

@@ -121,8 +121,25 @@ def memory_line(states: States) -> str:
     )
 
 
-def summary(results: dict[str, Any], out: pathlib.Path, seconds: float) -> list[str]:
-    """Return the last lines: the score, the counts, and where everything is."""
+def finished_note(settings: Settings, results: dict[str, Any]) -> str:
+    """Return what is said instead of training if a run has ended, and how to train on."""
+    train = settings.train
+    by_steps = train.max_steps > 0
+    end, reached = train.num_train_epochs, results["epochs"]
+    if by_steps:
+        end, reached = train.max_steps, results["steps"]
+    key = "max_steps" if by_steps else "num_train_epochs"
+    if train.early_stopping_patience and reached < end:
+        key = "early_stopping_patience"
+    return f"this run is finished; to train on, raise train.{key}."
+
+
+def summary(results: dict[str, Any], out: pathlib.Path, seconds: float | None) -> list[str]:
+    """Return the last lines: the score, the counts, and where everything is.
+
+    Args:
+        seconds: how long the run took; None if this is not known.
+    """
     metric, counts, test = results["metric"], results["parameters"], results["test"]
     score, best_step, steps = results["dev"][metric], results["best_step"], results["steps"]
     epoch = round(results["epochs"] * best_step / steps, 2) if steps else 0
@@ -136,5 +153,5 @@ def summary(results: dict[str, Any], out: pathlib.Path, seconds: float) -> list[
         f"parameters  trained {counts['trained']:,}, stored {counts['stored']:,}"
         f" ({counts['stored_percent']:.2f}% of the model)",
         f"results     {out / 'results.json'}; best checkpoint {out / 'best'};"
-        f" log {out / 'log.jsonl'}; {seconds:.0f} s",
+        f" log {out / 'log.jsonl'}{'' if seconds is None else f'; {seconds:.0f} s'}",
     ]

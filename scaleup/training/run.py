@@ -76,8 +76,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     # results.json is on the first host only.
     results = distributed.gather(world, resume.finished(settings, out))[0]
     if results is not None:
-        note = "this run is finished; to train on, change what it stopped for."
-        _print(world, f"{note} Results of {out}:", *console.summary(results, out, 0.0))
+        lines = console.summary(results, out, resume.seconds(out))
+        _print(world, f"{console.finished_note(settings, results)} Results of {out}:", *lines)
         return results
     prepared = _prepare(settings, world, shared, config)
     checkpoint, old_weights = _choose_checkpoint(prepared)
@@ -94,7 +94,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         weights=checkpoint if settings.method.head == "frozen" and checkpoint else old_weights,
     )
     counts = parameter_counts(model)
-    trainer = _make_trainer(prepared, model, callbacks)
+    bars = ProgressBars(prepared.examples)
+    trainer = _make_trainer(prepared, model, bars, callbacks)
     _check_checkpoint(trainer, checkpoint, old_weights)
     distributed.gather(world, None)  # all have read the old folder before anything is moved
     if prepared.writes:
@@ -105,8 +106,9 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         if old_weights:
             start = f"the weights of {old_weights}, from step 0"
         _print(world, f"resume     {checkpoint or start}")
-    _train(prepared, trainer, checkpoint)
-    results = score(trainer, counts)
+    with contextlib.closing(bars):
+        _train(prepared, trainer, checkpoint)
+        results = score(trainer, counts)
     seconds = time.perf_counter() - begin
     if world.main:
         io.write_json(out / "results.json", results)
@@ -194,7 +196,9 @@ def _check_checkpoint(
             check_optimizer(checkpoint, trainer.parameter_groups)
 
 
-def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+def _make_trainer(
+    run: Run, model: nn.Module, bars: ProgressBars, callbacks: Sequence[TrainerCallback]
+) -> RunTrainer:
     settings, examples, prepare = run.settings, run.examples, run.task.module
     gate_statistics = GateStatistics(model, run.args.torch_compile)
     shutdown = GracefulShutdown()
@@ -225,7 +229,7 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not run.args.disable_tqdm:
-        trainer.add_callback(ProgressBars(examples.metric))
+        trainer.add_callback(bars)
     if settings.train.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.train.early_stopping_patience))
     return trainer

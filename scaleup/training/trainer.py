@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from scaleup.backbone.sharded import whole_copies
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
-from scaleup.io import write_problem
+from scaleup.io import NO_SPACE, write_problem
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
@@ -34,6 +34,24 @@ from scaleup.training.evaluation import EvaluatingTrainer
 from scaleup.training.sampler import ResumableSampler
 
 BATCHES = 1 << 20  # more than the batches of one optimizer step
+
+
+def _last_good(out: pathlib.Path) -> str:
+    kept = resume.checkpoints(out)
+    return f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
+
+
+def write_failure(folder: pathlib.Path, error: Exception) -> str:
+    """Return why a checkpoint could not be written, what remains, and what to do."""
+    cause, cure = write_problem(error), "Solve this"
+    if shutil.disk_usage(folder.parent).free < 2**20:  # torch reports "unexpected pos"
+        cause = "the disk is full"
+    if cause == "the disk is full" or getattr(error, "errno", None) in NO_SPACE:
+        cure = "Free space"
+    elif "ulimit" in cause:
+        cure = "Raise the limit"
+    again = f"{cure} and run the same command with train.resume=auto"
+    return f"{folder} could not be written: {cause}. {_last_good(folder.parent)}. {again}"
 
 
 class RunTrainer(EvaluatingTrainer):
@@ -165,12 +183,8 @@ class RunTrainer(EvaluatingTrainer):
         step, batch = divmod(first, BATCHES)
         raise RunError(
             f"the loss is not a number at step {step} (its batch {batch}, rank {rank})."
-            f" {self._last_good()}. Try a lower train.learning_rate, or look at the step's data"
+            f" {_last_good(self.out)}. Try a lower train.learning_rate, or look at the step's data"
         )
-
-    def _last_good(self) -> str:
-        kept = resume.checkpoints(self.out)
-        return f"The last good checkpoint is {kept[-1] if kept else 'none'}"
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Add speed and gates to a log entry. Every rank must call this to sum the tokens."""
@@ -233,12 +247,9 @@ class RunTrainer(EvaluatingTrainer):
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             if watchdog.is_lost(error):
                 raise
-            cause = write_problem(error)
-            if shutil.disk_usage(self.out).free < 2**20:  # torch reports "unexpected pos"
-                cause = "the disk is full"
+            problem = write_failure(folder, error)
             shutil.rmtree(staging_folder(folder), ignore_errors=True)
-            problem = f"{folder} could not be written: {cause}"
-            raise RunError(f"{problem}. {self._last_good()}") from error
+            raise RunError(problem) from error
 
     def _commit(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()
