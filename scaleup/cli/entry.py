@@ -34,7 +34,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
-        super().error(cut(message))
+        super().error(cut(message + self._advice(message)))
+
+    def _advice(self, message: str) -> str:
+        """Return what a word that argparse refuses was probably meant to be, or nothing."""
+        from scaleup.settings.loading import nearest
+
+        if choice := re.search(r"invalid choice: '(.+)' \(choose from (.+)\)$", message):
+            return nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        if setting := re.search(r"arguments: .*?--((model|method|data|train)\.\S+)", message):
+            value = "" if "=" in setting[1] else "=VALUE"
+            return f"; write {setting[1]}{value} without dashes"
+        if flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            return nearest(flag[1], re.findall(r"--[\w-]+", self.format_usage()))
+        return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

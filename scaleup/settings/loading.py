@@ -33,6 +33,16 @@ SYNONYMS = {
 }
 
 
+# What pydantic calls a valid integer, string, … → plain words.
+KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "list": "a list",
+}
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a question that names the closest valid name, or nothing if none is close."""
     valid = list(valid)
@@ -56,6 +66,21 @@ def validation_problem(error: Mapping[str, Any], valid: Iterable[str]) -> str:
         return f"unknown setting{nearest(str(error['loc'][-1]), valid)}"
     message = re.sub(r"^(Value error, |Input )", "", error["msg"])
     return message if error["type"] == "missing" else f"{message} (got {shown(error['input'])})"
+
+
+def alternatives_problem(errors: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return pydantic's errors about the alternatives of one setting as one sentence.
+
+    Return None if the errors are about several values, as about the items of a list.
+    """
+    parts = []
+    for error in errors:
+        _, should_be, part = error["msg"].partition("should be ")
+        if not should_be or shown(error["input"]) != shown(errors[0]["input"]):
+            return None
+        kind = re.match(r"a valid (\w+)", part)
+        parts.append(KINDS.get(kind[1], part) if kind else part.replace("'", ""))
+    return f"must be {' or '.join(dict.fromkeys(parts))}; got {shown(errors[0]['input'])}"
 
 
 def override(key: str, value: Any) -> str:
@@ -242,7 +267,9 @@ def read(
         key = "method.name" if key == "method" else key
         section, _, field = key.partition(".")
         if not equals or not field:
-            problems.append(f"{word}: overrides look like section.key=value")
+            file = path is None and not equals and word.endswith((".yaml", ".yml"))
+            advice = f"; did you mean --config {word}?" if file else ""
+            problems.append(f"{word}: overrides look like section.key=value{advice}")
         elif section not in sections:
             problems.append(_unknown_section(key, section, sections))
         else:

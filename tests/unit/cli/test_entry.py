@@ -144,6 +144,25 @@ def test_a_misspelt_key_is_answered_without_noise():
     assert result.stderr.startswith("error: 1 problem:\n  - train.lerning_rate: unknown setting")
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["trian"], "did you mean train?"),
+        (["report", "tabel1"], "did you mean table1?"),
+        (["bench", "inferense"], "did you mean inference?"),
+        (["plan", "--device", "cpux"], "did you mean cpu?"),
+        (["train", "--cofig", "x"], "did you mean --config?"),
+        (["train", "--data.path=/folder"], "; write data.path=/folder without dashes"),
+        (["plan", "--train.seed", "3"], "; write train.seed=VALUE without dashes"),
+        (["sweep", "x.yaml", "--data.k=3"], "; write data.k=3 without dashes"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest_one(words, advice, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2 and capsys.readouterr().err.endswith(f"{advice}\n")
+
+
 def test_attempts_to_reach_the_hub_are_no_noise():
     script = (
         "from scaleup.cli.entry import _quiet_libraries\n"
