@@ -179,6 +179,7 @@ class ProgressBars(ProgressCallback):
     def __init__(self, examples: Examples):
         super().__init__()
         self.metric, self.test = examples.metric, examples.test
+        self.prediction_bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
