@@ -134,7 +134,7 @@ class Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
         return root
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Return a text in which two halves of a surrogate pair, as JSON spells them, are one."""
         value = super().construct_scalar(node)
         try:
