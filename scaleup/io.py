@@ -15,6 +15,8 @@ from typing import Any
 from scaleup.errors import ConfigError, one_line
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
+DEVICES = "/dev"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # the disk or the user's share of it is full
 LOCK = ".lock"  # the file that a run locks in its output folder
 
 _descriptors: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder → descriptor
@@ -83,14 +85,48 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Give the path to write to so that a file never exists half written under its final name.
 
-    A pipe or a device, such as /dev/null, is written to. It must not be replaced by a file.
+    A pipe or a device, such as /dev/null, is written to. It must not be replaced by a file, nor
+    /dev/stdout, which is a link.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        yield path
+    if _is_stream(path):
+        # Without this flag, opening a pipe that no process reads would wait forever.
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            yield path
+        finally:
+            os.close(descriptor)
         return
-    part = path.with_name(f".{path.name}.part")
-    yield part
-    os.replace(part, path)
+    if path.is_relative_to(DEVICES):
+        path = path.resolve()
+    part = _part(path)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Raise OSError unless a file can be written at `path`, in a folder that exists."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not _is_stream(path):
+        part = _part(path.resolve() if path.is_relative_to(DEVICES) else path)
+        part.touch()
+        part.unlink()
+
+
+def _part(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _is_stream(path: pathlib.Path) -> bool:
+    """Return whether a path is a pipe, a socket or a device; raise OSError if it is a disk."""
+    if path.is_block_device():
+        raise OSError(errno.EINVAL, "it is a disk, not a file", str(path))
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -16,6 +16,7 @@ from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes
 MOST_BYTES = 64 * 2**20  # of a JSON file; the largest tokenizers have 35 MB
 MOST_LAYERS = 1024
 MOST_SIZE = 2**31
+MOST_LABELS = 10**6  # transformers makes a name for each
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 
@@ -78,7 +79,9 @@ def _weights_problem(path: pathlib.Path) -> str | None:
             with safe_open(path, framework="pt") as file:
                 file.keys()
         else:
-            torch.load(path, map_location="meta", weights_only=True)
+            content = torch.load(path, map_location="meta", weights_only=True)
+            if not isinstance(content, dict):
+                raise TypeError(f"it holds a {type(content).__name__}")
     except (SafetensorError, OSError) as error:
         return f"is damaged or incomplete: {one_line(error, 150)}"
     except Exception as error:  # torch raises all kinds for a damaged file
@@ -92,8 +95,13 @@ def _index_problems(folder: pathlib.Path) -> list[str]:
     problems = []
     for path in folder.glob("*.index.json"):
         try:
-            names = json.loads(read_bytes(path, MOST_BYTES))["weight_map"].values()
-            missing = sorted({name for name in names if not (folder / name).is_file()})
+            content = json.loads(read_bytes(path, MOST_BYTES))
+            names = content["weight_map"].values()
+            # A file in another folder is none of the model's.
+            present = {file.name for file in folder.iterdir() if file.is_file()}
+            missing = sorted(set(names) - present, key=len)
+            if not missing and not (names and isinstance(content["metadata"], dict)):
+                raise ValueError
         except OSError:  # a pipe, which is reported already
             continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -125,17 +133,18 @@ def size_problems(folder: pathlib.Path, values: dict[str, Any]) -> list[str]:
         if isinstance(value, float) or not is_number:
             continue
         is_depth = re.search(r"(^|_)(layers?|blocks?|depth)$", key) is not None
-        if value > (MOST_LAYERS if is_depth else MOST_SIZE) or (is_depth and value < 0):
-            most = f"{MOST_LAYERS if is_depth else MOST_SIZE:,}"
+        most = MOST_LAYERS if is_depth else MOST_LABELS if key == "num_labels" else MOST_SIZE
+        if value > most or (is_depth and value < 0):
+            amount = f"{value:.3g}" if value < 10**300 else "a very long number"
             problems.append(
-                f"model.name: {folder}/config.json: {key} is {value:.3g}; it should be at most "
-                f"{most} and not negative"
+                f"model.name: {folder}/config.json: {key} is {amount}; it should be at most "
+                f"{most:,} and not negative"
             )
     return problems
 
 
-def check_config_file(folder: pathlib.Path) -> None:
-    """Raise ConfigError unless config.json is a JSON object in a file of a reasonable size."""
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """Return config.json; raise ConfigError unless it is a JSON object of a reasonable size."""
     path = folder / "config.json"
     try:
         content = json.loads(read_bytes(path, MOST_BYTES))
@@ -147,3 +156,4 @@ def check_config_file(folder: pathlib.Path) -> None:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ConfigError(f"model.name: {path} is not a usable model config: it holds a {kind}")
+    return content

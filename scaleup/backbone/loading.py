@@ -2,10 +2,12 @@
 sharded."""
 
 import copy
+import os
 import pickle
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -44,7 +46,12 @@ UNREADABLE = (
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:
-    return ConfigError(f"model.name: {name} cannot be loaded: {one_line(error, 300)}")
+    if os.path.isdir(name):
+        return ConfigError(f"model.name: {name} cannot be loaded: {one_line(error, 300)}")
+    problem = f"it cannot be loaded from the hub: {one_line(error, 300)}"
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        problem = "the hub could not be reached; correct the path, or connect to the hub"
+    return ConfigError(f"model.name: there is no folder {name} here, and {problem}")
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:

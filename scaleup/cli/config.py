@@ -3,11 +3,8 @@
 import argparse
 import contextlib
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
-
-from scaleup.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaleup.settings.schema import Settings
@@ -42,40 +39,24 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
-def load_settings(options: argparse.Namespace, problems: Sequence[str] = ()) -> "Settings":
+def load_settings(
+    options: argparse.Namespace, problems: Sequence[str] = (), writes: bool = True
+) -> "Settings":
     """Load and check the config of a command.
 
     Args:
         options: the parsed command line.
         problems: problems with other arguments, which are reported with those of the config.
+        writes: whether the command writes into the output folder, which is then checked.
 
     Raises:
         ConfigError: lists every problem.
     """
     with without_garbage_collection():
         from scaleup.settings.schema import load
-        from scaleup.training.preflight import CHECKS
+        from scaleup.training.preflight import CHECKS, READING_CHECKS
+        from scaleup.training.run_settings import check_permission
 
-    _check_permission(options)
-    return load(options.config, options.overrides, checks=(*CHECKS, lambda _: list(problems)))
-
-
-def _check_permission(options: argparse.Namespace) -> None:
-    """Raise ConfigError if only the config in a run folder allows code of the model.
-
-    A file that the user has written is a permission. Another person may have made a run folder.
-    """
-    from scaleup.settings.loading import read
-
-    key = "model.trust_remote_code"
-    if options.config is None or any(word.startswith(f"{key}=") for word in options.overrides):
-        return
-    folder = os.path.dirname(options.config)
-    if not os.path.isfile(os.path.join(folder, "environment.json")):
-        return
-    sections, _ = read(options.config, [], ["model"])
-    if sections.get("model", {}).get("trust_remote_code") not in (None, False):
-        raise ConfigError(
-            f"{key}: {options.config} is the config of a run, and asks to run Python code that "
-            f"comes with the model; add {key}=true if you trust that code"
-        )
+    check_permission(options.config, options.overrides)
+    checks = CHECKS if writes else READING_CHECKS
+    return load(options.config, options.overrides, checks=(*checks, lambda _: list(problems)))

@@ -6,13 +6,14 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 import scaleup
-from scaleup.cli.exit_codes import cut, run_command
+from scaleup.cli.exit_codes import cut, discard_lost_output, run_command
 from scaleup.io import expand_home
 
 COMMANDS = {
@@ -33,7 +34,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
-        super().error(cut(message))
+        super().error(cut(message + self._advice(message)))
+
+    def _advice(self, message: str) -> str:
+        """Return what a word that argparse refuses was probably meant to be, or nothing."""
+        from scaleup.settings.loading import nearest
+
+        if choice := re.search(r"invalid choice: '(.+)' \(choose from (.+)\)$", message):
+            return nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        if setting := re.search(r"arguments: .*?--((model|method|data|train)\.\S+)", message):
+            value = "" if "=" in setting[1] else "=VALUE"
+            return f"; write {setting[1]}{value} without dashes"
+        if flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            return nearest(flag[1], re.findall(r"--[\w-]+", self.format_usage()))
+        return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, see `scaleup.cli.exit_codes`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    name = _parser().parse_args(words[:1]).command
+    try:
+        name = _parser().parse_args(words[:1]).command
+    finally:
+        discard_lost_output()  # the help, into a pipe that is closed
     command = importlib.import_module(f"scaleup.cli.{name}")
     parser = Parser(
         prog=f"scaleup {name}",
@@ -59,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse cannot mix positional words with flags where there are subcommands.
     parse = parser.parse_args if name == "bench" else parser.parse_intermixed_args
     _quiet_libraries()
+    for word in words[1:]:
+        if re.fullmatch(r"--[\w-]+=--", word):  # argparse makes an empty list of it
+            parser.error(f"{word}: -- is no value; write ./-- for a file of this name")
 
     def parse_and_run(options: argparse.Namespace) -> int:
         parse(words[1:], options)  # prints the help, too
@@ -73,6 +93,9 @@ def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for name, value in vars(options).items():
         if isinstance(value, str | pathlib.Path) and "\0" in str(value):
             parser.error(f"--{name.replace('_', '-')}: it holds a null character")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str | pathlib.Path) and not _is_unicode(str(item)):
+                parser.error(f"--{name.replace('_', '-')}: it is not UTF-8 text")
         try:
             if isinstance(value, list):
                 value = [expand_home(item) for item in value]
@@ -81,6 +104,15 @@ def _expand_homes(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         except ValueError as error:
             parser.error(f"--{name.replace('_', '-')}: {error}")
         setattr(options, name, value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a word of the command line was UTF-8, as libraries expect of paths."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +132,8 @@ def _quiet_libraries() -> None:
     """Silence what other libraries say about themselves. Call this before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Each attempt to reach the hub is a warning. The error at the end says what is wrong.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # PEFT imports bitsandbytes wherever it is installed, which then misses an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

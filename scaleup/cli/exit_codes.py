@@ -13,6 +13,7 @@
 import argparse
 import contextlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,8 @@ from scaleup.io import write_problem
 
 LONGEST = 2000  # bytes of a message
 DONE, FAILED, MUST_CHANGE, INTERRUPTED = 0, 1, 2, 130
-# These commands only read the files that they are given, so a bad path is the user's to change.
-OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE}
+# These commands have nothing to lose, so a bad path is the user's to change.
+OS_ERROR_CODES = {"plan": MUST_CHANGE, "report": MUST_CHANGE, "schema": MUST_CHANGE}
 
 
 def stopped_code() -> int:
@@ -73,7 +74,7 @@ def run_command(
     try:
         return _run(name, command, options)
     finally:
-        _discard_lost_output()
+        discard_lost_output()
 
 
 def _run(
@@ -97,13 +98,16 @@ def _run(
         _print_error(cut(str(error)))
         return MUST_CHANGE if isinstance(error, CheckpointError) else FAILED
     except OSError as error:
+        # `train` would end in the middle of its work, which it has to say.
+        if isinstance(error, BrokenPipeError) and name != "train" and _reader_is_gone():
+            return FAILED
         path = f": {error.filename}" if error.filename else ""
         _print_error(cut(f"{write_problem(error)}{path}"))
         return OS_ERROR_CODES.get(name, FAILED)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # What follows may wait for other processes. A second Ctrl-C waits for nothing.
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-        advice = "; continue with train.resume=auto" if name == "train" else ""
+        advice = f"; {interrupt}" if str(interrupt) else ""  # `train` adds what was saved
         print_line(f"interrupted{advice}")
         return INTERRUPTED
 
@@ -145,7 +149,14 @@ def _print_error(message: str) -> None:
     print_line(f"error: {message}")
 
 
-def _discard_lost_output() -> None:
+def _reader_is_gone() -> bool:
+    """Return whether nothing reads the output any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_lost_output() -> None:
     """Discard output that cannot be written. The interpreter would try it again at its end."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

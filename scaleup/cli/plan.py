@@ -16,7 +16,7 @@ from pathlib import Path
 from scaleup.cli.config import add_config_arguments, load_settings
 from scaleup.cli.exit_codes import DONE, FAILED
 from scaleup.errors import ConfigError
-from scaleup.io import parse_bytes, write_json
+from scaleup.io import check_output, parse_bytes, write_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +46,16 @@ def run(options: argparse.Namespace) -> int:
         problems.append("--json: no file is named")
     elif options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         problems.append(f"--json: no folder {os.path.dirname(options.json)}")
+    elif options.json:
+        try:
+            check_output(Path(options.json))
+        except OSError as error:
+            problems.append(f"--json: {options.json} cannot be written: {error.strerror}")
     try:
         limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory else None
     except ConfigError as error:
         problems += error.problems
-    settings = load_settings(options, problems)
+    settings = load_settings(options, problems, writes=False)
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
     made = make_plan(
         settings, options.world, options.device, limit, options.configured, report_progress

@@ -10,13 +10,16 @@ your scheduler starts a job again only after a failure (launch/slurm and launch/
 """
 
 import argparse
+import contextlib
 import os
+import pathlib
 import signal
 from typing import Any
 
 from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
 from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, print_line, run_command, stopped_code
 from scaleup.errors import RunError
+from scaleup.io import NO_SPACE, write_problem
 from scaleup.training.signals import handle_save_signals
 
 
@@ -38,7 +41,8 @@ class _HelpWithSettings(argparse.Action):
         from scaleup.cli.entry import HELP_COLUMNS
         from scaleup.settings.describe import describe
 
-        print(parser.format_help() + "\n" + describe(HELP_COLUMNS), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # as after `| head`
+            print(parser.format_help() + "\n" + describe(HELP_COLUMNS), flush=True)
         parser.exit()
 
 
@@ -83,9 +87,9 @@ def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    settings = load_settings(options)
+    settings = load_settings(options, writes=not options.print_config)
     from scaleup.settings.schema import to_yaml
-    from scaleup.training import distributed, watchdog
+    from scaleup.training import distributed, resume, watchdog
     from scaleup.training.run import run as train
 
     if options.print_config:
@@ -99,4 +103,12 @@ def _train(options: argparse.Namespace) -> int:
         if lost is None:
             raise
         raise RunError(lost) from error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        advice = "free space and run the same command with train.resume=auto"
+        raise RunError(f"{settings.train.output_dir}: {write_problem(error)}; {advice}") from error
+    except KeyboardInterrupt:
+        out = pathlib.Path(settings.train.output_dir)
+        raise KeyboardInterrupt(resume.how_to_continue(out)) from None
     return DONE

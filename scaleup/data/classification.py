@@ -21,6 +21,7 @@ from scaleup.data.pairs import separate_pairs
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each token that is kept
 
 
@@ -66,7 +67,7 @@ def _clean_cell(
         cell = declared[cell]
     label = str(cell).strip()
     if known is None:
-        if NUMBER.fullmatch(label) and abs(float(label)) <= np.finfo(np.float32).max:
+        if NUMBER.fullmatch(label) and abs(float(label)) <= LARGEST_FLOAT:
             return float(label), None
         return None, f"{label[:40]!r} is not a number"
     if declared is None and label.lower() in MISSING:

@@ -99,6 +99,11 @@ def _scored(groups: dict[str, list[str]], first: int) -> datasets.Dataset:
 @functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
 def _load(settings: str, _state: tuple) -> Examples:
     data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
+    if not data.messages_column and data.target_column == data.text_column:
+        advice = "the text would tell the target"
+        problems.append(
+            f"data.target_column: {data.target_column} is the text column, too; {advice}"
+        )
     for split, (key, file) in files.user_files(data).items():
         try:
             table = files.read_columns(key, file)

@@ -43,15 +43,29 @@ ENDINGS = (  # of local files as the documentation names them, and as the hub do
 
 
 def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Return, per split, the setting to name in messages and the file; {} if data is on the hub."""
+    """Return, per split, the setting to name in messages and the file; {} if data is on the hub.
+
+    Raises:
+        ConfigError: the folder or a file in it is missing.
+    """
     path = data.path
     if path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not os.path.exists(path)):
         return {}
-    files = {}
+    files, missing = {}, []
     for split in ("train", "validation"):
         roots = (os.path.join(path, data.name or ""), path)
         candidates = [os.path.join(root, split + end) for root in roots for end in ENDINGS]
-        files[split] = ("data.path", next(filter(os.path.exists, candidates), candidates[0]))
+        file = next(filter(os.path.exists, candidates), None)
+        if file is None:
+            missing.append(f"{data.name}/{split}.parquet")
+        else:
+            files[split] = ("data.path", file)
+    if missing:
+        problem = f"{path} has no {' and no '.join(missing)}"
+        if not os.path.isdir(path):
+            problem = f"there is no folder {path}"
+        advice = f"give the folder with {data.name}/train.parquet, or leave data.path out to use"
+        raise ConfigError(f"data.path: {problem}; {advice} the hub")
     return files
 
 

@@ -11,14 +11,16 @@ from scaleup.data.files import Table
 NUMBER = re.compile(r"(?a)[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # Texts that tools write for a missing value. A class may well be called none or NA, but not in a
 # column of numbers.
-MISSING = {"nan", "<na>", "#n/a", "nat"}
+MISSING = {"nan", "-nan", "<na>", "#n/a", "nat", "\\n"}  # databases write \N
 MISSING_AMONG_NUMBERS = {"none", "null", "na", "n/a", "?", "-"}
 TRUTH_VALUES = {"true": 1, "false": 0}
 
 
 def _meaning(label: str) -> Any:
     """Return a value that is equal for all spellings of one class."""
-    text = unicodedata.normalize("NFC", label)
+    # Full-width digits, ligatures and the like, invisible characters, and the typographic minus.
+    visible = (c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
+    text = "".join(visible).replace("\N{MINUS SIGN}", "-").strip()
     word = text.lower()
     if word in TRUTH_VALUES:
         return decimal.Decimal(TRUTH_VALUES[word])

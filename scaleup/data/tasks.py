@@ -54,12 +54,15 @@ def check(sections: dict[str, Section]) -> list[str]:
     if not isinstance(data, DataSettings):
         return []
     module = of(data).module
-    sources = module.source_files(data)
+    try:
+        sources = module.source_files(data)
+    except ConfigError as error:
+        return error.problems
     if "train" not in sources:
         return []
-    problems = []
+    problems = identical_files(sources)
     try:
         module.load(data)
     except ConfigError as error:
-        problems += error.problems
-    return problems + identical_files(sources)
+        problems = [*error.problems, *problems]
+    return problems

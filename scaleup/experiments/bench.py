@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from scaleup.backbone.loading import load_model
 from scaleup.data import classification
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.experiments import baseline, batches, bench_output, meter, timing, variants
 from scaleup.experiments.batches import Batch
 from scaleup.experiments.variants import BenchOptions, Variant
@@ -164,11 +164,12 @@ def _text_lengths(task: str, data: str, tokenizer: str, count: int, max_length: 
     except ConfigError as error:
         raise ConfigError(f"--texts, --examples: {'; '.join(error.problems)}") from None
     try:
-        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    except OSError:
+        # Without the second argument, transformers would ask on the screen.
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except Exception as error:  # the library tokenizers has no class for its errors
         raise ConfigError(
-            f"--texts: {tokenizer} has no tokenizer; give the folder of a model, "
-            "or its name if the hub can be reached"
+            f"--texts: {tokenizer} has no tokenizer that can be loaded ({one_line(error, 200)}); "
+            "give the folder of a model, or its name if the hub can be reached"
         ) from None
     return list(classification.tokenize(texts, loaded_tokenizer, settings).train["length"])
 

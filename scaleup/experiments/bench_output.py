@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ def check(path: pathlib.Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        io.check_output(path)
     except OSError as error:
         raise _not_writable(path, error) from None
 

@@ -20,6 +20,7 @@ import dataclasses
 import fnmatch
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,9 @@ from scaleup.settings.loading import flat, nearest, override, parse_file, shown,
 from scaleup.settings.schema import Path, Settings, stored
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
+from scaleup.training.run_settings import check_permission
 
+MOST_TRIALS = 10_000
 SET_BY_SWEEP = ("train.output_dir", "train.resume")
 
 
@@ -50,7 +53,7 @@ def _axis(key: str | None, example: str) -> pydantic.BeforeValidator:
         if isinstance(value, list) and key is not None:
             if len(set(map(str, value))) < len(value):
                 raise ValueError("names a value twice")
-            value = {name: [f"{key}={name}"] for name in value}
+            value = {str(name): [f"{key}={name}"] for name in value}
         if not isinstance(value, dict) or not value:
             raise ValueError(f"should be {example}")
         for name in map(str, value):
@@ -137,6 +140,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
     trials: list[Trial] = []
     affected: dict[str, list[str]] = {}  # problem → names of trials
     folders: dict[str, pathlib.Path] = {}  # what a trial runs → its folder
+    count = math.prod(len(getattr(file, axis)) for axis in AXES)
+    if count > MOST_TRIALS:
+        raise ConfigError(f"{path}: describes {count:,} runs; it takes at most {MOST_TRIALS:,}")
     combinations = list(itertools.product(file.seeds, file.k, file.tasks, file.methods))
     for seed, k, task, method in combinations:
         names = zip(AXES, (task, k, method, seed))
@@ -146,6 +152,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Sweep:
         words += [*overrides, override("train.output_dir", folder), "train.resume=auto"]
         problems = list(_conflicts(chosen))
         try:
+            check_permission(config[1] if config else None, words)
             settings = load_config(config[1] if config else None, words, checks=CHECKS)
             check_same_run(settings, folder)
             if folders.setdefault(_identity(settings), folder) != folder:
@@ -218,7 +225,7 @@ def _read_file(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> dict[
     """Return a mapping that a run left in a file; raise ConfigError if the file is damaged."""
     try:
         content = read(path)
-    except (OSError, ValueError):  # a ConfigError is a ValueError
+    except (OSError, ValueError, RecursionError):  # a ConfigError is a ValueError
         content = None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged; remove the folder to run it again")

@@ -28,7 +28,7 @@ from scaleup.experiments.runs import (
     unique,
 )
 from scaleup.experiments.tables import PAPER, SCALEUP, TASKS, Table
-from scaleup.io import write_text
+from scaleup.io import read_bytes, write_text
 from scaleup.settings.loading import parse
 
 PAPER_FILE = pathlib.Path(__file__).with_name("paper.yaml")
@@ -201,15 +201,15 @@ def _bench(paths: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]
     files = [[path] if path.is_file() else sorted(path.glob("*.json")) for path in named]
     for path in itertools.chain(*files):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_bytes(path).decode("utf-8"))
             settings = content["settings"]
             ratios = {variant: float(row["ratio"]) for variant, row in content["rows"].items()}
             kind, geometry = settings["what"], settings["geometry"]
             where = [f"{geometry}, {settings['batch']} x {settings['length']} tokens"]
-            where += [settings[key] for key in ("device", "dtype") if key in settings]
+            where += [str(settings[key]) for key in ("device", "dtype") if key in settings]
             if not all(0 < ratio < math.inf for ratio in ratios.values()):
                 raise ValueError("a time is not positive")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             notes.append(f"{path} is not a file of the benchmark.")
             continue
         options = ("ragged", "compile", "profile", "baseline")

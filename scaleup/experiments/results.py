@@ -15,7 +15,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import pandas as pd
 import pydantic
@@ -45,7 +45,7 @@ class _Examples(TypedDict):
 
 
 class _Counts(TypedDict):
-    stored: int
+    stored: Annotated[int, pydantic.Field(ge=0, le=10**15)]
     stored_percent: float
 
 
@@ -192,6 +192,9 @@ def _from_row(path: pathlib.Path, record: dict[str, str]) -> Run:
             target = results
             for part in parts[:-1]:
                 target = target.setdefault(part, {})
+                if not isinstance(target, dict):
+                    reason = f"{column} and a column above it exclude each other"
+                    raise ConfigError(_damage(path, reason))
             target[parts[-1]] = _decode(text)
         elif file == "config":
             settings[key] = _decode(text)
@@ -259,5 +262,5 @@ def _encode(value: Any) -> str:
 def _decode(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

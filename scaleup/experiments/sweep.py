@@ -12,7 +12,6 @@ held, the sweep that started the trial was killed, and this one waits for the tr
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -30,7 +29,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments import results
 from scaleup.experiments.grid import Sweep, Trial, check_same_run, different
 from scaleup.experiments.runs import Run
-from scaleup.io import LOCK
+from scaleup.io import LOCK, read_json
 from scaleup.settings.loading import flat, override
 from scaleup.settings.schema import stored
 from scaleup.training.resume import checkpoints
@@ -313,7 +312,7 @@ def save_table(sweep: Sweep, earlier: Mapping[str, Run] | None = None) -> pathli
 def _noted_seconds(folder: pathlib.Path) -> list[float]:
     """Return the time that a run noted; nothing if it was killed before it did."""
     try:
-        return [float(json.loads((folder / "timing.json").read_text(encoding="utf-8"))["seconds"])]
+        return [float(read_json(folder / "timing.json")["seconds"])]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from scaleup.backbone import loading
 from scaleup.backbone.method import load_run_model
 from scaleup.data import tasks
+from scaleup.data.metrics import IGNORED
 from scaleup.export.measure import Job, Measurements, measure
 from scaleup.settings import schema
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool
@@ -171,6 +172,8 @@ def observe_gates(
             if is_text and model.config.is_encoder_decoder:
                 names.append("labels")
             inputs = {name: batch[name][:remaining].to(device) for name in names}
+            if "labels" in inputs:  # the padding of targets belongs to no example
+                inputs["decoder_attention_mask"] = (inputs["labels"] != IGNORED).long()
             remaining -= len(labels)
             model(**inputs, **({"use_cache": False} if is_text else {}))
     for handle in observer.handles:

@@ -12,6 +12,7 @@ shard of the backbone at a time.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -37,6 +38,7 @@ from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings.loading import override
 from scaleup.settings.schema import Settings
+from scaleup.training import resume
 from scaleup.training.checkpoint import (
     check_adapter_tensors,
     commit_checkpoint,
@@ -45,7 +47,8 @@ from scaleup.training.checkpoint import (
     staging_folder,
     verify,
 )
-from scaleup.training.manifest import ALTERED, Manifest
+from scaleup.training.manifest import ALTERED, MANIFEST, Manifest
+from scaleup.training.output_folder import has_long_name
 from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES
@@ -97,18 +100,18 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     checkpoint = options.checkpoint
     path = options.config or checkpoint.parent / "config.yaml"
     problems = []
-    if not checkpoint.is_dir():
+    if not os.path.isdir(checkpoint):
         problems.append(f"--checkpoint: no folder {checkpoint}")
-    elif not path.is_file():
+    elif os.path.isfile(checkpoint / "config.yaml") and not (checkpoint / MANIFEST).exists():
+        problems.append(
+            f"--checkpoint: {checkpoint} is the folder of a run; {_suggest(checkpoint)}"
+        )
+    elif not os.path.isfile(path):
         problems.append(
             f"--config: no file {path}; give the config.yaml of the run that wrote {checkpoint}"
         )
-    if options.output.exists():
-        problems.append(f"--output: {options.output} exists; choose another folder")
-    elif checkpoint.resolve() in options.output.resolve().parents:
-        problems.append(
-            f"--output: {options.output} is inside the checkpoint; choose another folder"
-        )
+    if problem := _output_problem(options.output, checkpoint):
+        problems.append(f"--output: {options.output} {problem}; choose another folder")
     if problems:
         raise ConfigError(problems)
     _check_manifest(checkpoint, Manifest.read(checkpoint))
@@ -132,6 +135,32 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
             f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); {advice}"
         )
     return settings, manifest, config
+
+
+def _output_problem(output: pathlib.Path, checkpoint: pathlib.Path) -> str | None:
+    """Return why no export can be written to a folder, or None."""
+    try:
+        if output.exists():
+            return "exists"
+        if checkpoint.resolve() in output.resolve().parents:
+            return "is inside the checkpoint"
+        if has_long_name(staging_folder(output)):
+            return "has a name that is too long"
+        parent = next(path for path in output.absolute().parents if path.exists())
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    if not parent.is_dir():
+        return f"cannot be written: {parent} is a file"
+    return None if os.access(parent, os.W_OK | os.X_OK) else "cannot be written: no permission"
+
+
+def _suggest(run: pathlib.Path) -> str:
+    """Return advice that names the best checkpoint in the folder of a run."""
+    names = ("best", "final", *(path.name for path in reversed(resume.checkpoints(run))))
+    name = next((name for name in names if (run / name).is_dir()), None)
+    if name is None:
+        return "it has no checkpoint yet"
+    return f"give one of its checkpoints: --checkpoint {run / name}"
 
 
 def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:

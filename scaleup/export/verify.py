@@ -149,6 +149,7 @@ class Evaluation:
         path = self.work / f"{name}.json"
         path.write_text(job.to_json(), encoding="utf-8")
         # The process runs in the current folder, because paths of the run may be relative to it.
+        # Both commands keep Python from importing modules from there (-P or -I).
         module_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = None
         try:
@@ -181,7 +182,7 @@ class Evaluation:
             **self._files(name),
             **fields,
         )
-        command = ["-m", "scaleup.export.calibrate"]
+        command = ["-P", "-m", "scaleup.export.calibrate"]
         return self.run_process(name, command, job, TrainedMeasurements)
 
     def measure_export(self, folder: pathlib.Path) -> Measurements:

@@ -33,6 +33,16 @@ SYNONYMS = {
 }
 
 
+# What pydantic calls a valid integer, string, … → plain words.
+KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "list": "a list",
+}
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a question that names the closest valid name, or nothing if none is close."""
     valid = list(valid)
@@ -58,6 +68,21 @@ def validation_problem(error: Mapping[str, Any], valid: Iterable[str]) -> str:
     return message if error["type"] == "missing" else f"{message} (got {shown(error['input'])})"
 
 
+def alternatives_problem(errors: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return pydantic's errors about the alternatives of one setting as one sentence.
+
+    Return None if the errors are about several values, as about the items of a list.
+    """
+    parts = []
+    for error in errors:
+        _, should_be, part = error["msg"].partition("should be ")
+        if not should_be or shown(error["input"]) != shown(errors[0]["input"]):
+            return None
+        kind = re.match(r"a valid (\w+)", part)
+        parts.append(KINDS.get(kind[1], part) if kind else part.replace("'", ""))
+    return f"must be {' or '.join(dict.fromkeys(parts))}; got {shown(errors[0]['input'])}"
+
+
 def override(key: str, value: Any) -> str:
     """Return the word that sets `key` to exactly this value, in JSON, which is YAML on one line."""
     return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
@@ -73,6 +98,7 @@ def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 MOST_BYTES = 256 * 1024  # of a config file
+MOST_DIGITS = 3000  # Python writes no decimal number of more than 4300 digits
 MOST_VALUES = 100_000  # of a YAML text in which every alias is replaced by what it stands for
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)")
@@ -108,6 +134,16 @@ class Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
         return root
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return a text in which two halves of a surrogate pair, as JSON spells them, are one."""
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.MarkedYAMLError(
+                problem="a text has half of a surrogate pair", problem_mark=node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping whose keys are unique; merge keys (<<) may still be overridden."""
         seen = set()
@@ -124,6 +160,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Return an integer, also one with the tag !!int, for which PyYAML reads 0100 as 64."""
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.YAMLError(f"a number has more than {MOST_DIGITS:,} digits")
         if not INTEGER.fullmatch(node.value):
             raise yaml.MarkedYAMLError(
                 problem=f"{node.value:.80} is no integer", problem_mark=node.start_mark
@@ -229,7 +267,9 @@ def read(
         key = "method.name" if key == "method" else key
         section, _, field = key.partition(".")
         if not equals or not field:
-            problems.append(f"{word}: overrides look like section.key=value")
+            file = path is None and not equals and word.endswith((".yaml", ".yml"))
+            advice = f"; did you mean --config {word}?" if file else ""
+            problems.append(f"{word}: overrides look like section.key=value{advice}")
         elif section not in sections:
             problems.append(_unknown_section(key, section, sections))
         else:

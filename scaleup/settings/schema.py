@@ -16,7 +16,7 @@ from pydantic import Field
 from scaleup.errors import ConfigError
 from scaleup.io import expand_home
 from scaleup.settings.derived import MOST, Section, method_fields, trainer_fields
-from scaleup.settings.loading import Dumper, read, validation_problem
+from scaleup.settings.loading import Dumper, alternatives_problem, read, validation_problem
 from scaleup.settings.rules import MANAGED, impossible, without_effect
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -292,14 +292,19 @@ SECTIONS: dict[str, type[Section]] = {
 
 def _section_problems(name: str, error: pydantic.ValidationError) -> list[str]:
     """Return one sentence per key, which names all alternatives of a union."""
-    by_key: dict[str, list[str]] = {}
+    by_key: dict[str, list[dict[str, Any]]] = {}
     for item in error.errors():
-        key = str(item["loc"][0]) if item["loc"] else ""
-        message = validation_problem(dict(item), SECTIONS[name].model_fields)
+        by_key.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(dict(item))
+    problems = []
+    for key, items in by_key.items():
+        messages = [validation_problem(item, SECTIONS[name].model_fields) for item in items]
+        message = "; or ".join(dict.fromkeys(messages))
         if name == "train" and key in MANAGED:
             message = f"is decided by scaleup: {MANAGED[key]}"
-        by_key.setdefault(key, []).append(message)
-    return [f"{name}.{key}: {'; or '.join(dict.fromkeys(by_key[key]))}" for key in by_key]
+        elif len(items) > 1:
+            message = alternatives_problem(items) or message
+        problems.append(f"{name}.{key}: {message}")
+    return problems
 
 
 def load(

@@ -1,5 +1,6 @@
 """Translate a run's config into transformers' TrainingArguments."""
 
+import sys
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         # If True, Trainer multiplies a loss that is a mean over the batch by the process count.
         "average_tokens_across_devices": tasks.of(settings.data).writes,
-        "disable_tqdm": False,
+        # In a file, each redrawing of a bar would be one more line.
+        "disable_tqdm": sys.stderr is None or not sys.stderr.isatty(),
         "logging_nan_inf_filter": False,  # a loss that is not finite must end the run
         "dataloader_pin_memory": world.device.type == "cuda",
         "use_cpu": world.device.type == "cpu",  # Trainer allows bfloat16 on CPU only with this

@@ -13,8 +13,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from scaleup.data.files import Examples
 from scaleup.errors import Preempted
 from scaleup.io import write_text
+from scaleup.training import resume
 from scaleup.training.signals import handle_save_signals
 from scaleup.unipelt.gate import GateMoments, LearnedGate
 from scaleup.unipelt.model import site_of
@@ -110,7 +112,7 @@ class GracefulShutdown(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         if self._vote():
-            note = "continue with train.resume=auto"
+            note = resume.how_to_continue(pathlib.Path(args.output_dir))
             raise Preempted(f"stopped by {self.stopped_by} during an evaluation; {note}")
 
     def _vote(self) -> bool:
@@ -174,9 +176,10 @@ def _step(line: bytes) -> float:
 class ProgressBars(ProgressCallback):
     """Show one bar for training, with the newest loss and dev score, and one for each scoring."""
 
-    def __init__(self, metric: str):
+    def __init__(self, examples: Examples):
         super().__init__()
-        self.metric = metric
+        self.metric, self.test = examples.metric, examples.test
+        self.prediction_bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -192,3 +195,19 @@ class ProgressBars(ProgressCallback):
                 self.shown[name] = f"{logs[key]:.3f}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        if state.is_world_process_zero and self.prediction_bar is None:
+            self.prediction_bar = tqdm(
+                desc="test" if eval_dataloader.dataset is self.test else "dev",
+                total=len(eval_dataloader),
+                leave=self.training_bar is None,
+                dynamic_ncols=True,
+            )
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def close(self) -> None:
+        """End the bars, so that a message after them begins on a line of its own."""
+        for bar in filter(None, (self.prediction_bar, self.training_bar)):
+            bar.close()
+        self.prediction_bar = self.training_bar = None

@@ -291,6 +291,9 @@ def check_adapter_tensors(
     saved = read_json(folder / ADAPTER_CONFIG).get("modules_to_save") or []
     heads, modules = head_names(empty), dict(empty.named_modules())
     missing = [name for name in saved if name in modules and name not in heads]
+    if other := [name for name in missing if not name.endswith("pooler")]:
+        problem = f"modules_to_save names {other[0]!r:.80}, which the backbone's files contain"
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {problem}; {ALTERED}")
     check_tensors(folder, manifest, apply_method(empty, settings.method, missing))
 
 

@@ -28,11 +28,14 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     frozen = " (frozen)" if settings.method.head == "frozen" else ""
+    # Only the prefix's MLP is trained and not stored.
+    mlp = ", with the prefix's MLP" if counts["trained"] > counts["stored"] else ""
     lines = [
         f"backbone   {model.name} ({counts['backbone']:,} parameters{quantized})",
         f"method     {settings.method.name}{f' ({parts})' if parts else ''}",
-        f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%), stored"
-        f" {counts['stored']:,} ({counts['stored_percent']:.2f}%), head {counts['head']:,}{frozen}",
+        f"trained    {counts['trained']:,} parameters ({counts['trained_percent']:.2f}%{mlp}),"
+        f" stored {counts['stored']:,} ({counts['stored_percent']:.2f}%),"
+        f" head {counts['head']:,}{frozen}",
         _data_line(settings, examples),
     ]
     if shared := _shared_line(settings, examples):
@@ -83,11 +86,11 @@ def _label_line(settings: Settings, examples: Examples) -> str:
     If the head starts far from the labels, a small run learns little more than their mean.
     """
     labels = examples.train["labels"]
-    starts = "a new head starts at 0; model.head_bias=prior starts it there"
+    starts = "a new head starts at 0, and with model.head_bias=prior at the mean"
     if settings.model.head_bias == "prior":
-        starts = "where the head starts"
+        starts = "the mean is where the head starts"
     mean, std = statistics.fmean(labels), statistics.pstdev(labels)
-    return f"labels     {mean:.4g} ± {std:.4g}: {starts}"
+    return f"labels     mean {mean:.4g}, standard deviation {std:.4g}; {starts}"
 
 
 def placement(hosts: list[tuple[str, str]]) -> list[str]:
@@ -121,8 +124,25 @@ def memory_line(states: States) -> str:
     )
 
 
-def summary(results: dict[str, Any], out: pathlib.Path, seconds: float) -> list[str]:
-    """Return the last lines: the score, the counts, and where everything is."""
+def finished_note(settings: Settings, results: dict[str, Any]) -> str:
+    """Return what is said instead of training if a run has ended, and how to train on."""
+    train = settings.train
+    by_steps = train.max_steps > 0
+    end, reached = train.num_train_epochs, results["epochs"]
+    if by_steps:
+        end, reached = train.max_steps, results["steps"]
+    key = "max_steps" if by_steps else "num_train_epochs"
+    if train.early_stopping_patience and reached < end:
+        key = "early_stopping_patience"
+    return f"this run is finished; to train on, raise train.{key}."
+
+
+def summary(results: dict[str, Any], out: pathlib.Path, seconds: float | None) -> list[str]:
+    """Return the last lines: the score, the counts, and where everything is.
+
+    Args:
+        seconds: how long the run took; None if this is not known.
+    """
     metric, counts, test = results["metric"], results["parameters"], results["test"]
     score, best_step, steps = results["dev"][metric], results["best_step"], results["steps"]
     epoch = round(results["epochs"] * best_step / steps, 2) if steps else 0
@@ -136,5 +156,5 @@ def summary(results: dict[str, Any], out: pathlib.Path, seconds: float) -> list[
         f"parameters  trained {counts['trained']:,}, stored {counts['stored']:,}"
         f" ({counts['stored_percent']:.2f}% of the model)",
         f"results     {out / 'results.json'}; best checkpoint {out / 'best'};"
-        f" log {out / 'log.jsonl'}; {seconds:.0f} s",
+        f" log {out / 'log.jsonl'}{'' if seconds is None else f'; {seconds:.0f} s'}",
     ]

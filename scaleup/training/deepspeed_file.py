@@ -11,6 +11,7 @@ import torch
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.presets import read_deepspeed
 from scaleup.settings.rules import ZERO_PRESETS
+from scaleup.settings.schema import TrainSettings
 
 
 def deepspeed_problems(name: str | None) -> list[str]:
@@ -26,6 +27,33 @@ def deepspeed_problems(name: str | None) -> list[str]:
         return error.problems
     reason = _refusal(config)
     return [f"train.deepspeed: {name} is refused by DeepSpeed: {reason}"] if reason else []
+
+
+# A section of a DeepSpeed file → settings that nothing reads if the file has it.
+REPLACED = {
+    "optimizer": ("gate_learning_rate", "optim", "optim_args"),
+    "scheduler": ("gate_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+}
+
+
+def replaced_settings(train: TrainSettings) -> list[str]:
+    """Return the settings that are set, but replaced by sections of the run's DeepSpeed file."""
+    if train.deepspeed is None or train.deepspeed in ZERO_PRESETS:
+        return []
+    try:
+        config = read_deepspeed(train.deepspeed)
+    except ConfigError:  # `deepspeed_problems` reports it
+        return []
+    problems: dict[str, str] = {}
+    for section in REPLACED.keys() & config.keys():
+        for key in REPLACED[section]:
+            default = type(train).model_fields[key].get_default(call_default_factory=True)
+            if key in train.model_fields_set and getattr(train, key) != default:
+                problems[key] = (
+                    f"train.{key}: has no effect, because {train.deepspeed} has a section "
+                    f"{section!r} of its own; remove one of them"
+                )
+    return list(problems.values())
 
 
 def _refusal(config: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """The output folder of a run: what may lie there before the run starts."""
 
+import errno
 import os
 import pathlib
 import re
@@ -17,11 +18,18 @@ LEFTOVERS = re.compile(
 SET_ASIDE = re.compile(r"before-(\d+)")  # results of a run that continued with other settings
 
 
+def has_long_name(path: pathlib.Path) -> bool:
+    """Return whether file systems refuse a part of a path, which shows late if no parent exists."""
+    return any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in path.parts)
+
+
 def output_folder_problems(train: TrainSettings) -> list[str]:
     """Check that a run can write into its folder and overwrites nothing there."""
     if "\0" in train.output_dir:
         return ["train.output_dir: a path cannot hold a null character"]
     folder = pathlib.Path(train.output_dir)
+    if has_long_name(folder):
+        return [f"train.output_dir: cannot be used: {os.strerror(errno.ENAMETOOLONG)}"]
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():

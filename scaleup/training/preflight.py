@@ -17,9 +17,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.backbone import loading as backbone
 from scaleup.backbone.folder import (
-    check_config_file,
     folder_problems,
     has_tokenizer,
+    read_config,
     size_problems,
     state,
 )
@@ -34,7 +34,7 @@ from scaleup.settings.schema import (
     Settings,
     TrainSettings,
 )
-from scaleup.training.deepspeed_file import deepspeed_problems
+from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
 from scaleup.unipelt.submodules import SUBMODULES
@@ -150,12 +150,34 @@ def model_folder(sections: dict[str, Section]) -> list[str]:
     return [f"model.name: no folder {name}; {advice}"]
 
 
-def training_files(sections: dict[str, Section]) -> list[str]:
-    """Check the DeepSpeed config and the output folder."""
+def output_folder(sections: dict[str, Section]) -> list[str]:
+    """Check that the run can write into its folder."""
+    train = sections.get("train")
+    return output_folder_problems(train) if isinstance(train, TrainSettings) else []
+
+
+def deepspeed_file(sections: dict[str, Section]) -> list[str]:
+    """Check the DeepSpeed config."""
     train = sections.get("train")
     if not isinstance(train, TrainSettings):
         return []
-    return output_folder_problems(train) + deepspeed_problems(train.deepspeed)
+    return deepspeed_problems(train.deepspeed) + replaced_settings(train)
+
+
+def model_files(sections: dict[str, Section]) -> list[str]:
+    """Check the files of a model folder, without code that comes with the model."""
+    model = sections.get("model")
+    if not isinstance(model, ModelSettings):
+        return []
+    folder = pathlib.Path(model.name)
+    if not os.path.isfile(folder / "config.json"):
+        return []
+    problems = folder_problems(folder)
+    try:
+        problems += size_problems(folder, read_config(folder))[:5]
+    except ConfigError as error:
+        problems = problems or error.problems
+    return problems
 
 
 def model_config(sections: dict[str, Section]) -> list[str]:
@@ -164,22 +186,17 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     if not isinstance(model, ModelSettings):
         return []
     folder = pathlib.Path(model.name)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return []
+    if problems := model_files(sections):
+        return problems
     try:
-        problems = folder_problems(folder)
-        check_config_file(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except ConfigError as error:
-        return problems or error.problems
     except Exception as error:  # transformers raises all kinds for a damaged config.json
         reason = one_line(error, 200)
-        return [
-            *problems,
-            f"model.name: {folder}/config.json is not a usable model config: {reason}",
-        ]
+        return [f"model.name: {folder}/config.json is not a usable model config: {reason}"]
     if sizes := size_problems(folder, config.to_dict()):
-        return problems + sizes[:5]
+        return sizes[:5]
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         problems.append(f"model.name: {folder} has no weights (*.safetensors or *.bin)")
     if not isinstance(data, DataSettings):
@@ -200,4 +217,6 @@ def model_config(sections: dict[str, Section]) -> list[str]:
     return problems
 
 
-CHECKS = (model_folder, training_files, tasks.check, model_config)
+# `plan` only reads: the output folder may hold a run. `train` checks that folder too.
+READING_CHECKS = (model_folder, deepspeed_file, tasks.check, model_config)
+CHECKS = (output_folder, *READING_CHECKS)

@@ -13,7 +13,7 @@ from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import LOCK, read_json
 from scaleup.settings.schema import Settings, stored
 from scaleup.training.checkpoint import verify
-from scaleup.training.console import summary
+from scaleup.training.console import finished_note, summary
 from scaleup.training.manifest import FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
 from scaleup.training.resume_state import check_state, trainer_state
@@ -56,12 +56,16 @@ def keep_newest(out: pathlib.Path, count: int, best_step: int | None) -> None:
 
 def _misfit(then: Manifest, now: Manifest) -> str | None:
     """Return why the processes of this run cannot load the optimizer's state, or None."""
-    texts = {"processes": "{} process(es)", "zero_stage": "ZeRO stage {} (0: without DeepSpeed)"}
-    for key, text in texts.items():
-        old, new = then.run[key], now.run[key]
-        if old != new:
-            return f"it was written by {text.format(old)}, this run has {text.format(new)}"
-    return None
+    if then.run == now.run:
+        return None
+    return f"it was written with {_engine(then)}; this run has {_engine(now)}"
+
+
+def _engine(manifest: Manifest) -> str:
+    """Describe what a run was computed with: its processes and its ZeRO stage."""
+    count, stage = manifest.run["processes"], manifest.run["zero_stage"]
+    processes = f"{count} process{'es' * (count > 1)}"
+    return f"{processes} under ZeRO-{stage}" if stage else f"{processes} without ZeRO"
 
 
 def _with_advice(error: CheckpointError, folder: pathlib.Path) -> CheckpointError:
@@ -126,7 +130,18 @@ def changes(settings: Settings) -> list[str]:
         return []
     path = pathlib.Path(settings.train.output_dir, "config.yaml")
     advice = "resume with that config, or choose another output_dir"
+    if all(key.startswith("train.") for key in keys):
+        advice += ", or use train.resume=weights_only, which starts a new optimizer"
     return [f"train.resume: {path} has another {', '.join(keys)}; {advice}"]
+
+
+def how_to_continue(out: pathlib.Path) -> str:
+    """Return from where a run that ends now could continue, for its last message."""
+    if committed := checkpoints(out):
+        return f"continue with train.resume=auto from {committed[-1]}"
+    old = _newest_set_aside(out)
+    start = f"from the weights of {old}" if old else "from the beginning"
+    return f"no checkpoint was saved yet, so that train.resume=auto would start {start}"
 
 
 def choose(
@@ -163,12 +178,12 @@ def choose(
         return None, newest
     if misfit:
         raise ConfigError(
-            f"train.resume: {newest} cannot be continued here: {misfit}. Use as many processes and"
-            " that ZeRO stage, or train.resume=weights_only: its trained weights, a new optimizer"
-            " and schedule (the old run moves to before-N/)"
+            f"train.resume: {newest} cannot be continued here: {misfit}. Use what it was"
+            " written with, or train.resume=weights_only, which takes its trained weights and"
+            " starts a new optimizer and schedule (the old run moves to before-N/)"
         )
     try:
-        check_state(newest, now)
+        check_state(newest, now, settings.train.fp16)
     except CheckpointError as error:
         raise _with_advice(error, newest) from None
     best = trainer_state(newest)["best_global_step"]
@@ -225,11 +240,20 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         results = read_json(path)
-        summary(results, out, 0.0)  # it reads what a finished run must have
+        finished_note(settings, results)  # these read what a finished run must have
+        summary(results, out, None)
     except (ValueError, KeyError, TypeError, AttributeError):
         advice = "remove it to score the run's checkpoints again"
         raise CheckpointError(f"{path} is damaged; {advice}") from None
     return results
+
+
+def seconds(out: pathlib.Path) -> float | None:
+    """Return how long a finished run took; None if its timing.json is missing or damaged."""
+    try:
+        return float(read_json(out / "timing.json")["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _numbered(out: pathlib.Path, name: re.Pattern[str]) -> list[pathlib.Path]:

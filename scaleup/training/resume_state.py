@@ -26,6 +26,9 @@ from scaleup.training.manifest import ALTERED, Manifest
 TRAINER_STATE = "trainer_state.json"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 LATEST = "latest"  # DeepSpeed's file with the name of the folder that it loads
+SCALER = "scaler.pt"
+# Trainer would load these in place of the weights that a run saves, which are safetensors.
+OTHER_WEIGHTS = ("pytorch_model*", "adapter_model.bin")
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # tensors with the shape of a parameter
 
 
@@ -77,13 +80,20 @@ def trainer_state(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def check_state(folder: pathlib.Path, manifest: Manifest) -> None:
+def check_state(folder: pathlib.Path, manifest: Manifest, fp16: bool = False) -> None:
     """Read the state of optimizer, schedule and random numbers in `checkpoint-N/` once.
 
+    Args:
+        fp16: whether the run that loads it scales its loss.
+
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or is none of a run.
     """
     trainer_state(folder)
+    for path in (path for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)):
+        raise CheckpointError(f"{path}: no run saves weights in such a file; {ALTERED}")
+    if (folder / SCALER).exists() and not fp16:
+        raise CheckpointError(f"{folder / SCALER} is of a run with train.fp16; set it to true")
     names = ["rng_state.pth"]
     if manifest.run["processes"] > 1:  # a host may have its own files only
         names = sorted(path.name for path in folder.glob("rng_state_*.pth")) or ["rng_state_0.pth"]

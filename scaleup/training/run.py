@@ -78,8 +78,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     # results.json is on the first host only.
     results = distributed.gather(world, resume.finished(settings, out))[0]
     if results is not None:
-        note = "this run is finished; to train on, change what it stopped for."
-        _print(world, f"{note} Results of {out}:", *console.summary(results, out, 0.0))
+        lines = console.summary(results, out, resume.seconds(out))
+        _print(world, f"{console.finished_note(settings, results)} Results of {out}:", *lines)
         return results
     prepared = _prepare(settings, world, shared, config)
     checkpoint, old_weights = _choose_checkpoint(prepared)
@@ -96,16 +96,21 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         weights=checkpoint if settings.method.head == "frozen" and checkpoint else old_weights,
     )
     counts = parameter_counts(model)
-    trainer = _make_trainer(prepared, model, callbacks)
+    bars = ProgressBars(prepared.examples)
+    trainer = _make_trainer(prepared, model, bars, callbacks)
     _check_checkpoint(trainer, checkpoint, old_weights)
     distributed.gather(world, None)  # all have read the old folder before anything is moved
     if prepared.writes:
         _open_folder(prepared, old_weights)
     _announce(prepared, counts, model)
-    if checkpoint or old_weights:
-        _print(world, f"resume     {checkpoint or f'the weights of {old_weights}, from step 0'}")
-    _train(prepared, trainer, checkpoint)
-    results = score(trainer, counts)
+    if settings.train.resume != "never":
+        start = f"no checkpoint in {out}, so the run starts from the beginning"
+        if old_weights:
+            start = f"the weights of {old_weights}, from step 0"
+        _print(world, f"resume     {checkpoint or start}")
+    with contextlib.closing(bars):
+        _train(prepared, trainer, checkpoint)
+        results = score(trainer, counts)
     seconds = time.perf_counter() - begin
     if world.main:
         io.write_json(out / "results.json", results)
@@ -193,7 +198,9 @@ def _check_checkpoint(
             check_optimizer(checkpoint, trainer.parameter_groups)
 
 
-def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> RunTrainer:
+def _make_trainer(
+    run: Run, model: nn.Module, bars: ProgressBars, callbacks: Sequence[TrainerCallback]
+) -> RunTrainer:
     settings, examples, prepare = run.settings, run.examples, run.task.module
     graphs_used = settings.train.cuda_graphs or run.args.torch_compile
     gate_statistics = GateStatistics(model, graphs_used)
@@ -227,7 +234,7 @@ def _make_trainer(run: Run, model: nn.Module, callbacks: Sequence[TrainerCallbac
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not run.args.disable_tqdm:
-        trainer.add_callback(ProgressBars(examples.metric))
+        trainer.add_callback(bars)
     if settings.train.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.train.early_stopping_patience))
     return trainer

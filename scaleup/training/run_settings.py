@@ -1,12 +1,34 @@
 """Load the config.yaml of a trained run, which another person may have written."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
-from scaleup.errors import PermissionMissing
+from scaleup.errors import ConfigError, PermissionMissing
+from scaleup.settings.loading import read
 from scaleup.settings.schema import Settings, load
 from scaleup.training.manifest import Manifest
-from scaleup.training.preflight import model_folder
+from scaleup.training.preflight import model_files, model_folder
+
+
+def check_permission(path: str | None, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if only the config in a run folder allows code of the model.
+
+    A file that the user has written is a permission. Another person may have made a run folder,
+    also one that a link leads to.
+    """
+    key = "model.trust_remote_code"
+    if path is None or any(word.startswith(f"{key}=") for word in overrides):
+        return
+    folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
+    if not any(os.path.isfile(os.path.join(folder, "environment.json")) for folder in folders):
+        return
+    sections, _ = read(path, [], ["model"])
+    if sections.get("model", {}).get("trust_remote_code") not in (None, False):
+        raise ConfigError(
+            f"{key}: {path} is the config of a run, and asks to run Python code that comes with "
+            f"the model; add {key}=true if you trust that code"
+        )
 
 
 def load_trained(
@@ -25,7 +47,7 @@ def load_trained(
         ConfigError: the file is damaged, or was changed since the checkpoint was written.
         PermissionMissing: the run asks to execute code, which the user has not allowed.
     """
-    settings = load(str(path), overrides, checks=[model_folder])
+    settings = load(str(path), overrides, checks=[model_folder, model_files])
     if settings.model.trust_remote_code and not trusted:
         raise PermissionMissing(
             f"--trust-remote-code: {path} asks to run Python code that comes with the backbone "

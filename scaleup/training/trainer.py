@@ -3,6 +3,7 @@
 Only this file and `scaleup.training.evaluation` override private methods of Trainer.
 """
 
+import copy
 import functools
 import math
 import pathlib
@@ -19,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from scaleup.backbone.sharded import whole_copies
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
-from scaleup.io import write_problem
+from scaleup.io import NO_SPACE, write_problem
 from scaleup.training import distributed, resume, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
@@ -36,6 +37,24 @@ from scaleup.training.sampler import ResumableSampler
 
 ITEMS = "num_items_in_batch"
 BATCHES = 1 << 20  # more than the batches of one optimizer step
+
+
+def _last_good(out: pathlib.Path) -> str:
+    kept = resume.checkpoints(out)
+    return f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
+
+
+def write_failure(folder: pathlib.Path, error: Exception) -> str:
+    """Return why a checkpoint could not be written, what remains, and what to do."""
+    cause, cure = write_problem(error), "Solve this"
+    if shutil.disk_usage(folder.parent).free < 2**20:  # torch reports "unexpected pos"
+        cause = "the disk is full"
+    if cause == "the disk is full" or getattr(error, "errno", None) in NO_SPACE:
+        cure = "Free space"
+    elif "ulimit" in cause:
+        cure = "Raise the limit"
+    again = f"{cure} and run the same command with train.resume=auto"
+    return f"{folder} could not be written: {cause}. {_last_good(folder.parent)}. {again}"
 
 
 class RunTrainer(EvaluatingTrainer):
@@ -61,10 +80,13 @@ class RunTrainer(EvaluatingTrainer):
     def try_out(self) -> None:
         """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
         self.lengths = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        *_, steps = self.lengths
         if self.is_deepspeed_enabled:
-            self.args.hf_deepspeed_config.trainer_config_finalize(self.args, self.model, 1000)
+            # A copy, because Trainer fills it in once more and refuses what is filled in already.
+            config = copy.deepcopy(self.args.hf_deepspeed_config)
+            config.trainer_config_finalize(self.args, self.model, steps)
         else:
-            self.create_optimizer_and_scheduler(1000)
+            self.create_optimizer_and_scheduler(steps)
             self.parameter_groups = [
                 dict(group)
                 for group in self.optimizer.param_groups  # type: ignore[has-type]
@@ -188,12 +210,8 @@ class RunTrainer(EvaluatingTrainer):
         step, batch = divmod(first, BATCHES)
         raise RunError(
             f"the loss is not a number at step {step} (its batch {batch}, rank {rank})."
-            f" {self._last_good()}. Try a lower train.learning_rate, or look at the step's data"
+            f" {_last_good(self.out)}. Try a lower train.learning_rate, or look at the step's data"
         )
-
-    def _last_good(self) -> str:
-        kept = resume.checkpoints(self.out)
-        return f"The last good checkpoint is {kept[-1] if kept else 'none'}"
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Add speed and gates to a log entry. Every rank must call this to sum the tokens."""
@@ -256,12 +274,9 @@ class RunTrainer(EvaluatingTrainer):
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             if watchdog.is_lost(error):
                 raise
-            cause = write_problem(error)
-            if shutil.disk_usage(self.out).free < 2**20:  # torch reports "unexpected pos"
-                cause = "the disk is full"
+            problem = write_failure(folder, error)
             shutil.rmtree(staging_folder(folder), ignore_errors=True)
-            problem = f"{folder} could not be written: {cause}"
-            raise RunError(f"{problem}. {self._last_good()}") from error
+            raise RunError(problem) from error
 
     def _commit(self, folder: pathlib.Path) -> None:
         self.accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from scaleup.training.checkpoint import verify
-from tests.utils.workspace import ROOT, environment, make_workspace, overrides
+from tests.utils.workspace import ROOT, environment, losses, make_workspace, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -26,6 +26,22 @@ def test_a_plain_stage_trains(tmp_path, stage):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "results.json").exists()
     verify(tmp_path / "run" / "best")
+
+
+def test_a_schedule_of_the_file_is_filled_in_for_the_length_of_the_run(tmp_path):
+    make_workspace(tmp_path)
+    numbers = {"warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    content = {
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0, **numbers}},
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(content))
+    words = overrides(tmp_path, tmp_path / "run", f"train.deepspeed={tmp_path / 'zero.json'}")
+    result = train(*words, "train.max_steps=4", "train.warmup_steps=0.5")
+    assert result.returncode == 0, result.stderr
+    rates = losses(tmp_path / "run", "learning_rate")
+    assert rates == pytest.approx([0, 5e-4, 5e-4, 2.5e-4])  # two steps up, two steps down
 
 
 def test_a_file_that_is_refused_leaves_nothing(tmp_path):

@@ -198,6 +198,20 @@ def test_a_signal_ends_the_final_scoring_which_the_resumed_run_repeats(
     assert (out / "results.json").read_bytes() == (complete / "results.json").read_bytes()
 
 
+def test_an_interrupted_run_ends_its_bar_and_starts_anew_if_nothing_was_saved(
+    workspace, tmp_path, capsys
+):
+    out, short = tmp_path / "run", "train.max_steps=3"
+    with pytest.raises(KeyboardInterrupt):
+        bars = "train.disable_tqdm=false"
+        run(workspace, out, short, bars, callbacks=[Signal(signal.SIGINT, step=2)])
+    bar = capsys.readouterr().err
+    assert "/3 [" in bar.splitlines()[-1] and bar.endswith("\n")
+    run(workspace, out, short, "train.resume=auto")
+    line = f"resume     no checkpoint in {out}, so the run starts from the beginning"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_a_file_size_limit_is_named(workspace, finished, tmp_path):
     """A limit on the size of files (ulimit -f) has another cure than a full disk."""
     out = tmp_path / "run"

@@ -1,7 +1,9 @@
 """A run folder of another person executes no code and adds nothing to an export."""
 
 import json
+import os
 import pathlib
+import pickle
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from scaleup.cli import main
 from scaleup.errors import CheckpointError
 from scaleup.export import export
 from scaleup.export.report import ExportOptions
-from tests.utils.altered import rehash
+from tests.utils.altered import Evil, rehash
 from tests.utils.workspace import ROOT, environment
 
 OLD = ROOT / "tests" / "fixtures" / "format_0_1"
@@ -254,3 +256,64 @@ def test_a_signal_ends_the_child_processes_and_removes_all_folders(folder, numbe
     assert not any(pathlib.Path(f"/proc/{child}").exists() for child in running)
     assert not list(temporary.glob("scaleup-export-*"))
     assert not (folder / "out").exists() and not (folder / ".out.draft").exists()
+
+
+def test_modules_in_the_current_folder_are_not_imported(folder):
+    """The current folder may be another person's run."""
+    names = ("torch", "numpy", "transformers", "peft", "scaleup", "sitecustomize")
+    for name in names:
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'executed')!r}, 'w')")
+    assert main(command("exact")) == 0
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_a_link_to_the_config_in_a_run_folder_is_no_permission_either(folder, capsys, name):
+    marker = ask_for_code(folder)
+    (folder / "mine.yaml").symlink_to("run/config.yaml")
+    assert main([name, "--config", "mine.yaml", "train.output_dir=new"]) == 2
+    assert "mine.yaml is the config of a run" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "pointer", "pipe"])
+def test_weights_of_the_backbone_are_checked_before_they_are_read(folder, capsys, kind):
+    path, marker = folder / "bert" / "model.safetensors", folder / "executed"
+    path.unlink()
+    if kind == "pickle":
+        path = path.with_name("pytorch_model.bin")
+        path.write_bytes(pickle.dumps(Evil(marker)))
+        fit_backbone(folder)
+    elif kind == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    else:
+        os.mkfifo(path)
+    for words in ([], ["--no-verify"]):
+        assert main(command("standalone", *words)) == 2
+        shown = capsys.readouterr().err
+        assert path.name in shown and len(shown.splitlines()) == 2, shown
+    assert not marker.exists() and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "bert", "bert.encoder"])
+def test_an_adapter_that_saves_modules_of_the_backbone_is_refused(folder, capsys, name):
+    path = folder / "run" / "best" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": [name]}))
+    rehash(path.parent)
+    assert main(command("exact", "--no-verify")) == 2
+    assert f"adapter_config.json: modules_to_save names {name!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["a" * 250, "new/" + "a" * 250, "file/out"])
+def test_an_output_that_cannot_be_made_is_refused_before_work_begins(folder, capsys, output):
+    (folder / "file").touch()
+    before = sorted(folder.rglob("*"))
+    assert main(["export", "--checkpoint", "run/best", "--output", output]) == 2
+    assert capsys.readouterr().err.startswith(f"error: 1 problem:\n  - --output: {output} ")
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--config", "--backbone"])
+def test_a_name_that_is_too_long_is_refused_like_one_that_does_not_exist(folder, capsys, option):
+    assert main(command("exact", option, "a" * 300)) == 2
+    assert "aaa" in capsys.readouterr().err and not (folder / "out").exists()

@@ -104,7 +104,10 @@ def test_a_finished_run_started_again_has_nothing_to_do(workspace, finished, cap
     results = run(workspace, finished, "train.resume=auto")
     assert results == json.loads((finished / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-    assert "this run is finished" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "this run is finished; to train on, raise train.num_train_epochs." in screen
+    seconds = json.loads((finished / "timing.json").read_text())["seconds"]
+    assert screen.endswith(f"; {seconds:.0f} s\n") and seconds > 0
 
 
 def test_early_stopping_counts_on_and_a_run_that_was_stopping_stops(workspace, tmp_path):
@@ -367,7 +370,9 @@ def test_another_number_of_processes_is_refused_and_weights_only_goes_on(workspa
     manifest["run"] = {"processes": 4, "zero_stage": 2}
     (copy / "checkpoint-12" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        ConfigError, match=r"written by 4 process\(es\), this run has 1 .*train.resume=weights_only"
+        ConfigError,
+        match="written with 4 processes under ZeRO-2; this run has 1 process without ZeRO. "
+        ".*train.resume=weights_only",
     ):
         run(workspace, copy, "train.resume=auto")
     old = weights(copy / "checkpoint-12")

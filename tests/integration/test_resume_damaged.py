@@ -145,6 +145,15 @@ def test_an_added_file_and_a_link_in_a_checkpoint_are_refused_by_name(folder, ca
     assert f"checkpoint-9: scaler.pt {words}; remove it" in refused(folder, capsys)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "scaler.pt"])
+def test_a_listed_file_that_the_run_did_not_write_is_refused(folder, capsys, name):
+    checkpoint = folder / "run" / "checkpoint-9"
+    (checkpoint / name).write_bytes(pickle.dumps(Evil(folder / "executed")))
+    rehash(checkpoint)
+    assert f"checkpoint-9/{name}" in refused(folder, capsys)
+    assert not (folder / "executed").exists()
+
+
 def test_a_checkpoint_without_the_tensors_of_the_model_is_refused(folder, capsys):
     from safetensors.torch import load_file, save_file
 

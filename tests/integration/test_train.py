@@ -59,7 +59,7 @@ def done(result: subprocess.CompletedProcess) -> str:
 def finished(workspace, tmp_path_factory) -> tuple[pathlib.Path, str, str]:
     """The folder of a finished run, its screen, and its progress bars."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    result = train(*overrides(workspace, out))
+    result = train(*overrides(workspace, out, "train.disable_tqdm=false"))
     return out, done(result), result.stderr
 
 
@@ -128,6 +128,7 @@ def test_training_and_each_scoring_show_a_progress_bar(finished, workspace, tmp_
     assert "12/12" in bars and "dev accuracy=" in bars
     # Three epochs on dev, then dev and test. Each set is one batch.
     assert bars.count("0/1 [") == 5, bars
+    assert bars.count("dev:   0%") == 4 and bars.count("test:   0%") == 1, bars
     quiet = train(*overrides(workspace, tmp_path / "run", "train.max_steps=2", TQDM_OFF))
     assert done(quiet) and "it/s" not in quiet.stderr and "0/1 [" not in quiet.stderr
 

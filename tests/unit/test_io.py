@@ -1,7 +1,7 @@
 """Writing files, and amounts of memory as text."""
 
 import os
-import threading
+import pathlib
 
 import pytest
 
@@ -25,10 +25,43 @@ def test_what_is_no_amount_of_memory(text):
 def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
-    reader.start()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     io.write_text(pipe, "text")
-    reader.join(timeout=10)
-    assert received == ["text"] and pipe.is_fifo()
+    assert os.read(reader, 100) == b"text" and pipe.is_fifo()
+    os.close(reader)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_pipe_that_no_process_reads_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):
+        io.write_text(tmp_path / "pipe", "text")
+
+
+def test_a_disk_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "is_block_device", lambda path: path.name == "disk")
+    (tmp_path / "disk").write_text("all my files")
+    for write in (io.check_output, lambda path: io.write_text(path, "text")):
+        with pytest.raises(OSError, match="it is a disk"):
+            write(tmp_path / "disk")
+    assert (tmp_path / "disk").read_text() == "all my files"
+
+
+def test_a_link_among_the_devices_is_not_replaced(tmp_path, monkeypatch):
+    """/dev/stdout leads to a file where a shell redirects the output."""
+    monkeypatch.setattr(io, "DEVICES", str(tmp_path / "dev"))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dev" / "stdout").symlink_to(tmp_path / "file")
+    io.check_output(tmp_path / "dev" / "stdout")
+    io.write_text(tmp_path / "dev" / "stdout", "text")
+    assert (tmp_path / "dev" / "stdout").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_nothing_remains_of_a_file_that_could_not_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for write in (io.check_output, lambda path: io.write_text(path, "text")):
+        with pytest.raises(OSError, match="Is a directory"):
+            write(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

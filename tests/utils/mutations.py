@@ -64,6 +64,7 @@ WORDS = [
     "nan",
     "1" * 5000,
     "/",
+    "/dev/zero",
     "/dev/null",
     "fifo",
     "folder",

@@ -138,6 +138,39 @@ def test_a_missing_part_of_the_weights_is_named(workspace, model):
         ]
 
 
+@pytest.mark.parametrize("name", ["../other.safetensors", "x" * 300])
+def test_weights_outside_the_folder_are_refused(workspace, model, name):
+    """They would not be part of the backbone's fingerprint."""
+    shutil.copy(model / "model.safetensors", model.parent / "other.safetensors")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (found,) = problems(workspace, model)
+    assert f"model.safetensors.index.json names {name[:80]}, which is not in FOLDER" in found
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {}}, {"metadata": 5}, {}])
+def test_an_index_that_transformers_cannot_read_is_refused(workspace, model, index):
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    content = {"weight_map": {"a": "model-00001-of-00001.safetensors"}} | index
+    (model / "model.safetensors.index.json").write_text(json.dumps(content))
+    assert problems(workspace, model) == [
+        "model.name: FOLDER/model.safetensors.index.json is no index of weights"
+    ]
+
+
+def test_a_name_that_is_too_long_is_no_folder(workspace, model):
+    (found,) = problems(workspace, model.parent / ("a" * 300))
+    assert found.startswith("model.name: no folder")
+
+
+def test_a_bin_that_holds_no_tensors_by_name_is_refused(workspace, model):
+    (model / "model.safetensors").unlink()
+    torch.save([torch.ones(2)], model / "pytorch_model.bin")
+    (found,) = problems(workspace, model)
+    assert "pytorch_model.bin is damaged, or no file of weights: it holds a list" in found
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -150,6 +183,8 @@ def test_a_missing_part_of_the_weights_is_named(workspace, model):
         ({"vocab_size": 10**30}, "vocab_size is 1e+30"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1e+30"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1e+06; it should be at most 1,024"),
+        ({"num_labels": 10**9}, "num_labels is 1e+09; it should be at most 1,000,000"),
+        ({"hidden_size": 10**400}, "hidden_size is a very long number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_attention_heads": 0}, "describes no model"),
         ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),

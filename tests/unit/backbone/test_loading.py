@@ -132,6 +132,15 @@ def test_a_damaged_weight_file_is_refused(folder):
         load(folder)
 
 
+def test_a_misspelt_folder_that_looks_like_a_hub_id_is_named_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(ModelSettings(name="quickstrat/model"))
+    assert str(caught.value).startswith(
+        "model.name: there is no folder quickstrat/model here, and the hub could not be reached; "
+    )
+
+
 def problems(name, method="unipelt", attention="sdpa", **data):
     return model_config(
         {

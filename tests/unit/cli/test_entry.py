@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -101,7 +102,7 @@ def test_every_command_prints_errors_alike(monkeypatch, capsys, name, error, cod
     def command(options):
         raise error
 
-    expected = (2 if name in ("plan", "report") else 1) if code is None else code
+    expected = (2 if name in ("plan", "report", "schema") else 1) if code is None else code
     assert run_command(name, command, None) == expected
     assert capsys.readouterr().err.startswith(printed)
 
@@ -141,6 +142,36 @@ def test_a_misspelt_key_is_answered_without_noise():
     result = python("-m", "scaleup", "train", "data.name=rte", "train.lerning_rate=1")
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: 1 problem:\n  - train.lerning_rate: unknown setting")
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["trian"], "did you mean train?"),
+        (["report", "tabel1"], "did you mean table1?"),
+        (["bench", "inferense"], "did you mean inference?"),
+        (["plan", "--device", "cpux"], "did you mean cpu?"),
+        (["train", "--cofig", "x"], "did you mean --config?"),
+        (["train", "--data.path=/folder"], "; write data.path=/folder without dashes"),
+        (["plan", "--train.seed", "3"], "; write train.seed=VALUE without dashes"),
+        (["sweep", "x.yaml", "--data.k=3"], "; write data.k=3 without dashes"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest_one(words, advice, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2 and capsys.readouterr().err.endswith(f"{advice}\n")
+
+
+def test_attempts_to_reach_the_hub_are_no_noise():
+    script = (
+        "from scaleup.cli.entry import _quiet_libraries\n"
+        "_quiet_libraries()\n"
+        "from huggingface_hub.utils import logging\n"
+        "logging.get_logger('huggingface_hub.utils._http').warning('Retrying in 1s')\n"
+    )
+    result = python("-c", script)
+    assert result.returncode == 0 and not result.stderr
 
 
 def test_the_schema_is_written_or_printed(tmp_path, capsys):
@@ -187,3 +218,39 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["schema", "--output=~/schema.json"]) == 0
     assert (tmp_path / "schema.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "long name"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr("scaleup.memory.plan.make_plan", lambda *_: pytest.fail("planned"))
+    path = tmp_path / ("x" * 300 if kind == "long name" else "output")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["schema", "--output", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and len(shown.splitlines()) == 1
+    if kind != "pipe":  # whether a process reads a pipe is known when it is written to
+        assert main(["plan", "--json", str(path), "data.name=rte", "model.name=x"]) == 2
+        assert f"--json: {path} cannot be written: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["schema", "--output=--"],
+        ["schema", "--output=\udcff"],
+        ["report", "table1", "--runs=\udcff"],
+        ["export", "--output=--", "--checkpoint", "x"],
+        ["train", "data.train_file=\udcff"],
+    ],
+)
+def test_words_that_are_no_values_or_no_text_are_refused(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "it is not UTF-8 text" in last or "-- is no value" in last

@@ -46,11 +46,19 @@ def test_a_message_that_cannot_be_written_does_not_change_the_exit_code(what, co
         assert start("-c", SCRIPT, what, stderr=full) == (code, "")
 
 
-def test_help_into_a_closed_pipe_is_no_traceback():
-    result = start(
-        "-m", "scaleup", "train", "--help", stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert result == (1, "error: Broken pipe\n")
+@pytest.mark.parametrize("words", [[], ["train"], ["plan"], ["bench"], ["bench", "memory"]])
+def test_help_into_a_closed_pipe_ends_quietly(words):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    assert start("-m", "scaleup", *words, "--help", **pipes) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("plan", (1, "")), ("train", (1, "error: Broken pipe\n"))]
+)
+def test_a_closed_pipe_is_reported_only_by_a_run_that_it_ends(name, expected):
+    script = SCRIPT.replace('"train", command', f'"{name}", command')
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    assert start("-c", script, "result", **pipes) == expected
 
 
 def test_a_sweep_goes_on_without_its_screen(monkeypatch):

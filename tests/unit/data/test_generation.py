@@ -313,3 +313,10 @@ def test_e2e_is_read_with_its_several_references(data_dir):
         and sum(map(len, found.references[-630:])) == 4693
     )
     assert sequences.load(data) is found  # not read twice
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_the_target_is_not_the_text(write, task):
+    data = settings(write(pairs(("a", "b"), ("c", "d"))), task, target_column="text")
+    with pytest.raises(ConfigError, match="data.target_column: text is the text column, too; the"):
+        load(data)

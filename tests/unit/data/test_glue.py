@@ -250,13 +250,16 @@ def test_a_glue_file_without_metadata_has_the_official_classes_and_no_other(in_t
 
 
 def test_a_folder_that_is_not_there_or_holds_no_such_task_is_named(in_tmp):
-    missing = "cannot be read: No such file or directory"
+    advice = "; give the folder with cola/train.parquet, or leave data.path out to use the hub"
     assert problems(name="cola", path="/nowhere") == [
-        f"data.path: /nowhere/cola/{s}.parquet {missing}" for s in ("train", "validation")
+        f"data.path: there is no folder /nowhere{advice}"
     ]
-    assert problems(name="cola", path=".") == [
-        f"data.path: ./cola/{s}.parquet {missing}" for s in ("train", "validation")
-    ]
+    missing = "cola/train.parquet and no cola/validation.parquet"
+    assert problems(name="cola", path=".") == [f"data.path: . has no {missing}{advice}"]
+    os.mkdir("cola")
+    write_parquet("cola/train.parquet", {"sentence": ["a", "b"], "label": [0, 1]})
+    missing = "cola/validation.parquet"
+    assert problems(name="cola", path=".") == [f"data.path: . has no {missing}{advice}"]
 
 
 def test_check_leaves_the_hub_alone(monkeypatch):

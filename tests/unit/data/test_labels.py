@@ -30,6 +30,12 @@ def _csv_problems(*labels: str) -> list[str]:
         ("False", "false"),
         ("Yes", "yes"),
         ("caf\u00e9", "cafe\u0301"),
+        ("1", "\uff11"),  # full width
+        ("1", "1\u200b"),  # an invisible space
+        ("1", "\ufeff1"),  # a byte order mark
+        ("-1", "\u22121"),  # a typographic minus
+        ("fit", "\ufb01t"),  # a ligature
+        ("a b", "a\u00a0b"),
     ],
 )
 def test_one_class_in_two_spellings_is_refused_with_its_rows(in_tmp, labels):
@@ -53,7 +59,7 @@ def test_every_spelling_of_a_class_is_named_with_at_most_three_rows(in_tmp):
     ]
 
 
-@pytest.mark.parametrize("word", ["nan", "NaN", "NAN", "<NA>", "#N/A", "NaT"])
+@pytest.mark.parametrize("word", ["nan", "NaN", "NAN", "-nan", "<NA>", "#N/A", "NaT", "\\N"])
 @pytest.mark.parametrize("others", [("0", "1"), ("pos", "neg")])
 def test_a_word_for_a_missing_value_is_no_class(in_tmp, word, others):
     one, other = others

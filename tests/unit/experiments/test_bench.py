@@ -104,6 +104,7 @@ def test_options_without_effect_or_meaning_are_refused(capsys, words, message):
             ["inference", "--output", "/dev/null/rows.json"],
             "--output: /dev/null/rows.json cannot be written: ",
         ),
+        (["inference", "--output", "/"], "--output: / cannot be written: Is a directory"),
         (["inference", "--length", "5000"], "--length: bert-base has only 512 positions"),
         (
             ["training", *SMALL, "--only", "lower-bound", "--baseline", "nowhere/python"],

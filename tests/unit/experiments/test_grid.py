@@ -1,7 +1,9 @@
 """What a sweep file says: trials, their settings, and what is refused."""
 
 import collections
+import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -199,3 +201,45 @@ def test_the_sweeps_of_this_repository_are_valid(path, tmp_path, monkeypatch, da
     assert (
         str(made.output) == f"runs/{path.stem}" and f"{len(made.trials)} runs" in path.read_text()
     )
+
+
+def test_the_base_in_a_run_folder_is_no_permission_to_execute_code(workspace, tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(workspace / "bert", model)
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    run.mkdir()
+    (run / "environment.json").write_text("{}")
+    (run / "config.yaml").write_text(f"model: {{name: {model}, trust_remote_code: true}}\n")
+    path = str(sweep_file(workspace, tmp_path, base="run/config.yaml"))
+    with pytest.raises(ConfigError, match="is the config of a run, and asks to run Python code"):
+        grid.load(path)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ConfigError):  # the permission, on the command line
+        grid.load(path, ["model.trust_remote_code=true"])
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"k": [{}]}, "cannot be part of a folder's name"),
+        ({"seeds": [[1]]}, "cannot be part of a folder's name"),
+        ({"k": list(range(1, 200)), "seeds": list(range(200))}, "it takes at most 10,000"),
+        ({"methods": {"a" * 300: ["method=full"]}}, "File name too long"),
+    ],
+)
+def test_names_and_numbers_of_trials_are_bounded(workspace, tmp_path, axes, words):
+    with pytest.raises(ConfigError, match=words):
+        grid.load(str(sweep_file(workspace, tmp_path, **axes)))
+
+
+def test_results_of_a_trial_that_are_nested_too_deeply_are_damaged(workspace, tmp_path):
+    path = sweep_file(workspace, tmp_path)
+    trial = grid.load(str(path)).trials[0]
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
+    (trial.folder / "results.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="results.json is damaged; remove the folder"):
+        grid.load(str(path))

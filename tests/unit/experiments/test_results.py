@@ -1,6 +1,7 @@
 """Reading finished runs from folders and tables, and which runs a report combines."""
 
 import json
+import os
 import shutil
 import time
 
@@ -305,3 +306,41 @@ def test_a_config_whose_aliases_multiply_is_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match="config.yaml is damaged .*aliases"):
         results.load([str(out)])
     assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "trial,results.task,results.a,results.a.b\nx,cola,1,2\n",
+        "trial,results.task,results.dev\nx,cola," + "[" * 100_000 + "\n",
+    ],
+)
+def test_a_table_that_no_sweep_wrote_is_refused(tmp_path, table):
+    (tmp_path / "table.csv").write_text(table)
+    with pytest.raises(ConfigError, match="is damaged|has no"):
+        results.load([str(tmp_path / "table.csv")])
+
+
+def test_an_absurd_number_of_parameters_is_damage(small):
+    path = small / "cola-100-full-0" / "results.json"
+    content = json.loads(path.read_text())
+    content["parameters"]["stored"] = 10**400
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="parameters.stored"):
+        results.load([str(small)])
+
+
+def test_what_is_no_file_of_the_benchmark_is_named(small, tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "endless.json").symlink_to("/dev/zero")
+    (folder / "folder.json").mkdir()
+    (folder / "deep.json").write_text("[" * 100_000)
+    times = {"what": "training", "geometry": "bert-base", "batch": 1, "length": 8, "device": 5}
+    rows = {"full fine-tuning": {"ratio": 1.0}}
+    (folder / "times.json").write_text(json.dumps({"settings": times, "rows": rows}))
+    lines = report.report("table4", [str(small)], tmp_path / "out", [str(folder)])
+    for name in ("pipe", "endless", "folder", "deep"):
+        assert any(f"{name}.json is not a file of the benchmark" in line for line in lines)
+    assert any("Training times from times.json (bert-base, 1 x 8 tokens, 5)" in x for x in lines)

@@ -41,6 +41,31 @@ def test_an_override_of_another_shape_is_refused(override):
     )
 
 
+@pytest.mark.parametrize("word", ["quickstart.yaml", "configs/quickstart.yml"])
+def test_a_config_file_without_its_flag_is_recognised(word):
+    shape = f"{word}: overrides look like section.key=value"
+    assert problems(GLUE, word) == [f"{shape}; did you mean --config {word}?"]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.k=ten", "data.k: must be a whole number or all; got 'ten'"),
+        ("data.k=1.5", "data.k: must be a whole number or all; got 1.5"),
+        ("data.k=0", "data.k: must be greater than or equal to 1 or all; got 0"),
+        ("train.bf16=maybe", "train.bf16: must be auto or true or false; got 'maybe'"),
+        ("train.report_to=5", "train.report_to: must be a list or a text; got 5"),
+    ],
+)
+def test_the_alternatives_of_a_setting_are_one_sentence(override, problem):
+    assert problems(GLUE, override) == [problem]
+
+
+def test_problems_with_several_items_of_a_list_keep_their_values():
+    (problem,) = problems(GLUE, "method.submodules=[one,two]")
+    assert "(got 'one')" in problem and "(got 'two')" in problem
+
+
 def test_all_problems_are_reported_together(tmp_path):
     sections = [
         "modle: {}",

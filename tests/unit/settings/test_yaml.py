@@ -184,3 +184,16 @@ def test_a_written_config_quotes_what_other_readers_would_misread():
 def test_nothing_but_a_config_error_comes_from_a_text(tmp_path):
     with pytest.raises(ConfigError):
         loading.parse("{a: !!python/object:os.system x}", "x")
+
+
+@pytest.mark.parametrize("number", ["0x" + "F" * 4000, "1" * 4000, "!!int " + "1" * 4000])
+def test_a_number_that_python_cannot_write_out_is_refused(number):
+    with pytest.raises(ConfigError, match="a number has more than 3,000 digits"):
+        loading.parse(f"data: {{k: {number}}}", "file")
+
+
+def test_surrogate_pairs_that_json_spells_are_one_character():
+    assert loading.parse(r'{"a": "\ud83d\ude42.csv"}', "file") == {"a": "🙂.csv"}
+    for text in (r'"\ud83d"', r'{"\udcff": 1}'):
+        with pytest.raises(ConfigError, match="half of a surrogate pair"):
+            loading.parse(text, "file")

@@ -8,7 +8,8 @@ import pytest
 from scaleup.errors import ConfigError
 from scaleup.settings.presets import deepspeed_file, read_deepspeed
 from scaleup.settings.rules import ZERO_PRESETS
-from scaleup.training.deepspeed_file import deepspeed_problems
+from scaleup.settings.schema import TrainSettings
+from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
 
 
 def problems(folder, content) -> list[str]:
@@ -114,3 +115,27 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     assert "is neither a file nor one of zero1" in deepspeed_problems("zero4")[0]
     with pytest.raises(ConfigError, match="No such file"):
         read_deepspeed("zero4")
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("optimizer", {"gate_learning_rate": 0.01}),
+        ("optimizer", {"optim": "adafactor"}),
+        ("scheduler", {"gate_learning_rate": 0.01}),
+        ("scheduler", {"lr_scheduler_type": "cosine"}),
+    ],
+)
+def test_a_setting_that_a_section_of_the_file_replaces_is_refused(tmp_path, section, setting):
+    """With its own optimizer, for example, all weights had one learning rate silently."""
+    path, (key,) = tmp_path / "zero.json", setting
+    plain = {"zero_optimization": {"stage": 2}}
+    path.write_text(json.dumps(plain | {section: {"type": "X"}}))
+    assert replaced_settings(TrainSettings(deepspeed=str(path))) == []
+    assert replaced_settings(TrainSettings(deepspeed=str(path), **setting)) == [
+        f"train.{key}: has no effect, because {path} has a section {section!r} of its own; remove "
+        "one of them"
+    ]
+    path.write_text(json.dumps(plain))
+    assert replaced_settings(TrainSettings(deepspeed=str(path), **setting)) == []
+    assert replaced_settings(TrainSettings(deepspeed="zero2", **setting)) == []

@@ -2,10 +2,12 @@
 
 import pytest
 
-from scaleup.errors import ConfigError
+from scaleup.cli import main
+from scaleup.errors import ConfigError, RunError
+from scaleup.memory import plan
 from scaleup.settings.schema import TrainSettings, load
 from scaleup.training.output_folder import output_folder_problems
-from scaleup.training.preflight import model_folder, training_files
+from scaleup.training.preflight import deepspeed_file, model_folder, output_folder
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +16,9 @@ def _empty_folder(tmp_path, monkeypatch):
 
 
 def check(*overrides):
-    return load(None, ["data.name=rte", *overrides], checks=[model_folder, training_files])
+    return load(
+        None, ["data.name=rte", *overrides], checks=[model_folder, output_folder, deepspeed_file]
+    )
 
 
 def problems(*overrides):
@@ -72,3 +76,20 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path, override, words):
 def test_a_hub_id_and_a_deepspeed_file_are_accepted(tmp_path):
     (tmp_path / "zero.json").write_text("{}")
     check("model.name=org/model", "train.deepspeed=zero.json")
+
+
+@pytest.mark.parametrize("name", ["new/" + "a" * 300, "a" * 300 + "/new"])
+def test_a_name_that_no_file_system_takes_is_refused_before_it_is_made(name):
+    (found,) = output_folder_problems(TrainSettings(output_dir=name))
+    assert found.startswith("train.output_dir: ")
+
+
+def test_a_plan_only_reads_so_that_the_output_folder_may_hold_a_run(tmp_path, monkeypatch, capsys):
+    def stop(*arguments):
+        raise RunError("the settings were accepted")
+
+    monkeypatch.setattr(plan, "make_plan", stop)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.yaml").write_text("x")
+    assert main(["plan", "data.name=rte", "model.name=org/model", "train.output_dir=done"]) == 1
+    assert capsys.readouterr().err == "error: the settings were accepted\n"

@@ -1,0 +1,78 @@
+"""What a run says about the folder that it continues, or cannot continue."""
+
+import shutil
+
+import pytest
+
+from scaleup.errors import ConfigError
+from scaleup.settings.schema import load
+from scaleup.training import resume
+from scaleup.training.console import finished_note
+from scaleup.training.manifest import Manifest
+from tests.utils.workspace import ROOT
+
+OLD = ROOT / "tests" / "fixtures" / "format_0_1" / "run"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        (
+            {"processes": 2, "zero_stage": 2},
+            {"processes": 1, "zero_stage": 0},
+            "it was written with 2 processes under ZeRO-2; this run has 1 process without ZeRO. ",
+        ),
+        (
+            {"processes": 1, "zero_stage": 0},
+            {"processes": 1, "zero_stage": 3},
+            "it was written with 1 process without ZeRO; this run has 1 process under ZeRO-3. ",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_processes_or_stages_is_described_plainly(
+    tmp_path, monkeypatch, then, now, words
+):
+    def manifest(run):
+        return Manifest(method={}, backbone={}, task="", labels=None, data=[], run=run)
+
+    monkeypatch.setattr(resume, "_check", lambda folder, now: manifest(then))
+    (tmp_path / "checkpoint-3").mkdir()
+    settings = load(None, ["data.name=rte", "train.resume=auto", f"train.output_dir={tmp_path}"])
+    with pytest.raises(ConfigError) as caught:
+        resume.choose(settings, tmp_path, manifest(now), [["checkpoint-3"]])
+    assert words in str(caught.value) and "train.resume=weights_only" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "offered"), [("train.learning_rate=0.05", True), ("method.r=7", False)]
+)
+def test_weights_only_is_offered_where_it_can_continue_the_run(tmp_path, change, offered):
+    shutil.copy(OLD / "config.yaml", tmp_path / "config.yaml")
+    words = [change, "train.resume=auto", f"train.output_dir={tmp_path}"]
+    (problem,) = resume.changes(load(str(tmp_path / "config.yaml"), words))
+    key = change.partition("=")[0]
+    assert f"config.yaml has another {key}; resume with that config" in problem
+    assert ("use train.resume=weights_only" in problem) == offered
+
+
+@pytest.mark.parametrize(
+    ("words", "reached", "key"),
+    [
+        ((), (30, 3.0), "num_train_epochs"),
+        ((), (20, 2.0), "early_stopping_patience"),
+        (("train.early_stopping_patience=0",), (30, 3.0), "num_train_epochs"),
+        (("train.max_steps=30",), (30, 3.0), "max_steps"),
+        (("train.max_steps=50",), (30, 3.0), "early_stopping_patience"),
+    ],
+)
+def test_a_finished_run_names_the_setting_that_ended_it(words, reached, key):
+    settings = load(None, ["data.name=rte", "train.num_train_epochs=3", *words])
+    note = finished_note(settings, dict(zip(("steps", "epochs"), reached)))
+    assert note == f"this run is finished; to train on, raise train.{key}."
+
+
+@pytest.mark.parametrize(("content", "expected"), [('{"seconds": 3.4}', 3.4), ("{", None)])
+def test_the_time_of_a_finished_run_is_that_of_its_file(tmp_path, content, expected):
+    assert resume.seconds(tmp_path) is None
+    (tmp_path / "timing.json").write_text(content)
+    assert resume.seconds(tmp_path) == expected
