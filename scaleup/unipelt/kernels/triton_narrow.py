@@ -113,8 +113,9 @@ def narrow_backward(
         grad_z, tail = z.new_zeros(z.shape), count
     else:
         grad_z = z.new_empty(z.shape)
-    # Few examples take larger blocks and more warps, because one program walks through each.
-    elements = 8192 if batch < PROGRAMS // 2 else 4096
+    # Few examples take larger blocks and more warps, because one program walks through each. In
+    # float32 the registers do not suffice for that.
+    elements = 8192 if batch < PROGRAMS // 2 and z.element_size() == 2 else 4096
     block_c = power_of_2(rank, 16)
     block_t = power_of_2(tokens, 16, min(max(elements // block_c, 16), 256))
     warps = min(max(block_t * block_c // (32 * ELEMENTS), 4), 16)
