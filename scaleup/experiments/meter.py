@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaleup.experiments.call_counts import CallCounter
 from scaleup.experiments.timing import step_seconds
+from scaleup.training.graphs import WARM_UPS
 
 aten = torch.ops.aten
-UNMEASURED_STEPS = 4  # the optimizer's state is created, or a graph recorded
+MEASURED_STEPS = WARM_UPS + 1  # of a GPU's peak memory
 
 
 def _attention_flops(
@@ -78,11 +79,14 @@ def profile_operations(
 
 
 def cuda_peak(step: Callable[[], object]) -> int:
-    """Measure the most bytes that all tensors on the GPU take during a step, after a few others."""
-    for _ in range(UNMEASURED_STEPS):
-        step()
+    """Measure the most bytes that all tensors on the GPU take during steps after the first.
+
+    They include the step that is recorded as a CUDA graph, because a replay allocates nothing.
+    """
+    step()  # creates the state of the optimizer
     torch.cuda.reset_peak_memory_stats()
-    step()
+    for _ in range(MEASURED_STEPS):
+        step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 

@@ -16,7 +16,7 @@ pytestmark = [
 def test_recorded_steps_have_the_losses_and_gradients_of_plain_steps(family):
     torch.manual_seed(0)
     model = adapt(backbone(family)).cuda().train()
-    batch = {name: tensor.cuda() for name, tensor in inputs(family).items()}
+    batch = {name: tensor.cuda() for name, tensor in inputs(model, labels=True).items()}
 
     def step(tensors):
         loss = model(**tensors).loss

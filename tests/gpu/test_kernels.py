@@ -1,6 +1,4 @@
-"""The Triton kernels on a GPU: `pytest -m gpu tests/gpu/test_kernels.py`.
-
-Most of the time, a minute or two, is compilation.
+"""The Triton kernels on a GPU: `pytest -m gpu tests/gpu/test_kernels.py`; seconds.
 
 They equal the formulas at the sizes that DESIGN measures, whether Python starts them directly, a
 registered operation does, or a CUDA graph replays them.

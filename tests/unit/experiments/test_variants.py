@@ -8,6 +8,7 @@ from scaleup.errors import ConfigError
 from scaleup.experiments import batches, bench, variants
 from scaleup.experiments.batches import random_batch
 from scaleup.experiments.variants import BenchOptions
+from scaleup.training.graphs import WARM_UPS, StepGraphs
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,21 @@ def test_every_training_variant_does_a_step_and_trains_what_it_should():
         assert changed > 0.7 * len(before)
     used = [address for variant in created.values() for address in addresses(variant)]
     assert len(used) == len(set(used)), "two variants share weights"
+
+
+def test_recorded_steps_train_as_plain_steps_do(monkeypatch):
+    def recorded(parameters, step):
+        return StepGraphs(parameters, step, record=lambda f: f, warm_up=lambda f: f())
+
+    monkeypatch.setattr(variants, "StepGraphs", recorded)
+    weights = []
+    for graphs in (False, True):
+        options = BenchOptions("training", only=["APL"], graphs=graphs)
+        variant = variants.training_variants(options, random_batch([6] * 4, 6, 50))["APL"]
+        for _ in range(WARM_UPS + 3):
+            variant.step()
+        weights.append([p.detach().clone() for p in variant.model.parameters()])
+    assert all(torch.equal(plain, other) for plain, other in zip(*weights))
 
 
 def test_inference_variants_have_their_own_weights_and_merged_is_what_an_export_writes():
