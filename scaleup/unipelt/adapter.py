@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .attachment import Attachment
-from .gate import cast_to_weight
+from .gate import LearnedGate, cast_to_weight
 from .kernels import (
     ACTIVATIONS,
     Entry,
@@ -126,7 +126,7 @@ class BottleneckLayer(SiteLayer):
         narrow.activation, narrow.ones_column = adapter.activation_name, True
         columns = aligned(narrow.rank + 1)
         wide = Wide(up, adapter.up.out_features, columns, OnesColumn())
-        return {self: Site(narrow, wide, self.norm_constants())}
+        return {self: Site(narrow, wide, self.norm_constants(), details=gate)}
 
     def norm_constants(self) -> list[Entry]:
         """Return weight and bias of a LayerNorm that the fast path evaluates with the adapter."""
@@ -143,16 +143,15 @@ class BottleneckLayer(SiteLayer):
         step = current.step(self, z_BTD)
         if step is not None:
             return self._step(step, z_BTD, n_BTD, norm)
-        packed = current.packed(self, z_BTD if n_BTD is None else n_BTD)
-        if packed is None or current.lease is None:
+        packed, lease = current.packed(self, z_BTD if n_BTD is None else n_BTD), current.lease
+        if packed is None or lease is None:
             return None
-        gate, mask_BT = self.active("unipelt_gate"), current.real(z_BTD.shape[1])
-        sink = self.sink(gate)
-        out_BTD = bottleneck(
-            z_BTD, n_BTD, current.anchor, current.lease, packed, mask_BT, norm, sink
-        )
+        self.require_adapters(current)
+        gate: LearnedGate = packed.details
+        mask_BT, sink = current.real(z_BTD.shape[1]), self.sink(gate, current)
+        out_BTD = bottleneck(z_BTD, n_BTD, current.anchor, lease, packed, mask_BT, norm, sink)
         if sink is not None:
-            self.note(gate, *sink)
+            self.note(gate, current, *sink)
         return out_BTD
 
     def _step(
@@ -216,7 +215,8 @@ class PostNormAdapter(BottleneckLayer):
     def forward(self, z_BTD: torch.Tensor) -> torch.Tensor:
         """Return LN(z + G_A adapter(LN(z)))."""
         norm: Any = self.base_layer
-        if self.norm_constants() and not (norm.weight.requires_grad or norm.bias.requires_grad):
+        frozen = type(norm) is nn.LayerNorm and norm.bias is not None
+        if frozen and not (norm.weight.requires_grad or norm.bias.requires_grad):
             fast_BTD = self.fast(z_BTD, None, (norm.eps, True))
             if fast_BTD is not None:
                 return fast_BTD

@@ -31,7 +31,7 @@ from .kernels import (
     narrow_site,
     parameter,
 )
-from .passes import Passes, RunningMean
+from .passes import ForwardPass, Passes, RunningMean
 from .peft_names import BaseTunerLayer
 from .site_types import AttentionSite
 
@@ -92,9 +92,13 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
             RuntimeError: if the adapters were switched since the pass began.
         """
         entries = getattr(self, container)
-        if isinstance(entries, nn.ModuleDict):
-            self.passes.current.require_adapters(self.disable_adapters, tuple(self.active_adapters))
+        self.require_adapters(self.passes.current)
         return self.active_entry(entries)
+
+    def require_adapters(self, current: ForwardPass) -> None:
+        """Raise RuntimeError if the adapters were switched since the pass began."""
+        if isinstance(self._modules.get(self.adapter_layer_names[0]), nn.ModuleDict):
+            current.require_adapters(self.disable_adapters, tuple(self.active_adapters))
 
     def active_entry(self, entries: Any) -> Any:
         """Return the active adapter's entry of a container that belongs to another layer."""
@@ -168,15 +172,12 @@ class SiteLayer(AuxiliaryLayer):
             causal=gate.pooling == "causal",
         )
 
-    def sink(self, gate: LearnedGate) -> list[torch.Tensor] | None:
-        """Return a list for the gates that the fast path computes, if anything needs them."""
-        current = self.passes.current
-        logged = gate.statistics is not None and not current.recomputed
-        return [] if logged or (current.totals is not None and gate.pooling == "causal") else None
+    def sink(self, gate: LearnedGate, current: ForwardPass) -> list[torch.Tensor] | None:
+        """Return a list for the gates that the fast path computes, if anything may need them."""
+        return None if gate.statistics is None and current.totals is None else []
 
-    def note(self, gate: LearnedGate, gates_BTN: torch.Tensor) -> None:
+    def note(self, gate: LearnedGate, current: ForwardPass, gates_BTN: torch.Tensor) -> None:
         """Log gates [B, 1 or T, N] that the fast path computed, and keep their totals."""
-        current = self.passes.current
         if any(scale != 1 for scale in gate.scales):
             gates_BTN = gates_BTN / gates_BTN.new_tensor(gate.scales)
         if gate.pooling == "causal":
@@ -287,6 +288,22 @@ class AttentionInputs:
     gated: Sequence[torch.Tensor] | None = None
 
 
+@dataclasses.dataclass(slots=True)
+class FastAttention:
+    """What the fast path of one attention needs besides the matrices.
+
+    Attributes:
+        reader: the member with maps, and their numbers of outputs.
+        other: the member that gets its gate, and the number of query heads, 0 without such a one.
+    """
+
+    gate: LearnedGate
+    reader: AttentionMember | None
+    ranks: list[int]
+    other: AttentionMember | None
+    heads: int
+
+
 class AttentionGates(SiteLayer):
     """The child of an attention that evaluates its gates and hands them to the submodules there."""
 
@@ -319,8 +336,14 @@ class AttentionGates(SiteLayer):
         narrow.selected = gates.index(readers[0]) if readers else 0
         narrow.handed_out = gates.index(others[0]) if others else 0
         ranks = [len(parameter(weight)) for weight in weights]
-        details = readers, others, ranks, self.heads if others else 0
-        sites: Sites = {self: Site(narrow, details=details)}
+        fast = FastAttention(
+            gate=self.learned_gate(),
+            reader=self.members[readers[0]] if readers else None,
+            ranks=ranks,
+            other=self.members[others[0]] if others else None,
+            heads=self.heads if others else 0,
+        )
+        sites: Sites = {self: Site(narrow, details=fast)}
         for name in names:
             sites |= self.members[name].declare()
         return sites
@@ -330,16 +353,17 @@ class AttentionGates(SiteLayer):
     ) -> None:
         """Evaluate the gates. This is a forward pre-hook of the attention."""
         h_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        step = self.passes.current.step(self, h_BTD)
+        current = self.passes.current
+        step = current.step(self, h_BTD)
         if step is not None:
-            self._begin_step(attention, kwargs, h_BTD, step)
+            self._begin_step(attention, kwargs, h_BTD, current, step)
+            return
+        packed = current.packed(self, h_BTD)
+        if packed is not None:
+            self._begin_fast(attention, kwargs, h_BTD, current, packed)
             return
         gate = self.active("unipelt_gate")
         if gate is None:
-            return
-        packed = self.passes.current.packed(self, h_BTD)
-        if packed is not None:
-            self._begin_fast(attention, kwargs, h_BTD, gate, packed)
             return
         names = [name for name in gate.names if name in self.members]
         groups = [self.members[name].maps() for name in names]
@@ -355,47 +379,45 @@ class AttentionGates(SiteLayer):
         attention: nn.Module,
         kwargs: dict[str, Any],
         h_BTD: torch.Tensor,
-        gate: LearnedGate,
+        current: ForwardPass,
         packed: PackedSite,
     ) -> None:
         """Evaluate gates and gated narrow products by the fast path."""
-        current = self.passes.current
-        readers, others, ranks, heads = packed.details
-        mask_BT, sink = current.real(h_BTD.shape[1]), self.sink(gate)
-        assert current.lease is not None
-        results: Sequence[torch.Tensor] = narrow_site(
-            h_BTD, current.anchor, current.lease, packed, mask_BT, heads, ranks, sink
-        )
+        self.require_adapters(current)
+        fast: FastAttention = packed.details
+        mask_BT, sink = current.real(h_BTD.shape[1]), self.sink(fast.gate, current)
+        anchor, lease = current.anchor, current.lease
+        assert lease is not None
+        results = narrow_site(h_BTD, anchor, lease, packed, mask_BT, fast.heads, fast.ranks, sink)
         if sink is not None:
-            self.note(gate, *sink)
-        for name in others:
-            member = self.members[name]
-            handed_out, *results = results
-            current.calls[member] = member.begin(
-                attention, kwargs, AttentionInputs(h_BTD, handed_out, None, ())
-            )
-        for name in readers:
-            member = self.members[name]
-            current.calls[member] = member.begin(
-                attention, kwargs, AttentionInputs(h_BTD, None, None, results)
-            )
+            self.note(fast.gate, current, *sink)
+        if fast.other is not None:
+            inputs = AttentionInputs(h_BTD, results[0], None, ())
+            current.calls[fast.other] = fast.other.begin(attention, kwargs, inputs)
+            results = results[1:]
+        if fast.reader is not None:
+            inputs = AttentionInputs(h_BTD, None, None, results)
+            current.calls[fast.reader] = fast.reader.begin(attention, kwargs, inputs)
 
     def _begin_step(
-        self, attention: nn.Module, kwargs: dict[str, Any], h_BTD: torch.Tensor, step: StepSite
+        self,
+        attention: nn.Module,
+        kwargs: dict[str, Any],
+        h_BTD: torch.Tensor,
+        current: ForwardPass,
+        step: StepSite,
     ) -> None:
         """Evaluate gates and gated narrow products of a single generated token."""
-        calls = self.passes.current.calls
-        readers, others, ranks, _ = step.details
+        fast: FastAttention = step.details
         z_BC, gates_BN = self.step_gates(step, h_BTD[:, 0])
-        for name in others:
-            member, gate_B11 = self.members[name], gates_BN[:, step.handed_out].unsqueeze(1)
-            calls[member] = member.begin(
-                attention, kwargs, AttentionInputs(h_BTD, gate_B11, None, ())
-            )
-        for name in readers:
-            member, gated = self.members[name], step.gated(z_BC, gates_BN)
-            inputs = AttentionInputs(h_BTD, None, None, gated.split_with_sizes(ranks, dim=1))
-            calls[member] = member.begin(attention, kwargs, inputs)
+        if fast.other is not None:
+            gate_B11 = gates_BN[:, step.handed_out].unsqueeze(1)
+            inputs = AttentionInputs(h_BTD, gate_B11, None, ())
+            current.calls[fast.other] = fast.other.begin(attention, kwargs, inputs)
+        if fast.reader is not None:
+            gated = step.gated(z_BC, gates_BN).split_with_sizes(fast.ranks, dim=1)
+            inputs = AttentionInputs(h_BTD, None, None, gated)
+            current.calls[fast.reader] = fast.reader.begin(attention, kwargs, inputs)
 
     def after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], output: object

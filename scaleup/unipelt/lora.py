@@ -97,21 +97,19 @@ class LoraMember(AttentionMember):
     def __init__(self, layer: AttentionGates):
         self.layer = layer
         self.projections: dict[str, Any] = {}  # "query", "value" → what holds its A and B
+        self.roles: list[str] = []  # of those that read the input of the attention
 
     def register(self, role: str, projection: nn.Module) -> None:
         """Note a projection. Its A joins the product with the gates if it reads the same input."""
         self.projections[role] = projection
-        self.layer.passes.forget_layers()
-
-    def _down(self) -> dict[str, Any]:
-        """Return the projections that read the input of the attention."""
         cross = self.layer.site.cross
-        return {role: p for role, p in self.projections.items() if not cross or role == "query"}
+        self.roles = [role for role in self.projections if not cross or role == "query"]
+        self.layer.passes.forget_layers()
 
     def maps(self) -> list[nn.Linear]:
         active = self.layer.active_entry
         linears = []
-        for projection in self._down().values():
+        for projection in map(self.projections.__getitem__, self.roles):
             linear, dropout = active(projection.lora_A), active(projection.lora_dropout)
             idle = isinstance(dropout, nn.Identity) or not dropout.training
             if linear is None or not idle:
@@ -128,7 +126,7 @@ class LoraMember(AttentionMember):
         dropouts = [self.layer.active_entry(p.lora_dropout) for p in self.projections.values()]
         if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
             raise PlainPath("lora_dropout")
-        return [self._entry(projection, "lora_A") for projection in self._down().values()]
+        return [self._entry(self.projections[role], "lora_A") for role in self.roles]
 
     def declare(self) -> Sites:
         """Return B of each projection, and A and the gates of a cross attention's values."""
@@ -142,7 +140,7 @@ class LoraMember(AttentionMember):
             else:
                 wide = Wide([entry], *up.weight.shape)
             site = sites[self, role] = Site(wide=wide)
-            if role not in self._down():
+            if role not in self.roles:
                 down = self._entry(projection, "lora_A")
                 rank = len(parameter(down))
                 site.narrow = self.layer.declare_narrow([down], [rank])
@@ -153,17 +151,18 @@ class LoraMember(AttentionMember):
     def begin(
         self, attention: nn.Module, kwargs: dict[str, Any], inputs: AttentionInputs
     ) -> LoraCall:
-        gates = dict.fromkeys(self._down(), inputs.gate) if inputs.gate is not None else {}
-        call = LoraCall(gates, inputs.h_BTD, {}, fast=inputs.gated is not None)
         if inputs.gated is not None:
-            call.low_rank = dict(zip(self._down(), inputs.gated))
+            call = LoraCall({}, inputs.h_BTD, dict(zip(self.roles, inputs.gated)), fast=True)
+        else:
+            assert inputs.gate is not None
+            call = LoraCall(dict.fromkeys(self.roles, inputs.gate), inputs.h_BTD, {})
         if self.layer.site.cross:
             states = (kwargs[name] for name in ENCODER_ARGUMENTS if kwargs.get(name) is not None)
             call.encoder_states = next(states)
         if inputs.product_BTR is not None and inputs.gate is not None:
             ranks = [linear.out_features for linear in self.maps()]
             low_rank = scaled(inputs.gate, inputs.product_BTR).split_with_sizes(ranks, dim=-1)
-            call.low_rank = dict(zip(self._down(), low_rank))
+            call.low_rank = dict(zip(self.roles, low_rank))
         return call
 
     def gate(self, projection: str) -> GateValue | None:
@@ -178,7 +177,7 @@ class LoraMember(AttentionMember):
         if projection in call.gates:
             return call.gates[projection]
         gate, current = self.layer.active("unipelt_gate"), self.layer.passes.current
-        if projection in self._down():  # the fast path has no gate for a projection of other input
+        if projection in self.roles:  # the fast path has no gate for a projection of other input
             mask_BT = current.real(call.h_BTD.shape[1])
             gates = gate(call.h_BTD, mask_BT, gate.pooling, self.layer.running)
         else:  # of a cross attention, which may see every encoder token
@@ -195,7 +194,7 @@ class LoraMember(AttentionMember):
         return call.low_rank.get(projection) if x_BTD is call.h_BTD else None
 
     def fast_update(
-        self, role: str, x_BTD: torch.Tensor, result: torch.Tensor, frozen: nn.Module
+        self, role: str, x_BTD: torch.Tensor, result: torch.Tensor, projection: nn.Module
     ) -> torch.Tensor | None:
         """Return the result with the update by the fast path, None if it does not apply."""
         current = self.layer.passes.current
@@ -213,7 +212,7 @@ class LoraMember(AttentionMember):
             (v_MR,) = narrow_site(x_BTD, anchor, lease, site, mask_BS, 0, ranks)
         # These layers do not need their output in the backward pass. That of a quantised layer may
         # be a view that must not be changed.
-        in_place = type(frozen) in (nn.Linear, Conv1D)
+        in_place = type(getattr(projection, "base_layer", projection)) in (nn.Linear, Conv1D)
         return add_product(result, v_MR, anchor, lease, site, in_place)
 
 
@@ -239,9 +238,13 @@ class GatedLora(LoraVariant):
             x: input of the projection, [..., T, in].
             result: its frozen output, [..., T, out].
         """
+        updated = self.member.fast_update(self.projection, x, result, module)
+        if updated is not None:
+            return updated
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout = module.lora_dropout[active_adapter]
-        return _update(self.member, self.projection, (lora_a, dropout, lora_b), x, result, module)
+        parts, frozen = (lora_a, dropout, lora_b), module.get_base_layer()
+        return _update(self.member, self.projection, parts, x, result, frozen)
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -264,12 +267,8 @@ def _update(
     parts: tuple[Any, Any, Any],
     x: torch.Tensor,
     result: torch.Tensor,
-    projection: Any,
+    frozen: Any,
 ) -> torch.Tensor:
-    frozen = projection.get_base_layer() if isinstance(projection, LoraLayer) else projection
-    updated = member.fast_update(role, x, result, frozen)
-    if updated is not None:
-        return updated
     gate = member.gate(role)
     if gate is None:
         return result
@@ -308,8 +307,11 @@ class LoraUpdate(nn.Module):
         self, projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor:
         """Add the update. This is a forward hook of the projection."""
-        parts = (self.lora_A, self.lora_dropout, self.lora_B)
-        updated = _update(self._member[0], self.role, parts, args[0], output, projection)
+        member, x = self._member[0], args[0]
+        updated = member.fast_update(self.role, x, output, projection)
+        if updated is None:
+            parts = (self.lora_A, self.lora_dropout, self.lora_B)
+            updated = _update(member, self.role, parts, x, output, projection)
         return updated.to(output.dtype)
 
 

@@ -40,7 +40,12 @@ class HandWritten(torch.autograd.Function):
     @classmethod
     def run(cls, *args: Any) -> Any:
         """Return the result of `forward`, with gradients if they are enabled."""
-        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(NoGradients(), *args)
+        if not torch.is_grad_enabled():
+            return cls.forward(NoGradients(), *args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        # `apply` does only this where no transform is active, after looking at every argument.
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def refuse_second_derivatives() -> None:

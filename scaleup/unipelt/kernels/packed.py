@@ -189,25 +189,33 @@ def collect_sites(layers: Iterable[Any]) -> tuple[Sites, list[str]]:
     return sites, list(reasons)
 
 
-def _templates(entries: Sequence[Entry | int]) -> list[Tensor]:
-    """Return the parameters of entries. Gaps become empty tensors of their size.
+class Blocks:
+    """Parameters that lie one behind the other in a buffer.
 
-    Gaps of no size are left out: torch would create a tensor for each of them in every pass.
+    Args:
+        entries: the parameters; a number is a gap of so many values.
+
+    Attributes:
+        parameters: the parameters.
+        size: the number of values with the gaps.
     """
-    present = [entry for entry in entries if entry != 0]
-    return [torch.empty(e, device="meta") if isinstance(e, int) else parameter(e) for e in present]
 
+    def __init__(self, entries: Sequence[Entry | int]):
+        # Gaps of no size are left out: torch would create a tensor for each of them in every pass.
+        present = [entry for entry in entries if entry != 0]
+        self._templates: list[Tensor] = [
+            torch.empty(e, device="meta") if isinstance(e, int) else parameter(e) for e in present
+        ]
+        self._kept = [i for i, entry in enumerate(present) if not isinstance(entry, int)]
+        self.parameters = [self._templates[i] for i in self._kept]
+        self.size = sum(template.numel() for template in self._templates)
 
-def cut(flat: Tensor, templates: list[Tensor]) -> list[Tensor]:
-    """View consecutive parts of a tensor in the shapes of the templates, without those of gaps."""
-    if not templates:
-        return []
-    views = torch._C._nn.unflatten_dense_tensors(flat, templates)
-    return [view for view, t in zip(views, templates) if isinstance(t, nn.Parameter)]
-
-
-def total(templates: list[Tensor]) -> int:
-    return sum(template.numel() for template in templates)
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """View a buffer as the parameters."""
+        if not self._templates:
+            return []
+        views = torch._C._nn.unflatten_dense_tensors(flat, self._templates)
+        return [views[i] for i in self._kept]
 
 
 class Plan:
@@ -252,11 +260,10 @@ class Plan:
         known = {e for e in (*dense, *grouped, *vectors, *constants) if not isinstance(e, int)}
         self.links = [link for entry in known for link in _links(entry)]
         self.dense, self.grouped, self.vectors, self.constants = (
-            _templates(entries) for entries in (dense, grouped, vectors, constants)
+            Blocks(entries) for entries in (dense, grouped, vectors, constants)
         )
-        self.dense_size = total(self.dense)
-        every = (*self.dense, *self.grouped, *self.vectors)
-        self.parameters: list[Tensor] = [p for p in every if isinstance(p, nn.Parameter)]
+        self.matrix_parameters = [*self.dense.parameters, *self.grouped.parameters]
+        self.parameters = [*self.matrix_parameters, *self.vectors.parameters]
         self.device, self.parameter_dtype = self.parameters[0].device, self.parameters[0].dtype
         self.pools: dict[int, list[Any]] = {}
 
@@ -297,7 +304,7 @@ class Plan:
 
     def pairs(self, flat: Tensor, parts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return equal views of the groups' matrices in a buffer and of their parameters."""
-        pairs, at, done = [], self.dense_size, 0
+        pairs, at, done = [], self.dense.size, 0
         for group in self.groups:
             size = len(group.wides) * group.wides[0].rows * group.wides[0].columns
             width = sum(group.part_sizes)
@@ -309,4 +316,4 @@ class Plan:
     def size(self) -> int:
         """The number of values of all matrices."""
         sizes = [len(g.wides) * g.wides[0].rows * g.wides[0].columns for g in self.groups]
-        return self.dense_size + sum(sizes)
+        return self.dense.size + sum(sizes)

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from .packed import Plan, Site, aligned, cut, total
+from .narrow import HandWritten
+from .packed import Plan, Site, aligned
 from .reference import wide_dtype
 
 Tensor = torch.Tensor
@@ -78,11 +79,11 @@ class Workspace:
         # Zeros, because nothing is ever written to the gaps.
         self.flat = torch.zeros(plan.size, dtype=plan.dtype, device=plan.device)
         wide: dict[str, Any] = {"dtype": wide_dtype(self.flat), "device": plan.device}
-        staging = self.flat.new_empty(total(plan.grouped))
-        vectors = torch.zeros(total(plan.vectors), **wide)
-        constants = torch.empty(total(plan.constants), **wide)
-        self.weights = cut(self.flat[: plan.dense_size], plan.dense) + cut(staging, plan.grouped)
-        self.biases, self.frozen = cut(vectors, plan.vectors), cut(constants, plan.constants)
+        staging = self.flat.new_empty(plan.grouped.size)
+        vectors = torch.zeros(plan.vectors.size, **wide)
+        constants = torch.empty(plan.constants.size, **wide)
+        self.weights = plan.dense.cut(self.flat[: plan.dense.size]) + plan.grouped.cut(staging)
+        self.biases, self.frozen = plan.vectors.cut(vectors), plan.constants.cut(constants)
         self.placed = plan.pairs(self.flat, staging)
         self.sites = {key: PackedSite(site) for key, site in plan.sites.items()}
         self._set_matrices("weight", self.flat)
@@ -127,10 +128,10 @@ class Workspace:
     def fill(self) -> None:
         """Copy the parameters to their places."""
         plan = self.plan
-        torch._foreach_copy_(self.weights, plan.parameters[: len(self.weights)])
-        torch._foreach_copy_(self.biases, plan.parameters[len(self.weights) :])
+        torch._foreach_copy_(self.weights, plan.matrix_parameters)
+        torch._foreach_copy_(self.biases, plan.vectors.parameters)
         if self.frozen:
-            torch._foreach_copy_(self.frozen, plan.constants)
+            torch._foreach_copy_(self.frozen, plan.constants.parameters)
         for matrices, parts in self.placed:
             matrices.copy_(parts)
 
@@ -166,17 +167,17 @@ class Workspace:
         assert grads is not None
         dtype = plan.parameter_dtype
         # Copies, because the results become the gradients of the parameters.
-        results = cut(grads[: plan.dense_size].to(dtype, copy=True), plan.dense)
-        if plan.grouped:
-            parts = grads.new_empty(total(plan.grouped), dtype=dtype)
+        results = plan.dense.cut(grads[: plan.dense.size].to(dtype, copy=True))
+        if plan.groups:
+            parts = grads.new_empty(plan.grouped.size, dtype=dtype)
             for matrices, part in plan.pairs(grads, parts):
                 part.copy_(matrices)
-            results += cut(parts, plan.grouped)
+            results += plan.grouped.cut(parts)
         if self.bias_grads is None:
-            sums = self.biases[0].new_zeros(total(plan.vectors))
+            sums = self.biases[0].new_zeros(plan.vectors.size)
         else:
             sums = self.bias_grads.sum(dim=0)
-        results += cut(sums.to(dtype), plan.vectors)
+        results += plan.vectors.cut(sums.to(dtype))
         self._clear()
         return results
 
@@ -228,12 +229,12 @@ def begin(plan: Plan) -> tuple[Lease, Tensor | None]:
     """
     lease = Lease(plan)
     if torch.is_grad_enabled():
-        return lease, Pack.apply(lease, *plan.parameters)
+        return lease, Pack.run(lease, *plan.parameters)
     lease.workspace.fill()
     return lease, None
 
 
-class Pack(torch.autograd.Function):
+class Pack(HandWritten):
     """Copies the weights to a workspace, and the gradients from there to the parameters."""
 
     @staticmethod
