@@ -1,4 +1,6 @@
-"""The Triton kernels on a GPU: `pytest -m gpu tests/gpu/test_kernels.py`; seconds.
+"""The Triton kernels on a GPU: `pytest -m gpu tests/gpu/test_kernels.py`.
+
+Most of the time, a minute or two, is compilation.
 
 They equal the formulas at the sizes that DESIGN measures, whether Python starts them directly, a
 registered operation does, or a CUDA graph replays them.

@@ -151,9 +151,10 @@ def merge_backward(
             backward_kernel,
             batch * heads * splits,
             (query, out, lse, piece, gate, keep_piece, grad_out, grad_query)
-            + (parts[:, :, :, first:], of_gate),
+            + (parts[:, :, :, first:] if first else parts, of_gate),
             (*factors, *sizes, piece.shape[2], length, splits, steps, *strides),
             (size, first > 0, block_t, block_l, block_e),
             8 if wide or block_l * block_e > 2048 else 4,
+            255 if wide else None,
         )
     return parts, grad_gate

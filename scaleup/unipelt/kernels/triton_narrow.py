@@ -113,10 +113,12 @@ def narrow_backward(
         grad_z, tail = z.new_zeros(z.shape), count
     else:
         grad_z = z.new_empty(z.shape)
-    # Few examples take larger blocks and more warps, because one program walks through each.
-    elements = 8192 if batch < PROGRAMS // 2 else 4096
     block_c = power_of_2(rank, 16)
-    block_t = power_of_2(tokens, 16, min(max(elements // block_c, 16), 256))
+    # Few examples take larger blocks and more warps, because one program walks through each. The
+    # registers suffice only where a single gate multiplies few columns and no heads use it.
+    small = count == 1 and second is None and grad_gate is None and block_c <= 64
+    few = batch < PROGRAMS // 2 and small and z.element_size() == 2
+    block_t = power_of_2(tokens, 8, min((8192 if few else 4096) // block_c, 256))
     warps = min(max(block_t * block_c // (32 * ELEMENTS), 4), 16)
     heads = 0 if grad_gate is None else grad_gate.shape[1]
     launch(

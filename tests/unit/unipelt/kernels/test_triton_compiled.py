@@ -137,6 +137,8 @@ def test_merge_kernels_fit_at_all_sizes(case, dtype, compiled):
         Narrow(1, 600, 256, 1, 264, 264, torch.int64, True, "gelu", True, grads=(264,)),
         Narrow(1, 600, 512, 1, 520, 520, torch.int64, True, "silu", True, grads=(520,)),
         Narrow(1, 600, 8, 2, 16, 8, torch.bool, True, grads=(8,), heads=16),
+        Narrow(1, 600, 64, 1, 72, 64, torch.int64, True, grads=(32, 32), heads=12),
+        Narrow(1, 600, 64, 2, 72, 64, torch.int64, True, grads=(32, 32), heads=12),
         Narrow(1, 600, 0, 2, 8, 8, torch.bool, True, heads=16),
         Narrow(1, 600, 6, 1, 7, 6, grads=(6,)),
         Narrow(1, 600, 20, 4, 64, 20, None, True, grads=(20,), heads=4),
