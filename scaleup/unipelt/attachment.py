@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from .attention import ATTENTION_CHILD
+from .attention_gates import AttentionGates
 from .gate import ConstantGate, LearnedGate, resolve_pooling
-from .layers import AttentionGates, SiteLayer
+from .layers import SiteLayer
 from .passes import Passes
 from .site_types import AttentionSite, BlockSite, mask_arguments
 

@@ -18,7 +18,6 @@ Shapes: B examples, T tokens, D hidden size, R rank.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD
+from .attention_gates import AttentionGates, AttentionInputs, AttentionMember
+from .fused_qkv import FusedBlocks, FusedUpdate
 from .gate import ConstantGate, GateValue, cast_to_weight
 from .kernels import (
     Entry,
@@ -40,7 +41,6 @@ from .kernels import (
     parameter,
     scaled,
 )
-from .layers import AttentionGates, AttentionInputs, AttentionMember
 from .peft_names import LoraLayer, LoraVariant
 from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout
 from .submodule import LARGEST, Folding, Submodule, option
@@ -313,60 +313,6 @@ class LoraUpdate(nn.Module):
             parts = (self.lora_A, self.lora_dropout, self.lora_B)
             updated = _update(member, self.role, parts, x, output, projection)
         return updated.to(output.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedBlocks:
-    """Where B of a fused projection lies in a matrix [rows, 2R]; the other blocks are 0."""
-
-    layout: FusedQKVLayout
-
-    def __call__(
-        self, matrices: torch.Tensor, parts: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        (weights,) = parts
-        layout, rank = self.layout, weights.shape[2]
-        heads = layout.heads, layout.kv_heads
-        blocks = zip(weights.split([n * layout.head_size for n in heads], dim=1), heads)
-        query, value = (block.unflatten(1, (n, layout.head_size)) for block, n in blocks)
-        if layout.order == "parts":
-            rows = matrices.unflatten(1, (-1, layout.head_size))
-            first, last = rows[:, : layout.heads], rows[:, -layout.kv_heads :]
-        else:
-            rows = matrices.unflatten(1, (layout.heads, -1, layout.head_size))
-            first, last = rows[:, :, 0], rows[:, :, -1]
-        return [(first[..., :rank], query), (last[..., rank:], value)]
-
-
-class FusedUpdate(nn.Module):
-    """B of a fused projection of queries, keys and values, [..., 2R] → [..., rows].
-
-    The first R inputs are for the queries, the others for the values; keys get no update. It does
-    what two LoRA layers would do, with one pass through the frozen weights.
-    """
-
-    def __init__(self, rank: int, layout: FusedQKVLayout):
-        super().__init__()
-        self.layout = layout
-        self.sizes = [layout.heads * layout.head_size, layout.kv_heads * layout.head_size]
-        self.weight = nn.Parameter(torch.zeros(sum(self.sizes), rank))
-
-    @property
-    def rows(self) -> int:
-        """The number of outputs of the projection."""
-        return self.sizes[0] + 2 * self.sizes[1]
-
-    def forward(self, low_rank: torch.Tensor) -> torch.Tensor:
-        low_q, low_v = low_rank.chunk(2, dim=-1)
-        weight_q, weight_v = self.weight.split(self.sizes)
-        update_q = nn.functional.linear(low_q, weight_q)
-        update_v = nn.functional.linear(low_v, weight_v)
-        keys = update_v.new_zeros(()).expand_as(update_v)
-        parts = [update_q, keys, update_v]
-        if self.layout.order == "parts":
-            return torch.cat(parts, dim=-1)
-        heads = (self.layout.heads, self.layout.head_size)
-        return torch.stack([part.unflatten(-1, heads) for part in parts], dim=-2).flatten(-3)
 
 
 class Lora(Submodule):

@@ -17,8 +17,9 @@ from torch import nn
 
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, use_prefix_attention
+from .attention_gates import AttentionGates, AttentionInputs, AttentionMember
 from .kernels import Entry, PlainPath, fast_path, few_rows
-from .layers import AttentionGates, AttentionInputs, AttentionMember, AuxiliaryLayer
+from .layers import AuxiliaryLayer
 from .masks import PassMasks
 from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig

@@ -9,9 +9,9 @@ from peft import PeftModel
 
 from scaleup.training.callbacks import GateStatistics
 from scaleup.unipelt.adapter import BottleneckLayer
+from scaleup.unipelt.attention_gates import AttentionGates
 from scaleup.unipelt.kernels import fused
 from scaleup.unipelt.kernels.target import VARIABLE
-from scaleup.unipelt.layers import AttentionGates
 from tests.utils.tiny import FAMILIES, PAD, adapt, backbone, batch, inputs, logits, task_type
 
 EVERYTHING = ["adapter", "prefix", "lora"]

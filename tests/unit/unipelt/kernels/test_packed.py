@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from scaleup.unipelt.adapter import OnesColumn
+from scaleup.unipelt.fused_qkv import FusedBlocks, FusedUpdate
 from scaleup.unipelt.kernels import Narrow, PlainPath, Plan, Site, Wide, begin, collect_sites
-from scaleup.unipelt.lora import FusedBlocks, FusedUpdate
 from scaleup.unipelt.site_types import FusedQKVLayout
 
 D, RANK = 16, 3
