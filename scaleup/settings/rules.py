@@ -92,13 +92,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
             f"model.quantization: {model.quantization} weights are frozen; method.name "
             f"{method.name} trains them: use none"
         )
-    if model is not None and model.attention == "flash" and train is not None:
-        half = train.bf16 or train.fp16 or model.dtype in ("bfloat16", "float16")
-        if not half:
-            problems.append(
-                "model.attention: flash computes in half precision; set train.bf16=true, or "
-                "model.attention=sdpa"
-            )
+    if model is not None and train is not None and model.attention == "flash":
+        problems += _flash_problems(model, data, train)
     if train is not None and train.cuda_graphs:
         problems += _graph_problems(train, quantized)
     if data is not None:
@@ -116,6 +111,22 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
                 "train.label_smoothing_factor: Trainer takes the targets away before the decoder "
                 "can read them; leave it out with data.task seq2seq"
             )
+    return problems
+
+
+def _flash_problems(model: Any, data: Any, train: Any) -> list[str]:
+    problems = []
+    if not (train.bf16 or train.fp16 or model.dtype in ("bfloat16", "float16")):
+        problems.append(
+            "model.attention: flash computes in half precision; set train.bf16=true, or "
+            "model.attention=sdpa"
+        )
+    if data is not None and data.packing and (train.torch_compile or train.cuda_graphs):
+        name = "train.torch_compile" if train.torch_compile else "train.cuda_graphs"
+        problems.append(
+            f"data.packing: with {name}, flash attention takes one text per row; set "
+            "model.attention=sdpa"
+        )
     return problems
 
 

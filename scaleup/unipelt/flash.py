@@ -91,6 +91,12 @@ def flash_lengths(
     at_T = torch.arange(1, q_length, device=device)
     joined_BT = mask_function(row_B1, torch.zeros_like(row_B1), at_T, at_T - 1)
     starts_BT = joined_BT.logical_not().expand(batch_size, -1)
+    if is_tracing(starts_BT):  # the number of texts would have to be known
+        one_text = starts_BT.logical_not().all()
+        torch._assert_async(
+            one_text, f"{SETTING}: torch.compile and CUDA graphs take no packed rows"
+        )
+        return None
     if not bool(starts_BT.any()):
         return None
     starts_BT = nn.functional.pad(starts_BT, (1, 0), value=True)

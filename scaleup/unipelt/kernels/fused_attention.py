@@ -72,6 +72,11 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.maximum(hidden, mask.to(dtype), out=hidden)
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def kernel_for(query: Tensor, key: Tensor, visible: Visible, dropout: float) -> str | None:
     """Return the kernel for an attention, None if there is none.
 
@@ -89,7 +94,7 @@ def kernel_for(query: Tensor, key: Tensor, visible: Visible, dropout: float) -> 
     aligned = visible.lengths is not None or not visible.causal or query.shape[2] == key.shape[2]
     flash = visible.mask is None and aligned and size <= LARGEST_FLASH_HEAD and query.dtype in HALF
     if flash and query.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(query.device)
+        major, minor = _capability(query.device)
         flash = major >= 8 and (size <= LARGEST_EVERYWHERE or minor == 0)
     if flash:
         return "flash"
@@ -158,12 +163,11 @@ def backward(
     """Compute the gradients of queries, keys and values.
 
     Args:
-        grad: gradient of the output, [B, H, T, E].
+        grad: gradient of the output, [B, H, T, E], whose last dimension is dense.
         out, lse, dropped: results of `forward`. Where other keys have joined the softmax since,
             their output and log-sum-exp must have been merged into `out` and `lse`.
         query, key, value, visible, scale, dropout: as in the forward pass.
     """
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     kernel = kernel_for(query, key, visible, dropout)
     if kernel == "flash":
         tensors = (_by_tokens(x, visible) for x in (grad, query, key, value, out))

@@ -130,6 +130,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, prefix and gate from that of [B, H, T, E]."""
     out, lse, keep, dropped = joined
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # that of a sum is not dense
     grad_query, grad_key, grad_value = fused_attention.backward(
         grad, query, key, value, out, lse, dropped, visible, scale, dropout
     )

@@ -239,3 +239,16 @@ def test_flash_attention_needs_half_precision():
     assert [problem.partition(" computes")[0] for problem in refused] == ["model.attention: flash"]
     for half in ("train.bf16=auto", "train.bf16=true", "model.dtype=bfloat16"):
         assert load(None, [GLUE, flash, half]).model.attention == "flash"
+
+
+def test_flash_attention_takes_no_packed_rows_in_compiled_steps():
+    given = (
+        "model.attention=flash",
+        "data.task=causal_lm",
+        "data.train_file=x",
+        "data.packing=true",
+    )
+    assert any(
+        problem.startswith("data.packing: with train.torch_compile, flash")
+        for problem in problems(*given, "train.torch_compile=true")
+    )

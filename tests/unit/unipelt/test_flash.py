@@ -206,3 +206,24 @@ def test_on_cuda_only_the_flash_kernel_runs_and_nothing_has_the_size_of_the_scor
     assert {"_flash_attention_forward", "_flash_attention_backward"} <= record.names
     assert not any("efficient" in name for name in record.names)
     assert not any(sum(size >= 256 for size in shape) > 1 for shape in record.shapes)
+
+
+@pytest.mark.parametrize("rows", ["padding", "full"])
+def test_a_compiled_model_is_one_graph(rows, monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", "reference")
+    model = switched("llama", FLASH)
+    given = batch(model, rows) | {"use_cache": False}
+    with torch.no_grad():
+        expected = model(**given).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**given).logits
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-6)
+
+
+def test_a_compiled_model_refuses_packed_rows(monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", "reference")
+    model = switched("llama", FLASH)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="take no packed rows"):
+        compiled(**batch(model, "packed"))
