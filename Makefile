@@ -92,7 +92,7 @@ bench: venv
 	$(BENCH) ragged $(RAGGED) --texts cola ../shared/data/glue quickstart/model --output "$(TABLES)/ragged-cola.json"
 	$(BENCH) calls --output "$(TABLES)/calls.json"
 	$(BENCH) host --output "$(TABLES)/host.json"
-	$(BENCH) decode --profile --output "$(TABLES)/decode.json"
+	$(BENCH) decode --output "$(TABLES)/decode.json"
 	$(BENCH) inference --compile --only bare APL "APL merged" --output "$(TABLES)/inference-compiled.json"
 	$(BENCH) training --length 32 --compile $(OVER_BOUND) --output "$(TABLES)/training-compiled.json"
 
