@@ -12,7 +12,7 @@ from scaleup.experiments.decoding import REFERENCE, DecodeOptions
 
 SMALL = dict(batch=2, length=8, tokens=4, rounds=1)
 # variant → the most calls per layer and token beyond the bare backbone
-CALLS = {"PEFT LoRA": 8, "APL": 34, "APL, prefix MLP": 34, "NoGate": 20}
+CALLS = {"PEFT LoRA": 8, "APL": 20, "APL, prefix MLP": 20, "NoGate": 16}
 
 
 @pytest.fixture
