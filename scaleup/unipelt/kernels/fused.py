@@ -42,30 +42,40 @@ def _gates_backward(
     mask_BT: Tensor | None,
     grads_v: list[Tensor],
     grad_gate_BHT: Tensor | None,
+    grad_gates_BTN: Tensor | None,
     collects: bool,
 ) -> Tensor:
-    """Return the gradient of z, [M, W]."""
+    """Return the gradient of z, [M, W]. `grad_gates_BTN` is that of all gates, if it is known."""
     site, workspace, batch = ctx.site, ctx.lease.workspace, len(z_BTW)
     if collects:
         workspace.dirty = True
         grad_bias_BC = workspace.bias_grad(site, batch)
     else:
         grad_bias_BC = site.bias.new_zeros(batch, len(site.bias))
-    grad_BTW = ops.narrow_backward(
-        z_BTW,
-        site.bias,
-        site.scales,
-        mask_BT,
-        gates,
-        grads_v,
-        grad_gate_BHT,
-        grad_bias_BC,
-        site.selected,
-        site.handed_out,
-        site.causal,
-        site.activation,
-        site.ones_column,
-    )
+
+    def backward(parts: list[Tensor], grad_gate: Tensor | None, gate: int) -> Tensor:
+        return ops.narrow_backward(
+            z_BTW,
+            site.bias,
+            site.scales,
+            mask_BT,
+            gates,
+            parts,
+            grad_gate,
+            grad_bias_BC,
+            site.selected,
+            gate,
+            site.causal,
+            site.activation,
+            site.ones_column,
+        )
+
+    grad_BTW = backward(grads_v, grad_gate_BHT, site.handed_out)
+    if grad_gates_BTN is not None:  # a later pass has used the totals in the KV cache
+        assert site.causal
+        zeros = [torch.zeros_like(grad) for grad in grads_v]
+        for gate, grad_BT in enumerate(grad_gates_BTN.unbind(dim=2)):
+            grad_BTW += backward(zeros, grad_BT.unsqueeze(1), gate)
     return grad_BTW.view(-1, z_BTW.shape[2])
 
 
@@ -80,7 +90,7 @@ class _NarrowSite(HandWritten):
         mask_BT: Tensor | None,
         heads: int,
         ranks: list[int],
-        sink: list[Tensor] | None,
+        with_gates: bool,
     ) -> tuple[Tensor, ...]:
         batch, tokens, width = x_BTD.shape
         weight_t = site.weight_in_t
@@ -103,8 +113,6 @@ class _NarrowSite(HandWritten):
         _keep(ctx, anchor, lease, site)
         ctx.save_for_backward(x_MD, z_BTW, gates, mask_BT)
         ctx.shape, ctx.dtype, ctx.ranks = x_BTD.shape, x_BTD.dtype, ranks
-        if sink is not None:
-            sink.append(gates)
         results = []
         if heads:
             columns = gates.shape[2]
@@ -114,20 +122,23 @@ class _NarrowSite(HandWritten):
         for rank in ranks:
             results.append(v_MV[:, at : at + rank])
             at += rank
-        ctx.handed_out = bool(heads)
-        return tuple(results)
+        ctx.handed_out, ctx.with_gates = bool(heads), with_gates
+        return (*results, gates) if with_gates else tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         x_MD, z_BTW, gates, mask_BT = ctx.saved_tensors
+        grad_gates_BTN = grads[-1] if ctx.with_gates else None
         grad_gate_BHT = grads[0] if ctx.handed_out else None
         grads_v = [
             x_MD.new_zeros(len(x_MD), rank) if grad is None else grad.contiguous()
-            for grad, rank in zip(grads[1:] if ctx.handed_out else grads, ctx.ranks)
+            for grad, rank in zip(grads[ctx.handed_out :], ctx.ranks)
         ]
         collects = _collects(ctx)
-        grad_MW = _gates_backward(ctx, z_BTW, gates, mask_BT, grads_v, grad_gate_BHT, collects)
+        grad_MW = _gates_backward(
+            ctx, z_BTW, gates, mask_BT, grads_v, grad_gate_BHT, grad_gates_BTN, collects
+        )
         if collects:
             ctx.site.grad_in.addmm_(grad_MW.t(), x_MD)
         grad_x = None
@@ -157,13 +168,19 @@ def narrow_site(
         mask_BT: 1 at real tokens; None if all are real.
         heads: H, or 0 to hand out no gate.
         ranks: numbers of consecutive columns of v to return separately.
-        sink: takes all gates [B, 1 or T, N], without gradients.
+        sink: takes all gates [B, 1 or T, N].
 
     Returns:
         The gate to hand out as an expanded view [B, H, T] in float32, if H > 0, and v [M, ·] for
         each of the `ranks`.
     """
-    return _NarrowSite.run(x_BTD, anchor, lease, site, mask_BT, heads, ranks, sink)
+    results: tuple[Tensor, ...] = _NarrowSite.run(
+        x_BTD, anchor, lease, site, mask_BT, heads, ranks, sink is not None
+    )
+    if sink is not None:
+        *results, gates = results  # type: ignore[assignment]
+        sink.append(gates)
+    return results
 
 
 class _AddProduct(HandWritten):
@@ -236,8 +253,8 @@ class _Bottleneck(HandWritten):
         site: PackedSite,
         mask_BT: Tensor | None,
         norm: tuple[float, bool] | None,
-        sink: list[Tensor] | None,
-    ) -> Tensor:
+        with_gates: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         batch, tokens, width = z_BTD.shape
         weight_t, sizes = site.weight_in_t, [width]
         z_MD = z_BTD.reshape(-1, width)
@@ -276,15 +293,18 @@ class _Bottleneck(HandWritten):
                 saved += [u_MD, *moments]
         _keep(ctx, anchor, lease, site)
         ctx.save_for_backward(*saved)
-        ctx.n_dtype = None if n_BTD is None else n_BTD.dtype
-        if sink is not None:
-            sink.append(gates)
-        return out_MD.view(z_BTD.shape)
+        ctx.n_dtype, ctx.shape = None if n_BTD is None else n_BTD.dtype, z_BTD.shape
+        out_BTD = out_MD.view(z_BTD.shape)
+        return (out_BTD, gates) if with_gates else out_BTD
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_gates_BTN: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        site, shape = ctx.site, grad.shape
+        site, shape = ctx.site, ctx.shape
+        if grad is None:
+            grad = ctx.saved_tensors[0].new_zeros(shape)
         n_MD, x_BTW, v_MV, gates, mask_BT, *of_norms = ctx.saved_tensors
         weight, bias = site.constants or (None, None)
         grad_u_MD = grad.reshape(-1, shape[-1])
@@ -293,7 +313,9 @@ class _Bottleneck(HandWritten):
         narrow_MD = grad_u_MD if grad_u_MD.dtype is v_MV.dtype else grad_u_MD.to(v_MV.dtype)
         collects = _collects(ctx)
         grad_v_MV = torch.mm(narrow_MD, site.weight_out)
-        grad_MW = _gates_backward(ctx, x_BTW, gates, mask_BT, [grad_v_MV], None, collects)
+        grad_MW = _gates_backward(
+            ctx, x_BTW, gates, mask_BT, [grad_v_MV], None, grad_gates_BTN, collects
+        )
         if collects:
             site.grad_out.addmm_(narrow_MD.t(), v_MV)
             site.grad_in.addmm_(grad_MW.t(), n_MD)
@@ -343,4 +365,10 @@ def bottleneck(
         norm: ε, and whether the norm is applied to the sum as well; None without norms.
     """
     with torch._C._DisableAutocast():
-        return _Bottleneck.run(z_BTD, n_BTD, anchor, lease, site, mask_BT, norm, sink)
+        out: Any = _Bottleneck.run(
+            z_BTD, n_BTD, anchor, lease, site, mask_BT, norm, sink is not None
+        )
+    if sink is not None:
+        out, gates = out
+        sink.append(gates)
+    return out

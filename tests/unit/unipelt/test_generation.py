@@ -155,7 +155,8 @@ def test_ungated_and_disabled_models_generate_with_a_cache_too(family):
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
-def test_encoder_gates_are_computed_once_per_generation(family):
+def test_encoder_gates_are_computed_once_per_generation(family, monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", "auto")  # the fast path calls no gate as a module
     model = decoder(family)
     calls: dict[str, int] = {}
 
@@ -274,9 +275,11 @@ def test_copies_of_a_model_that_has_generated_are_independent():
     assert twin.config._attn_implementation == "unipelt_sdpa"
 
 
+@pytest.mark.parametrize("mode", ["off", "reference"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bart", "t5"])
-def test_gradients_pass_through_the_cache(family):
+def test_gradients_pass_through_the_cache(family, mode, monkeypatch):
     """As with keys and values: a later pass depends on the gates of earlier tokens, too."""
+    monkeypatch.setenv("SCALEUP_KERNELS", mode)
     model = decoder(family, submodules=["adapter", "prefix", "lora"])
     tokens = batch((11, 11, 11))["input_ids"]
     name = "input_ids" if task_type(model.get_base_model()) == "CAUSAL_LM" else "decoder_input_ids"
