@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .attention import PrefixSource
+from .forward_pass import ForwardPass
 from .gate import GateValue, LearnedGate
 from .kernels import Entry, PackedSite, PlainPath, Site, Sites, StepSite, narrow_site, parameter
 from .layers import SiteLayer
-from .passes import ForwardPass, Passes
+from .passes import Passes
 from .site_types import AttentionSite
 
 

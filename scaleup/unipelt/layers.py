@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .forward_pass import ForwardPass
 from .gate import GateValue, LearnedGate
 from .kernels import Entry, Narrow, PlainPath, Sites, StepSite, narrow_products, parameter
-from .passes import ForwardPass, Passes, RunningMean
+from .passes import Passes, RunningMean
 from .peft_names import BaseTunerLayer
 
 

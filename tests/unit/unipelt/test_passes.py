@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from scaleup.training.callbacks import GateStatistics
+from scaleup.unipelt.forward_pass import ForwardPass
 from scaleup.unipelt.kernels import planned_for, target_device
-from scaleup.unipelt.passes import ForwardPass, Passes
+from scaleup.unipelt.passes import Passes
 from scaleup.unipelt.sites import find_sites
 from tests.utils.threads import run_together
 from tests.utils.tiny import LABELS, PAD, TARGETS, adapt, backbone, batch, task_type
