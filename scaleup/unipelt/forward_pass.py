@@ -104,6 +104,7 @@ class ForwardPass:
         """Return what the running means of a single token share."""
         if self._step is None:
             assert self.cached is not None
+            self._require_totals()
             totals_B1W, count_B11 = self.cached
             self._step = means_of_step(totals_B1W[:, 0], count_B11[:, 0], self.real(1))
         return self._step
@@ -124,17 +125,17 @@ class ForwardPass:
         return self._counts
 
     def before(self, slot: int, width: int) -> torch.Tensor | None:
-        """Return the totals [B, 1, N] of one site at the newest cached token.
+        """Return the totals [B, 1, N] of one site at the newest cached token."""
+        self._require_totals()
+        return None if self.cached is None else self.cached[0][..., slot : slot + width]
 
-        Raises:
-            ValueError: if the cache was filled without this adapter.
-        """
+    def _require_totals(self) -> None:
+        """Raise ValueError if the cache was filled without this adapter."""
         if isinstance(self.totals, GateTotals) and self.totals.get_seq_length() != self.past:
             raise ValueError(
                 "the KV cache holds tokens whose gates are not known, because it was filled without"
                 " this adapter; start with an empty one"
             )
-        return None if self.cached is None else self.cached[0][..., slot : slot + width]
 
     def require_adapters(self, disabled: bool, names: tuple[str, ...]) -> None:
         """Raise RuntimeError if other adapters are active than earlier in this pass."""

@@ -41,6 +41,11 @@ class ParallelAdapterLayer(BottleneckLayer):
     gate = "parallel_adapter"
     adapter_layer_names = (entry, "unipelt_gate")
 
+    def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the number of examples. This is a forward pre-hook of a block with `flat`."""
+        z_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.passes.current.calls[self, "examples"] = len(z_BTD)
+
     def before_feed_forward(
         self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -48,10 +53,15 @@ class ParallelAdapterLayer(BottleneckLayer):
         self.passes.current.calls[self] = args[0]
 
     def after_feed_forward(
-        self, projection: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor
+        self, projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         """Add the gated adapter. This is a forward hook of the sublayer's last projection."""
-        return self.updated(output_BTD, self.passes.current.calls.pop(self))
+        calls = self.passes.current.calls
+        x, examples = calls.pop(self), calls.pop((self, "examples"), None)
+        if examples is None:
+            return self.updated(output, x)
+        updated_BTD = self.updated(*(y.unflatten(0, (examples, -1)) for y in (output, x)))
+        return None if updated_BTD is None else updated_BTD.flatten(0, 1)
 
 
 class ParallelAdapter(BottleneckSubmodule):
@@ -91,4 +101,7 @@ class ParallelAdapter(BottleneckSubmodule):
         )
         if new:
             attachment.hook(layer, first, "before", layer.before_feed_forward)
+            if site.flat:
+                block = attachment.model.get_submodule(site.name)
+                attachment.hook(layer, block, "before", layer.before_block)
         return layer

@@ -159,10 +159,11 @@ class Passes(nn.Module):
             return
         if past:
             kept = kept_beside(cache)
-            if (self, *key) not in kept:
+            decoding = kept.get((self, *key))
+            if (self, *key) not in kept or (decoding is not None and not decoding.is_current()):
                 plan = self._plan(layers, key)
-                kept[self, *key] = None if plan is None else Decoding(begin(plan)[0])
-            new.decoding = kept[self, *key]
+                decoding = kept[self, *key] = None if plan is None else Decoding(plan)
+            new.decoding = decoding
             new.lease = None if new.decoding is None else new.decoding.lease
         elif fast_path(first):
             plan = self._plan(layers, key)

@@ -76,6 +76,8 @@ class BlockSite:
             if they were not found.
         hidden_size: width of its output.
         causal: whether nothing in it may depend on later tokens.
+        flat: whether the feed-forward sublayer gets the tokens of all examples as one matrix
+            [B·T, D].
     """
 
     name: str
@@ -84,6 +86,7 @@ class BlockSite:
     feed_forward: tuple[str, str] | None
     hidden_size: int
     causal: bool
+    flat: bool = False
 
 
 def mask_arguments(parent: nn.Module) -> dict[str, int]:

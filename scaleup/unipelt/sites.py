@@ -276,13 +276,15 @@ class _Search:
             for path in inside
             if "Norm" in type(self.modules[path]).__name__ and self.outputs[path] is output
         ]
+        feed_forward = self._feed_forward(inside, output.shape[-1])
         return BlockSite(
             name=name,
             parent=parent,
             norm=closing[-1] if closing else None,
-            feed_forward=self._feed_forward(inside, output.shape[-1]),
+            feed_forward=feed_forward,
             hidden_size=output.shape[-1],
             causal=causal,
+            flat=feed_forward is not None and self.outputs[feed_forward[1]].dim() == 2,
         )
 
     def _feed_forward(self, inside: list[str], hidden_size: int) -> tuple[str, str] | None:

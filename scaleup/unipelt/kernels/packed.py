@@ -137,13 +137,21 @@ class Group:
 
 
 def _links(entry: Entry) -> list[tuple[dict[str, Any], str, Any]]:
-    """Return (dictionary, key, value) for each step from the module to the parameter."""
+    """Return (dictionary, key, value) for each step from the module to the parameter.
+
+    Raises:
+        PlainPath: if there is none, as where torch computes it from others at each access.
+    """
     module, path = entry
     *names, last = path.split(".")
     links: list[tuple[dict[str, Any], str, Any]] = []
     for name in names:
+        if name not in module._modules:
+            raise PlainPath("trained weights are computed from others")
         links.append((module._modules, name, module._modules[name]))
         module = links[-1][2]
+    if last not in module._parameters:
+        raise PlainPath("trained weights are computed from others")
     return [*links, (module._parameters, last, module._parameters[last])]
 
 
@@ -275,6 +283,10 @@ class Plan:
         first = self.parameters[0]
         same = first.device == self.device and first.dtype == self.parameter_dtype
         return same and not hasattr(first, "ds_id")  # DeepSpeed shards parameters in place
+
+    def versions(self) -> int:
+        """Return a number that grows whenever a parameter is changed in place."""
+        return sum(p._version for p in self.parameters if not p.is_inference())
 
     def matrices(self, flat: Tensor) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
         """View the input and the output matrices in a buffer, by site."""

@@ -208,7 +208,7 @@ def _parts(
     dtype, columns = wide_dtype(z_BTW), bias_C.shape[0]
     x_BTC = z_BTW[..., :columns].to(dtype) + bias_C
     tokens_BT = z_BTW.new_ones(z_BTW.shape[:2]) if mask_BT is None else mask_BT
-    real_BT1 = tokens_BT.to(dtype).unsqueeze(2)
+    real_BT1 = (tokens_BT != 0).to(dtype).unsqueeze(2)
     count = real_BT1.cumsum(dim=1) if causal else real_BT1.sum(dim=1, keepdim=True)
     narrow_BTR, logits_BTN = x_BTC.split_with_sizes([columns - gates, gates], dim=-1)
     return narrow_BTR, logits_BTN.sigmoid(), real_BT1, count.clamp(min=1)
@@ -233,7 +233,7 @@ def narrow_forward(
         z_BTW: x [W_narrow; W_gates]ᵀ. Columns from C on are padding.
         bias_C: biases in float32 (or float64), 0 where a column has none. C and N give R.
         scales_N: constants that multiply the gates.
-        mask_BT: 1 at real tokens, any dtype; None if all tokens count.
+        mask_BT: not 0 at real tokens, any dtype; None if all tokens count.
         selected: the gate that multiplies the narrow columns.
         causal: mean over the real tokens so far, instead of over all real tokens.
         activation: one of ACTIVATIONS.

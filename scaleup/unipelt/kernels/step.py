@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .packed import Plan
 from .reference import activate, wide_dtype
-from .workspace import Lease, PackedSite
+from .workspace import PackedSite, begin
 
 Tensor = torch.Tensor
 
@@ -40,13 +41,13 @@ def means_of_step(totals_BW: Tensor, count_B1: Tensor, real_B1: Tensor | None) -
     Args:
         totals_BW: totals of all gates at the newest cached token.
         count_B1: the number of real tokens in the cache.
-        real_B1: 1 where the new token is real; None if it is in all examples.
+        real_B1: not 0 where the new token is real; None if it is in all examples.
     """
     if real_B1 is None:
         count_B1 = count_B1 + 1
         share_B1 = count_B1.reciprocal()
     else:
-        real_B1 = real_B1.to(count_B1.dtype)
+        real_B1 = (real_B1 != 0).to(count_B1.dtype)
         count_B1 = count_B1 + real_B1
         share_B1 = real_B1 / count_B1.clamp(min=1)
     return Means(totals_BW / count_B1.clamp(min=1), share_B1, count_B1)
@@ -115,9 +116,14 @@ class StepSite:
 class Decoding:
     """The packed weights for the tokens of one generation."""
 
-    def __init__(self, lease: Lease):
-        self.lease = lease
+    def __init__(self, plan: Plan):
+        self.plan, self.versions = plan, plan.versions()
+        self.lease = begin(plan)[0]
         self.sites: dict[Any, StepSite | None] = {}
+
+    def is_current(self) -> bool:
+        """Return whether the model still has the weights that were packed."""
+        return self.plan.is_current() and self.versions == self.plan.versions()
 
     def site(self, owner: Any) -> StepSite | None:
         """Return the weights that a layer has declared under `owner`, None if there are none."""

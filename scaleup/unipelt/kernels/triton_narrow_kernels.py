@@ -40,12 +40,12 @@ def slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def real_tokens(mask, b, t, tokens, mask_b, mask_t):
-    """Return the mask of some tokens; tokens beyond the last one are not real."""
+    """Return 1 at real tokens, where the mask is not 0. There are none beyond the last one."""
     if mask is None:
         real = (t < tokens).to(tl.float32)
     else:
         places = mask + b * mask_b + t.to(tl.int64) * mask_t
-        real = tl.load(places, mask=t < tokens, other=0).to(tl.float32)
+        real = (tl.load(places, mask=t < tokens, other=0) != 0).to(tl.float32)
     return real
 
 

@@ -6,10 +6,12 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn.utils.parametrizations import weight_norm
 
 from scaleup.training.callbacks import GateStatistics
 from scaleup.unipelt.adapter import BottleneckLayer
 from scaleup.unipelt.attention_gates import AttentionGates
+from scaleup.unipelt.fast_path import plain_parts
 from scaleup.unipelt.kernels import fused
 from scaleup.unipelt.kernels.target import VARIABLE
 from tests.utils.tiny import FAMILIES, PAD, adapt, backbone, batch, inputs, logits, task_type
@@ -119,7 +121,7 @@ def test_gradients_equal_those_of_the_plain_path(family, mode, evaluated):
 
 
 @pytest.mark.parametrize("submodules", [["adapter"], ["prefix"], ["lora"], ["parallel_adapter"]])
-@pytest.mark.parametrize("family", ["bert", "bart", "t5", "llama", "gpt2", "phi3", "mpnet"])
+@pytest.mark.parametrize("family", ["bert", "bart", "t5", "llama", "gpt2", "opt", "phi3", "mpnet"])
 def test_gradients_of_single_submodules_equal_those_of_the_plain_path(family, submodules, mode):
     model = trained(family, submodules)
     padded, _ = examples(model)
@@ -343,3 +345,28 @@ def test_compiled_blocks_take_the_plain_path(mode, evaluated):
     with compiled_blocks(model):
         found = gradients(model, padded)
     assert worst(found, expected) < 1e-5 and not any(evaluated.values())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_all_tokens_whose_mask_is_not_zero_count_alike(family, mode):
+    model = trained(family, EVERYTHING)
+    given = inputs(model, labels=True)
+    factors = 1 + torch.arange(given["attention_mask"].shape[1]) % 3
+    given["attention_mask"] = given["attention_mask"] * factors
+    mode("off")
+    expected = gradients(model, given)
+    mode("reference")
+    assert worst(gradients(model, given), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["unipelt_adapter.default.down", "lora_A.default"])
+def test_weights_that_torch_computes_from_others_take_the_plain_path(name, mode):
+    model = trained("bert", EVERYTHING)
+    linear = next(module for path, module in model.named_modules() if path.endswith(name))
+    weight_norm(linear)
+    padded, _ = examples(model)
+    mode("off")
+    expected = gradients(model, padded)
+    mode("reference")
+    assert worst(gradients(model, padded), expected) < 1e-5
+    assert "trained weights are computed from others" in plain_parts(model)

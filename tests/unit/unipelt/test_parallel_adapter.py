@@ -111,3 +111,15 @@ def test_families_without_sdpa_work_too():
     for family in NO_SDPA:
         model = adapt(backbone(family), submodules=["parallel_adapter", "prefix"])
         assert torch.isfinite(logits(model)).all()
+
+
+def test_examples_of_a_sublayer_that_gets_all_tokens_as_one_row_keep_their_own_gates():
+    model = adapt(backbone("opt"), submodules=["parallel_adapter"], gates="learned")
+    assert all(block.flat for block in find_sites(backbone("opt"))[1])
+    given = inputs(model)
+    together = logits(model, given)
+    for row, tokens in enumerate(given["attention_mask"].sum(dim=1)):
+        alone = {name: value[row : row + 1, :tokens] for name, value in given.items()}
+        assert same(logits(model, alone), together[row : row + 1, :tokens])
+    with model.disable_adapter():
+        assert not same(logits(model, given), together)
