@@ -48,7 +48,7 @@ def _gates_backward(
     """Return the gradient of z, [M, W]. `grad_gates_BTN` is that of all gates, if it is known."""
     site, workspace, batch = ctx.site, ctx.lease.workspace, len(z_BTW)
     if collects:
-        workspace.dirty = True
+        workspace.reached.add(site)
         grad_bias_BC = workspace.bias_grad(site, batch)
     else:
         grad_bias_BC = site.bias.new_zeros(batch, len(site.bias))
@@ -217,7 +217,7 @@ class _AddProduct(HandWritten):
         if grad_MO.dtype is not v_MR.dtype:
             grad_MO = grad_MO.to(v_MR.dtype)
         if _collects(ctx):
-            ctx.lease.workspace.dirty = True
+            ctx.lease.workspace.reached.add(ctx.site)
             ctx.site.grad_out.addmm_(grad_MO.t(), v_MR)
         grad_v = torch.mm(grad_MO, ctx.site.weight_out) if ctx.needs_input_grad[1] else None
         return grad, grad_v, None, None, None, None

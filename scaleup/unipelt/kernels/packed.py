@@ -284,6 +284,21 @@ class Plan:
         same = first.device == self.device and first.dtype == self.parameter_dtype
         return same and not hasattr(first, "ds_id")  # DeepSpeed shards parameters in place
 
+    def owners(self) -> list[Any]:
+        """Return the site of each of `parameters`, by its key."""
+        keys = {site.wide: key for key, site in self.sites.items() if site.wide is not None}
+        dense, vectors = [], []
+        for key, site in self.sites.items():
+            if site.narrow is not None:
+                dense += [key] * len(site.narrow.weights)
+                vectors += [key for entry in site.narrow.biases if not isinstance(entry, int)]
+            if site.wide is not None and site.wide.layout is None:
+                dense += [key] * len(site.wide.weights)
+        grouped = [
+            keys[wide] for group in self.groups for _ in group.shapes for wide in group.wides
+        ]
+        return [*dense, *grouped, *vectors]
+
     def versions(self) -> int:
         """Return a number that grows whenever a parameter is changed in place."""
         return sum(p._version for p in self.parameters if not p.is_inference())

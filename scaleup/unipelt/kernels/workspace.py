@@ -91,7 +91,7 @@ class Workspace:
         self.grads: Tensor | None = None
         self.bias_grads: Tensor | None = None
         self.bias_views: tuple[Tensor, ...] = ()
-        self.dirty = False  # whether the buffers hold gradients that nobody has fetched
+        self.reached: set[PackedSite] = set()  # whose gradients are in the buffers
         # A FakeTensor and an inference tensor work only in their modes, and a CUDA graph writes to
         # its memory at any later time.
         self.reusable = (
@@ -140,7 +140,7 @@ class Workspace:
         if self.grads is None:
             self.grads = torch.zeros_like(self.flat)
             self._set_matrices("grad", self.grads)
-        elif self.dirty:
+        elif self.reached:
             self._clear()
 
     def bias_grad(self, site: PackedSite, batch: int) -> Tensor:
@@ -159,15 +159,20 @@ class Workspace:
         self.grads.zero_()
         if self.bias_grads is not None:
             self.bias_grads.zero_()
-        self.dirty = False
+        self.reached.clear()
 
-    def drain(self) -> list[Tensor]:
-        """Return the gradients of `Plan.parameters`, and clear the buffers."""
+    def drain(self) -> list[Tensor | None]:
+        """Return the gradients of `Plan.parameters`, and clear the buffers.
+
+        As in autograd, the parameters of sites that no gradient has reached have none: an optimizer
+        must leave out layers that a pass has skipped.
+        """
         plan, grads = self.plan, self.grads
         assert grads is not None
         dtype = plan.parameter_dtype
         # Copies, because the results become the gradients of the parameters.
-        results = plan.dense.cut(grads[: plan.dense.size].to(dtype, copy=True))
+        results: list[Tensor | None] = []
+        results += plan.dense.cut(grads[: plan.dense.size].to(dtype, copy=True))
         if plan.groups:
             parts = grads.new_empty(plan.grouped.size, dtype=dtype)
             for matrices, part in plan.pairs(grads, parts):
@@ -178,6 +183,10 @@ class Workspace:
         else:
             sums = self.bias_grads.sum(dim=0)
         results += plan.vectors.cut(sums.to(dtype))
+        if len(self.reached) < len(self.sites):
+            missing = {key for key, site in self.sites.items() if site not in self.reached}
+            owners = plan.owners()
+            results = [None if key in missing else g for key, g in zip(owners, results)]
         self._clear()
         return results
 

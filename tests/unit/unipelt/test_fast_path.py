@@ -370,3 +370,25 @@ def test_weights_that_torch_computes_from_others_take_the_plain_path(name, mode)
     mode("reference")
     assert worst(gradients(model, padded), expected) < 1e-5
     assert "trained weights are computed from others" in plain_parts(model)
+
+
+def test_layers_that_a_pass_skips_get_no_gradient(mode):
+    """An optimizer with momentum would move them by a gradient of zeros."""
+    model = trained("bert", [*EVERYTHING, "parallel_adapter"])
+    layer = model.get_base_model().bert.encoder.layer[1]
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    padded, _ = examples(model)
+
+    def by_name() -> dict[str, torch.Tensor | None]:
+        model.zero_grad()
+        model(**padded).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    mode("off")
+    expected = by_name()
+    mode("reference")
+    found = by_name()
+    skipped = {name for name, grad in expected.items() if grad is None}
+    assert skipped and {name for name, grad in found.items() if grad is None} == skipped
+    reached = [name for name in expected if name not in skipped]
+    assert worst({n: found[n] for n in reached}, {n: expected[n] for n in reached}) < 1e-5

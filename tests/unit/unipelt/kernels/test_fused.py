@@ -200,7 +200,7 @@ def test_a_gradient_that_needs_no_weights_leaves_nothing_behind():
     _, low_q, _ = narrow_site(x, anchor, lease, lease.sites[layer], MASK, H, [RANK, RANK])
     out = add_product(result, low_q, anchor, lease, lease.sites["up"], in_place=False).sum()
     (of_x,) = torch.autograd.grad(out, x, retain_graph=True)
-    assert not lease.workspace.dirty and of_x.abs().max() > 0
+    assert not lease.workspace.reached and of_x.abs().max() > 0
     out.backward()
     expected = Layer("masked").double()
     expected.load_state_dict(layer.state_dict())

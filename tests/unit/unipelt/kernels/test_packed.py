@@ -88,7 +88,7 @@ def test_b_of_a_fused_projection_is_one_matrix_with_blocks_of_zeros(order, kv_he
     assert torch.allclose(found, update(low_rank), atol=1e-6)
     # The gradient of each block reaches the rows of the weight that it was copied from.
     grad = torch.randn_like(found)
-    lease.workspace.dirty = True
+    lease.workspace.reached.add(lease.sites["b"])
     lease.sites["b"].grad_out.addmm_(grad.t(), low_rank)
     anchor.backward()
     (expected,) = torch.autograd.grad(update(low_rank), update.weight, grad)
@@ -98,7 +98,7 @@ def test_b_of_a_fused_projection_is_one_matrix_with_blocks_of_zeros(order, kv_he
 def fill(lease, value: float = 1.0) -> None:
     """Write to the buffers as the backward passes of sites do."""
     workspace = lease.workspace
-    workspace.dirty = True
+    workspace.reached.update(lease.sites.values())
     for site in workspace.sites.values():
         for name in ("grad_in", "grad_out"):
             if hasattr(site, name):
@@ -124,7 +124,7 @@ def test_gradients_are_handed_out_once_and_summed_over_examples():
             assert p.grad.shape == p.shape and p.grad.dtype == torch.float32
             assert (p.grad == expected).all()
         assert layer.norm.weight.grad is None
-    assert not lease.workspace.dirty
+    assert not lease.workspace.reached
     anchor.backward(retain_graph=True)  # nothing has been added since
     assert gradients(*layers) == {1.0, 2.0}
     fill(lease)  # with a larger batch, the buffer of the biases grows
