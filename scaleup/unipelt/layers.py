@@ -19,7 +19,16 @@ from torch import nn
 
 from .forward_pass import ForwardPass
 from .gate import GateValue, LearnedGate
-from .kernels import Entry, Narrow, PlainPath, Sites, StepSite, narrow_products, parameter
+from .kernels import (
+    Entry,
+    Narrow,
+    PlainPath,
+    Sites,
+    StepSite,
+    narrow_products,
+    parameter,
+    require_whole,
+)
 from .passes import Passes, RunningMean
 from .peft_names import BaseTunerLayer
 
@@ -140,11 +149,12 @@ class SiteLayer(AuxiliaryLayer):
         """Return the gate of the active adapter.
 
         Raises:
-            PlainPath: if it is a constant.
+            PlainPath: if it is a constant, or if ZeRO-3 shards it.
         """
         gate = self.active_entry(self.unipelt_gate)
         if not isinstance(gate, LearnedGate):
             raise PlainPath("gates are constants")
+        require_whole(gate.weight)  # before layers look at the sizes of their weights
         return gate
 
     def declare_narrow(self, weights: Sequence[Entry], biases: Sequence[Entry | int]) -> Narrow:

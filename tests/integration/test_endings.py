@@ -25,7 +25,7 @@ from tests.utils.workspace import losses, make_workspace, overrides
 STEPS = ("train.eval_strategy=steps", "train.eval_steps=4")
 # Logged at other steps than saved.
 BEST = ("train.save_strategy=best", "train.eval_strategy=steps", "train.eval_steps=2")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,8 @@ def test_a_signal_ends_the_final_scoring_which_the_resumed_run_repeats(
 def test_an_interrupted_run_ends_its_bar_and_starts_anew_if_nothing_was_saved(
     workspace, tmp_path, capsys
 ):
+    # A shell lets the programs that it starts in the background ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out, short = tmp_path / "run", "train.max_steps=3"
     with pytest.raises(KeyboardInterrupt):
         bars = "train.disable_tqdm=false"

@@ -21,6 +21,7 @@ from .packed import (
     aligned,
     collect_sites,
     parameter,
+    require_whole,
 )
 from .reference import ACTIVATIONS
 from .short_attention import attend, is_short
@@ -65,6 +66,7 @@ __all__ = [
     "narrow_site",
     "parameter",
     "planned_for",
+    "require_whole",
     "scaled",
     "target_device",
 ]

@@ -160,11 +160,16 @@ def parameter(entry: Entry) -> Any:
     return _links(entry)[-1][2]
 
 
+def require_whole(value: Any) -> None:
+    """Raise PlainPath for a parameter of which a process holds a share, or nothing in between."""
+    if hasattr(value, "ds_id") or not isinstance(nn.functional.linear, types.BuiltinFunctionType):
+        raise PlainPath("ZeRO-3 shards the trained weights")
+
+
 def _require_packable(entry: Entry, first: Any) -> None:
     """Raise PlainPath for a parameter that cannot be packed with `first`."""
     value = parameter(entry)
-    if hasattr(value, "ds_id") or not isinstance(nn.functional.linear, types.BuiltinFunctionType):
-        raise PlainPath("ZeRO-3 shards the trained weights")
+    require_whole(value)
     if type(value).__name__ not in ("Parameter", "FakeTensor"):
         raise PlainPath(f"trained weights are kept as {type(value).__name__}")
     if value.dtype != first.dtype or value.device != first.device:
