@@ -273,12 +273,13 @@ def collator(
     The batch is as long as its longest example, rounded up to a multiple of `multiple`, or as
     `max_length` if data.pad_to_max_length is on.
     """
-    pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=data.max_length)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        length = data.max_length
         if not data.pad_to_max_length:
             longest = max(len(row["input_ids"]) for row in rows)
-            pad.max_length = padded_length(longest, multiple, data.max_length)
+            length = padded_length(longest, multiple, data.max_length)
+        pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
         return pad([{k: value for k, value in row.items() if k != "length"} for row in rows])
 
     return collate

@@ -169,14 +169,15 @@ class ForwardPass:
         self.totals.update(totals_BTW.unsqueeze(1), count_BT1.expand(*shape, 1).unsqueeze(1))
 
     def _store_step(self, totals: GateTotals | StaticGateTotals, slots: dict[int, int]) -> None:
-        count_B1 = self.means_of_step().count_B1
+        before_BW, _, count_B1 = self.means_of_step()
         parts = []
         for slot, width in slots.items():
-            mean_BN = self.means.get(slot)
-            if mean_BN is None and slot in self.pending:  # of a site on the plain path
-                mean_BN = self.pending[slot][:, 0] / count_B1.clamp(min=1)
-            zeros_BN = self.means_of_step().before_BW[:, :width] * 0
-            parts.append(zeros_BN if mean_BN is None else mean_BN)
+            if slot in self.means:
+                parts.append(self.means[slot])
+            elif slot in self.pending:  # of a site on the plain path
+                parts.append(self.pending[slot][:, 0] / count_B1.clamp(min=1))
+            else:  # of a site that was not called
+                parts.append(torch.zeros_like(before_BW[:, :width]))
         totals_BW = torch.cat(parts, dim=1) * count_B1
         totals.update(totals_BW[:, None, None], count_B1.expand(len(totals_BW), 1)[:, None, None])
         self.pending = {}

@@ -35,6 +35,28 @@ def _keep(ctx: Any, anchor: Tensor | None, lease: Lease, site: PackedSite) -> No
     ctx.set_materialize_grads(False)
 
 
+def _narrow(
+    x_MD: Tensor, site: PackedSite, shape: torch.Size, mask_BT: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x in the dtype of the weights, z [B, T, W], v [B, T, V] and the gates [B, ·, N]."""
+    weight_t = site.weight_in_t
+    if x_MD.dtype is not weight_t.dtype:
+        x_MD = x_MD.to(weight_t.dtype)
+    z_BTW = torch.mm(x_MD, weight_t).view(*shape[:2], weight_t.shape[1])
+    v_BTV, gates = ops.narrow_forward(
+        z_BTW,
+        site.bias,
+        site.scales,
+        mask_BT,
+        site.selected,
+        site.causal,
+        site.activation,
+        site.ones_column,
+        site.width,
+    )
+    return x_MD, z_BTW, v_BTV, gates
+
+
 def _gates_backward(
     ctx: Any,
     z_BTW: Tensor,
@@ -93,23 +115,8 @@ class _NarrowSite(HandWritten):
         with_gates: bool,
     ) -> tuple[Tensor, ...]:
         batch, tokens, width = x_BTD.shape
-        weight_t = site.weight_in_t
-        x_MD = x_BTD.reshape(-1, width)
-        if x_MD.dtype is not weight_t.dtype:
-            x_MD = x_MD.to(weight_t.dtype)
-        z_BTW = torch.mm(x_MD, weight_t).view(batch, tokens, -1)
         mask_BT = mask_BT if site.masked else None
-        v_BTV, gates = ops.narrow_forward(
-            z_BTW,
-            site.bias,
-            site.scales,
-            mask_BT,
-            site.selected,
-            site.causal,
-            site.activation,
-            site.ones_column,
-            site.width,
-        )
+        x_MD, z_BTW, v_BTV, gates = _narrow(x_BTD.reshape(-1, width), site, x_BTD.shape, mask_BT)
         _keep(ctx, anchor, lease, site)
         ctx.save_for_backward(x_MD, z_BTW, gates, mask_BT)
         ctx.shape, ctx.dtype, ctx.ranks = x_BTD.shape, x_BTD.dtype, ranks
@@ -255,8 +262,8 @@ class _Bottleneck(HandWritten):
         norm: tuple[float, bool] | None,
         with_gates: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        batch, tokens, width = z_BTD.shape
-        weight_t, sizes = site.weight_in_t, [width]
+        width = z_BTD.shape[2]
+        sizes = [width]
         z_MD = z_BTD.reshape(-1, width)
         weight, bias = site.constants or (None, None)
         if norm is not None:
@@ -264,21 +271,8 @@ class _Bottleneck(HandWritten):
         else:
             assert n_BTD is not None
             n_MD, moments = n_BTD.reshape(-1, width), []
-        if n_MD.dtype is not weight_t.dtype:
-            n_MD = n_MD.to(weight_t.dtype)
-        x_BTW = torch.mm(n_MD, weight_t).view(batch, tokens, -1)
         mask_BT = mask_BT if site.masked else None
-        v_BTV, gates = ops.narrow_forward(
-            x_BTW,
-            site.bias,
-            site.scales,
-            mask_BT,
-            site.selected,
-            site.causal,
-            site.activation,
-            site.ones_column,
-            site.width,
-        )
+        n_MD, x_BTW, v_BTV, gates = _narrow(n_MD, site, z_BTD.shape, mask_BT)
         v_MV = v_BTV.view(-1, site.width)
         if z_MD.dtype is v_MV.dtype:
             u_MD = torch.addmm(z_MD, v_MV, site.weight_out_t)

@@ -129,8 +129,7 @@ class Decoding:
         """Return the weights that a layer has declared under `owner`, None if there are none."""
         if owner not in self.sites:
             packed = self.lease.sites.get(owner)
-            usable = packed is not None and packed.causal
-            self.sites[owner] = StepSite(packed) if packed is not None and usable else None
+            self.sites[owner] = None if packed is None or not packed.causal else StepSite(packed)
         return self.sites[owner]
 
     def takes(self, x: Tensor) -> bool:
