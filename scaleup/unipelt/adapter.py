@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .attachment import Attachment
+from .forward_pass import ForwardPass
 from .gate import LearnedGate, cast_to_weight
 from .kernels import (
     ACTIVATIONS,
@@ -142,7 +143,7 @@ class BottleneckLayer(SiteLayer):
         current = self.passes.current
         step = current.step(self, z_BTD)
         if step is not None:
-            return self._step(step, z_BTD, n_BTD, norm)
+            return self._step(step, z_BTD, n_BTD, norm, current)
         packed, lease = current.packed(self, z_BTD if n_BTD is None else n_BTD), current.lease
         if packed is None or lease is None:
             return None
@@ -160,6 +161,7 @@ class BottleneckLayer(SiteLayer):
         z_BTD: torch.Tensor,
         n_BTD: torch.Tensor | None,
         norm: tuple[float, bool] | None,
+        current: ForwardPass,
     ) -> torch.Tensor:
         """Compute `bottleneck` for a single generated token."""
         z_BD = z_BTD[:, 0]
@@ -168,7 +170,7 @@ class BottleneckLayer(SiteLayer):
         else:
             assert n_BTD is not None
             n_BD = n_BTD[:, 0]
-        units_BC, gates_BN = self.step_gates(step, n_BD)
+        units_BC, gates_BN = self.step_gates(step, n_BD, current)
         out_BD = step.bottleneck(z_BD, units_BC, gates_BN)
         if norm is not None and norm[1]:
             out_BD = step.norm(out_BD, norm[0])

@@ -95,12 +95,16 @@ def _join_scaled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the prefix, gated per example, and `padding` zeros in front of keys and values."""
     kv, gate = prefix
-    if isinstance(gate, torch.Tensor):  # a matrix product, because its gradients are faster
-        kv = (gate.flatten(1).to(kv.dtype) @ kv.reshape(1, -1)).unflatten(1, kv.shape)  # [B, 2, …]
+    if isinstance(gate, torch.Tensor) and torch.is_grad_enabled():
+        # A matrix product, because its gradients are faster. [B, 2, …]
+        kv = (gate.flatten(1).to(kv.dtype) @ kv.reshape(1, -1)).unflatten(1, kv.shape)
+    elif isinstance(gate, torch.Tensor):
+        kv = gate.to(kv.dtype)[..., None, None] * kv
     elif gate != 1.0:
         kv = gate * kv
-    batch = key_BGSE.shape[0]
-    keys, values = (part.to(key_BGSE.dtype).expand(batch, -1, -1, -1) for part in kv.unbind(dim=-4))
+    shape = key_BGSE.shape[0], -1, -1, -1
+    keys, values = kv.to(key_BGSE.dtype).unbind(dim=-4)
+    keys, values = keys.expand(shape), values.expand(shape)
     zeros = key_BGSE.new_zeros(()).expand(*key_BGSE.shape[:2], padding, key_BGSE.shape[3])
     front = [zeros] if padding else []
     return torch.cat([*front, keys, key_BGSE], dim=2), torch.cat([*front, values, value_BGSE], 2)
@@ -144,9 +148,7 @@ class PrefixSource(Protocol):
 
     causal: bool  # the attention's own mask: queries do not see later keys
 
-    def take_prefix(self) -> Prefix | None: ...
-
-    def masks(self) -> PassMasks: ...
+    def take_prefix(self) -> tuple[Prefix, PassMasks] | None: ...
 
     def observer(self) -> Callable[[torch.Tensor, torch.Tensor], None] | None: ...
 
@@ -164,19 +166,15 @@ def _attend(
     """Call `plain` as transformers calls it, with the prefix of the module if there is one."""
     layer: Any = module._modules.get(ATTENTION_CHILD)
     source: PrefixSource | None = layer.prefix_source if layer is not None else None
-    prefix = source.take_prefix() if source is not None else None
-    if source is None or prefix is None:
+    taken = source.take_prefix() if source is not None else None
+    if source is None or taken is None:
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    observer = source.observer()
+    observer, qkv = source.observer(), (query, key, value)
     if observer is None:
-        return _join(
-            plain, module, (query, key, value), attention_mask, scaling, source, prefix, kwargs
-        )
+        return _join(plain, module, qkv, attention_mask, scaling, source.causal, taken, kwargs)
     without = plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
-    out, weights = _join(
-        plain, module, (query, key, value), attention_mask, scaling, source, prefix, kwargs
-    )
+    out, weights = _join(plain, module, qkv, attention_mask, scaling, source.causal, taken, kwargs)
     observer((out - without).flatten(2), out.flatten(2))
     return out, weights
 
@@ -187,16 +185,16 @@ def _join(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     scaling: float,
-    source: PrefixSource,
-    prefix: Prefix,
+    source_causal: bool,
+    taken: tuple[Prefix, PassMasks],
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call `plain` with the prefix in front of keys and values, or an equivalent kernel."""
-    query, key, value = qkv
+    (query, key, value), (prefix, masks) = qkv, taken
     causal = kwargs.get("is_causal")
-    causal = source.causal if causal is None else causal
+    causal = source_causal if causal is None else causal
     dropout, sdpa = kwargs.get("dropout", 0.0), plain is not _plain_eager
-    bias, masks = kwargs.get("position_bias"), source.masks()
+    bias = kwargs.get("position_bias")
 
     def by_log_sum_exp() -> torch.Tensor | None:
         return _by_log_sum_exp(qkv, attention_mask, bias, causal, prefix, masks, scaling, dropout)

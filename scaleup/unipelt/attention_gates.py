@@ -208,7 +208,7 @@ class AttentionGates(SiteLayer):
     ) -> None:
         """Evaluate gates and gated narrow products of a single generated token."""
         fast: FastAttention = step.details
-        z_BC, gates_BN = self.step_gates(step, h_BTD[:, 0])
+        z_BC, gates_BN = self.step_gates(step, h_BTD[:, 0], current)
         if fast.other is not None:
             gate_B11 = gates_BN[:, step.handed_out].unsqueeze(1)
             inputs = AttentionInputs(h_BTD, gate_B11, None, ())

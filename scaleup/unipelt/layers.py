@@ -183,9 +183,10 @@ class SiteLayer(AuxiliaryLayer):
         if gate.statistics is not None and not current.recomputed:
             gate.statistics.add(gates_BTN, current.real(gates_BTN.shape[1]))
 
-    def step_gates(self, step: StepSite, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step_gates(
+        self, step: StepSite, x_BD: torch.Tensor, current: ForwardPass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the product [B, C] and the gates [B, N] of a single generated token."""
-        current = self.passes.current
         slot = self.running.slots[step.gates]
         z_BC, current.means[slot], gates_BN = step.evaluate(x_BD, current.means_of_step(), slot)
         return z_BC, gates_BN

@@ -203,18 +203,16 @@ class PrefixMember(AttentionMember):
             call.dropout = attention.dropout.p if attention.training else 0.0
         return call
 
-    def take_prefix(self) -> Prefix | None:
-        """Return the prefix of this call, once. The attention function calls it."""
+    def take_prefix(self) -> tuple[Prefix, PassMasks] | None:
+        """Return the prefix of this call, once, and the masks that the pass shares.
+
+        The attention function calls it.
+        """
         call: PrefixCall | None = self.call
-        if call is None:
+        if call is None or call.prefix is None:
             return None
         prefix, call.prefix = call.prefix, None
-        return prefix
-
-    def masks(self) -> PassMasks:
-        """Return the masks that the attentions of this pass share."""
-        call: PrefixCall = self.call
-        return call.masks
+        return prefix, call.masks
 
     def observer(self) -> Any:
         """Return where to report the change that the prefix makes, or None."""
@@ -229,11 +227,11 @@ class PrefixMember(AttentionMember):
         The first call of a pass is for the queries. DeBERTa sends its position embeddings through
         the same projection later.
         """
-        prefix, call = self.take_prefix(), self.call
-        if prefix is not None:
+        taken, call = self.take_prefix(), self.call
+        if taken is not None:
             scale = self.layer.site.softmax_scale
             assert scale is not None
-            call.softmax = SoftmaxPrefix(prefix, query_BTD, scale, call.dropout)
+            call.softmax = SoftmaxPrefix(taken[0], query_BTD, scale, call.dropout)
             call.softmax.__enter__()
 
     def before_output(

@@ -8,6 +8,7 @@ Shapes: C = R + N columns of a site's input (R narrow ones, N gates), D its widt
 """
 
 import dataclasses
+import operator
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from .target import MOST_COLUMNS
+
+_VERSION = operator.attrgetter("_version")
 
 ALIGNMENT = 8  # values; matrix products are fast for sizes that are multiples of it
 Entry = tuple[nn.Module, str]  # a parameter: a module and the path below it, "down.weight"
@@ -271,20 +274,23 @@ class Plan:
         grouped = [entry for group in self.groups for entry in group.entries()]
         constants = [entry for site in sites.values() for entry in site.constants]
         known = {e for e in (*dense, *grouped, *vectors, *constants) if not isinstance(e, int)}
-        self.links = [link for entry in known for link in _links(entry)]
+        links = {(id(link[0]), link[1]): link for entry in known for link in _links(entry)}
+        self.links = tuple(zip(*links.values()))  # dictionaries, keys, values
         self.dense, self.grouped, self.vectors, self.constants = (
             Blocks(entries) for entries in (dense, grouped, vectors, constants)
         )
         self.matrix_parameters = [*self.dense.parameters, *self.grouped.parameters]
         self.parameters = [*self.matrix_parameters, *self.vectors.parameters]
         self.device, self.parameter_dtype = self.parameters[0].device, self.parameters[0].dtype
+        self.versioned = [p for p in self.parameters if not p.is_inference()]
         self.pools: dict[int, list[Any]] = {}
 
     def is_current(self) -> bool:
         """Return whether the modules still have the parameters that the plan was made for."""
-        for container, name, value in self.links:
-            if container.get(name) is not value:
-                return False
+        containers, names, values = self.links
+        # In C, because this is asked for every generated token.
+        if not all(map(operator.is_, map(dict.get, containers, names), values)):
+            return False
         first = self.parameters[0]
         same = first.device == self.device and first.dtype == self.parameter_dtype
         return same and not hasattr(first, "ds_id")  # DeepSpeed shards parameters in place
@@ -306,7 +312,7 @@ class Plan:
 
     def versions(self) -> int:
         """Return a number that grows whenever a parameter is changed in place."""
-        return sum(p._version for p in self.parameters if not p.is_inference())
+        return sum(map(_VERSION, self.versioned))
 
     def matrices(self, flat: Tensor) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
         """View the input and the output matrices in a buffer, by site."""

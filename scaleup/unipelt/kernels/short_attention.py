@@ -41,6 +41,8 @@ def is_short(
         dropout: probability.
         per_query: whether there is one gate per query instead of one per example.
     """
+    if query_BHTE.shape[2] == 1 or query_BHTE.shape[:2] != key_BHSE.shape[:2]:
+        return False
     inputs = (query_BHTE, key_BHSE, value_BHSE)
     plain = all(target_device(x) == "cpu" and x.dtype == torch.float32 for x in inputs)
     if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -50,9 +52,7 @@ def is_short(
     most = MOST_KEYS_WITHOUT_FUSED if per_query or dropout else MOST_KEYS
     if per_query and not dropout and mode() == "auto":
         most = MOST_KEYS_PER_QUERY
-    few = key_BHSE.shape[2] + length <= most
-    several = query_BHTE.shape[2] > 1 and query_BHTE.shape[:2] == key_BHSE.shape[:2]
-    return few and several and dropout < 1
+    return key_BHSE.shape[2] + length <= most and dropout < 1
 
 
 def attend(

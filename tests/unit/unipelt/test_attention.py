@@ -27,8 +27,7 @@ class Site(nn.Module):
         child = nn.Module()
         child.prefix_source = types.SimpleNamespace(
             causal=causal,
-            take_prefix=lambda: prefix,
-            masks=lambda: PassMasks(fast_path(prefix[0])),
+            take_prefix=lambda: (prefix, PassMasks(fast_path(prefix[0]))),
             observer=lambda: None,
         )
         self.add_module(ATTENTION_CHILD, child)
