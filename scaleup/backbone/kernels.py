@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from scaleup.backbone.precision import half_dtype
 from scaleup.settings.presets import read_deepspeed
 from scaleup.settings.schema import Settings
 from scaleup.unipelt.fast_path import plain_parts
@@ -26,16 +27,18 @@ def kernels_line(settings: Settings, model: nn.Module, device: str, planned: boo
         return "kernels    plain PyTorch (SCALEUP_KERNELS=off)"
     if mode() == "auto" and not planned and not HAS_TRITON:
         return "kernels    plain PyTorch (triton is not installed)"
-    reasons = _of_settings(settings)
+    reasons = _of_settings(settings, device)
     reasons += [reason for reason in plain_parts(model) if reason not in reasons]
     name = "plain formulas of the GPU's kernels" if mode() == "reference" else "Triton"
     exceptions = f"; parts in plain PyTorch: {'; '.join(reasons)}" if reasons else ""
     return f"kernels    {name}{exceptions}"
 
 
-def _of_settings(settings: Settings) -> list[str]:
+def _of_settings(settings: Settings, device: str) -> list[str]:
     """Return the reasons that the model does not show."""
-    reasons, deepspeed = [], settings.train.deepspeed
+    reasons, deepspeed, dtype = [], settings.train.deepspeed, settings.model.dtype
+    if dtype not in ("auto", "float32") and half_dtype(settings, device == "cuda") is None:
+        reasons.append(f"trained weights are float32 beside a {dtype} backbone")
     if deepspeed and read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage") == 3:
         reasons.append("ZeRO-3 shards the trained weights")
     if settings.train.torch_compile:

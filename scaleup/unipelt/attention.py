@@ -40,6 +40,8 @@ FLASH = f"{FAMILY}_fa"  # transformers searches "flash" in names and would impor
 PROBE = f"{FAMILY}_probe"  # records its callers, see `probing`
 ATTENTION_CHILD = "unipelt_attention"  # the child of an attention that evaluates its gates
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 # Keys and values [2, G, L, E], and the gate: a constant, [B, 1 or T, 1], or an expanded [B, H, T].
 Prefix = tuple[torch.Tensor, GateValue]
 
@@ -199,6 +201,11 @@ def _join(
     def by_log_sum_exp() -> torch.Tensor | None:
         return _by_log_sum_exp(qkv, attention_mask, bias, causal, prefix, masks, scaling, dropout)
 
+    if attention_mask is not None and attention_mask.dtype in INTEGERS and plain is not plain_flash:
+        raise ValueError(
+            f"the attention mask of shape {tuple(attention_mask.shape)} is {attention_mask.dtype}; "
+            "pass a boolean mask, or one that is added to the scores"
+        )
     if plain is plain_flash:
         visible = flash_visible(module, query, key, attention_mask, dropout, kwargs)
         return lse_attention(query, key, value, *prefix, visible, scaling, dropout), None

@@ -98,6 +98,8 @@ class ForwardPass:
         decoding = self.decoding
         if decoding is None or self.cached is None or not decoding.takes(x_BTD):
             return None
+        if torch.compiler.is_compiling():
+            return None
         return decoding.site(owner)
 
     def means_of_step(self) -> Means:

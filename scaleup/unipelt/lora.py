@@ -210,10 +210,18 @@ class LoraMember(AttentionMember):
                 return None
             mask_BS, ranks = current.encoder_mask_BS, site.details
             (v_MR,) = narrow_site(x_BTD, anchor, lease, site, mask_BS, 0, ranks)
-        # These layers do not need their output in the backward pass. That of a quantised layer may
-        # be a view that must not be changed.
-        in_place = type(getattr(projection, "base_layer", projection)) in (nn.Linear, Conv1D)
-        return add_product(result, v_MR, anchor, lease, site, in_place)
+        return add_product(result, v_MR, anchor, lease, site, _may_overwrite(projection))
+
+
+def _may_overwrite(projection: nn.Module) -> bool:
+    """Return whether the output of a projection may hold the sum of it and the update.
+
+    torch's own layers do not need their output in the backward pass. That of a quantised layer may
+    be a view that must not be changed, and a hook may keep or replace the output.
+    """
+    layer: Any = getattr(projection, "base_layer", projection)
+    own_hooks = 1 if LORA_CHILD in layer._modules else 0  # in an exported folder
+    return type(layer) in (nn.Linear, Conv1D) and len(layer._forward_hooks) <= own_hooks
 
 
 class GatedLora(LoraVariant):
@@ -276,7 +284,7 @@ def _update(
     low_rank = member.product(role, x)
     if low_rank is None:
         low_rank = scaled(gate, lora_a(dropout(cast_to_weight(x, lora_a.weight))))
-    return add_lora(result, low_rank, lora_b, frozen)
+    return add_lora(result, low_rank, lora_b, _may_overwrite(frozen))
 
 
 class LoraUpdate(nn.Module):

@@ -51,6 +51,7 @@ class Passes(nn.Module):
     Attributes:
         slots: index of a site's first gate among the totals in the cache → number of its gates.
         kv_layers: number of attentions that keep keys and values.
+        trained: number of passes with gradients, after which an optimizer may change weights.
     """
 
     def __init__(self, positions: dict[str, int] | None):
@@ -58,7 +59,7 @@ class Passes(nn.Module):
         self.positions = positions
         self.handles: list[Any] = []
         self.slots: dict[int, int] = {}
-        self.kv_layers = 0
+        self.kv_layers = self.trained = 0
         self._checkpointing: list[Any] | None = None  # modules that can be recomputed
         self.forget_layers()
 
@@ -107,8 +108,10 @@ class Passes(nn.Module):
             if positions_BT is not None and new.mask_BT is None and positions_BT.shape[1] > 1:
                 new.starts_BT = text_starts(positions_BT)
         self._wrap_checkpointing(parent)
-        if not torch.compiler.is_compiling() and new.starts_BT is None:
-            self._pack(parent, new, (*kwargs.values(), *args))
+        if not torch.compiler.is_compiling():
+            self.trained += torch.is_grad_enabled()
+            if new.starts_BT is None:
+                self._pack(parent, new, (*kwargs.values(), *args))
         _thread.passes = {**_running(), self: new}
 
     def end(self, parent: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -159,10 +162,12 @@ class Passes(nn.Module):
             return
         if past:
             kept = kept_beside(cache)
-            decoding = kept.get((self, *key))
-            if (self, *key) not in kept or (decoding is not None and not decoding.is_current()):
+            assert kept is not None
+            trained, decoding = kept.get((self, *key), (None, None))
+            if trained != self.trained or (decoding is not None and not decoding.is_current()):
                 plan = self._plan(layers, key)
-                decoding = kept[self, *key] = None if plan is None else Decoding(plan)
+                decoding = None if plan is None else Decoding(plan)
+                kept[self, *key] = self.trained, decoding
             new.decoding = decoding
             new.lease = None if new.decoding is None else new.decoding.lease
         elif fast_path(first):

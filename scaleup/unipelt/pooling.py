@@ -125,10 +125,10 @@ class KeptBesideCache(dict[Any, Any]):
         return KeptBesideCache, ()
 
 
-def kept_beside(cache: Cache | None) -> dict[Any, Any]:
-    """Return what is kept as long as a KV cache lives, an empty dictionary without a cache."""
+def kept_beside(cache: Cache | None) -> dict[Any, Any] | None:
+    """Return what is kept as long as a KV cache lives, None if nothing is kept."""
     if cache is None or torch.is_grad_enabled():  # weights that train may change
-        return {}
+        return None
     kept: KeptBesideCache = cache.__dict__.setdefault("unipelt_kept", KeptBesideCache())
     return kept
 

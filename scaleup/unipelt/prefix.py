@@ -18,7 +18,7 @@ from torch import nn
 from .attachment import Attachment
 from .attention import ATTENTION_CHILD, Prefix, use_prefix_attention
 from .attention_gates import AttentionGates, AttentionInputs, AttentionMember
-from .kernels import Entry, PlainPath, fast_path, few_rows
+from .kernels import Entry, PlainPath, fast_path, few_rows, state_of
 from .layers import AuxiliaryLayer
 from .masks import PassMasks
 from .passes import Passes
@@ -151,13 +151,22 @@ class PrefixTuning(AuxiliaryLayer):
         if isinstance(entry, nn.Parameter):  # an exported folder holds [N, 2, G, L, E]
             kv = entry.detach()
         else:
-            kept = kept_beside(find_cache((*kwargs.values(), *args)))
-            key = self, entry
-            if key not in kept:
-                kept[key] = self.keys_values(entry)
-            kv = kept[key]
+            kv = self._kept(entry, kept_beside(find_cache((*kwargs.values(), *args))))
         # unbind: one index per layer would each create a gradient of the size of all layers.
         self.passes.current.shared[self] = PassPrefixes(kv.unbind(), PassMasks(fast_path(kv)))
+
+    def _kept(self, entry: nn.Module, kept: dict[Any, Any] | None) -> torch.Tensor:
+        """Return `keys_values`, from what is kept beside a KV cache if the weights are the same."""
+        if kept is None:
+            return self.keys_values(entry)
+        state, (known, kv) = None, kept.get((self, entry), (None, None))
+        if not torch.compiler.is_compiling():  # compilers cannot trace it
+            parameters = list(entry.parameters())
+            state = self.passes.trained, tuple(map(id, parameters)), state_of(parameters)
+        if kv is None or state not in (None, known):
+            kv = self.keys_values(entry)
+            kept[self, entry] = state, kv
+        return kv
 
     def stored(self) -> int:
         """Return the number of values that remain after training."""

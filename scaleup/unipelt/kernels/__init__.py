@@ -22,6 +22,7 @@ from .packed import (
     collect_sites,
     parameter,
     require_whole,
+    state_of,
 )
 from .reference import ACTIVATIONS
 from .short_attention import attend, is_short
@@ -68,5 +69,6 @@ __all__ = [
     "planned_for",
     "require_whole",
     "scaled",
+    "state_of",
     "target_device",
 ]

@@ -59,6 +59,8 @@ def lse_attention(
         query, key, value = (one_row(x) for x in (query, key, value))
         if gate_BHT is not None:
             gate_BHT = gate_BHT[:, :1].reshape(1, 1, -1).expand(1, heads, -1)
+    # The kernels assume dense heads, and that for CPUs does not look whether they are.
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     if prefix is None:  # torch differentiates its own kernels
         out = fused_attention.forward(query, key, value, visible, scale, dropout)[0].transpose(1, 2)
     else:

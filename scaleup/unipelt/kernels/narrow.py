@@ -236,19 +236,18 @@ def scaled(gate: torch.Tensor | float, narrow_BTR: torch.Tensor) -> torch.Tensor
 
 
 def add_lora(
-    result_BTD: torch.Tensor, v_BTR: torch.Tensor, linear: nn.Module, projection: nn.Module
+    result_BTD: torch.Tensor, v_BTR: torch.Tensor, linear: nn.Module, may_overwrite: bool
 ) -> torch.Tensor:
     """Return result + W v.
 
     Args:
-        result_BTD: output of `projection`. It is overwritten unless that layer is quantised, whose
-            output may be a view that must not be changed.
+        result_BTD: output of a projection.
         v_BTR: the gated narrow side.
         linear: the layer of W.
-        projection: the frozen layer, which does not need its output in the backward pass.
+        may_overwrite: whether `result_BTD` may hold the result.
     """
     if (
-        type(projection) is not nn.Linear
+        not may_overwrite
         or v_BTR.dtype != result_BTD.dtype
         or _product_dtype(result_BTD, linear) != v_BTR.dtype
     ):

@@ -18,7 +18,7 @@ from torch import nn
 
 from .target import MOST_COLUMNS
 
-_VERSION = operator.attrgetter("_version")
+_VERSION, _ADDRESS = operator.attrgetter("_version"), operator.methodcaller("data_ptr")
 
 ALIGNMENT = 8  # values; matrix products are fast for sizes that are multiples of it
 Entry = tuple[nn.Module, str]  # a parameter: a module and the path below it, "down.weight"
@@ -32,6 +32,15 @@ class PlainPath(Exception):
 def aligned(columns: int) -> int:
     """Return the next multiple of ALIGNMENT."""
     return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+def state_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return what changes when tensors are changed in place or get other memory (`p.data = …`).
+
+    What is written through `p.data` or by a fused optimizer leaves no trace.
+    """
+    versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+    return sum(map(_VERSION, versioned)), tuple(map(_ADDRESS, tensors))
 
 
 class Layout(Protocol):
@@ -282,7 +291,8 @@ class Plan:
         self.matrix_parameters = [*self.dense.parameters, *self.grouped.parameters]
         self.parameters = [*self.matrix_parameters, *self.vectors.parameters]
         self.device, self.parameter_dtype = self.parameters[0].device, self.parameters[0].dtype
-        self.versioned = [p for p in self.parameters if not p.is_inference()]
+        self.copied = [*self.parameters, *self.constants.parameters]
+        self.versioned = [p for p in self.copied if not p.is_inference()]
         self.pools: dict[int, list[Any]] = {}
 
     def is_current(self) -> bool:
@@ -310,9 +320,9 @@ class Plan:
         ]
         return [*dense, *grouped, *vectors]
 
-    def versions(self) -> int:
-        """Return a number that grows whenever a parameter is changed in place."""
-        return sum(map(_VERSION, self.versioned))
+    def state(self) -> tuple[Any, ...]:
+        """Return `state_of` of what is copied to workspaces."""
+        return sum(map(_VERSION, self.versioned)), tuple(map(_ADDRESS, self.copied))
 
     def matrices(self, flat: Tensor) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
         """View the input and the output matrices in a buffer, by site."""

@@ -117,13 +117,13 @@ class Decoding:
     """The packed weights for the tokens of one generation."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.versions = plan, plan.versions()
+        self.plan, self.state = plan, plan.state()
         self.lease = begin(plan)[0]
         self.sites: dict[Any, StepSite | None] = {}
 
     def is_current(self) -> bool:
         """Return whether the model still has the weights that were packed."""
-        return self.plan.is_current() and self.versions == self.plan.versions()
+        return self.plan.is_current() and self.state == self.plan.state()
 
     def site(self, owner: Any) -> StepSite | None:
         """Return the weights that a layer has declared under `owner`, None if there are none."""

@@ -24,6 +24,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _expanded(mask: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor | None:
+    """Return a mask as [B, T], because the kernels read one value for each token.
+
+    Raises:
+        RuntimeError: if it cannot be broadcast to that shape.
+    """
+    return mask if mask is None or mask.shape == z.shape[:2] else mask.expand(z.shape[:2])
+
+
 def _checked(
     z: torch.Tensor, bias: torch.Tensor, scales: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,6 +64,7 @@ def narrow_forward(
         ValueError: where the kernel cannot work.
     """
     rows, bias, scales = _checked(z, bias, scales, activation)
+    mask = _expanded(mask, z)
     (batch, tokens), count = z.shape[:2], scales.shape[0]
     v = z.new_empty(batch, tokens, width)
     gates = z.new_empty(batch, tokens if causal else 1, count, dtype=torch.float32)
@@ -102,6 +112,7 @@ def narrow_backward(
     rows, bias, scales = _checked(z, bias, scales, activation)
     if grad_bias.stride(-1) != 1:
         raise ValueError("SCALEUP_KERNELS: grad_bias must have stride 1 in its last dimension")
+    mask = _expanded(mask, z)
     (batch, tokens, width), count = z.shape, scales.shape[0]
     rank, gates = bias.shape[0] - count, gates.contiguous()
     parts = [_rows(grad) for grad in grads_v]

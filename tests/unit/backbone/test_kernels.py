@@ -10,9 +10,12 @@ from scaleup.unipelt.kernels.target import VARIABLE
 from tests.utils.tiny import adapt, backbone
 
 
-def line(model=None, device="cuda", planned=True, packing=False, method="unipelt", **train):
-    train = {"deepspeed": None, "torch_compile": False} | train
+def line(
+    model=None, device="cuda", planned=True, packing=False, method="unipelt", dtype="auto", **train
+):
+    train = {"deepspeed": None, "torch_compile": False, "bf16": "auto", "fp16": False} | train
     settings = SimpleNamespace(
+        model=SimpleNamespace(dtype=dtype),
         method=SimpleNamespace(name=method),
         train=SimpleNamespace(**train),
         data=SimpleNamespace(packing=packing),
@@ -53,6 +56,8 @@ def test_reasons_that_the_model_shows(family, attention, config, reason):
         ({"torch_compile": True}, "torch.compile"),
         ({"packing": True}, "packed rows"),
         ({"deepspeed": "zero2"}, None),
+        ({"dtype": "bfloat16", "bf16": False}, "float32 beside a bfloat16 backbone"),
+        ({"dtype": "bfloat16"}, None),
     ],
 )
 def test_reasons_that_the_settings_show(settings, reason):

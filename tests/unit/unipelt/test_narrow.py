@@ -82,7 +82,7 @@ def test_add_lora_overwrites_a_frozen_layers_output_and_has_the_formulas_gradien
         (frozen(z) + leaves[-1] * (narrow @ linear.weight.t())).square().sum(), leaves
     )
     output = frozen(z)
-    actual = add_lora(output, scaled(leaves[-1], narrow), linear, frozen)
+    actual = add_lora(output, scaled(leaves[-1], narrow), linear, may_overwrite=True)
     assert actual.data_ptr() == output.data_ptr()
     for one, other in zip(torch.autograd.grad(actual.square().sum(), leaves), expected):
         torch.testing.assert_close(one, other)
@@ -92,7 +92,7 @@ def test_a_backward_pass_that_needs_an_overwritten_output_raises():
     z, narrow, linear = inputs()
     output = nn.Linear(D, D)(z)
     kept = output.square()
-    add_lora(output, narrow, linear, nn.Linear(D, D))
+    add_lora(output, narrow, linear, may_overwrite=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
 
@@ -145,7 +145,7 @@ def test_a_replaced_linear_function_is_used(monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or plain(*args))
     z, narrow, linear = inputs()
     add_gated(z, narrow, 0.5, linear, may_overwrite=False)
-    add_lora(z, narrow, nn.Linear(R, D, bias=False), nn.Linear(D, D))
+    add_lora(z, narrow, nn.Linear(R, D, bias=False), may_overwrite=True)
     assert len(calls) == 2
     assert narrow_products(z, [nn.Linear(D, R)]) is None
 

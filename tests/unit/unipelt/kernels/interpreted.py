@@ -98,3 +98,13 @@ def test_tensors_in_unusual_layouts_are_narrow():
 def test_several_programs_share_the_tokens_of_an_example(causal):
     case = Narrow(1, 300, 48, 2, 56, 56, torch.bool, causal, "relu", True, 1, 0, (56,))
     compare_narrow(triton_narrow, case, case.inputs(torch.float32), torch.float32)
+
+
+def test_a_mask_of_one_row_belongs_to_all_examples():
+    case = Narrow(3, 20, 16, 2, 24, 16, torch.int64, True, selected=1, grads=(8, 8), heads=4)
+    inputs = case.inputs(torch.float32)
+    # Behind the row lie values that no token may read.
+    memory = torch.cat([inputs["mask"][:1], torch.zeros_like(inputs["mask"])])
+    compare_narrow(triton_narrow, case, inputs | {"mask": memory[:1]}, torch.float32)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        compare_narrow(triton_narrow, case, inputs | {"mask": memory[:, :9]}, torch.float32)
