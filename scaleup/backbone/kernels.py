@@ -3,7 +3,7 @@
 from torch import nn
 
 from scaleup.backbone.precision import half_dtype
-from scaleup.settings.presets import read_deepspeed
+from scaleup.settings.presets import zero_stage
 from scaleup.settings.schema import Settings
 from scaleup.unipelt.fast_path import plain_parts
 from scaleup.unipelt.kernels.target import HAS_TRITON, mode
@@ -36,10 +36,10 @@ def kernels_line(settings: Settings, model: nn.Module, device: str, planned: boo
 
 def _of_settings(settings: Settings, device: str) -> list[str]:
     """Return the reasons that the model does not show."""
-    reasons, deepspeed, dtype = [], settings.train.deepspeed, settings.model.dtype
+    reasons, dtype = [], settings.model.dtype
     if dtype not in ("auto", "float32") and half_dtype(settings, device == "cuda") is None:
         reasons.append(f"trained weights are float32 beside a {dtype} backbone")
-    if deepspeed and read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage") == 3:
+    if zero_stage(settings.train.deepspeed) == 3:
         reasons.append("ZeRO-3 shards the trained weights")
     if settings.train.torch_compile:
         reasons.append("torch.compile has its own")

@@ -23,6 +23,7 @@ from transformers import (
 
 from scaleup.backbone import quantization, weights
 from scaleup.backbone.int8 import replace_linears
+from scaleup.backbone.placement import Offload
 from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import ModelSettings
@@ -298,6 +299,7 @@ def load_model(
     device: torch.device,
     zero3: bool = False,
     prior: list[float] | None = None,
+    offload: Offload | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the backbone, with a newly initialised head if its files have none.
 
@@ -307,6 +309,8 @@ def load_model(
         auto: transformers' AutoModelFor… class of the task.
         zero3: each process keeps its shard of the weights. Int8 weights are then `Int8Linear`.
         prior: initial bias of the new head, [outputs].
+        offload: where to keep weights that do not fit on the device; None: they must fit. Quantised
+            weights always have to.
 
     Returns:
         The model, and the names of its missing modules: poolers that the files lack. They have to
@@ -322,6 +326,9 @@ def load_model(
             model, info = _load_shards(settings, empty, whole, dtype, device)
         else:
             place = None if zero3 else device
+            places = quantization.loading_arguments(settings.quantization, whole, dtype, place)
+            if offload is not None and settings.quantization == "none":
+                places = offload.loading_arguments(empty, heads, device) or places
             model, info = auto.from_pretrained(
                 settings.name,
                 config=config,
@@ -330,7 +337,7 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **_source(settings),
-                **quantization.loading_arguments(settings.quantization, whole, dtype, place),
+                **places,
             )
             if settings.quantization == "8bit":
                 leave_out_scales(model)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone import loading, precision
+from scaleup.backbone.placement import Offload, materialize_trained
 from scaleup.backbone.sharded import set_values, whole_shape
 from scaleup.backbone.weights import tensor_files
 from scaleup.errors import CheckpointError, one_line
@@ -82,6 +83,7 @@ def load_run_model(
     for_training: bool = False,
     weights: pathlib.Path | None = None,
     adapter: pathlib.Path | None = None,
+    offload: Offload | None = None,
 ) -> nn.Module:
     """Load the backbone of a run and apply the run's method to it.
 
@@ -93,16 +95,25 @@ def load_run_model(
         for_training: cast the trained parameters to the type that mixed precision trains them in.
         weights: a checkpoint whose trained tensors replace the newly initialised ones.
         adapter: an adapter checkpoint to load with PEFT alone, as a user does.
+        offload: as for `loading.load_model`. It needs `weights` or `adapter`.
     """
     complete_config(settings, config, auto, labels)
     half = precision.device_half_dtype(settings, device)
     dtype = dtype or precision.backbone_dtype(settings, half)
     model, missing = loading.load_model(
-        settings.model, config, auto, dtype, device, zero3=zero3, prior=prior
+        settings.model, config, auto, dtype, device, zero3=zero3, prior=prior, offload=offload
     )
-    if adapter is not None:
+    waits = any(parameter.device.type == "meta" for parameter in model.parameters())
+    if adapter is not None and not waits:
         return PeftModel.from_pretrained(model, str(adapter)).to(device)
-    model = apply_method(model, settings.method, missing)
+    if adapter is not None:  # PEFT would leave its own tensors where those of the model are
+        adapter_config = UniPeltConfig.from_pretrained(adapter)
+        adapter_config.inference_mode = False  # which marks the trained tensors
+        model, weights = get_peft_model(model, adapter_config), adapter
+    else:
+        model = apply_method(model, settings.method, missing)
+    if waits:
+        materialize_trained(model, device)
     trained = precision.trained_dtype(settings, half) if for_training else None
     if trained is not None:
         precision.cast_trained(model, trained)

@@ -67,6 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
     shard = "largest size of a weights file (default: 2GB)"
     add("--max-shard-size", metavar="2GB", help=shard)
+    metric = "what to score instead of the run's metric"
+    add("--metric", metavar="NAME", help=metric)
+    memory = (
+        "memory of the device that weights may take while the export is measured; the rest waits "
+        "in the memory of the host or in files (default: most of what is free)"
+    )
+    add("--max-memory", metavar="24GiB", help=memory)
     drop = "largest loss of the metric, in points of 100 (default: 1.0)"
     add("--max-metric-drop", type=float, metavar="POINTS", help=drop)
     add_trust_argument(parser)
@@ -96,12 +103,14 @@ def _run(options: argparse.Namespace) -> int:
     hide_progress_bars()
     problems = _problems(options)
     chosen = {name: value for name, value in vars(options).items() if value is not None}
-    shard = chosen.pop("max_shard_size", None)
-    if shard is not None:
-        try:
-            chosen["max_shard_bytes"] = parse_bytes(shard, "--max-shard-size")
-        except ConfigError as error:
-            problems += error.problems
+    for name in ("max_shard", "max_memory"):
+        flag = "--max-shard-size" if name == "max_shard" else "--max-memory"
+        text = chosen.pop(flag[2:].replace("-", "_"), None)
+        if text is not None:
+            try:
+                chosen[f"{name}_bytes"] = parse_bytes(text, flag)
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(problems)
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
@@ -121,6 +130,10 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append(
             "--max-metric-drop: nothing is scored with --no-verify; leave one of them out"
         )
+    for flag in ("metric", "max_memory"):
+        if getattr(options, flag) is not None and not (options.verify or options.kind == "merged"):
+            name = flag.replace("_", "-")
+            problems.append(f"--{name}: has no effect with --no-verify; leave one of them out")
     if options.examples is not None and options.examples < 1:
         problems.append(f"--examples: {options.examples}; it takes at least 1")
     for name in ("prune", "max_metric_drop"):

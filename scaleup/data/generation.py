@@ -28,6 +28,7 @@ from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
 ROLES = ("system", "user", "assistant", "tool")
+DEFAULT_METRIC = {"seq2seq": "bleu", "causal_lm": "loss"}
 
 # The interface of a task's module: see scaleup.data.tasks.
 source_files, compute_metrics = files.user_files, text_metrics
@@ -129,7 +130,7 @@ def _load(settings: str, _state: tuple) -> Examples:
         dev=dev_set,
         test=test_set,
         labels=None,
-        metric=data.metric or ("bleu" if data.task == "seq2seq" else "loss"),
+        metric=data.metric or DEFAULT_METRIC[data.resolved_task],
         task=data.task or "seq2seq",
         test_is_dev=False,
         sources=sources,

@@ -41,6 +41,13 @@ def of(data: DataSettings) -> Task:
     return TASKS[data.resolved_task]
 
 
+def metric(data: DataSettings) -> str | None:
+    """Return the metric of a generation task; None for other tasks."""
+    if not of(data).writes:
+        return None
+    return data.metric or text_generation.DEFAULT_METRIC[data.resolved_task]
+
+
 def generation(data: DataSettings, metric: str) -> dict[str, int] | None:
     """Return the arguments of `generate` in evaluation; None if the metric needs no text."""
     if not of(data).writes or metric == "loss":

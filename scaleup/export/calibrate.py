@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from scaleup.backbone import loading
 from scaleup.backbone.method import load_run_model
+from scaleup.backbone.placement import Offload
 from scaleup.data import tasks
 from scaleup.data.metrics import IGNORED
 from scaleup.export.measure import Job, Measurements, measure
@@ -73,14 +74,13 @@ class TrainedMeasurements(Measurements):
     effects: dict[Place, float] = dataclasses.field(default_factory=dict)
 
 
-def load(job: TrainedJob) -> nn.Module:
-    """Load the trained model on this machine's device, in evaluation mode."""
+def load(job: TrainedJob, device: torch.device) -> nn.Module:
+    """Load the trained model in evaluation mode, to compute on `device`."""
     settings = schema.load(job.config)
     changes: dict[str, str] = {"attention": settings.model.portable_attention}
     if job.full_precision:
         changes["quantization"] = "none"
     settings = settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source: dict[str, Any] = {
         "adapter" if job.with_peft else "weights": pathlib.Path(job.checkpoint)
     }
@@ -91,9 +91,11 @@ def load(job: TrainedJob) -> nn.Module:
         job.labels,
         device,
         dtype=None if job.dtype is None else getattr(torch, job.dtype),
+        offload=Offload(pathlib.Path(job.offload), job.memory),
         **source,
     )
-    return model.to(device).eval()
+    in_place = hasattr(model, "hf_device_map")
+    return (model if in_place else model.to(device)).eval()
 
 
 class GateObserver:
@@ -157,11 +159,10 @@ class GateObserver:
 
 
 def observe_gates(
-    model: Any, batches: list[dict[str, torch.Tensor]], examples: int
+    model: Any, batches: list[dict[str, torch.Tensor]], examples: int, device: torch.device
 ) -> GateObserver:
     """Run a model over the first examples of the batches and observe its gates."""
     observer, remaining = GateObserver(model), examples
-    device = next(model.parameters()).device
     with torch.inference_mode():
         for batch in batches:
             if remaining <= 0:
@@ -195,14 +196,15 @@ def main() -> None:
     """Measure a trained model. The argument is the file of a TrainedJob."""
     job = TrainedJob.from_json(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     logging.disable_progress_bar()
-    model: Any = load(job)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load(job, device)
     batches = torch.load(job.batches)
-    observer = observe_gates(model, batches, job.examples) if job.examples else None
+    observer = observe_gates(model, batches, job.examples, device) if job.examples else None
     if job.gates is not None:
         constants = {(site, part): value for site, part, value in job.gates}
         freeze(model, constants, {(site, part) for site, part in job.dropped})
     measurements = TrainedMeasurements(
-        **vars(measure(model, batches, job.generate)),
+        **vars(measure(model, batches, job.generate, device)),
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
         gates=observer.gates() if observer else {},
         effects=observer.effects() if observer else {},

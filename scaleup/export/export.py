@@ -37,6 +37,7 @@ from scaleup.export.report import Calibration, Export, ExportOptions, ExportRepo
 from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings.loading import override
+from scaleup.settings.rules import METRICS
 from scaleup.settings.schema import Settings
 from scaleup.training import resume
 from scaleup.training.checkpoint import (
@@ -124,6 +125,12 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
         raise ConfigError(
             f"--calibrate: the run's data is {settings.data.name}, which is not a file; use dev or "
             "test"
+        )
+    task = settings.data.resolved_task
+    if options.metric is not None and options.metric not in METRICS[task]:
+        raise ConfigError(
+            f"--metric: {options.metric} does not fit data.task {task}; it takes "
+            f"{', '.join(METRICS[task])}"
         )
     config, trained_on = loading.load_config(settings.model), manifest.backbone
     if loading.fingerprint(settings.model, config) != trained_on["fingerprint"]:

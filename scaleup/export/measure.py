@@ -18,7 +18,11 @@ from typing import Any, Self
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import get_max_memory
+from safetensors import safe_open
 
+ROOM = 0.8  # share of the free memory that weights may take
 COMPARED = 16  # number of examples whose logits are kept if every token has logits
 GENERATION_INPUTS = ("prompt", "prompt_mask", "reference")  # entries of a batch for `generate` only
 
@@ -31,11 +35,15 @@ class Job:
         batches: file with the batches, written by torch.save.
         output: file for the measurements.
         generate: arguments of `generate`, None if the metric needs no text.
+        offload: folder for weights that fit neither on the device nor in the memory of the host.
+        memory: bytes of weights that may be on the device; None: most of what is free there.
     """
 
     batches: str
     output: str
     generate: dict[str, int] | None
+    offload: str
+    memory: int | None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -99,10 +107,12 @@ def peak_mib() -> float:
 
 
 def measure(
-    model: Any, batches: list[dict[str, torch.Tensor]], generate: dict[str, int] | None
+    model: Any,
+    batches: list[dict[str, torch.Tensor]],
+    generate: dict[str, int] | None,
+    device: torch.device,
 ) -> Measurements:
-    """Run a model over batches."""
-    device = next(model.parameters()).device
+    """Run a model, which computes on `device`, over batches."""
     is_text = batches[0]["labels"].dim() > 1
     logits, written, seconds, loss, label_tokens, compared = [], [], [], 0.0, 0, 0
     with torch.inference_mode():
@@ -151,17 +161,44 @@ def _generate(
     return tokens_BT[:, start:].tolist()
 
 
+def _keep_own_tensors(model: Any, folder: pathlib.Path, device: torch.device) -> None:
+    """Put the tensors of UniPELT on the device, where the others may wait elsewhere.
+
+    Accelerate brings weights to modules that are called. Those of UniPELT are also read directly.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in list(file.keys()):
+                owner, _, last = name.rpartition(".")
+                module = model.get_submodule(owner) if "unipelt" in name else None
+                if module is not None and module._parameters[last].device.type == "meta":
+                    remove_hook_from_module(module)
+                    tensor = file.get_tensor(name).to(device, module._parameters[last].dtype)
+                    module._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
 def main() -> None:
     """Measure an exported folder. The argument is the file of a FolderJob."""
     job = FolderJob.from_json(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     for name in ("scaleup", "peft"):
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it raises from here on
     transformers.utils.logging.disable_progress_bar()
+    # Modules of UniPELT expect all inputs of a model on one device.
+    home: int | str = 0 if torch.cuda.is_available() else "cpu"
+    device, free = torch.device(home), get_max_memory()
+    limits = {name: int(ROOM * free[name]) for name in (home, "cpu")}
+    if job.memory is not None:
+        limits[home] = job.memory
     model = getattr(transformers, job.auto).from_pretrained(
-        job.folder, trust_remote_code=True, attn_implementation=job.attention
+        job.folder,
+        trust_remote_code=True,
+        attn_implementation=job.attention,
+        device_map="auto",
+        max_memory=limits,
+        offload_folder=job.offload,
     )
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    measure(model, torch.load(job.batches), job.generate).save(job.output)
+    _keep_own_tensors(model, pathlib.Path(job.folder), device)
+    measure(model.eval(), torch.load(job.batches), job.generate, device).save(job.output)
 
 
 if __name__ == "__main__":

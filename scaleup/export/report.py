@@ -22,6 +22,9 @@ class ExportOptions:
         kind: "exact", "standalone" or "merged".
         calibrate: "dev", "test" or a file with the columns of the run's data.
         max_shard_bytes: largest size of a weights file.
+        metric: what to score instead of the run's metric.
+        max_memory_bytes: memory of the device that weights may take while the export is measured;
+            None: most of what is free. The rest waits in the memory of the host or in files.
         trust_remote_code: allow code that comes with the backbone, if the run's config asks for it.
     """
 
@@ -37,6 +40,8 @@ class ExportOptions:
     max_shard_bytes: int = 2 * 10**9
     verify: bool = True
     max_metric_drop: float = 1.0
+    metric: str | None = None
+    max_memory_bytes: int | None = None
     trust_remote_code: bool = False
 
 
@@ -82,9 +87,11 @@ class Export:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the data type of the exported weights."""
+        """Return the data type of the exported weights, by default the one that the run stored."""
         run_dtype = self.settings.model.dtype
-        name = self.options.dtype or ("float32" if run_dtype == "auto" else run_dtype)
+        name = self.options.dtype or self.manifest.backbone.get("dtype")
+        if name is None:  # of a checkpoint of an earlier version
+            name = "float32" if run_dtype == "auto" else run_dtype
         return getattr(torch, name)
 
 

@@ -76,6 +76,9 @@ class Evaluation:
     def __init__(self, export: Export, work: pathlib.Path):
         self.export, self.options, self.work = export, export.options, work
         self.settings = export.settings
+        if self.options.metric is not None:
+            data = self.settings.data.model_copy(update={"metric": self.options.metric})
+            self.settings = self.settings.model_copy(update={"data": data})
         self.module: Any = tasks.of(self.settings.data).module
         self.tokenizer = export.tokenizer
         data, chosen = fit_length(self.settings, export.config).data, self.options.calibrate
@@ -137,8 +140,13 @@ class Evaluation:
         generate: dict[str, int] | None = tasks.generation(self.settings.data, self.examples.metric)
         if generate is not None:
             generate = generate | {"pad_token_id": self.tokenizer.pad_token_id}
-        files = {"batches": self.work / "batches.pt", "output": self.work / f"{name}.pt"}
-        return {key: str(path) for key, path in files.items()} | {"generate": generate}
+        return {
+            "batches": str(self.work / "batches.pt"),
+            "output": str(self.work / f"{name}.pt"),
+            "generate": generate,
+            "offload": str(self.work / f"{name}-weights"),
+            "memory": self.options.max_memory_bytes,
+        }
 
     def run_process(self, name: str, command: list[str], job: Job, result: type[M]) -> M:
         """Run `python COMMAND JOB.json` and return what it measured, as the class `result`.
@@ -175,7 +183,10 @@ class Evaluation:
 
     def measure_trained(self, name: str, **fields: Any) -> TrainedMeasurements:
         """Measure the model as it was trained; `fields` are those of a TrainedJob."""
-        fields = {"checkpoint": str(self.options.checkpoint.resolve())} | fields
+        fields = {
+            "checkpoint": str(self.options.checkpoint.resolve()),
+            "dtype": self.export.manifest.backbone.get("dtype"),
+        } | fields
         job = TrainedJob(
             config=str(self.work / "config.yaml"),
             labels=self.export.manifest.labels,
@@ -257,7 +268,7 @@ def verify_export(
             expected = evaluation.measure_trained(
                 "expected",
                 full_precision=True,
-                dtype=dtype_name(dtype) if other_dtype else None,
+                **({"dtype": dtype_name(dtype)} if other_dtype else {}),
                 gates=None if gates is None else [(*key, value) for key, value in gates.items()],
                 dropped=sorted(dropped),
             )
@@ -295,7 +306,7 @@ def _run_score(options: ExportOptions, name: str) -> float | None:
     """
     path = options.checkpoint.parent / "results.json"
     is_best = options.calibrate == "dev" and options.checkpoint.name == "best"
-    if not is_best or not path.is_file() or name == "loss":
+    if not is_best or not path.is_file() or name == "loss" or options.metric is not None:
         return None
     try:
         return 100 * float(read_json(path)["dev"][name])

@@ -65,3 +65,11 @@ def read_deepspeed(name: str) -> dict[str, Any]:
             raise ConfigError(f"{problem}: checkpoints need {gather}; leave it out")
         config["zero_optimization"] = zero | {gather: True}
     return config
+
+
+def zero_stage(name: str | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed config, 0 without one."""
+    if name is None:
+        return 0
+    stage: int = read_deepspeed(name).get("zero_optimization", {}).get("stage", 0)
+    return stage

@@ -40,6 +40,7 @@ class _Backbone(TypedDict):
     revision: str | None
     quantization: str
     fingerprint: str
+    dtype: NotRequired[str]
 
 
 class _Source(TypedDict):
@@ -91,7 +92,8 @@ class Manifest:
 
     Attributes:
         method: the run's section of that name.
-        backbone: name, revision, quantization and fingerprint.
+        backbone: name, revision, quantization, fingerprint, and `dtype`, the data type in which the
+            run stored it (missing in checkpoints of earlier versions).
         labels: class names in id order, or None for other tasks.
         data: file, rows and hash of every split (`scaleup.data.classification.provenance`).
         run: `processes` and `zero_stage` that the optimizer's state was written with.

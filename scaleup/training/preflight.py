@@ -27,6 +27,7 @@ from scaleup.backbone.lengths import length_problems
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.derived import Section
+from scaleup.settings.presets import zero_stage
 from scaleup.settings.schema import (
     DataSettings,
     MethodSettings,
@@ -161,7 +162,22 @@ def deepspeed_file(sections: dict[str, Section]) -> list[str]:
     train = sections.get("train")
     if not isinstance(train, TrainSettings):
         return []
-    return deepspeed_problems(train.deepspeed) + replaced_settings(train)
+    problems = deepspeed_problems(train.deepspeed)
+    if not problems:
+        problems = _writing_problems(sections.get("data"), train)
+    return problems + replaced_settings(train)
+
+
+def _writing_problems(data: Section | None, train: TrainSettings) -> list[str]:
+    """Refuse metrics of written text where each token would gather all weights of the model."""
+    metric = tasks.metric(data) if isinstance(data, DataSettings) else None
+    if metric in (None, "loss") or zero_stage(train.deepspeed) != 3:
+        return []
+    return [
+        f"data.metric: for {metric}, ZeRO-3 would gather the whole model for every written token; "
+        "use data.metric=loss, and afterwards score RUN/best on one device with "
+        f"scaleup export --metric {metric}; or use zero2"
+    ]
 
 
 def model_files(sections: dict[str, Section]) -> list[str]:

@@ -150,7 +150,10 @@ def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedC
     manifest = Manifest(
         method=settings.dump()["method"],
         backbone=settings.model.model_dump(include={"name", "revision", "quantization"})
-        | {"fingerprint": backbone.fingerprint(settings.model, config)},
+        | {
+            "fingerprint": backbone.fingerprint(settings.model, config),
+            "dtype": str(precision.backbone_dtype(settings, half)).removeprefix("torch."),
+        },
         task=examples.task,
         labels=examples.labels,
         data=data.provenance(examples),

@@ -153,6 +153,8 @@ class Passes(nn.Module):
         if names is None or any(layer.observer is not None for layer in layers):
             return
         device = first.device.type
+        if device == "meta":  # the weights wait elsewhere, and Accelerate brings them to each call
+            return
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else first.dtype
         key = names, dtype, autocast

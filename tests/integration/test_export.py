@@ -76,7 +76,10 @@ def test_an_export_equals_the_trained_model_in_a_new_process(workspace, kind):
                 assert gates[site, part] == pytest.approx(value["mean"], abs=1e-5)
 
 
-def test_a_run_in_bfloat16_is_exported_and_verified_in_float32(workspace, tmp_path):
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_run_in_bfloat16_is_exported_and_verified_as_stored_or_in_float32(
+    workspace, tmp_path, dtype
+):
     """Runs on a GPU are in bfloat16 by default."""
     run = shutil.copytree(
         workspace / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*")
@@ -84,11 +87,17 @@ def test_a_run_in_bfloat16_is_exported_and_verified_in_float32(workspace, tmp_pa
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("bf16: auto", "bf16: true"))
     assert "bf16: true" in (run / "config.yaml").read_text()
-    report = export.run(
-        options(workspace, "standalone", checkpoint=run / "best", output=tmp_path / "out"), print
-    )
-    assert report.dtype == "float32"
-    assert report.proof.reload_difference < 1e-5 < report.proof.logit_difference["max"]
+    manifest = json.loads((run / "best" / "manifest.json").read_text())
+    assert manifest["backbone"]["dtype"] == "float32"
+    manifest["backbone"]["dtype"] = "bfloat16"
+    (run / "best" / "manifest.json").write_text(json.dumps(manifest))
+    paths = {"checkpoint": run / "best", "output": tmp_path / "out"}
+    report = export.run(options(workspace, "standalone", **paths, dtype=dtype), print)
+    assert report.dtype == (dtype or "bfloat16")
+    if dtype is None:
+        assert report.proof.logit_difference["max"] < 1e-2
+    else:
+        assert report.proof.reload_difference < 1e-5 < report.proof.logit_difference["max"]
 
 
 def test_a_pipeline_classifies_where_neither_scaleup_nor_peft_exists(workspace):
@@ -233,3 +242,32 @@ def test_arguments_without_meaning_are_refused(tmp_path, capsys, words, message)
     arguments = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
     assert main([*arguments, *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_export_of_a_model_larger_than_the_memory_equals_the_trained_model(workspace):
+    out = workspace / "out-offloaded"
+    words = ["--checkpoint", str(workspace / "run" / "best"), "--kind", "merged", "--output"]
+    assert main(["export", *words, str(out), "--max-memory", "0.03MB"]) == 0
+    content = json.loads((out / "export.json").read_text())
+    whole = export.run(options(workspace, "merged", output=workspace / "out-whole"), print)
+    proof = content["proof"]
+    assert proof["reload_difference"] < 1e-5
+    assert proof["logit_difference"]["max"] == pytest.approx(
+        whole.proof.logit_difference["max"], abs=1e-5
+    )
+    assert [gate["mean"] for gate in content["calibration"]["gates"]] == pytest.approx(
+        [gate.mean for gate in whole.calibration.gates], abs=1e-5
+    )
+
+
+def test_an_export_can_be_scored_with_another_metric(workspace, capsys):
+    out = workspace / "out-f1"
+    words = ["--checkpoint", str(workspace / "run" / "best"), "--output", str(out)]
+    assert main(["export", *words, "--metric", "f1"]) == 0
+    metric = json.loads((out / "export.json").read_text())["proof"]["metric"]
+    assert metric["name"] == "f1" and metric["before"] == metric["after"] >= 0
+    capsys.readouterr()
+    assert main(["export", *words, "--metric", "bleu"]) == 2
+    assert (
+        "--metric: bleu does not fit data.task sequence_classification" in capsys.readouterr().err
+    )

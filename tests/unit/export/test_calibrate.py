@@ -8,6 +8,8 @@ from scaleup.data.metrics import IGNORED
 from scaleup.export.calibrate import observe_gates
 from tests.utils.tiny import TARGETS, adapt, backbone, batch
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_the_padding_of_targets_changes_no_measured_gate(family):
@@ -15,7 +17,7 @@ def test_the_padding_of_targets_changes_no_measured_gate(family):
     model = adapt(backbone(family, cls=cls), submodules=["adapter", "prefix", "lora"])
     wider = torch.nn.functional.pad(TARGETS, (0, 5), value=IGNORED)
     one, other = (
-        observe_gates(model, [batch() | {"labels": labels}], 3) for labels in (TARGETS, wider)
+        observe_gates(model, [batch() | {"labels": labels}], 3, CPU) for labels in (TARGETS, wider)
     )
     assert any(abs(mean - 0.5) > 0.01 for mean, _ in one.gates().values())
     for key, values in one.gates().items():

@@ -162,3 +162,15 @@ def test_the_task_needs_a_model_for_it(workspace, tmp_path):
         *own, "data.task=seq2seq", "data.target_column=label", "data.k=40", "data.dev_size=20"
     )
     assert found == ["model.name: transformers has no bert model for data.task seq2seq"]
+
+
+def test_written_text_is_not_scored_under_zero3(workspace):
+    arguments = [
+        *overrides(workspace, workspace / "unused", "train.deepspeed=zero3"),
+        "data.task=seq2seq",
+        "data.target_column=label",
+    ]
+    (problem,) = (p for p in problems(*arguments) if "ZeRO-3" in p)
+    assert "use data.metric=loss" in problem and "scaleup export --metric bleu" in problem
+    assert not [p for p in problems(*arguments, "data.metric=loss") if "ZeRO-3" in p]
+    assert not [p for p in problems(*arguments, "train.deepspeed=zero2") if "ZeRO-3" in p]

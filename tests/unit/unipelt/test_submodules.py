@@ -102,7 +102,7 @@ def test_measured_gates_and_effects_cover_every_site_and_pruning_leaves_sites_ou
     model = adapt(backbone(family), submodules=submodules, gates="learned")
     sites = find_sites(backbone(family))
     batch = inputs(model, labels=True)
-    observer = calibrate.observe_gates(model, [batch], 3)
+    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"))
     gates = {key: mean for key, (mean, _) in observer.gates().items()}
     expected = {(path, name) for name in submodules for path in SUBMODULES[name].paths(*sites)}
     assert {key for key in gates if key[1] != "value"} == expected
