@@ -62,7 +62,12 @@ def count(number: float) -> str:
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return f"{number:.3g} "
+    return f"{number:.3g}"
+
+
+def _sum(first: float, second: float) -> str:
+    """Return how an equation of two times begins; without the second it is one time."""
+    return f"{seconds(first + second)} = {seconds(first)}" if second else seconds(first)
 
 
 def communication(plan: Plan, row: Row, zero_stage: int) -> dict[str, int]:
@@ -98,8 +103,7 @@ def _step(plan: Plan, row: Row, speeds: Speeds, width: int) -> str:
     chosen = row.step_checkpointing if train.gradient_checkpointing else row.step
     operations = chosen.operations * passes
     compute_s, (moving_s, what) = operations / speeds.compute, moving
-    line = f"step       {seconds(compute_s + moving_s)}"
-    line += f" = {seconds(compute_s)} for {count(operations)} operations"
+    line = f"step       {_sum(compute_s, moving_s)} for {count(operations)} operations"
     if what:
         line += f" + {seconds(moving_s)} for {what} (less if both overlap)"
         if moving_s > compute_s:
@@ -122,8 +126,7 @@ def _save(plan: Plan, row: Row, speeds: Speeds, zero3: bool) -> str:
         return "save       no estimate, because a measurement above is missing"
     size = row.states.checkpoint
     write_s, (moving_s, what) = size / speeds.write + size / speeds.check, moving
-    line = f"save       {seconds(write_s + moving_s)} = {seconds(write_s)} to write and check"
-    line += f" {amount(size)}"
+    line = f"save       {_sum(write_s, moving_s)} to write and check {amount(size)}"
     return f"{line} + {seconds(moving_s)} for {what} of the backbone" if what else line
 
 
@@ -136,8 +139,7 @@ def _load(plan: Plan, row: Row, speeds: Speeds, weight_bytes: int, zero3: bool) 
     if speeds.read is None or moving is None:
         return "load       no estimate, because a measurement above is missing"
     read_s, (moving_s, what) = weight_bytes / speeds.read, moving
-    line = f"load       {seconds(read_s + moving_s)} = {seconds(read_s)} to read"
-    line += f" {amount(weight_bytes)}"
+    line = f"load       {_sum(read_s, moving_s)} to read {amount(weight_bytes)}"
     return f"{line} in each process + {seconds(moving_s)} for {what}" if what else line
 
 

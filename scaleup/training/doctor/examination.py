@@ -22,6 +22,7 @@ from scaleup.training.doctor.steps import Meeting, Place, Steps, place
 
 # A process that holds its interpreter lock for this many time limits is ended by a timer.
 LAST_RESORT = 20
+MOST_PROBLEMS = 20
 OTHERS = "the other processes"
 COLLECTIVES = ("all-reduce", "broadcast", "all-gather")
 
@@ -42,7 +43,8 @@ def examine(read_settings: Callable[[], Settings], limit_s: float) -> int:
     Raises:
         ConfigError: the launcher's variables make no sense.
     """
-    faulthandler.dump_traceback_later(LAST_RESORT * limit_s, exit=True)
+    stream = sys.__stderr__ or sys.stderr
+    faulthandler.dump_traceback_later(LAST_RESORT * limit_s, exit=True, file=stream)
     begin = time.perf_counter()
     here = place()
     meeting = Meeting(here, limit_s)
@@ -233,15 +235,19 @@ class _Doctor:
         if speeds.compute is not None:
             rows = plan.settings.train.per_device_train_batch_size * plan.settings.data.max_length
             lines.append(
-                f"computing  {estimates.count(speeds.compute)}operations/s in products of"
+                f"computing  {estimates.count(speeds.compute)} operations/s in products of"
                 f" {rows} x {self.width} x {self.width} in {self.found['precision']}"
             )
         return lines, problems
 
 
 def verdict(problems: list[str]) -> list[str]:
-    """Return the last lines of the report."""
+    """Return the last lines of the report. Many processes may report the same in other words."""
     if not problems:
         return ["all is well"]
     plural = "s" * (len(problems) > 1)
-    return [f"{len(problems)} thing{plural} to change:", *(f"  - {line}" for line in problems)]
+    lines = [f"{len(problems)} thing{plural} to change:"]
+    lines += [f"  - {line}" for line in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        lines.append(f"  - and {len(problems) - MOST_PROBLEMS} more; change these first")
+    return lines

@@ -6,18 +6,23 @@ from scaleup.memory.report import amount
 from scaleup.training.console import placement
 from scaleup.training.doctor.estimates import seconds
 from scaleup.training.doctor.network import Transfer
+from scaleup.training.doctor.steps import ABSENT
 
 Reports = list[dict[str, Any]]
 
 
 def _by_host(reports: Reports) -> dict[str, dict[str, Any]]:
-    """Return the first report of every host."""
-    return {report["host"]: report for report in reversed(reports)}
+    """Return the first report of every host, in the order of ranks."""
+    first: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        if report["host"] != ABSENT:
+            first.setdefault(report["host"], report)
+    return first
 
 
 def hosts(reports: Reports) -> list[str]:
     """Return the lines about hosts, devices and packages."""
-    lines = placement([(r["host"], r.get("device", "no device")) for r in reports])
+    lines = placement([(r["host"], r.get("device", "")) for r in reports])
     known = {host: r["packages"] for host, r in _by_host(reports).items() if r.get("packages")}
     if known:
         first = next(iter(known.values()))
@@ -112,7 +117,7 @@ def problems(reports: Reports) -> list[str]:
             known = holders.setdefault(problem, [])
             if report["host"] not in known:
                 known.append(report["host"])
-    count = len({report["host"] for report in reports})
+    count = len(_by_host(reports))
     lines = []
     for problem, names in holders.items():
         place = "" if count == 1 else f"{', '.join(names)}: "

@@ -24,6 +24,7 @@ from scaleup.training import interfaces
 
 Result = TypeVar("Result")
 POLL_S = 0.2
+ABSENT = "never came"  # stands for the host of a process that has not joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,12 @@ class Meeting:
         while missing := [r for r in ranks if not self._store.check([f"host/{r}"])]:
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, missing[:8])) + ", …" * (len(missing) > 8)
+                plural = "s" * (len(missing) > 1)
                 raise RunError(
                     f"{len(missing)} of {self.place.size} processes have not come to"
-                    f" {self.place.address}:{self.place.port} within {self.limit_s:g} s: ranks"
-                    f" {names}; start them, or look why they end (each prints its own errors)"
+                    f" {self.place.address}:{self.place.port} within {self.limit_s:g} s:"
+                    f" rank{plural} {names}; start them, or see why they end (each prints its own"
+                    " errors)"
                 )
             time.sleep(POLL_S)
         self.hosts = [self._store.get(f"host/{rank}").decode() for rank in ranks]
@@ -198,7 +201,7 @@ class Meeting:
 
     def _absent(self, rank: int) -> dict[str, Any]:
         if not self._store.check([f"host/{rank}"]):
-            return {"rank": rank, "host": "?", "problems": []}  # `wait_for_all` has named it
+            return {"rank": rank, "host": ABSENT, "problems": []}  # `wait_for_all` has named it
         host = self._store.get(f"host/{rank}").decode()
         there = self._store.check([f"at/{rank}"])
         step = self._store.get(f"at/{rank}").decode() if there else "the start"
