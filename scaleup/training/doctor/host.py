@@ -189,8 +189,9 @@ def backbone(settings: Settings) -> dict[str, Any]:
     cached = huggingface_hub.try_to_load_from_cache(
         model.name, "config.json", revision=model.revision
     )
-    files = _files(pathlib.Path(cached).parent) if isinstance(cached, str) else []
-    if files and not folder_problems(pathlib.Path(cached).parent):
+    snapshot = pathlib.Path(cached).parent if isinstance(cached, str) else None
+    files = _files(snapshot) if snapshot else []
+    if files and snapshot and not folder_problems(snapshot):
         return {"place": "the cache of the hub", "identity": identity, "files": files}
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
