@@ -3,7 +3,7 @@
 # its own NODE_RANK. On a machine without GPUs, NPROC sets the number of processes.
 #
 #   NPROC=2 launch/torchrun.sh configs/quickstart.yaml
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=n01 launch/torchrun.sh configs/bart_large.yaml train.deepspeed=zero2
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=n01 launch/torchrun.sh configs/llama_70b.yaml data.train_file=chats.jsonl
 #
 #   NNODES       number of nodes (1)                      MASTER_ADDR  host name of node 0 (this host)
 #   NODE_RANK    number of this node, from 0 (0)          MASTER_PORT  a free port on node 0 (29500)

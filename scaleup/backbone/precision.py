@@ -22,7 +22,15 @@ def half_dtype(settings: Settings, has_bf16: bool) -> torch.dtype | None:
 
 def device_half_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
     """Return the data type of mixed precision on `device`, or None for float32."""
-    return half_dtype(settings, device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return half_dtype(settings, computes_bf16(device))
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a GPU whose hardware computes in bfloat16.
+
+    torch emulates it on older GPUs, which takes longer than float32 there.
+    """
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def backbone_dtype(settings: Settings, half: torch.dtype | None) -> torch.dtype:

@@ -19,6 +19,7 @@ from scaleup.io import expand_home
 COMMANDS = {
     "train": "train one model as a YAML config says",
     "plan": "predict the memory that a run will need",
+    "doctor": "examine hosts, network and folders before a run",
     "export": "turn a checkpoint into a folder for others to load",
     "sweep": "run a grid of methods, tasks, training set sizes and seeds",
     "report": "make tables and figures from finished runs",

@@ -21,6 +21,7 @@ class GlueTask(NamedTuple):
     metric: str
 
 
+HUB_ID = "nyu-mll/glue"
 GLUE = {
     "cola": GlueTask("sentence", None, ["unacceptable", "acceptable"], "matthews"),
     "sst2": GlueTask("sentence", None, ["negative", "positive"], "accuracy"),
@@ -71,7 +72,7 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
 
 def load_from_hub(data: DataSettings) -> dict[str, Table]:
     """Load the training and validation splits from the Hugging Face hub."""
-    hub_id = data.path or "nyu-mll/glue"
+    hub_id = data.path or HUB_ID
     validation = "validation_matched" if data.name == "mnli" else "validation"
     try:
         sets = datasets.load_dataset(hub_id, data.name)

@@ -3,8 +3,8 @@
     step = trace(make_model, config, Kernels(...), batch=16, length=128)
 
 The adapted model runs forward and backward under FakeTensorMode: no tensor holds data, but every
-operation reports which tensors it would make. Two numbers come out: what autograd keeps between the
-passes, and the most that is allocated at once.
+operation reports which tensors it would make. Three numbers come out: what autograd keeps between
+the passes, the most that is allocated at once, and the floating-point operations.
 
 On a machine without a GPU nothing can run "on cuda", not even without data. `_Replacements`
 imitates what differs there: fused attention and dropout, the operations that CUDA's autocast
@@ -28,6 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.unipelt.kernels import planned_for
@@ -42,10 +43,13 @@ FLOAT32 = ("layer_norm", "softmax")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Bytes of one step on one process."""
+    """Bytes and operations of the passes over one batch on one process."""
 
-    kept: int  # what autograd keeps for the backward pass
+    kept: int  # bytes that autograd keeps for the backward pass
     peak: int  # the most allocated at once, `kept` included, gradients of parameters excluded
+    # Floating-point operations of both passes, as torch counts those of matrix products and of
+    # attention on GPUs.
+    operations: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,18 +190,25 @@ def _in_float32(function: Callable) -> Callable:
     return in_float32
 
 
-class _AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is active, and the most alive at once."""
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is active, and the most alive at once.
+
+    It also counts operations. torch's own FlopCounterMode would keep activations alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.operations = 0
         self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **kwargs, out_val=out)
         inputs = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if storage._cdata not in inputs:
@@ -263,14 +274,15 @@ def step(
     cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if kernels.autocast is not None:
         cast = torch.autocast("cpu", kernels.autocast)
-    counter = _AllocationCounter()
+    counter = _Counter()
     with counter, _Replacements(kernels), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with cast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = _loss(model, batch, length, target)
         between = counter.alive
         loss.backward()
-    return Step(max(sum(kept.values()), between if kernels.checkpointing else 0), counter.peak)
+    most_kept = max(sum(kept.values()), between if kernels.checkpointing else 0)
+    return Step(most_kept, counter.peak, counter.operations)
 
 
 def _fake_step(model: nn.Module, *args: Any) -> Step:
@@ -311,10 +323,11 @@ def trace(
 
     low = {name: min(depth, 2) for name, depth in depths.items()}
     base = at(**low)
-    kept, peak = base.kept, base.peak
+    kept, peak, operations = base.kept, base.peak, base.operations
     for name, depth in depths.items():
         if depth > low[name]:
             deeper = at(**(low | {name: low[name] + 1}))
             kept += (depth - low[name]) * (deeper.kept - base.kept)
             peak += (depth - low[name]) * (deeper.peak - base.peak)
-    return Step(kept, peak)
+            operations += (depth - low[name]) * (deeper.operations - base.operations)
+    return Step(kept, peak, operations)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from scaleup.memory.epochs import few_steps, steps_per_epoch
 from scaleup.memory.plan import Plan, Row
 
 COLUMNS = (
@@ -38,14 +39,20 @@ def batches(plan: Plan) -> str:
     )
     if plan.examples is None:
         return line
-    passes = math.ceil(plan.examples / (per_process * plan.world))
-    per_epoch = max(math.ceil(passes / accumulation), 1)
+    per_epoch = steps_per_epoch(train, plan.examples, plan.world)
     steps = math.ceil(per_epoch * train.num_train_epochs)
     steps = train.max_steps if train.max_steps > 0 else steps
     line += f"; {plan.examples} examples"
     if plan.settings.data.packing:  # only tokens tell how many texts share a row
         return f"{line} before packing, fewer than {per_epoch} steps an epoch"
     return f"{line}, {per_epoch} steps an epoch, {steps} in all"
+
+
+def warning(plan: Plan) -> str | None:
+    """Return the warning about short epochs, if these are short."""
+    if plan.examples is None:
+        return None
+    return few_steps(plan.settings.train, plan.examples, plan.world)
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -76,6 +83,7 @@ def table(plan: Plan) -> list[str]:
         f"({counts['trained_percent']:.2f}%), stored {counts['stored']:,} "
         f"({counts['stored_percent']:.2f}%)",
         f"batch      {batches(plan)}",
+        *filter(None, [warning(plan)]),
         f"planned    for {plan.device}, mixed precision {plan.half}{limit}",
         *filter(None, [plan.kernels]),
         *plan.checks,
@@ -109,6 +117,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device_bytes": plan.limit,
         "parameters": plan.counts,
         "batch": batches(plan),
+        "warning": warning(plan),
         "kernels": plan.kernels,
         "checks": plan.checks,
         "fits": plan.fits if plan.limit is not None else None,

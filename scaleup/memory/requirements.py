@@ -34,6 +34,11 @@ def _unmet(requirement: Requirement) -> str | None:
     return f"{requirement.name} {version} instead of {requirement.specifier}"
 
 
+def unmet_requirements() -> list[str]:
+    """Return which required packages are missing or have another version than required."""
+    return [problem for problem in map(_unmet, _requirements()) if problem is not None]
+
+
 def _deepspeed() -> str:
     """Return whether DeepSpeed imports and whether its CPU operations can be built."""
     try:
@@ -50,9 +55,8 @@ def _deepspeed() -> str:
 
 def check_requirements(settings: Settings, world: int) -> list[str]:
     """Return one line each on packages, DeepSpeed, bitsandbytes and processes."""
-    requirements = _requirements()
-    unmet = [problem for problem in map(_unmet, requirements) if problem is not None]
-    met = f"{len(requirements) - len(unmet)} of {len(requirements)} as required"
+    count, unmet = len(_requirements()), unmet_requirements()
+    met = f"{count - len(unmet)} of {count} as required"
     lines = [f"packages   {'; '.join([met, *unmet])}"]
     needed = "; this config needs it"
     if importlib.util.find_spec("deepspeed") is not None:

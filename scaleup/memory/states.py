@@ -76,6 +76,8 @@ class States:
     gathered: int  # weights that ZeRO-3 holds whole in a step
     host: int  # CPU memory of what is offloaded
     load: int  # the most while loading, on the device or in CPU memory
+    moved: int  # that ZeRO-3 gathers in the passes over one batch
+    checkpoint: int  # on disk, for resuming; of all processes together
 
     @property
     def resident(self) -> int:
@@ -189,9 +191,14 @@ def states(
         gathered=0,
         host=0,
         load=_load_peak(model, pieces, quantization, zero, world),
+        moved=0,
+        checkpoint=3 * count * size,  # the weights and their two moments
     )
     if zero.stage == 0:
         return common
+    # DeepSpeed adds float32 masters and, before stage 3, a second copy of the weights.
+    copies = 1 if zero.stage == 3 else 2
+    common = dataclasses.replace(common, checkpoint=count * (copies * size + MASTER + MOMENTS))
     offload = zero.offload_optimizer
     if zero.stage < 3:
         reduced = count if zero.stage == 1 else share + largest
@@ -221,6 +228,7 @@ def states(
         buffers=persistent + zero.bucket * size + (0 if offload else flat_gradients),
         gathered=gathered(everything, zero),
         host=host,
+        moved=_moved(everything, zero),
     )
 
 
@@ -230,12 +238,31 @@ def gathered(pieces: Sequence[Piece], zero: Zero) -> int:
     These are the weights that it reads again within the reuse distance, at least the largest one.
     The passes mirror each other around that moment, so half of the distance counts.
     """
-    moving = [p for p in pieces if p.shared and p.numel > zero.persistence]
+    moving = _moving(pieces, zero)
+    return max(_kept(moving, zero), max((p.bytes for p in moving), default=0))
+
+
+def _moving(pieces: Sequence[Piece], zero: Zero) -> list[Piece]:
+    """Return what ZeRO-3 gathers before use and frees afterwards."""
+    return [p for p in pieces if p.shared and p.numel > zero.persistence]
+
+
+def _kept(moving: Sequence[Piece], zero: Zero) -> int:
+    """Return the bytes that stay whole from the forward to the backward pass."""
     again = [p for p in moving if p.reused]
     elements, size = sum(p.numel for p in again), sum(p.bytes for p in again)
     within = zero.reuse_distance / 2 + zero.prefetch
-    kept = size if elements <= within else int(size * within / elements)
-    return max(kept, max((p.bytes for p in moving), default=0))
+    return size if elements <= within else int(size * within / elements)
+
+
+def _moved(pieces: Sequence[Piece], zero: Zero) -> int:
+    """Return the bytes that ZeRO-3 gathers in a forward and a backward pass.
+
+    The backward pass gathers again what it reads and what was not kept.
+    """
+    moving = _moving(pieces, zero)
+    again = sum(p.bytes for p in moving if p.reused)
+    return sum(p.bytes for p in moving) + again - _kept(moving, zero)
 
 
 def estimate(

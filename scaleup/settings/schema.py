@@ -205,7 +205,8 @@ class DeclaredTrainSettings(Section):
     seed: Seed = 42
     """Seed of initialisation, dropout and the order of batches."""
     bf16: Literal["auto"] | bool = "auto"
-    """bfloat16 autocast. auto: on where the GPU computes in it, off on CPU."""
+    """bfloat16 autocast. auto: on where the GPU's hardware computes in it (emulation does not
+    count), off on CPU."""
     fp16: bool = False
     """float16 autocast with loss scaling, for GPUs without bfloat16."""
     gradient_checkpointing: bool = False

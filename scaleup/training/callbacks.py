@@ -84,14 +84,18 @@ class GracefulShutdown(TrainerCallback):
     SIGHUP from a terminal that is closed. This callback also logs whenever a checkpoint may be
     saved, so that a resumed run logs at the same steps as an uninterrupted one.
 
+    Args:
+        group: all processes of the run, on the CPU (`World.group`); None for one process.
+
     Attributes:
         stopped_by: the name of the signal once all ranks have agreed to stop, else None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: torch.distributed.ProcessGroup | None) -> None:
         self.stopped_by: str | None = None
         self._signal = 0
-        self._group: torch.distributed.ProcessGroup | None = None
+        # A group on the CPU: the vote after each step must not wait for the GPU.
+        self._group = group
 
     def install(self) -> None:
         """Install the signal handlers. Only the main thread of a process may do this."""
@@ -99,11 +103,6 @@ class GracefulShutdown(TrainerCallback):
 
     def _remember(self, number: int, frame: object) -> None:
         self._signal = number
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # A separate group on the CPU: the vote after each step must not wait for the GPU.
-        if args.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._vote():

@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 from scaleup.data.files import Examples
+from scaleup.memory.epochs import few_steps
 from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
 from scaleup.training.context import Run
@@ -47,6 +48,7 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         f"batch      {batch} = {train.per_device_train_batch_size} per process x {processes}"
         f" x {train.gradient_accumulation_steps} accumulation; learning rate"
         f" {settings.learning_rate:g}",
+        *filter(None, [few_steps(train, len(examples.train), world.size)]),
         f"device     {world.device.type}, {backend}; bf16 {'on' if run.args.bf16 else 'off'}",
         f"output     {train.output_dir}",
     ]

@@ -23,7 +23,7 @@ import torch.distributed
 from accelerate import PartialState
 
 from scaleup.errors import ConfigError
-from scaleup.training import build_locks, startup, watchdog
+from scaleup.training import build_locks, interfaces, startup, watchdog
 
 PR_SET_PDEATHSIG = 1
 
@@ -37,6 +37,8 @@ class World:
     size: int
     device: torch.device
     deepspeed: bool
+    # All processes, through gloo on the CPU; None if there is only one.
+    group: torch.distributed.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -91,7 +93,12 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     """Join the other processes. Call this once, before transformers' TrainingArguments is made.
 
     On CPU the processes talk through gloo. The process group is made here, and Accelerate is told
-    to use it. On GPUs they talk through NCCL. With several processes the watchdog starts here.
+    to use it. On GPUs they talk through NCCL, and through gloo for what must not wait for a GPU:
+    that group is made here too, because a network that gloo cannot use must show before the model
+    is loaded. With several processes the watchdog starts here.
+
+    Raises:
+        RunError: the processes cannot connect to each other.
     """
     limit_s = watchdog.limit_from_environment()
     if not torch.distributed.is_initialized():  # else an earlier run of this process has met them
@@ -107,17 +114,27 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     options: dict[str, Any] = {}
+    timeout = datetime.timedelta(seconds=timeout_s)
     if launched:
-        options = {"timeout": datetime.timedelta(seconds=timeout_s)}
+        options = {"timeout": timeout}
         options |= {} if cuda else {"backend": "gloo"}
     if deepspeed:  # compiles before the processes have met
         build_locks.wait_for_builds()
-    # Several CPU processes need cpu=True. DeepSpeed would be dropped with it.
-    state = PartialState(cpu=not cuda and not deepspeed, **options)
+    with interfaces.named_in_errors():
+        # Several CPU processes need cpu=True. DeepSpeed would be dropped with it.
+        state = PartialState(cpu=not cuda and not deepspeed, **options)
+        group = None
+        if state.num_processes > 1:
+            group = torch.distributed.new_group(backend="gloo", timeout=timeout)
     if not cuda:
         state.device = torch.device("cpu")  # torch.load rejects Accelerate's cpu:1
     world = World(
-        state.process_index, state.local_process_index, state.num_processes, state.device, deepspeed
+        rank=state.process_index,
+        local_rank=state.local_process_index,
+        size=state.num_processes,
+        device=state.device,
+        deepspeed=deepspeed,
+        group=group,
     )
     if world.size > 1:
         _start_watchdog(world, limit_s)

@@ -207,7 +207,7 @@ def _make_trainer(
     settings, examples, prepare = run.settings, run.examples, run.task.module
     graphs_used = settings.train.cuda_graphs or run.args.torch_compile
     gate_statistics = GateStatistics(model, graphs_used)
-    shutdown = GracefulShutdown()
+    shutdown = GracefulShutdown(run.world.group)
     logger = JsonlLogger(run.out / "log.jsonl", gate_statistics, run.writes)
     try:
         trainer = RunTrainer(

@@ -1,6 +1,5 @@
 """Runs over two hosts with their own network, name and disk, and ranks that die alone."""
 
-import contextlib
 import os
 import pathlib
 import signal
@@ -30,17 +29,6 @@ TRAIN = [sys.executable, str(ROOT / "launch" / "train.py")]
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> pathlib.Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def both(tmp_path):
-    """Two hosts. Skips where this machine does not let us make them."""
-    with contextlib.ExitStack() as stack:
-        try:
-            hosts = stack.enter_context(TwoHosts(tmp_path))
-        except OSError as error:
-            pytest.skip(f"no network namespaces here (root and iproute2 are needed): {error}")
-        yield hosts
 
 
 @pytest.fixture(scope="module")

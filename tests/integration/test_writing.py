@@ -134,6 +134,7 @@ RECIPES = {
     ),
     "t5_3b": ("t5", ["data.max_target_length=8"], "pairs"),
     "llama_8b": ("llama", [], "chats"),
+    "llama_70b": ("llama", [], "chats"),
     "qwen3_32b": ("qwen3", [], "pairs"),
 }
 
@@ -155,7 +156,7 @@ def recipe(folder, name: str) -> list[str]:
         "train.eval_strategy=steps",
         "train.eval_steps=2",
         "train.disable_tqdm=true",
-        *([] if name == "qwen3_32b" else ["method.prefix_hidden_size=16"]),
+        *([] if name in ("qwen3_32b", "llama_70b") else ["method.prefix_hidden_size=16"]),
         *more,
     ]
 

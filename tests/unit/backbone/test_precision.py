@@ -31,6 +31,16 @@ def test_mixed_precision_follows_the_config_and_auto_the_device(train, has_bf16,
     assert precision.half_dtype(settings(train={"output_dir": "x"} | train), has_bf16) is half
 
 
+def test_auto_asks_for_hardware_that_computes_in_bfloat16(monkeypatch):
+    """torch emulates bfloat16 on GPUs without it, and says then that it is supported."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    gpu = torch.device("cuda", 0)
+    assert precision.device_half_dtype(settings(), gpu) is None
+    assert precision.device_half_dtype(settings(train={"bf16": True}), gpu) is BF16
+
+
 @pytest.mark.parametrize(
     "model, method, half, frozen",
     [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from scaleup.memory.activations import Kernels, _fake_step, step, trace
@@ -56,6 +57,21 @@ def test_activations_are_those_of_a_real_step(workspace, family, checkpointing):
     )
     print(f"{family}: kept {planned.kept:,}, peak {planned.peak:,} planned, {peak:,} allocated")
     assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+def test_operations_are_those_that_torch_counts_in_a_real_step(workspace):
+    planned = trace(
+        lambda shape: adapted(workspace, "bert", "meta", shape),
+        AutoConfig.from_pretrained(workspace / "bert"),
+        Kernels("cpu", None, "plain", False),
+        8,
+        64,
+    )
+    model = adapted(workspace, "bert", "cpu").train()
+    ids = torch.randint(5, 1000, (8, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    assert planned.operations == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("linear", ["plain", "8bit"])

@@ -153,6 +153,74 @@ def test_a_deepspeed_file_and_lengths_that_do_not_fit_are_refused(workspace, tmp
         settings(workspace, "data.max_length=500")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["null", "zero2", "zero3"])
+def test_a_checkpoint_takes_the_planned_bytes_on_disk(workspace, tmp_path, stage):
+    more = (f"train.deepspeed={stage}", f"train.output_dir={tmp_path / 'run'}", "train.max_steps=2")
+    (row,) = (row for row in make_plan(settings(workspace, *more), 1, "cpu", configured=True).rows)
+    result = start([sys.executable, "-m", "scaleup", "train", *overrides(workspace, *more)])
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder,) = (tmp_path / "run").glob("checkpoint-*")
+    states = [*folder.rglob("*.safetensors"), *folder.rglob("*.pt")]
+    found = sum(path.stat().st_size for path in states)
+    print(f"{stage}: {row.states.checkpoint:,} planned, {found:,} on disk")
+    assert row.states.checkpoint == pytest.approx(found, rel=0.1)
+
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "bos_token_id": 128_000,
+    "eos_token_id": 128_009,
+}
+
+
+@pytest.mark.slow  # plans 80 layers of a real size
+def test_llama_70b_fits_the_nodes_that_its_config_names_and_takes_enough_steps(tmp_path):
+    """Of the model there is a config.json in the cache of the hub, and no weights."""
+    path = ROOT / "configs" / "llama_70b.yaml"
+    repository = tmp_path / "models--meta-llama--Llama-3.3-70B-Instruct"
+    for name, content in {
+        "refs/main": "abc",
+        "snapshots/abc/config.json": json.dumps(LLAMA_70B),
+    }.items():
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(content)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = [
+        json.dumps({"messages": [*chat, {**chat[0], "content": str(i)}, chat[1]]})
+        for i in range(10_200)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    words = ["--world", "16", "--gpu-memory", "80GB", "--configured", "--config", str(path)]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "scaleup",
+            "plan",
+            *words,
+            f"data.train_file={tmp_path}/chats.jsonl",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=ROOT,
+        env=environment(HF_HUB_CACHE=str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr  # 1 if it does not fit
+    arithmetic = "64 = 4 per process x 16 processes x 1 accumulation; 10000 examples, 157 steps"
+    assert arithmetic in result.stdout and "warning" not in result.stdout
+    assert "64 chats a step, so 10,000 chats are 157 steps an epoch" in path.read_text("utf-8")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_plan_is_within_a_tenth_of_the_gpus_peak():

@@ -76,6 +76,19 @@ def test_zero3_holds_what_it_reads_again_within_the_reuse_distance():
     )
 
 
+def test_zero3_gathers_again_in_the_backward_pass_what_it_reads_and_has_not_kept():
+    """Two layers and an embedding, which only the forward pass reads; a small norm stays whole."""
+    layer, embedding, norm = memory.Piece(1000, 4), memory.Piece(2500, 4, reused=False), 50
+    pieces = [layer, layer, embedding, memory.Piece(norm, 4)]
+
+    def moved(reuse_distance: int) -> int:
+        return memory._moved(pieces, memory.Zero(3, persistence=100, reuse_distance=reuse_distance))
+
+    assert moved(4000) == 4 * (1000 + 1000 + 2500)  # kept from the forward pass
+    assert moved(2000) == 4 * (1000 + 1000 + 2500 + 1000)  # half is kept
+    assert moved(0) == 4 * (1000 + 1000 + 2500 + 1000 + 1000)
+
+
 def test_states_shrink_from_stage_to_stage(workspace):
     model = adapted(workspace, "bert", "meta")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
