@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,11 +11,10 @@ import yaml
 
 from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
-TORCHRUN, SBATCH, JOB = (
-    ROOT / "launch" / "torchrun.sh",
-    ROOT / "launch" / "slurm" / "train.sbatch",
-    ROOT / "launch" / "k8s" / "job.yaml",
-)
+LAUNCH = ROOT / "launch"
+TORCHRUN = LAUNCH / "torchrun.sh"
+SBATCH, SWEEP, STEP = (LAUNCH / "slurm" / n for n in ("train.sbatch", "sweep.sbatch", "step.sh"))
+JOB, RDMA = LAUNCH / "k8s" / "job.yaml", LAUNCH / "k8s" / "rdma.yaml"
 # Stands in for the interpreter: what it is started with, and the ranks it sees.
 PYTHON = (
     '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT'
@@ -78,23 +78,32 @@ def programs(tmp_path) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("script", [TORCHRUN, SBATCH], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [TORCHRUN, SBATCH, SWEEP], ids=lambda p: p.name)
 def test_scripts_are_bash_and_say_how_they_are_used(script):
     assert run(["bash", "-n", script]).returncode == 0
     result = run(["bash", script])
-    assert result.returncode == 2 and "CONFIG [section.key=value" in result.stderr
+    assert result.returncode == 2 and "[section.key=value" in result.stderr
 
 
-def slurm(programs, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    job = {
-        "SLURM_JOB_ID": "71234",
-        "SLURM_JOB_NODELIST": "gpu[07-08]",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_CPUS_PER_TASK": "6",
-    }
-    return run(
-        ["bash", SBATCH, *arguments], programs, PYTHON=str(programs / "python"), **(job | more)
-    )
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say_about_the_scripts():
+    result = run(["shellcheck", "--external-sources", TORCHRUN, SBATCH, SWEEP, STEP])
+    assert result.returncode == 0, result.stdout
+
+
+JOB_VARIABLES = {
+    "SLURM_JOB_ID": "71234",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_CPUS_PER_TASK": "6",
+}
+
+
+def slurm(
+    programs, *arguments: str, script: pathlib.Path = SBATCH, **more: str
+) -> subprocess.CompletedProcess:
+    variables = {"PYTHON": str(programs / "python")} | JOB_VARIABLES | more
+    return run(["bash", script, *arguments], programs, **variables)
 
 
 def test_every_slurm_task_derives_its_rank_inside_srun(programs):
@@ -148,10 +157,52 @@ def test_a_failed_slurm_step_fails_the_job(programs):
     assert slurm(programs, "c.yaml").returncode == 7
 
 
-def test_slurm_directives_ask_for_requeueing_and_a_signal():
-    lines = SBATCH.read_text().splitlines()
-    for directive in ("--requeue", "--signal=B:USR1@120", "--open-mode=append"):
+@pytest.mark.parametrize("script, seconds", [(SBATCH, 120), (SWEEP, 180)], ids=["train", "sweep"])
+def test_slurm_directives_ask_for_requeueing_and_a_signal(script, seconds):
+    lines = script.read_text().splitlines()
+    for directive in ("--requeue", f"--signal=B:USR1@{seconds}", "--open-mode=append"):
         assert f"#SBATCH {directive}" in lines
+
+
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "32", "SLURM_ARRAY_TASK_COUNT": "32"}
+
+
+def test_a_task_of_a_slurm_array_runs_its_part_of_a_sweep(programs):
+    (programs / "srun").write_text(
+        '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
+    )
+    words = ("configs/sweeps/table1.yaml", "--jobs", "2")
+    result = slurm(programs, *words, script=SWEEP, SLURM_ARRAY_TASK_ID="3", **ARRAY)
+    assert result.returncode == 0, result.stderr
+    command = "-m scaleup sweep configs/sweeps/table1.yaml --jobs 2 --shard 3/32\n"
+    assert result.stdout.partition(": ")[2] == command
+
+
+@pytest.mark.parametrize(
+    "array", [{}, ARRAY | {"SLURM_ARRAY_TASK_MIN": "0"}, ARRAY | {"SLURM_ARRAY_TASK_COUNT": "2"}]
+)
+def test_a_slurm_array_that_would_leave_out_parts_of_a_sweep_is_refused(programs, array):
+    result = slurm(programs, "s.yaml", script=SWEEP, SLURM_ARRAY_TASK_ID="3", **array)
+    assert result.returncode == 2 and result.stderr == "error: start this with sbatch --array=1-N\n"
+
+
+def test_slurm_tasks_run_in_a_container_of_pyxis(programs):
+    (programs / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" "PYTHON=$PYTHON"\n')
+    more = {"SCALEUP_PYXIS": "/images/a b.sqsh", "SCALEUP_MOUNTS": "/data:/data", "PYTHON": ""}
+    result = run(["bash", SBATCH, "c.yaml"], programs, **(JOB_VARIABLES | more))
+    lines = result.stdout.splitlines()
+    options = [
+        "--container-image=/images/a b.sqsh",
+        f"--container-mounts={ROOT}:{ROOT},/data:/data",
+        f"--container-workdir={ROOT}",
+    ]
+    start = lines.index(options[0])
+    assert lines[start : start + 5] == [*options, "bash", "-c"] and lines[-1] == "PYTHON=python3"
+
+
+def test_slurm_tasks_run_in_one_kind_of_container(programs):
+    result = slurm(programs, "c.yaml", SCALEUP_PYXIS="a.sqsh", SCALEUP_APPTAINER="a.sif")
+    assert result.returncode == 2 and "not both" in result.stderr
 
 
 TORCH = "-m torch.distributed.run"
@@ -286,3 +337,31 @@ def test_the_kubernetes_job_has_what_several_nodes_need():
     assert mounts["shm"] == "/dev/shm" and {volume["name"] for volume in pod["volumes"]} == set(
         mounts
     )
+    assert env["HF_HOME"].startswith(f"{mounts['cache']}/")
+
+
+def test_the_patch_for_rdma_adds_its_resource_to_the_container_of_the_kubernetes_job():
+    kustomization = yaml.safe_load((LAUNCH / "k8s" / "kustomization.yaml").read_text())
+    assert kustomization["resources"] == [JOB.name]
+    assert kustomization["patches"] == [{"path": RDMA.name}]
+    _, job = yaml.safe_load_all(JOB.read_text())
+    patch = yaml.safe_load(RDMA.read_text())
+    for key in ("apiVersion", "kind"):
+        assert patch[key] == job[key]
+    assert patch["metadata"]["name"] == job["metadata"]["name"]
+    (trained,), (patched,) = (
+        whole["spec"]["template"]["spec"]["containers"] for whole in (job, patch)
+    )
+    assert patched["name"] == trained["name"]
+    assert patched["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+    (resource,) = patched["resources"]["limits"]
+    assert resource.startswith("rdma/") and resource not in trained["resources"]["limits"]
+
+
+def test_the_image_gets_what_the_launch_scripts_need():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "WORKDIR /workspace" in lines and "COPY . ." in lines
+    names = [line.removeprefix("!") for line in kept if line.startswith("!")]
+    assert {"launch", "scaleup", "configs", "requirements.txt"} <= set(names)
+    assert all((ROOT / name).exists() for name in names)
