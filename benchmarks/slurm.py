@@ -113,6 +113,7 @@ class SlurmCluster:
             self.hosts = TwoHosts(self.folder)
             self._configure()
             stack.callback(kill, self._start_munge())
+            wait_until((self.folder / "munge.socket").exists, "munged has made its socket")
             stack.enter_context(self.hosts)
             for folder in ("state", *(f"spool-{name}" for name in NAMES)):
                 (self.folder / folder).mkdir()
@@ -149,9 +150,7 @@ class SlurmCluster:
         words = [f"--{option}={self.folder / name}" for option, name in files.items()]
         with (self.folder / "munged.out").open("w") as out:
             command = ["munged", "--foreground", "--force", *words]
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        wait_until((self.folder / "munge.socket").exists, "munged has made its socket")
-        return process
+            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
     def _start_node(self, host: int) -> subprocess.Popen:
         words = ["slurmd", "-D", "-N", NAMES[host]]
@@ -171,6 +170,12 @@ class SlurmCluster:
     def restart_node(self, host: int) -> None:
         """Start the slurmd of a host again."""
         self.nodes[host] = self._start_node(host)
+
+    def logs(self) -> str:
+        """Return the last lines of every daemon's log."""
+        paths = sorted(self.folder.glob("slurm*.log"))
+        ends = ["\n".join(path.read_text().splitlines()[-40:]) for path in paths]
+        return "\n".join(f"-- {path.name}\n{end}" for path, end in zip(paths, ends))
 
     def run(self, *command: str, timeout_s: float = 60, **env: str) -> str:
         """Run a command on n01 and return what it prints.

@@ -59,7 +59,7 @@ again() {
 
 step=
 near_the_end() {
-  echo "time limit near: asking the run to save"
+  echo "SIGUSR1, because of the time limit or a preemption: asking the run to save"
   if [ -n "$step" ]; then
     kill -USR1 "$step" 2>/dev/null || true # srun forwards USR1; on SIGTERM it kills the tasks
     wait "$step" || true

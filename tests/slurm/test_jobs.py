@@ -18,6 +18,7 @@ import pytest
 from benchmarks.kill import compare
 from benchmarks.slurm import RECORD, SlurmCluster, missing, wait_until
 from scaleup.experiments import grid
+from tests.utils.slurm_jobs import Job, last_step
 from tests.utils.sweeps import sweep_file
 from tests.utils.workspace import ROOT, make_workspace, overrides
 
@@ -47,7 +48,6 @@ Trainer.training_step = paced
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-NOISE = re.compile(r"socket.cpp|model shards|real_accelerator|kernels-community")
 
 
 @pytest.fixture(scope="module")
@@ -71,99 +71,6 @@ def cluster() -> Iterator[SlurmCluster]:
             yield running
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class Job:
-    """A job, or one task of a job array, and the record of what happened to it.
-
-    Args:
-        number: as Slurm names it, for example 7, or 7_1 for the first task of an array.
-        folder: where its log is, which is named job-NUMBER.log.
-    """
-
-    def __init__(self, cluster: SlurmCluster, folder: pathlib.Path, number: str):
-        self.cluster, self.folder, self.id = cluster, folder, number
-        self.log = folder / f"job-{number}.log"
-        self.start = time.monotonic()
-        self.events: list[str] = []
-        self.state = ""
-
-    @classmethod
-    def submit(
-        cls, cluster: SlurmCluster, folder: pathlib.Path, *words: str, name: str = "%j", **env: str
-    ) -> "Job":
-        """Submit a job; `words` are options, the script and its arguments."""
-        command = ["sbatch", "--parsable", f"--output={folder}/job-{name}.log", *words]
-        job = cls(cluster, folder, cluster.run(*command, **env).strip())
-        job.note("$ " + " ".join(command))
-        return job
-
-    def note(self, text: str) -> None:
-        self.events.append(f"{time.monotonic() - self.start:6.1f} s  {text}")
-
-    def scontrol(self, *words: str) -> None:
-        """Run a command of an operator and note it."""
-        self.note("$ " + " ".join(words))
-        self.cluster.run(*words)
-
-    def show(self) -> dict[str, str]:
-        """Return what Slurm says about the job, and note its state if that has changed."""
-        text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
-        found = dict(word.partition("=")[::2] for word in text.split())
-        state = f"{found['JobState']}, restarts {found['Restarts']}, reason {found['Reason']}"
-        if state != self.state:
-            self.state = state
-            self.note(state)
-        return found
-
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def wait_for(self, what: str, reached, timeout_s: float = 400) -> None:
-        """Wait until `reached(what Slurm says)`; a job that waits out its delay may start now."""
-
-        def seen() -> bool:
-            found = self.show()
-            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-                self.scontrol("scontrol", "update", f"JobId={self.id}", "StartTime=now")
-            return reached(found)
-
-        try:
-            wait_until(seen, what, timeout_s)
-        except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.story()}") from None
-
-    def wait_for_step(self, out: pathlib.Path, step: int) -> None:
-        """Wait until the run has logged a step."""
-        self.wait_for(f"step {step}", lambda _: last_step(out) >= step)
-        self.note(f"the run has logged step {last_step(out)}")
-
-    def finish(self, state: str = "COMPLETED") -> dict[str, str]:
-        """Wait for the end of the job, and return what Slurm says about it."""
-        ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLINE")
-        self.wait_for("the end of the job", lambda found: found["JobState"] in ends)
-        found = self.show()
-        assert found["JobState"] == state, self.story()
-        return found
-
-    def story(self) -> str:
-        """Return the events and the job's log without the paths of this machine."""
-        lines = [line for line in self.said().splitlines() if not NOISE.search(line)]
-        text = "\n".join([*self.events, "", *(f"  {line}" for line in lines), ""])
-        for path, name in (
-            (self.folder.parent, "/runs"),
-            (self.cluster.folder, "/slurm"),
-            (ROOT, "/workspace"),
-            (sys.prefix, "/venv"),
-        ):
-            text = text.replace(str(path), name)
-        return text
-
-
-def last_step(out: pathlib.Path) -> int:
-    log = out / "log.jsonl"
-    steps = re.findall(r'^{"step": (\d+)', log.read_text(), re.MULTILINE) if log.exists() else []
-    return int(steps[-1]) if steps else 0
 
 
 @pytest.fixture
@@ -280,6 +187,7 @@ def test_a_job_on_a_node_that_is_set_down_continues_when_it_is_back(cluster, tra
     job.scontrol("scontrol", "update", "NodeName=n02", "State=DOWN", "Reason=test")
     job.wait_for("the job is queued again", lambda found: found["JobState"] == "PENDING")
     job.scontrol("scontrol", "update", "NodeName=n02", "State=RESUME")
+    wait_until(lambda: cluster.node_states() == ["idle", "idle"], "both nodes are idle")
     assert job.finish()["Restarts"] == "1"
     same(whole, out)
 
@@ -292,6 +200,7 @@ def test_a_job_whose_node_dies_continues_when_it_is_back(cluster, train, whole, 
     job.note("slurmd and all processes on n02 were killed")
     job.wait_for("the job is queued again", lambda found: found["JobState"] == "PENDING")
     cluster.restart_node(1)
+    wait_until(lambda: cluster.node_states() == ["idle", "idle"], "both nodes are idle")
     assert job.finish()["Restarts"] == "1"
     same(whole, out)
 
