@@ -218,7 +218,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     record = (output / "jobs.log").resolve()
     fresh = record.with_suffix(".new")
-    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True)
+    version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True)
     fresh.write_text(f"{version.stdout}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-m", "slurm", "-v", "--durations=0", "tests/slurm"]
     child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {RECORD: str(fresh)})
