@@ -53,9 +53,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=2{scheduler}
+SchedulerParameters=bf_interval=2,sched_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+{more}
 SlurmdTimeout=10
 KillWait=60
 ReturnToService=1
@@ -130,15 +131,15 @@ class SlurmCluster:
     def conf(self) -> str:
         return str(self.folder / "slurm.conf")
 
-    def _configure(self, scheduler: str = "") -> None:
+    def _configure(self, more: str = "") -> None:
         files = FILES | {"slurm.conf": CONFIG}
         for name, text in files.items():
-            text = text.format(folder=self.folder, scheduler=scheduler)
+            text = text.format(folder=self.folder, more=more)
             (self.folder / name).write_text(text, encoding="utf-8")
 
-    def reconfigure(self, scheduler: str = "") -> None:
-        """Add words to the parameters of the scheduler, such as ",preempt_send_user_signal"."""
-        self._configure(scheduler)
+    def reconfigure(self, more: str = "") -> None:
+        """Let the daemons read slurm.conf again, with this line added to it."""
+        self._configure(more)
         self.run("scontrol", "reconfigure")
 
     def _start_munge(self) -> subprocess.Popen:

@@ -161,11 +161,15 @@ def test_a_job_near_its_time_limit_saves_and_requeues_itself(train, whole, recor
     same(whole, out)
 
 
-@pytest.mark.parametrize("scheduler", ["", ",preempt_send_user_signal"], ids=["term", "usr1"])
+@pytest.mark.parametrize(
+    "line, number",
+    [("", "SIGTERM"), ("SlurmctldParameters=preempt_send_user_signal", "SIGUSR1")],
+    ids=["term", "usr1"],
+)
 def test_a_preempted_job_saves_within_its_grace_time_and_continues(
-    cluster, train, whole, record, scheduler
+    cluster, train, whole, record, line, number
 ):
-    cluster.reconfigure(scheduler)
+    cluster.reconfigure(line)
     job, out = train()
     record(job)
     job.wait_for_step(out, 10)
@@ -175,8 +179,7 @@ def test_a_preempted_job_saves_within_its_grace_time_and_continues(
     job.wait_for("the job was preempted", lambda found: found["JobState"] != "RUNNING")
     urgent.finish()
     assert job.finish()["Restarts"] == "1"
-    stopped = "SIGUSR1" if scheduler else "SIGTERM"
-    assert f"stopped by {stopped} at step" in job.said(), job.story()
+    assert f"stopped by {number} at step" in job.said(), job.story()
     same(whole, out)
 
 
