@@ -29,7 +29,7 @@ from tests.utils.workspace import environment
 PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "ip": "iproute2"}
 RECORD = "SCALEUP_SLURM_RECORD"  # the file to which the tests append what their jobs did
 # Everything that needs cgroups, accounts or a database is switched off. Jobs in the partition
-# `urgent` preempt those in `normal`. A node that does not answer for 10 s is down.
+# `urgent` preempt those in `normal`.
 CONFIG = """
 ClusterName=scaleup
 SlurmctldHost=n01(10.99.0.1)
@@ -57,7 +57,6 @@ SchedulerParameters=bf_interval=2,sched_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {more}
-SlurmdTimeout=10
 KillWait=60
 ReturnToService=1
 GresTypes=gpu

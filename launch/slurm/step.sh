@@ -67,6 +67,13 @@ near_the_end() {
   again
 }
 
+# Tell whether a node of the job is down or does not answer; sinfo marks the latter with an asterisk.
+node_lost() {
+  local states
+  states=$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format=%T) || return 1
+  [[ $states == *"*"* || $states == *down* ]]
+}
+
 # Run a step, and end the job with its exit code: run_step [options of srun] -- COMMAND.
 run_step() {
   local options=() code=0
@@ -80,6 +87,8 @@ run_step() {
   step=$!
   wait "$step" || code=$?
   # 75: the run was asked to stop (preemption) and has saved.
-  if [ "$code" = 75 ]; then again; fi
+  # After the loss of a node the other ranks end with 1 long before Slurm calls the node down
+  # (SlurmdTimeout, usually 300 s), and would take the job with them.
+  if [ "$code" = 75 ] || { [ "$code" != 0 ] && [ "$code" != 2 ] && node_lost; }; then again; fi
   exit "$code"
 }

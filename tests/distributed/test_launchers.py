@@ -150,9 +150,33 @@ def test_a_slurm_step_that_saved_and_stopped_is_queued_again(programs):
     assert result.returncode == 0 and "scontrol requeue 71234" in result.stdout
 
 
-def test_a_failed_slurm_step_fails_the_job(programs):
+@pytest.mark.parametrize("states", ["mixed", "", "allocated\\nmixed"])
+def test_a_failed_slurm_step_fails_the_job(programs, states):
     (programs / "srun").write_text("#!/bin/sh\nexit 7\n")
-    assert slurm(programs, "c.yaml").returncode == 7
+    add_sinfo(programs, states)
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 7 and "requeue" not in result.stdout
+
+
+def add_sinfo(programs, states: str) -> None:
+    (programs / "sinfo").write_text(f"#!/bin/sh\nprintf '{states}\\n'\n")
+    (programs / "sinfo").chmod(0o755)
+
+
+@pytest.mark.parametrize("states", ["mixed\\nmixed*", "down\\nmixed", "down*"])
+def test_a_slurm_step_that_lost_a_node_is_queued_again(programs, states):
+    (programs / "srun").write_text("#!/bin/sh\nexit 1\n")
+    add_sinfo(programs, states)
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 0 and "scontrol requeue 71234" in result.stdout
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_slurm_step_that_is_done_or_refused_its_settings_is_not_queued_again(programs, code):
+    (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    add_sinfo(programs, "down")
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == code and "requeue" not in result.stdout
 
 
 @pytest.mark.parametrize("script, seconds", [(SBATCH, 120), (SWEEP, 180)], ids=["train", "sweep"])

@@ -65,7 +65,7 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait_for(
-        self, what: str, reached: Callable[[dict[str, str]], bool], timeout_s: float = 400
+        self, what: str, reached: Callable[[dict[str, str]], bool], timeout_s: float = 900
     ) -> None:
         """Wait until `reached(what Slurm says about the job)`."""
         try:
