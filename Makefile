@@ -3,6 +3,7 @@
 # make check        formatting, lint, types, import law, generated pages and documentation
 # make test         every test that needs no GPU, except the slow ones
 # make test-all     the slow tests as well
+# make test-slurm   the launch scripts on a real Slurm on this machine (root; installs Debian packages)
 # make venv         .venv with exactly requirements.txt; rebuilt only when that file changes
 # make docs         the documentation as HTML in build/site
 # make schema       configs/schema.json, from which editors complete and check the YAML files
@@ -28,7 +29,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 SWEEP ?= configs/sweeps/minilm.yaml
 MODELS ?= models
 
-.PHONY: venv quickstart models check test test-all docs docs-pages schema sweep bench bench-gpu evidence-gpu bench-baseline clean
+.PHONY: venv quickstart models check test test-all test-slurm docs docs-pages schema sweep bench bench-gpu evidence-gpu bench-baseline clean
 
 # Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
 # last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
@@ -66,7 +67,12 @@ test: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --durations=30
 
 test-all: venv
-	"$(VENV)/bin/python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=30
+	"$(VENV)/bin/python" -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile --durations=30
+
+SLURM ?= results/slurm
+
+test-slurm: venv
+	@"$(VENV)/bin/python" -m benchmarks.slurm --output "$(SLURM)"
 
 sweep: venv
 	@"$(VENV)/bin/python" -m benchmarks.quickstart_assets

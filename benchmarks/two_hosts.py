@@ -78,6 +78,24 @@ class TwoHosts:
         for space in self.spaces:
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
+    def inside(
+        self,
+        host: int,
+        command: Sequence[str],
+        disk: tuple[pathlib.Path, pathlib.Path] | None = None,
+    ) -> list[str]:
+        """Return the command line that runs a command on host 0 or 1.
+
+        Args:
+            disk: a folder for this host alone, and the path under which the host sees it.
+        """
+        mount = 'mount --bind "$4" "$5"; ' if disk else ""
+        script = f'hostname "$1"; mount --bind "$2" /etc/hosts; {mount}cd "$3"; shift 5; exec "$@"'
+        folder, seen_as = map(str, disk or ("-", "-"))
+        parameters = [NAMES[host], str(self.folder / "hosts"), str(ROOT), folder, seen_as]
+        shell = ["bash", "-ec", script, "-", *parameters, *command]
+        return ["ip", "netns", "exec", self.spaces[host], *UNSHARE, *shell]
+
     def start(
         self,
         host: int,
@@ -85,19 +103,14 @@ class TwoHosts:
         disk: tuple[pathlib.Path, pathlib.Path] | None = None,
         **env: str,
     ) -> subprocess.Popen:
-        """Start a command on host 0 or 1; its output is appended to the host's log.
+        """Start a command on a host; its output is appended to the host's log.
 
         Args:
-            disk: a folder for this host alone, and the path under which the host sees it.
+            disk: as for `inside`.
             env: variables of the environment.
         """
-        mount = 'mount --bind "$4" "$5"; ' if disk else ""
-        script = f'hostname "$1"; mount --bind "$2" /etc/hosts; {mount}cd "$3"; shift 5; exec "$@"'
-        folder, seen_as = map(str, disk or ("-", "-"))
-        parameters = [NAMES[host], str(self.folder / "hosts"), str(ROOT), folder, seen_as]
-        inside = ["bash", "-ec", script, "-", *parameters, *command]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.spaces[host], *UNSHARE, *inside],
+            self.inside(host, command, disk),
             stdout=self._log(host).open("a"),
             stderr=subprocess.STDOUT,
             env=environment(**env),

@@ -59,5 +59,5 @@ fi
 # A run that receives a signal saves first. By default torchrun allows 30 s for that, and it dies of
 # SIGUSR1 instead of forwarding it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-where+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+where+=(--signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 exec "$PYTHON" -m torch.distributed.run "${where[@]}" "$home/launch/train.py" --config "$config" "$@"

@@ -2,19 +2,17 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
-import yaml
 
 from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
-TORCHRUN, SBATCH, JOB = (
-    ROOT / "launch" / "torchrun.sh",
-    ROOT / "launch" / "slurm" / "train.sbatch",
-    ROOT / "launch" / "k8s" / "job.yaml",
-)
+LAUNCH = ROOT / "launch"
+TORCHRUN = LAUNCH / "torchrun.sh"
+SBATCH, SWEEP, STEP = (LAUNCH / "slurm" / n for n in ("train.sbatch", "sweep.sbatch", "step.sh"))
 # Stands in for the interpreter: what it is started with, and the ranks it sees.
 PYTHON = (
     '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT'
@@ -78,23 +76,32 @@ def programs(tmp_path) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("script", [TORCHRUN, SBATCH], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [TORCHRUN, SBATCH, SWEEP], ids=lambda p: p.name)
 def test_scripts_are_bash_and_say_how_they_are_used(script):
     assert run(["bash", "-n", script]).returncode == 0
     result = run(["bash", script])
-    assert result.returncode == 2 and "CONFIG [section.key=value" in result.stderr
+    assert result.returncode == 2 and "[section.key=value" in result.stderr
 
 
-def slurm(programs, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    job = {
-        "SLURM_JOB_ID": "71234",
-        "SLURM_JOB_NODELIST": "gpu[07-08]",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_CPUS_PER_TASK": "6",
-    }
-    return run(
-        ["bash", SBATCH, *arguments], programs, PYTHON=str(programs / "python"), **(job | more)
-    )
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say_about_the_scripts():
+    result = run(["shellcheck", "--external-sources", TORCHRUN, SBATCH, SWEEP, STEP])
+    assert result.returncode == 0, result.stdout
+
+
+JOB_VARIABLES = {
+    "SLURM_JOB_ID": "71234",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_CPUS_PER_TASK": "6",
+}
+
+
+def slurm(
+    programs, *arguments: str, script: pathlib.Path = SBATCH, **more: str
+) -> subprocess.CompletedProcess:
+    variables = {"PYTHON": str(programs / "python")} | JOB_VARIABLES | more
+    return run(["bash", script, *arguments], programs, **variables)
 
 
 def test_every_slurm_task_derives_its_rank_inside_srun(programs):
@@ -143,15 +150,81 @@ def test_a_slurm_step_that_saved_and_stopped_is_queued_again(programs):
     assert result.returncode == 0 and "scontrol requeue 71234" in result.stdout
 
 
-def test_a_failed_slurm_step_fails_the_job(programs):
+@pytest.mark.parametrize("states", ["mixed", "", "allocated\\nmixed"])
+def test_a_failed_slurm_step_fails_the_job(programs, states):
     (programs / "srun").write_text("#!/bin/sh\nexit 7\n")
-    assert slurm(programs, "c.yaml").returncode == 7
+    add_sinfo(programs, states)
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 7 and "requeue" not in result.stdout
 
 
-def test_slurm_directives_ask_for_requeueing_and_a_signal():
-    lines = SBATCH.read_text().splitlines()
-    for directive in ("--requeue", "--signal=B:USR1@120", "--open-mode=append"):
+def add_sinfo(programs, states: str) -> None:
+    (programs / "sinfo").write_text(f"#!/bin/sh\nprintf '{states}\\n'\n")
+    (programs / "sinfo").chmod(0o755)
+
+
+@pytest.mark.parametrize("states", ["mixed\\nmixed*", "down\\nmixed", "down*"])
+def test_a_slurm_step_that_lost_a_node_is_queued_again(programs, states):
+    (programs / "srun").write_text("#!/bin/sh\nexit 1\n")
+    add_sinfo(programs, states)
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == 0 and "scontrol requeue 71234" in result.stdout
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_slurm_step_that_is_done_or_refused_its_settings_is_not_queued_again(programs, code):
+    (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    add_sinfo(programs, "down")
+    result = slurm(programs, "c.yaml")
+    assert result.returncode == code and "requeue" not in result.stdout
+
+
+@pytest.mark.parametrize("script, seconds", [(SBATCH, 120), (SWEEP, 180)], ids=["train", "sweep"])
+def test_slurm_directives_ask_for_requeueing_and_a_signal(script, seconds):
+    lines = script.read_text().splitlines()
+    for directive in ("--requeue", f"--signal=B:USR1@{seconds}", "--open-mode=append"):
         assert f"#SBATCH {directive}" in lines
+
+
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "32", "SLURM_ARRAY_TASK_COUNT": "32"}
+
+
+def test_a_task_of_a_slurm_array_runs_its_part_of_a_sweep(programs):
+    (programs / "srun").write_text(
+        '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
+    )
+    words = ("configs/sweeps/table1.yaml", "--jobs", "2")
+    result = slurm(programs, *words, script=SWEEP, SLURM_ARRAY_TASK_ID="3", **ARRAY)
+    assert result.returncode == 0, result.stderr
+    command = "-m scaleup sweep configs/sweeps/table1.yaml --jobs 2 --shard 3/32\n"
+    assert result.stdout.partition(": ")[2] == command
+
+
+@pytest.mark.parametrize(
+    "array", [{}, ARRAY | {"SLURM_ARRAY_TASK_MIN": "0"}, ARRAY | {"SLURM_ARRAY_TASK_COUNT": "2"}]
+)
+def test_a_slurm_array_that_would_leave_out_parts_of_a_sweep_is_refused(programs, array):
+    result = slurm(programs, "s.yaml", script=SWEEP, SLURM_ARRAY_TASK_ID="3", **array)
+    assert result.returncode == 2 and result.stderr == "error: start this with sbatch --array=1-N\n"
+
+
+def test_slurm_tasks_run_in_a_container_of_pyxis(programs):
+    (programs / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" "PYTHON=$PYTHON"\n')
+    more = {"SCALEUP_PYXIS": "/images/a b.sqsh", "SCALEUP_MOUNTS": "/data:/data", "PYTHON": ""}
+    result = run(["bash", SBATCH, "c.yaml"], programs, **(JOB_VARIABLES | more))
+    lines = result.stdout.splitlines()
+    options = [
+        "--container-image=/images/a b.sqsh",
+        f"--container-mounts={ROOT}:{ROOT},/data:/data",
+        f"--container-workdir={ROOT}",
+    ]
+    start = lines.index(options[0])
+    assert lines[start : start + 5] == [*options, "bash", "-c"] and lines[-1] == "PYTHON=python3"
+
+
+def test_slurm_tasks_run_in_one_kind_of_container(programs):
+    result = slurm(programs, "c.yaml", SCALEUP_PYXIS="a.sqsh", SCALEUP_APPTAINER="a.sif")
+    assert result.returncode == 2 and "not both" in result.stderr
 
 
 TORCH = "-m torch.distributed.run"
@@ -252,37 +325,4 @@ def test_torchrun_trains_on_one_host(tmp_path):
     assert (
         "world      2 processes on 1 host\n" in result.stdout
         and (tmp_path / "run" / "results.json").exists()
-    )
-
-
-def test_the_kubernetes_job_has_what_several_nodes_need():
-    service, job = yaml.safe_load_all(JOB.read_text())
-    name, spec = job["metadata"]["name"], job["spec"]
-    assert (service["kind"], service["spec"]["clusterIP"], service["metadata"]["name"]) == (
-        "Service",
-        "None",
-        name,
-    )
-    assert service["spec"]["publishNotReadyAddresses"] and service["spec"]["selector"] == {
-        "job-name": name
-    }
-    assert (job["apiVersion"], job["kind"], spec["completionMode"]) == (
-        "batch/v1",
-        "Job",
-        "Indexed",
-    )
-    pod = spec["template"]["spec"]
-    (container,) = pod["containers"]
-    env = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
-    assert spec["completions"] == spec["parallelism"] == int(env["NNODES"]) > 1
-    assert pod["subdomain"] == name and env["MASTER_ADDR"] == f"{name}-0.{name}"
-    assert int(env["MASTER_PORT"]) == service["spec"]["ports"][0]["port"]
-    assert "job-completion-index" in env["NODE_RANK"]["fieldRef"]["fieldPath"]
-    assert (
-        container["command"] == ["launch/torchrun.sh"] and (ROOT / container["args"][0]).is_file()
-    )
-    assert "train.resume=auto" in container["args"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts["shm"] == "/dev/shm" and {volume["name"] for volume in pod["volumes"]} == set(
-        mounts
     )
