@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from scaleup.unipelt.sites import TESTED, find_sites
-from tests.utils.tiny import ENCODER, FAMILIES, SPECIAL, adapt, backbone
+from tests.utils.tiny import ENCODER, FAMILIES, HYBRID, SPECIAL, adapt, backbone
 
 
 def test_every_family_said_to_be_tested_is_and_no_other():
@@ -32,7 +32,8 @@ def test_every_layer_has_its_attentions_and_its_block(family):
     if family == "albert":  # one layer, run three times
         expected = (1, 0, 1)
     else:
-        expected = (4, 2, 4) if model.config.is_encoder_decoder else (3, 0, 3)
+        expected = (HYBRID.get(family, 3), 0, 3)
+        expected = (4, 2, 4) if model.config.is_encoder_decoder else expected
     assert (
         sum(not site.cross for site in attentions),
         sum(site.cross for site in attentions),

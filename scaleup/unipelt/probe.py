@@ -1,0 +1,105 @@
+"""Run an empty copy of a model once, and record what its structure does.
+
+The copy has no weights and takes no memory (meta device). It computes in bfloat16, the only type in
+which the products of experts run there. Its padding mask is a fake tensor: where transformers would
+look at the values of a mask, it takes a fake one for a model that is being traced.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from .attention import PROBE, Call, models_with_own_config, probing
+from .site_types import ENCODER_ARGUMENTS
+
+
+@dataclasses.dataclass
+class Run:
+    """One run of an empty copy. Modules are given by their paths.
+
+    Attributes:
+        modules: all modules of the copy.
+        outputs: first output of each module that ran, in the order in which they finished.
+        cross: the modules that got the output of an encoder.
+        calls: what each attention asked of its attention function.
+    """
+
+    modules: dict[str, nn.Module]
+    outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cross: set[str] = dataclasses.field(default_factory=set)
+    calls: dict[str, Call] = dataclasses.field(default_factory=dict)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Record a module when it runs."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
+                self.cross.add(name)
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.outputs[name] = output[0] if isinstance(output, (tuple, list)) else output
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+
+
+def probe(model: PreTrainedModel) -> Run:
+    """Run an empty copy of a model on four tokens, without its head.
+
+    Raises:
+        ValueError: for a model that does not run so, or that reads something else than text.
+    """
+    empty = _empty_copy(model)
+    run = Run(dict(empty.named_modules()))
+    for name, module in run.modules.items():
+        run.watch(name, module)
+    tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
+    # Without a mask, decoders look at the values of positions to find packed sequences.
+    mask = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(tokens)
+    inputs: dict[str, torch.Tensor] = {"input_ids": tokens, "attention_mask": mask}
+    if empty.config.is_encoder_decoder:
+        inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+    with probing() as calls:
+        try:
+            with torch.no_grad():
+                empty.base_model(**inputs)
+        except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            raise ValueError(_why_not(empty, error)) from error
+    paths = {id(module): name for name, module in run.modules.items()}
+    run.calls = {paths[id(call.module)]: call for call in calls}
+    return run
+
+
+def unsupported(model: PreTrainedModel) -> str:
+    """Return the beginning of the messages about models that are refused."""
+    return f"UniPELT does not support the model type {model.config.model_type}"
+
+
+def _why_not(empty: PreTrainedModel, error: Exception) -> str:
+    modalities = empty.base_model.input_modalities
+    other = {modalities} if isinstance(modalities, str) else set(modalities)
+    if other := other - {"text"}:
+        reads = " and ".join(sorted(other))
+        return f"{unsupported(empty)}: it reads {reads}, and UniPELT is a method for text models"
+    reason = " ".join(str(error).split())[:100]
+    return f"{unsupported(empty)}: it does not run without weights ({reason})"
+
+
+def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = PROBE if model._can_set_attn_implementation() else "eager"
+    if "quantization_config" in config.__dict__:  # the copy has no weights to quantise
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = type(model)(config).eval().to(torch.bfloat16)
+    # The mask of eager attention looks at values, which the copy does not have.
+    for part in models_with_own_config(empty):
+        part.config._attn_implementation = PROBE
+    return empty
