@@ -122,9 +122,7 @@ class Passes(nn.Module):
             ended.store(self.slots)
         ended.clear()
 
-    def note_cache(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def note_cache(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the KV cache, to which the layer with the totals is added.
 
         This is a forward pre-hook of the first block, because models may create the cache.

@@ -1,14 +1,12 @@
 """Run an empty copy of a model once, and record what its structure does.
 
-The copy has no weights and takes no memory (meta device). It computes in bfloat16, the only type in
-which the products of experts run there. Its padding mask is a fake tensor: where transformers would
-look at the values of a mask, it takes a fake one for a model that is being traced.
+The copy has no weights and takes no memory (meta device). With experts it computes in bfloat16, the
+only type in which their products run there. Its padding mask is a fake tensor: where transformers
+would look at the values of a mask, it takes a fake one for a model that is being traced.
 """
 
-import contextlib
 import copy
 import dataclasses
-import inspect
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from transformers import PreTrainedModel
 
 from .attention import PROBE, Call, models_with_own_config, probing
 from .site_types import ENCODER_ARGUMENTS
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclasses.dataclass
@@ -98,8 +98,23 @@ def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
     if "quantization_config" in config.__dict__:  # the copy has no weights to quantise
         del config.quantization_config
     with torch.device("meta"):
-        empty = type(model)(config).eval().to(torch.bfloat16)
+        empty = type(model)(config).eval()
+    if has_experts(empty):
+        empty.to(torch.bfloat16)
     # The mask of eager attention looks at values, which the copy does not have.
     for part in models_with_own_config(empty):
         part.config._attn_implementation = PROBE
     return empty
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds the weights of experts, [experts, in, out] or [experts, out, in].
+
+    Convolutions have weights of three dimensions, too.
+    """
+    return any(
+        parameter.dim() == 3
+        for part in module.modules()
+        if not isinstance(part, CONVOLUTIONS)
+        for parameter in part.parameters(recurse=False)
+    )

@@ -32,8 +32,8 @@ class AttentionSite:
         layout: of a fused projection, else None.
         hidden_size: width of its input.
         heads: number of query heads.
-        kv_heads, head_size: number and size of the key-value heads. All three are 0 if no prefix can
-            take part in its softmax.
+        kv_heads, head_size: number and size of the key-value heads. All three are 0 if no prefix
+            can take part in its softmax.
         causal: whether its mask hides later keys from a query.
         causal_block: whether it belongs to a decoder's layer, where nothing may depend on later
             tokens.

@@ -3,8 +3,8 @@
 An empty copy of the model runs once on four tokens, with an attention function that only records
 its callers (`probe.py`). An attention is a module that called it. A block is an entry of a list of
 equal layers that contains attentions. A block is post-LN if it returns the very tensor that its
-last norm returned, otherwise pre-LN. In a hybrid model, some entries of that list mix tokens without
-a softmax (RECURRENT): they are blocks without an attention.
+last norm returned, otherwise pre-LN. In a hybrid model, some entries of that list mix tokens
+without a softmax (RECURRENT): they are blocks without an attention.
 
 A model that computes attention itself has its attentions where one query, one key and one value
 projection are siblings. Structure does not tell how a fused projection lays out its rows, and which
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .attention import ATTENTION, Call
-from .probe import probe, unsupported
+from .probe import has_experts, probe, unsupported
 from .site_types import AttentionSite, BlockSite, FusedQKVLayout, mask_arguments
 from .softmax_prefix import BY_SOFTMAX
 
@@ -63,8 +63,8 @@ TESTED = (
     "umt5",
     "xlm-roberta",
 )
-# Tested decoders that recognise by the positions where a packed text begins. OPT's mask ignores
-# them.
+# Tested decoders that recognise by the positions where a packed text begins. The masks of OPT and
+# GPT-OSS ignore them, and so do layers without a softmax.
 PACKS = (
     "gemma2",
     "gemma3_text",
@@ -93,7 +93,6 @@ FUSED = {
 # Kinds of layers, in a config's layer_types, that mix tokens without a softmax.
 RECURRENT = ("linear_attention", "conv")
 SDPA = ("sdpa", ATTENTION["sdpa"])
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -296,7 +295,7 @@ class _Search:
         attentions = [name for name in self.attentions if name in inside]
         for name in (f"{block}.{child}" for child, _ in self.modules[block].named_children()):
             attends = any(path == name or path.startswith(name + ".") for path in attentions)
-            if name in inside and not attends and _has_experts(self.modules[name]):
+            if name in inside and not attends and has_experts(self.modules[name]):
                 return name, name
         start = max(map(inside.index, attentions), default=0)
         after = [path for path in inside[start:] if _is_linear(self.modules[path])]
@@ -318,19 +317,6 @@ def _computes_attention(module: nn.Module) -> bool:
     projections = _projections(module)
     separate = projections is not None and len(set(projections)) == 3
     return separate or type(module).__name__ in BY_SOFTMAX
-
-
-def _has_experts(module: nn.Module) -> bool:
-    """Tell whether a module holds the weights of experts, [experts, in, out] or [experts, out, in].
-
-    Convolutions have weights of three dimensions, too.
-    """
-    return any(
-        parameter.dim() == 3
-        for part in module.modules()
-        if not isinstance(part, CONVOLUTIONS)
-        for parameter in part.parameters(recurse=False)
-    )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -50,9 +50,7 @@ T5 = SPECIAL | dict(
     relative_attention_num_buckets=8,
 )
 GROUPED = ENCODER | dict(num_key_value_heads=2, head_dim=8)
-EXPERTS = dict(
-    num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LINEAR = dict(
     layer_types=["linear_attention", "full_attention", "linear_attention"],
     linear_num_key_heads=2,
@@ -162,6 +160,8 @@ FAMILIES = {
 # Hybrid families → number of their attentions. Their other layers mix tokens without a softmax.
 HYBRID = {"qwen3_5_text": 1, "qwen3_next": 1, "falcon_h1": 3, "lfm2": 1}
 MIXED = ("qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next")  # mixtures of experts
+# Of a kind of which another family runs by default: their other tests are slow ones.
+LATER = ("qwen3_moe", "glm4_moe", "qwen3_5_text", "lfm2")
 # With the sdpa of transformers, UMT5's decoder sees later tokens (refused) and Gemma 2 leaves out
 # the cap. DeBERTa, MPNet and GPT-OSS have none.
 NO_SDPA = ("umt5", "deberta-v2", "mpnet", "gemma2", "gpt_oss")
