@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from .attention import PROBE, Call, models_with_own_config, probing
 from .site_types import ENCODER_ARGUMENTS
@@ -56,6 +56,8 @@ def probe(model: PreTrainedModel) -> Run:
     Raises:
         ValueError: for a model that does not run so, or that reads something else than text.
     """
+    if not reads_text(model.config):
+        raise ValueError(f"{unsupported(model)}: {not_for_texts(model.config)}")
     empty = _empty_copy(model)
     run = Run(dict(empty.named_modules()))
     for name, module in run.modules.items():
@@ -82,14 +84,32 @@ def unsupported(model: PreTrainedModel) -> str:
     return f"UniPELT does not support the model type {model.config.model_type}"
 
 
+def reads_text(config: Any) -> bool:
+    """Tell whether the main input of a model type is text."""
+    return _model_class(config).main_input_name == "input_ids"
+
+
+def not_for_texts(config: Any) -> str | None:
+    """Return why a model type that does not run on text alone is none for UniPELT.
+
+    None if text is all that it reads.
+    """
+    modalities = _model_class(config).input_modalities
+    others = ({modalities} if isinstance(modalities, str) else set(modalities)) - {"text"}
+    reads = " and ".join(sorted(others))
+    return f"it takes {reads} input, and UniPELT is a method for text models" if others else None
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    """Return transformers' class for the body of a model type."""
+    found: Any = MODEL_MAPPING.get(type(config), PreTrainedModel)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def _why_not(empty: PreTrainedModel, error: Exception) -> str:
-    modalities = empty.base_model.input_modalities
-    other = {modalities} if isinstance(modalities, str) else set(modalities)
-    if other := other - {"text"}:
-        reads = " and ".join(sorted(other))
-        return f"{unsupported(empty)}: it reads {reads}, and UniPELT is a method for text models"
     reason = " ".join(str(error).split())[:100]
-    return f"{unsupported(empty)}: it does not run without weights ({reason})"
+    why = not_for_texts(empty.config) or "it does not run without weights"
+    return f"{unsupported(empty)}: {why} ({reason})"
 
 
 def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
