@@ -22,6 +22,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
+# The tests that families in LATER take by default.
+ALWAYS = (
+    "test_logits_equal_the_plain_reference",
+    "test_gradients_equal_those_of_the_plain_path",
+    "test_a_folder_with_learned_gates_gives_the_logits_of_the_model",
+    "test_with_and_without_the_cache_the_same_tokens_and_logits",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.utils.tiny import LATER  # imports torch, which needs the environment from above
+
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if family in LATER and item.originalname not in ALWAYS:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     # Tests with several processes run one at a time: four processes on two cores are much slower

@@ -250,6 +250,8 @@ def empty_model(
     transformers' `from_config` would allocate and shard every weight under ZeRO-3.
     """
     cls = auto._model_mapping[type(config)]
+    if cls.config_class is type(config.get_text_config()):  # without the images of Qwen3.5
+        config = config.get_text_config()
     config._attn_implementation = implementation(attention)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype or default)

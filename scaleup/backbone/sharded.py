@@ -88,6 +88,7 @@ class _Loader:
             self.names.setdefault(id(parameter), []).append(name)
         # Meta parameter and its replacement. The former is kept alive so that its id stays unique.
         self.loaded: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.blank: list[str] = []  # buffers that the checkpoint lacks
 
     def fill(self, prefix: str, module: nn.Module) -> list[nn.Parameter]:
         """Load or initialise the parameters and buffers of one module; return new parameters."""
@@ -117,11 +118,30 @@ class _Loader:
             if buffer is not None and buffer.device.type == "meta":
                 value = self.weights.get([f"{prefix}.{name}"])
                 complete = complete and value is not None
-                value = torch.empty_like(buffer, device=self.device) if value is None else value
+                if value is None:
+                    self.blank.append(f"{prefix}.{name}".removeprefix("."))
+                    blank = float("nan") if buffer.is_floating_point() else 0
+                    value = torch.full_like(buffer, blank, device=self.device)
                 module._buffers[name] = value.to(self.device, buffer.dtype)
         if not complete:
             self.model._init_weights(module)
+            for parameter in new:
+                parameter._is_hf_initialized = True
         return new
+
+    def finish(self) -> None:
+        """Let modules initialise the buffers of those inside them, after all are loaded.
+
+        Raises:
+            ValueError: if a buffer remains without a value.
+        """
+        for name in self.blank:
+            path = name
+            while self.model.get_buffer(name).isnan().any():
+                if not path:
+                    raise ValueError(f"{name} is not in the checkpoint; use ZeRO-2")
+                path = path.rpartition(".")[0]
+                self.model._init_weights(self.model.get_submodule(path))
 
     def _read(self, empty: nn.Parameter, module: nn.Module) -> torch.Tensor | None:
         """Return a copy of a tensor in the model's type; None if the checkpoint has none that fits.
@@ -157,5 +177,6 @@ def load_sharded(
         if read > TRIM_EVERY:
             return_freed_memory()
             read = 0
+    loader.finish()
     return_freed_memory()
     return loader.info

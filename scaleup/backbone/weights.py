@@ -3,6 +3,7 @@
 This is the only file that uses transformers' renaming of checkpoint keys.
 """
 
+import copy
 import ctypes
 import hashlib
 import pathlib
@@ -14,13 +15,17 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
 SAMPLES = 256  # pieces of 1 KiB of each file that identify it
 
 
 class Weights:
-    """The tensors of a checkpoint by their names in a model, read one by one from mapped files."""
+    """The tensors of a checkpoint by their names in a model, read one by one from mapped files.
+
+    A tensor may be made of several in the files: the hub's format has the weights of each expert
+    apart.
+    """
 
     def __init__(self, model: PreTrainedModel, folder: pathlib.Path):
         files = weight_files(folder)
@@ -29,30 +34,55 @@ class Weights:
         mapping = get_model_conversion_mapping(model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         expected = dict(model.named_parameters(remove_duplicate=False))
         expected |= dict(model.named_buffers(remove_duplicate=False))
+        self._model = model
         self._sources: dict[str, tuple[Any, str]] = {}
+        # What makes a tensor, and its parts: source, key, and the pattern that the key matches.
+        self._made: dict[str, tuple[WeightConverter, list[tuple[Any, str, str]]]] = {}
+        keys: list[tuple[Any, str]] = []
         for path in files:
             if path.suffix == ".safetensors":
                 source = safe_open(path, framework="pt")
             else:
                 source = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            for key in list(source.keys()):
-                name, converted = rename_source_key(
-                    key, renamings, converters, model.base_model_prefix, expected
-                )
-                if converted is not None:
-                    problem = f"{key} has to be converted while loading, which is not possible here"
-                    raise ValueError(f"{problem}; save the model once with transformers")
+            keys += [(source, key) for key in source.keys()]  # noqa: SIM118 (no mapping)
+        for source, key in sorted(keys, key=lambda pair: dot_natural_key(pair[1])):
+            name, pattern = rename_source_key(
+                key, renamings, converters, model.base_model_prefix, expected
+            )
+            if pattern is None:
                 self._sources[name] = (source, key)
+                continue
+            converter = by_pattern[pattern]
+            if len(converter.target_patterns) > 1:
+                problem = f"{key} has to be split while loading, which is not possible here"
+                raise ValueError(f"{problem}; rename it in the files")
+            self._made.setdefault(name, (converter, []))[1].append((source, key, pattern))
 
     def get(self, names: Iterable[str]) -> torch.Tensor | None:
         """Return the tensor under the first of the names that the checkpoint contains."""
         for name in names:
             if name in self._sources:
-                source, key = self._sources[name]
-                return source[key] if isinstance(source, dict) else source.get_tensor(key)
+                return _read(*self._sources[name])
+            if name in self._made:
+                return self._make(name)
         return None
+
+    def _make(self, name: str) -> torch.Tensor:
+        """Return a tensor that is made of several, as transformers makes it."""
+        converter, parts = self._made[name]
+        converter = copy.deepcopy(converter)  # it collects the parts of one tensor
+        for source, key, pattern in parts:
+            tensor: Any = _read(source, key)
+            converter.add_tensor(name, key, pattern, tensor)
+        (made,) = converter.convert(name, model=self._model, config=self._model.config).values()
+        return made
+
+
+def _read(source: Any, key: str) -> torch.Tensor:
+    return source[key] if isinstance(source, dict) else source.get_tensor(key)
 
 
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:

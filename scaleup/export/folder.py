@@ -42,6 +42,10 @@ class {model}(transformers.{model}):
     def __init__(self, config: {config}):
         super().__init__(config)
         attach_exported(self, config.unipelt)
+
+    @classmethod
+    def is_custom_code(cls):
+        return False  # else transformers would not let a backbone fill the buffers of its layers
 '''
 STRICT = '    _keep_in_fp32_modules_strict = ["unipelt"]  # gates average many tokens\n'
 

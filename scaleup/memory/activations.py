@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.unipelt.kernels import planned_for
+from scaleup.unipelt.sites import RECURRENT
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
@@ -103,7 +104,7 @@ class _Replacements:
 
     def functions(self) -> list[tuple[Any, str, Callable]]:
         """Return (module, name, function) of every replacement."""
-        replaced = [(torch, "rand", self._rand)]
+        replaced = [(torch, "rand", self._rand), (functional, "grouped_mm", _grouped_mm)]
         if self.kernels.linear != "plain":
             replaced.append((functional, "linear", self._linear))
         if self.kernels.device == "cuda":
@@ -178,6 +179,15 @@ class _Replacements:
         x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
         return torch.ops.aten.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """Multiply tokens by the weights of their experts.
+
+    torch's own operation runs without data in bfloat16 only. transformers has this one for devices
+    without it; it makes the same tensors.
+    """
+    return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
 
 
 def _in_float32(function: Callable) -> Callable:
@@ -304,7 +314,8 @@ def trace(
     """Predict one step of the model that `make(config)` builds on the meta device.
 
     All layers of a stack are alike, so a deep model is extrapolated from copies with two and three
-    layers. Random skipping of layers (BART's layerdrop) is off, which is the worst case.
+    layers. In a hybrid model the pattern of layers is what repeats. Random skipping of layers
+    (BART's layerdrop) is off, which is the worst case.
     """
     names = config.to_dict()
     depths = {
@@ -321,13 +332,23 @@ def trace(
             setattr(shallow, name, depth)
         return _fake_step(make(shallow), kernels, batch, length, target)
 
-    low = {name: min(depth, 2) for name, depth in depths.items()}
+    unit = _repeated(config)
+    low = {name: min(depth, max(unit, 2)) for name, depth in depths.items()}
     base = at(**low)
     kept, peak, operations = base.kept, base.peak, base.operations
     for name, depth in depths.items():
         if depth > low[name]:
-            deeper = at(**(low | {name: low[name] + 1}))
-            kept += (depth - low[name]) * (deeper.kept - base.kept)
-            peak += (depth - low[name]) * (deeper.peak - base.peak)
-            operations += (depth - low[name]) * (deeper.operations - base.operations)
+            more = min(unit, depth - low[name])
+            deeper = at(**(low | {name: low[name] + more}))
+            kept += (depth - low[name]) * (deeper.kept - base.kept) // more
+            peak += (depth - low[name]) * (deeper.peak - base.peak) // more
+            operations += (depth - low[name]) * (deeper.operations - base.operations) // more
     return Step(kept, peak, operations)
+
+
+def _repeated(config: PretrainedConfig) -> int:
+    """Return the length of the pattern of layers that a hybrid model repeats, 1 for others."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    if not set(kinds) & set(RECURRENT):
+        return 1
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])

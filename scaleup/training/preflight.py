@@ -37,6 +37,7 @@ from scaleup.settings.schema import (
 )
 from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
 from scaleup.training.output_folder import output_folder_problems
+from scaleup.unipelt.probe import not_for_texts
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
 from scaleup.unipelt.submodules import SUBMODULES
 
@@ -227,7 +228,8 @@ def model_config(sections: dict[str, Section]) -> list[str]:
         problems += packing_problems(data, config) + _head_problems(model, data, config)
     elif not model.trust_remote_code:
         kind = f"{config.model_type} model for data.task {data.resolved_task}"
-        problems.append(f"model.name: transformers has no {kind}")
+        why = not_for_texts(config)
+        problems.append(f"model.name: transformers has no {kind}" + (f": {why}" if why else ""))
     if isinstance(method, MethodSettings):
         problems += _structure_problems(model, method, data, config)
     return problems

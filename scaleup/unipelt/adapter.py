@@ -314,7 +314,7 @@ class Adapter(BottleneckSubmodule):
             return attachment.child(
                 block,
                 BLOCK_CHILD,
-                lambda: PreNormAdapter(_first_linear(block), passes),
+                lambda: PreNormAdapter(first_linear(block), passes),
                 {"after": "after_block"},
             )
         norm = attachment.model.get_submodule(site.norm)
@@ -328,5 +328,6 @@ class Adapter(BottleneckSubmodule):
             folding.renamed[site.norm] = f"{site.norm}.base_layer"
 
 
-def _first_linear(block: nn.Module) -> nn.Module:
+def first_linear(block: nn.Module) -> nn.Module:
+    """Return a module of a block whose device and data type its adapters take."""
     return next(module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D)))

@@ -150,5 +150,6 @@ class Attachment:
         causal = [site for site in self.attentions if site.parent == parent and site.causal]
         if new and masked and causal:
             child.kv_layers = len(causal)
-            self.hook(child, self.model.get_submodule(causal[0].name), "before", child.note_cache)
+            first = next(site for site in self.blocks if site.parent == parent and site.causal)
+            self.hook(child, self.model.get_submodule(first.name), "before", child.note_cache)
         return child

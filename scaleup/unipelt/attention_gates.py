@@ -112,14 +112,6 @@ class AttentionGates(SiteLayer):
         self.members: dict[str, AttentionMember] = {}  # by the name of the submodule
         self.prefix_source: PrefixSource | None = None
 
-    @property
-    def heads(self) -> int:
-        """The number of query heads, 0 if no prefix can take part in the softmax."""
-        if self.site.layout is not None:
-            return self.site.layout.heads
-        query: Any = self.get_base_layer()
-        return query.out_features // self.site.head_size if self.site.takes_prefix else 0
-
     def declare(self) -> Sites:
         if self.active_entry(self.unipelt_gate) is None:
             return {}
@@ -140,7 +132,7 @@ class AttentionGates(SiteLayer):
             reader=self.members[readers[0]] if readers else None,
             ranks=ranks,
             other=self.members[others[0]] if others else None,
-            heads=self.heads if others else 0,
+            heads=self.site.heads if others else 0,
         )
         sites: Sites = {self: Site(narrow, details=fast)}
         for name in names:

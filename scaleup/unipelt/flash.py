@@ -39,8 +39,11 @@ def check_flash(model: PreTrainedModel) -> None:
         reason = "caps its scores"
     elif getattr(config, "attention_chunk_size", None):
         reason = "attends in chunks"
+    elif any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        reason = "has attention sinks"
     if reason is not None:
-        raise ValueError(f"{SETTING}: {config.model_type} {reason}; set model.attention=sdpa")
+        other = "sdpa" if model._supports_sdpa else "eager"
+        raise ValueError(f"{SETTING}: {config.model_type} {reason}; set model.attention={other}")
 
 
 def flash_lengths(

@@ -3,7 +3,8 @@
     FFN(x) becomes FFN(x) + G · adapter(x)          adapter: as in adapter.py
 
 x is the input of the sublayer's first projection, which pre-LN blocks have normalised. The sum is
-made at the output of the sublayer's last projection.
+made at the output of the sublayer's last projection. A mixture of experts is one module, beside
+which the adapter stands.
 
 Shapes: B examples, T tokens, D hidden size.
 """
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import BottleneckLayer, BottleneckSubmodule
+from .adapter import BottleneckLayer, BottleneckSubmodule, first_linear
 from .attachment import Attachment
 from .site_types import AttentionSite, BlockSite
 from .submodule import LARGEST, option
 
-PARALLEL_CHILD = "unipelt_parallel"  # the child of the last projection
+PARALLEL_CHILD = "unipelt_parallel"  # the child of the last projection, or of the experts
 
 
 @dataclasses.dataclass
@@ -50,18 +51,26 @@ class ParallelAdapterLayer(BottleneckLayer):
         self, projection: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Keep the input of the sublayer. This is a forward pre-hook of its first projection."""
-        self.passes.current.calls[self] = args[0]
+        self.passes.current.calls[self] = args[0] if args else kwargs["hidden_states"]
 
     def after_feed_forward(
-        self, projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Add the gated adapter. This is a forward hook of the sublayer's last projection."""
+        self, projection: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> torch.Tensor | tuple[Any, ...] | None:
+        """Add the gated adapter. This is a forward hook of the sublayer's last projection.
+
+        Experts may return their scores as well, behind the output.
+        """
         calls = self.passes.current.calls
         x, examples = calls.pop(self), calls.pop((self, "examples"), None)
+        out = output[0] if isinstance(output, tuple) else output
         if examples is None:
-            return self.updated(output, x)
-        updated_BTD = self.updated(*(y.unflatten(0, (examples, -1)) for y in (output, x)))
-        return None if updated_BTD is None else updated_BTD.flatten(0, 1)
+            updated = self.updated(out, x)
+        else:
+            updated = self.updated(*(y.unflatten(0, (examples, -1)) for y in (out, x)))
+            updated = None if updated is None else updated.flatten(0, 1)
+        if updated is None or not isinstance(output, tuple):
+            return updated
+        return (updated, *output[1:])
 
 
 class ParallelAdapter(BottleneckSubmodule):
@@ -92,16 +101,16 @@ class ParallelAdapter(BottleneckSubmodule):
     def layer(self, attachment: Attachment, site: BlockSite) -> BottleneckLayer:
         assert site.feed_forward is not None
         first, last = (attachment.model.get_submodule(path) for path in site.feed_forward)
+        block = attachment.model.get_submodule(site.name)
         new = PARALLEL_CHILD not in last._modules
         layer: ParallelAdapterLayer = attachment.child(
             last,
             PARALLEL_CHILD,
-            lambda: ParallelAdapterLayer(last, attachment.passes[site.parent]),
+            lambda: ParallelAdapterLayer(first_linear(block), attachment.passes[site.parent]),
             {"after": "after_feed_forward"},
         )
         if new:
             attachment.hook(layer, first, "before", layer.before_feed_forward)
             if site.flat:
-                block = attachment.model.get_submodule(site.name)
                 attachment.hook(layer, block, "before", layer.before_block)
         return layer

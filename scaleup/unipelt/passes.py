@@ -125,12 +125,10 @@ class Passes(nn.Module):
             ended.store(self.slots)
         ended.clear()
 
-    def note_cache(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def note_cache(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the KV cache, to which the layer with the totals is added.
 
-        This is a forward pre-hook of the first self-attention, because models may create the cache.
+        This is a forward pre-hook of the first block, because models may create the cache.
         """
         current, cache = self.current, find_cache((*kwargs.values(), *args))
         if cache is None or current.recomputed:

@@ -149,7 +149,9 @@ def totals_layer(
         # Each attention would create its layer at its own turn, behind the totals.
         while len(cache.layers) < kv_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-        totals = StaticGateTotals() if cache.layers[0].is_compileable else GateTotals()
+        # Layers without keys, of a hybrid model, are the same in a dynamic and in a static cache.
+        first = next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+        totals = StaticGateTotals() if first.is_compileable else GateTotals()
         cache.layers.append(totals)
     return totals
 

@@ -31,8 +31,9 @@ class AttentionSite:
         query, value: paths of the projections; equal if they are fused.
         layout: of a fused projection, else None.
         hidden_size: width of its input.
-        kv_heads, head_size: number and size of the key-value heads; 0 if no prefix can take part in
-            its softmax.
+        heads: number of query heads.
+        kv_heads, head_size: number and size of the key-value heads. All three are 0 if no prefix
+            can take part in its softmax.
         causal: whether its mask hides later keys from a query.
         causal_block: whether it belongs to a decoder's layer, where nothing may depend on later
             tokens.
@@ -51,6 +52,7 @@ class AttentionSite:
     value: str
     layout: FusedQKVLayout | None
     hidden_size: int
+    heads: int
     kv_heads: int
     head_size: int
     causal: bool
@@ -72,8 +74,8 @@ class BlockSite:
         name: path of the block.
         parent: path of the smallest model around it.
         norm: path of the closing norm of a post-LN block, None for a pre-LN block.
-        feed_forward: paths of the first and the last projection of its feed-forward sublayer, None
-            if they were not found.
+        feed_forward: paths of the first and the last projection of its feed-forward sublayer, twice
+            that of the sublayer if it is a mixture of experts, None if they were not found.
         hidden_size: width of its output.
         causal: whether nothing in it may depend on later tokens.
         flat: whether the feed-forward sublayer gets the tokens of all examples as one matrix

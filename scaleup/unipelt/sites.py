@@ -1,26 +1,27 @@
 """Where UniPELT goes in a transformers model, found by the structure of the model.
 
-An empty copy of the model (meta device: no memory, no weights) runs once on four tokens, with an
-attention function that only records its callers. An attention is a module that called it. A block
-is the entry of a list of equal layers that contains attentions. A block is post-LN if it returns
-the very tensor that its last norm returned, otherwise pre-LN.
+An empty copy of the model runs once on four tokens, with an attention function that only records
+its callers (`probe.py`). An attention is a module that called it. A block is an entry of a list of
+equal layers that contains attentions. A block is post-LN if it returns the very tensor that its
+last norm returned, otherwise pre-LN. In a hybrid model, some entries of that list mix tokens
+without a softmax (RECURRENT): they are blocks without an attention.
 
 A model that computes attention itself has its attentions where one query, one key and one value
 projection are siblings. Structure does not tell how a fused projection lays out its rows, and which
 of these attentions a prefix can reach. Two small tables do (FUSED, BY_SOFTMAX).
 """
 
-import copy
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .attention import ATTENTION, PROBE, Call, models_with_own_config, probing
-from .site_types import ENCODER_ARGUMENTS, AttentionSite, BlockSite, FusedQKVLayout, mask_arguments
+from .attention import ATTENTION, Call
+from .probe import has_experts, probe, unsupported
+from .site_types import AttentionSite, BlockSite, FusedQKVLayout, mask_arguments
 from .softmax_prefix import BY_SOFTMAX
 
 # Model types whose submodules are all compared with a plain reference (the contract tests). Others
@@ -33,13 +34,18 @@ TESTED = (
     "deberta-v2",
     "distilbert",
     "electra",
+    "falcon_h1",
     "gemma2",
     "gemma3_text",
+    "glm4_moe",
     "gpt2",
     "gpt_neox",
+    "gpt_oss",
+    "lfm2",
     "llama",
     "mbart",
     "mistral",
+    "mixtral",
     "modernbert",
     "mpnet",
     "mt5",
@@ -49,27 +55,33 @@ TESTED = (
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
     "roberta",
     "t5",
     "umt5",
     "xlm-roberta",
 )
-# Tested decoders that recognise by the positions where a packed text begins. OPT's mask ignores
-# them.
+# Tested decoders that recognise by the positions where a packed text begins. The masks of OPT and
+# GPT-OSS ignore them, and so do layers without a softmax.
 PACKS = (
     "gemma2",
     "gemma3_text",
+    "glm4_moe",
     "gpt2",
     "gpt_neox",
     "llama",
     "mistral",
+    "mixtral",
     "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
 )
 # Tested model types whose sdpa attention does not work; find_sites says why.
-EAGER_ONLY = ("deberta-v2", "mpnet", "umt5")
+EAGER_ONLY = ("deberta-v2", "gpt_oss", "mpnet", "umt5")
 # Attention class → its fused projection and the order of its rows: three parts one after another
 # ("parts": all queries, all keys, all values) or three parts for each head ("heads").
 FUSED = {
@@ -78,6 +90,8 @@ FUSED = {
     "ModernBertAttention": ("Wqkv", "parts"),
     "Phi3Attention": ("qkv_proj", "parts"),
 }
+# Kinds of layers, in a config's layer_types, that mix tokens without a softmax.
+RECURRENT = ("linear_attention", "conv")
 SDPA = ("sdpa", ATTENTION["sdpa"])
 
 
@@ -116,30 +130,28 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[BlockSite]]:
 
 
 class _Search:
-    """The run of an empty copy, and what it shows about the structure of the model."""
+    """What the run of an empty copy shows about the structure of the model."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        probe = _empty_copy(model)
-        self.modules: dict[str, nn.Module] = dict(probe.named_modules())
-        self.outputs: dict[str, Any] = {}  # in the order in which modules finished
-        self.cross: set[str] = set()
-        for name, module in self.modules.items():
-            self._watch(name, module)
-        paths = {id(module): name for name, module in self.modules.items()}
-        with probing() as calls:
-            self._run(probe)
-            self.calls: dict[str, Call | None] = {paths[id(call.module)]: call for call in calls}
+        run = probe(model)
+        self.modules, self.outputs, self.cross = run.modules, run.outputs, run.cross
+        self.calls: dict[str, Call | None] = dict(run.calls)
         if not model._can_set_attn_implementation():
             self.calls = {n: None for n, m in self.modules.items() if _computes_attention(m)}
         self.attentions = [name for name in self.outputs if name in self.calls]
         self.lists = _equal_layers(self.modules)
         self._refuse_unknown()
+        stacks = self._stacks(self.attentions)
+        # In the order in which they finished.
+        self.blocks = [n for n in self.outputs if n in self.lists and _list_of(n) in stacks]
+        self._refuse_blocks_without_attention()
 
     def sites(self) -> tuple[list[AttentionSite], list[BlockSite]]:
         """Return the attentions and blocks."""
         causal = {n for n in self.attentions if n not in self.cross and self._is_causal(n)}
-        causal_blocks = {_enclosing(name, self.lists) for name in causal}
+        stacks = self._stacks(causal)
+        causal_blocks = {name for name in self.blocks if _list_of(name) in stacks}
         sees_later = any(not getattr(self.modules[name], "is_causal", True) for name in causal)
         if self.model.config._attn_implementation in SDPA and sees_later:
             raise ValueError(
@@ -158,46 +170,16 @@ class _Search:
             layer = sum(site.parent == parent and site.cross == cross for site in attentions)
             in_causal_block = _enclosing(name, self.lists) in causal_blocks
             attentions.append(self._attention(name, parent, layer, name in causal, in_causal_block))
-        blocks = dict.fromkeys(_enclosing(name, self.lists) for name in self.attentions)
         return attentions, [
-            self._block(name, _enclosing(name, parents), name in causal_blocks) for name in blocks
+            self._block(name, _enclosing(name, parents), name in causal_blocks)
+            for name in self.blocks
         ]
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
-                self.cross.add(name)
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.outputs[name] = output[0] if isinstance(output, (tuple, list)) else output
-
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after)
-
-    def _run(self, probe: PreTrainedModel) -> None:
-        """Run four tokens through the backbone, without a head."""
-        tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
-        # Without a mask, decoders look at values to find packed sequences.
-        inputs = {"input_ids": tokens, "attention_mask": tokens}
-        if probe.config.is_encoder_decoder:
-            inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
-        try:
-            with torch.no_grad():
-                probe.base_model(**inputs)
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise ValueError(
-                f"{self._unsupported()}: it does not run without weights ({reason})"
-            ) from error
-
-    def _unsupported(self) -> str:
-        return f"UniPELT does not support the model type {self.model.config.model_type}"
 
     def _refuse_unknown(self) -> None:
         """Raise ValueError for a model to which UniPELT could be attached only in part."""
         if not self.attentions:
             raise ValueError(
-                f"{self._unsupported()}: looked for attentions that call transformers' "
+                f"{unsupported(self.model)}: looked for attentions that call transformers' "
                 "exchangeable attention function, or have one query, one key and one value "
                 "projection, and found none"
             )
@@ -206,19 +188,31 @@ class _Search:
             if _projections(module) is None:
                 linear = ", ".join(n for n, m in module.named_children() if _is_linear(m))
                 raise ValueError(
-                    f"{self._unsupported()}: looked for one query, one key and one value "
+                    f"{unsupported(self.model)}: looked for one query, one key and one value "
                     f"projection in {type(module).__name__}, found {linear}"
                 )
             if not any(name.startswith(entry + ".") for entry in self.lists):
-                raise ValueError(f"{self._unsupported()}: {name} is in no list of equal layers")
-        used = {_enclosing(name, self.lists).rpartition(".")[0] for name in self.attentions}
-        for entry, module in self.lists.items():
-            without = not any(name.startswith(entry + ".") for name in self.attentions)
-            if entry.rpartition(".")[0] in used and entry in self.outputs and without:
                 raise ValueError(
-                    f"{self._unsupported()}: the layer {entry} ({type(module).__name__}) "
-                    "has no attention"
+                    f"{unsupported(self.model)}: {name} is in no list of layers of one class"
                 )
+
+    def _refuse_blocks_without_attention(self) -> None:
+        """Raise ValueError unless the config says that these layers have no softmax."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or []
+        for name in self.blocks:
+            if any(attention.startswith(name + ".") for attention in self.attentions):
+                continue
+            number = int(name.rpartition(".")[2])
+            kind = kinds[number] if number < len(kinds) else None
+            if kind not in RECURRENT:
+                found = type(self.modules[name]).__name__ + (f", {kind}" if kind else "")
+                raise ValueError(
+                    f"{unsupported(self.model)}: the layer {name} ({found}) has no attention"
+                )
+
+    def _stacks(self, attentions: Iterable[str]) -> set[str]:
+        """Return the paths of the lists of blocks that contain attentions."""
+        return {_list_of(_enclosing(name, self.lists)) for name in attentions}
 
     def _is_causal(self, name: str) -> bool:
         """Decide by the mask that the attention got, or else by its own attribute."""
@@ -259,6 +253,7 @@ class _Search:
             value=f"{name}.{value}",
             layout=layout,
             hidden_size=_sizes(self.modules[f"{name}.{query}"])[0],
+            heads=call.heads,
             kv_heads=call.kv_heads,
             head_size=call.head_size,
             causal=causal,
@@ -276,7 +271,7 @@ class _Search:
             for path in inside
             if "Norm" in type(self.modules[path]).__name__ and self.outputs[path] is output
         ]
-        feed_forward = self._feed_forward(inside, output.shape[-1])
+        feed_forward = self._feed_forward(name, inside, output.shape[-1])
         return BlockSite(
             name=name,
             parent=parent,
@@ -287,36 +282,34 @@ class _Search:
             flat=feed_forward is not None and self.outputs[feed_forward[1]].dim() == 2,
         )
 
-    def _feed_forward(self, inside: list[str], hidden_size: int) -> tuple[str, str] | None:
-        """Find the projections around the feed-forward sublayer's inner units.
+    def _feed_forward(
+        self, block: str, inside: list[str], hidden_size: int
+    ) -> tuple[str, str] | None:
+        """Find the modules at which the feed-forward sublayer of a block begins and ends.
 
-        The last one returns to the hidden size. The first one is the first projection after the
+        A mixture of experts is one module, which is both. Otherwise they are projections: the last
+        one returns to the hidden size, and the first one is the first projection after the
         attentions that leads from the hidden size to as many units, or twice as many if it is
-        gated.
+        gated. In a block without attention, both are in the same child of the block.
         """
-        last_attention = max(inside.index(n) for n in self.attentions if n in inside)
-        after = [path for path in inside[last_attention:] if _is_linear(self.modules[path])]
+        attentions = [name for name in self.attentions if name in inside]
+        for name in (f"{block}.{child}" for child, _ in self.modules[block].named_children()):
+            attends = any(path == name or path.startswith(name + ".") for path in attentions)
+            if name in inside and not attends and has_experts(self.modules[name]):
+                return name, name
+        start = max(map(inside.index, attentions), default=0)
+        after = [path for path in inside[start:] if _is_linear(self.modules[path])]
         sizes = {path: _sizes(self.modules[path]) for path in after}
         last = next((path for path in reversed(after) if sizes[path][1] == hidden_size), None)
         if last is None:
             return None
+        if not attentions:
+            child = last.removeprefix(block + ".").partition(".")[0]
+            after = [path for path in after if path.startswith(f"{block}.{child}.")]
         units = sizes[last][0]
         wanted = {(hidden_size, units), (hidden_size, 2 * units)}
         first = next((path for path in after if sizes[path] in wanted and path != last), None)
         return None if first is None else (first, last)
-
-
-def _empty_copy(model: PreTrainedModel) -> PreTrainedModel:
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = PROBE if model._can_set_attn_implementation() else "eager"
-    if "quantization_config" in config.__dict__:  # the copy has no weights to quantise
-        del config.quantization_config
-    with torch.device("meta"):
-        probe = type(model)(config).eval()
-    # The mask of eager attention looks at values, which the copy does not have.
-    for part in models_with_own_config(probe):
-        part.config._attn_implementation = PROBE
-    return probe
 
 
 def _computes_attention(module: nn.Module) -> bool:
@@ -348,6 +341,11 @@ def _projections(module: nn.Module) -> tuple[str, str, str] | None:
         return q[0], k[0], v[0]
     fused = FUSED.get(type(module).__name__)
     return (fused[0],) * 3 if fused is not None else None
+
+
+def _list_of(entry: str) -> str:
+    """Return the path of the list of an entry."""
+    return entry.rpartition(".")[0]
 
 
 def _enclosing(path: str, candidates: dict[str, Any]) -> str:

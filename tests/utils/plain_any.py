@@ -14,6 +14,8 @@ from torch.nn.functional import layer_norm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from tests.utils.tiny import MIXED
+
 # family → for each stack: parent model, attentions, blocks, closing norm of a post-LN block (None
 # for pre-LN), whether it is causal
 
@@ -96,6 +98,8 @@ PLACES = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"), _LLAMA
     ),
+    **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "glm4_moe"), _LLAMA),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next", "falcon_h1", "lfm2"), _LLAMA),
 }
 # Query and value projection. Fused ones: the rows of queries and values with 4 heads of size 8
 # (phi3: 2 key-value heads).
@@ -155,7 +159,7 @@ class Site:
             parts[2 * self.layer + i].unflatten(1, (kv_heads, -1)).transpose(0, 1) for i in (0, 1)
         )  # [G, L, E]
 
-    def attend(self, q, k, v, mask, scaling, bias=None, cap=None):
+    def attend(self, q, k, v, mask, scaling, bias=None, cap=None, sinks=None):
         """[B, T, H, E]; one head and one query's gate at a time."""
         keys, values = self.prefix(k.shape[1])
         out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
@@ -170,7 +174,11 @@ class Site:
                 scores, front = (cap * torch.tanh(part / cap) for part in (scores, front))
             if mask is not None:
                 scores = scores + mask[:, head % mask.shape[1]]
-            share = torch.softmax(torch.cat([front, scores], dim=-1), dim=-1)
+            columns = [front, scores]
+            if sinks is not None:  # a score that takes its share of the softmax, and has no value
+                columns.append(sinks[head].expand(*scores.shape[:2], 1))
+            share = torch.softmax(torch.cat(columns, dim=-1), dim=-1)
+            share = share if sinks is None else share[..., :-1]
             length = keys.shape[1]
             out[:, :, head] = share[..., length:] @ v[:, group] + g * (
                 share[..., :length] @ values[group]
@@ -187,11 +195,12 @@ def reference_attention(
     scaling=None,
     softcap=None,
     position_bias=None,
+    s_aux=None,
     **kwargs,
 ):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return BANKS[module].attend(
-        query, key, value, attention_mask, scaling, position_bias, softcap
+        query, key, value, attention_mask, scaling, position_bias, softcap, s_aux
     ), None
 
 
@@ -211,6 +220,8 @@ class Plain:
             saved = self.w.get(re.sub(r"^(\w+)\.", r"\1.modules_to_save.default.", name))
             if saved is not None:
                 parameter.data.copy_(saved)
+        if family in MIXED:  # the usual products of experts take no float64
+            bare.set_experts_implementation("eager")
         self.modules = dict(bare.named_modules())
         self.attentions = {
             id(s): [n for n in self.modules if re.fullmatch(s["attention"], n)]

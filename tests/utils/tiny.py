@@ -50,6 +50,14 @@ T5 = SPECIAL | dict(
     relative_attention_num_buckets=8,
 )
 GROUPED = ENCODER | dict(num_key_value_heads=2, head_dim=8)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 DEBERTA = dict(
     relative_attention=True,
     position_buckets=8,
@@ -60,7 +68,7 @@ DEBERTA = dict(
 
 # family → model class and values of its config. They cover post-LN and pre-LN blocks, shared
 # layers, grouped and fused projections, rotary and relative positions, sliding windows, capped
-# scores and tied embeddings.
+# scores, tied embeddings, experts, attention sinks, and layers that mix tokens without a softmax.
 _MODELS = {
     "bert": ("BertForSequenceClassification", ENCODER),
     "roberta": ("RobertaForSequenceClassification", ENCODER),
@@ -109,14 +117,54 @@ _MODELS = {
     ),
     "phi": ("PhiForCausalLM", ENCODER),
     "phi3": ("Phi3ForCausalLM", GROUPED),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", GROUPED | EXPERTS),
+    "mixtral": ("MixtralForCausalLM", GROUPED | EXPERTS),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        GROUPED
+        | EXPERTS
+        | dict(
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        GROUPED
+        | EXPERTS
+        | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1)
+        | dict(topk_group=1),
+    ),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", GROUPED | LINEAR),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        GROUPED | EXPERTS | LINEAR | dict(shared_expert_intermediate_size=16),
+    ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        GROUPED
+        | dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
+        | dict(mamba_n_groups=1, mamba_chunk_size=8),
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        GROUPED
+        | dict(layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
+    ),
 }
 FAMILIES = {
     family: (getattr(transformers, name), CONFIG_MAPPING[family], values)
     for family, (name, values) in _MODELS.items()
 }
+# Hybrid families → number of their attentions. Their other layers mix tokens without a softmax.
+HYBRID = {"qwen3_5_text": 1, "qwen3_next": 1, "falcon_h1": 3, "lfm2": 1}
+MIXED = ("qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next")  # mixtures of experts
+# Of a kind of which another family runs by default: their other tests are slow ones.
+LATER = ("qwen3_moe", "glm4_moe", "qwen3_5_text", "lfm2")
 # With the sdpa of transformers, UMT5's decoder sees later tokens (refused) and Gemma 2 leaves out
-# the cap. DeBERTa and MPNet have none.
-NO_SDPA = ("umt5", "deberta-v2", "mpnet", "gemma2")
+# the cap. DeBERTa, MPNet and GPT-OSS have none.
+NO_SDPA = ("umt5", "deberta-v2", "mpnet", "gemma2", "gpt_oss")
 CASES = [
     (family, attention)
     for family in FAMILIES
@@ -145,6 +193,8 @@ def backbone(
                 parameter.mul_(5)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif name.endswith("sinks"):
+                parameter.normal_()
     return model
 
 

@@ -110,6 +110,10 @@ def test_a_folder_with_learned_gates_gives_the_logits_of_the_model(family, tmp_p
         "gemma2",
         "qwen3",
         "phi3",
+        "mixtral",
+        "gpt_oss",
+        "qwen3_next",
+        "falcon_h1",
     ],
 )
 def test_constants_folded_into_weights_equal_constants_in_the_gates(family, tmp_path):
@@ -127,7 +131,9 @@ def test_constants_folded_into_weights_equal_constants_in_the_gates(family, tmp_
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "bart", "t5", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["bert", "mpnet", "bart", "t5", "gpt2", "gpt_neox", "mixtral", "qwen3_next"]
+)
 def test_lora_alone_becomes_plain_weights_without_code(family, tmp_path):
     exported = Exported(family, tmp_path, submodules=["lora"])
     expected = logits(exported.model)
@@ -155,7 +161,7 @@ def test_dropping_everything_but_lora_leaves_plain_weights(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "bert"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "pegasus"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "pegasus", "gpt_oss", "qwen3_next"])
 def test_an_exported_model_writes_the_same_text(family, tmp_path):
     exported = Exported(family, tmp_path)
     prompt = {

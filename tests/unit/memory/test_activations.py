@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.memory.activations import Kernels, _fake_step, step, trace
 from tests.utils import measured
 from tests.utils.planning import adapted
+from tests.utils.tiny import adapt, backbone
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -123,3 +124,24 @@ def test_torchs_functions_are_put_back_after_a_failure():
         nn.functional.dropout,
         torch.rand,
     )
+
+
+PATTERN = ["linear_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    "family, changes", [("mixtral", {}), ("qwen3_next", {"layer_types": 4 * PATTERN})]
+)
+def test_experts_and_the_repeated_layers_of_a_hybrid_are_planned(family, changes):
+    kernels = Kernels("cpu", None, "plain", False)
+    real = backbone(family, num_hidden_layers=8, **changes)
+
+    def make(shape: PretrainedConfig) -> nn.Module:
+        with torch.device("meta"):
+            model = type(real)(shape)
+        return adapt(model, randomise=False)
+
+    planned = trace(make, real.config, kernels, 4, 32)
+    whole = step(adapt(real, randomise=False), kernels, 4, 32)
+    assert planned.kept == pytest.approx(whole.kept, rel=0.02)
+    assert planned.peak == pytest.approx(whole.peak, rel=0.05)

@@ -12,7 +12,19 @@ from scaleup.unipelt.gate import LearnedGate
 from scaleup.unipelt.kernels import StepSite
 from scaleup.unipelt.prefix import PrefixTuning
 from scaleup.unipelt.sites import PACKS
-from tests.utils.tiny import CASES, EOS, PAD, TARGETS, VOCABULARY, adapt, backbone, batch, task_type
+from tests.utils.tiny import (
+    CASES,
+    EOS,
+    HYBRID,
+    MIXED,
+    PAD,
+    TARGETS,
+    VOCABULARY,
+    adapt,
+    backbone,
+    batch,
+    task_type,
+)
 
 OWN_HEAD = {"bart": BartForConditionalGeneration, "mbart": MBartForConditionalGeneration}
 DECODERS = (
@@ -33,6 +45,8 @@ DECODERS = (
     "gemma3_text",
     "phi",
     "phi3",
+    *MIXED,
+    *(family for family in HYBRID if family not in MIXED),
 )
 NEW = 6
 MODES = {

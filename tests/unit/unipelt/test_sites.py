@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     UMT5ForConditionalGeneration,
 )
 
+from scaleup.unipelt import sites
 from scaleup.unipelt.sites import TESTED, find_sites
-from tests.utils.tiny import ENCODER, FAMILIES, SPECIAL, adapt, backbone
+from tests.utils.tiny import ENCODER, FAMILIES, HYBRID, SPECIAL, VOCABULARY, adapt, backbone
 
 
 def test_every_family_said_to_be_tested_is_and_no_other():
@@ -32,7 +34,8 @@ def test_every_layer_has_its_attentions_and_its_block(family):
     if family == "albert":  # one layer, run three times
         expected = (1, 0, 1)
     else:
-        expected = (4, 2, 4) if model.config.is_encoder_decoder else (3, 0, 3)
+        expected = (HYBRID.get(family, 3), 0, 3)
+        expected = (4, 2, 4) if model.config.is_encoder_decoder else expected
     assert (
         sum(not site.cross for site in attentions),
         sum(site.cross for site in attentions),
@@ -144,3 +147,43 @@ def test_an_attention_that_a_prefix_cannot_reach_is_refused_only_with_a_prefix()
         bare = gptj()(input_ids=ids).logits
     assert torch.allclose(one[:, :3], other[:, :3], atol=1e-6)  # gates see no later token
     assert not torch.allclose(one, bare, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "kind, values, what",
+    [
+        ("vit", {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}, "image"),
+        ("whisper", {"d_model": 32, "vocab_size": VOCABULARY} | SPECIAL, "audio"),
+        ("clip", {}, "image"),
+    ],
+)
+def test_a_model_that_reads_something_else_than_text_is_refused_in_one_sentence(kind, values, what):
+    sizes = {"num_hidden_layers": 1, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    with torch.device("meta"):
+        model = AutoModel.from_config(CONFIG_MAPPING[kind](**values | sizes))
+    words = f"{kind}: it takes {what} input, and UniPELT is a method for text models"
+    with pytest.raises(ValueError, match=words):
+        find_sites(model)
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_layers_without_a_softmax_are_left_alone_and_their_blocks_get_adapters(family):
+    model = adapt(backbone(family))
+    attentions, blocks = find_sites(backbone(family))
+    for name, module in model.get_base_model().named_modules():
+        if name.endswith((".linear_attn", ".conv", ".mamba")):
+            assert not [part for part, _ in module.named_modules() if "unipelt" in part], name
+            assert not [part for part, _ in module.named_modules() if "lora" in part], name
+    assert all(site.name.endswith(".self_attn") for site in attentions)
+    assert all(
+        hasattr(model.get_submodule(f"base_model.model.{block.name}"), "unipelt_block")
+        for block in blocks
+    )
+
+
+def test_a_layer_without_attention_is_refused_unless_its_config_says_so(monkeypatch):
+    assert len(find_sites(backbone("lfm2"))[1]) == 3
+    monkeypatch.setattr(sites, "RECURRENT", ("linear_attention",))
+    with pytest.raises(ValueError, match=r"layers\.0 \(Lfm2DecoderLayer, conv\) has no attention"):
+        find_sites(backbone("lfm2"))
