@@ -1,13 +1,15 @@
 """The tasks of GLUE: their columns, classes and metrics, and where their files are."""
 
+import functools
 import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from scaleup.data.files import Table
+from scaleup.data.files import ROWS, Batch, Table
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.schema import DataSettings
 
@@ -69,6 +71,12 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
     return files
 
 
+def _batches(rows: datasets.Dataset) -> Iterator[Batch]:
+    yield Batch({name: [] for name in rows.column_names}, 0)
+    for columns in rows.iter(batch_size=ROWS):
+        yield Batch(columns, len(next(iter(columns.values()))))
+
+
 def load_from_hub(data: DataSettings) -> dict[str, Table]:
     """Load the training and validation splits from the Hugging Face hub."""
     hub_id = data.path or "nyu-mll/glue"
@@ -84,8 +92,8 @@ def load_from_hub(data: DataSettings) -> dict[str, Table]:
         ) from None
     tables = {}
     for split, rows in chosen.items():
-        columns = {name: rows[name][:] for name in rows.column_names}
         source = {"hub_id": hub_id, "name": data.name}
         place = f"the hub's {split} split"
-        tables[split] = Table("data.path", place, columns, source, features=rows.features)
+        batches = functools.partial(_batches, rows)
+        tables[split] = Table("data.path", place, batches, source, rows.features)
     return tables

@@ -12,7 +12,7 @@ from transformers import (
 
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
-from scaleup.data.files import identical_files
+from scaleup.data.splits import identical_files
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.schema import DataSettings

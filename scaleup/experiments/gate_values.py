@@ -23,7 +23,7 @@ from scaleup.backbone.method import complete_config, load_run_model
 from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.data.glue import GLUE
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.experiments.runs import Run

@@ -159,7 +159,7 @@ def _idle_method(method: Any) -> dict[str, str]:
 def _idle_data(data: Any) -> dict[str, str]:
     own_files = "train_file validation_file test_file text_column text_pair_column label_column"
     of_generation = (
-        "target_column messages_column prompt_template max_target_length num_beams packing"
+        "target_column messages_column train_on prompt_template max_target_length num_beams packing"
     )
     of_classification = "text_pair_column label_column"
     task, generates = data.task or "sequence_classification", data.task in GENERATES
@@ -170,6 +170,8 @@ def _idle_data(data: Any) -> dict[str, str]:
         idle["path"] = "data.name is not set"
     keys = of_classification if generates else of_generation
     idle |= dict.fromkeys(keys.split(), f"data.task is {task}")
+    if generates and data.messages_column is None:
+        idle["train_on"] = "data.messages_column is not set"
     if generates and data.messages_column is not None:
         of_texts = ("text_column", "target_column", "prompt_template")
         idle |= dict.fromkeys(of_texts, "data.messages_column is set")

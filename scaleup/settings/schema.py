@@ -127,6 +127,9 @@ class DataSettings(Section):
     messages_column: str | None = None
     """causal_lm: column with chats, which are lists of {role, content} that end with the
     assistant, instead of text and target."""
+    train_on: Literal["all", "last"] = "all"
+    """Assistant turns of a chat that the loss counts: all of them, as the chat template marks them
+    if it does, or the last one."""
     k: Count | Literal["all"] = "all"
     """Number of training examples: the first K of the shuffled training set (low-resource
     protocol), or all."""
@@ -155,6 +158,11 @@ class DataSettings(Section):
     """causal_lm: join texts in rows of max_length tokens; they do not see each other."""
     pad_to_max_length: bool = False
     """Pad every batch to max_length (paper) instead of to its longest example."""
+    cache_dir: Path | None = None
+    """Folder of prepared data, which runs share. Default: scaleup/ in the cache of Hugging Face
+    datasets."""
+    workers: Count | None = None
+    """Number of processes that tokenize. Default: one per CPU core."""
 
     @property
     def resolved_task(self) -> str:

@@ -4,7 +4,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
 from scaleup.training.context import Run
@@ -85,7 +85,7 @@ def _label_line(settings: Settings, examples: Examples) -> str:
 
     If the head starts far from the labels, a small run learns little more than their mean.
     """
-    labels = examples.train["labels"]
+    labels = examples.train["labels"][:]
     starts = "a new head starts at 0, and with model.head_bias=prior at the mean"
     if settings.model.head_bias == "prior":
         starts = "the mean is where the head starts"
