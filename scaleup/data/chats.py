@@ -165,16 +165,23 @@ def _span(
     tokenizer: PreTrainedTokenizerBase, text: str, chat: Turns, turn: int, closing: str
 ) -> tuple[int, int]:
     """Return where an earlier answer begins and ends in a chat, in characters."""
-    (prompt,) = _rendered(tokenizer, [chat[:turn]], add_generation_prompt=True) if turn else ("",)
     content = chat[turn]["content"].strip()
-    answer = text[len(prompt) :]
-    blanks = len(answer) - len(answer.lstrip()) if content else 0
-    end = blanks + len(content)
-    found = text.startswith(prompt) and answer.startswith(content, blanks)
-    if not found or not answer.startswith(closing, end):
+    if turn:
+        (prompt,) = _rendered(tokenizer, [chat[:turn]], add_generation_prompt=True)
+        begin = len(prompt) if text.startswith(prompt) else -1
+    else:  # no template writes an empty chat
+        longer, shorter = (
+            _rendered(tokenizer, [chat[:1]], add_generation_prompt=asked)[0]
+            for asked in (True, False)
+        )
+        header = longer[len(shorter) :]
+        begin = text.find(header) + len(header) if header in text else -1
+    answer = text[begin:]
+    end = len(content) + (len(answer) - len(answer.lstrip()) if content else 0)
+    if begin < 0 or answer[:end].strip() != content or not answer.startswith(closing, end):
         problem = "an earlier answer is not written like the last one"
         raise _unclear(problem, "; use data.train_on=last")
-    return len(prompt), len(prompt) + end + len(closing)
+    return begin, begin + end + len(closing)
 
 
 def _count(

@@ -2,8 +2,8 @@
 chat (causal_lm).
 
 The examples come from the user's files. The loss counts only the tokens of the target, or of all
-answers of a chat. On the development and test sets the model writes an answer for every distinct source, which is compared
-with all targets that the set has for it.
+answers of a chat. On the development and test sets the model writes an answer for every distinct
+source, which is compared with all targets that the set has for it.
 
 Shapes of a batch: B examples, T tokens.
 """
@@ -97,7 +97,7 @@ def _write_scored(
     folder: pathlib.Path, name: str, groups: dict[str, list[str]], first: int
 ) -> datasets.Dataset:
     """Write a set of one row per source, with the index of its references, from `first` on."""
-    columns = {
+    columns: dict[str, list] = {
         "text": list(groups),
         "target": [targets[0] for targets in groups.values()],
         "reference": list(range(first, first + len(groups))),
@@ -143,7 +143,7 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     dev_set, test_set = _write_scored(folder, "dev", dev_groups, 0), None
     if test_groups:
         test_set = _write_scored(folder, "test", test_groups, len(dev_groups))
-    answers = {
+    answers: dict[str, list] = {
         "text": [*dev_groups, *test_groups],
         "references": [*dev_groups.values(), *test_groups.values()],
     }

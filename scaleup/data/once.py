@@ -14,6 +14,7 @@ import pathlib
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from scaleup.io import NO_SPACE, read_json, write_json, write_problem
 
 KEY = "data.cache_dir"
 LEASE_S, POLL_S = 30.0, 0.2
+PATIENCE_S = 10.0  # after which a process says that it waits
 SIZES = "sizes.json"  # the files of a complete folder with their sizes, bytes
 
 
@@ -39,17 +41,12 @@ def is_complete(folder: pathlib.Path) -> bool:
         return False
 
 
-def fill_once(
-    folder: pathlib.Path,
-    make: Callable[[pathlib.Path], None],
-    report_waiting: Callable[[], None] = lambda: None,
-) -> None:
+def fill_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> None:
     """Make a folder if it is missing or incomplete, or wait until another process has made it.
 
     Args:
         folder: the final name. Its parents are made.
         make: writes the files into the folder that it gets.
-        report_waiting: is called once if another process makes the folder.
 
     Raises:
         ConfigError: `make` raised it, here or in the process that this one has waited for; or the
@@ -61,27 +58,20 @@ def fill_once(
     path = folder.with_name(f".{folder.name}.failed.json")
     with _explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        earlier, waited = _read_failure(path), False
-
-        def made_by_another() -> bool:
-            nonlocal waited
-            if not waited:
-                report_waiting()
-            waited = True
-            return is_complete(folder)
+        earlier, waiting = _read_failure(path), _Waiting(folder)
 
         lock = SoftFileLease(
             folder.with_name(f".{folder.name}.lock"), lease_duration=LEASE_S, poll_interval=POLL_S
         )
         try:
-            lock.acquire(cancel_check=made_by_another)
+            lock.acquire(cancel_check=waiting.is_over)
         except TimeoutError:
             return
     try:
         failure = _read_failure(path)
         if is_complete(folder):
             return
-        if waited and failure is not None and failure != earlier:
+        if waiting.since and failure is not None and failure != earlier:
             kind = ConfigError if failure["refused"] else RunError
             raise kind("\n".join(failure["problems"]) if kind is RunError else failure["problems"])
         _make(folder, make)
@@ -91,6 +81,21 @@ def fill_once(
         raise
     finally:
         lock.release()
+
+
+class _Waiting:
+    """Waits for another process that makes a folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.since, self.told = folder, 0.0, os.environ.get("RANK", "0") != "0"
+
+    def is_over(self) -> bool:
+        """Return whether the folder is there. After some seconds, say once why nothing happens."""
+        self.since = self.since or time.monotonic()
+        if not self.told and time.monotonic() - self.since > PATIENCE_S:
+            print(f"note: another process prepares data in {self.folder.parent}", flush=True)
+            self.told = True
+        return is_complete(self.folder)
 
 
 def _read_failure(path: pathlib.Path) -> dict[str, Any] | None:

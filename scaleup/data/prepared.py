@@ -219,10 +219,8 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         None if tokenizer.is_fast else tokenizer.get_added_vocab(),
     ]
     if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # The last call has left these.
-        state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-        return hashed(traits, state)
+        # Before the added tokens it says how the last call truncated and padded.
+        return hashed(traits, tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2])
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(map(pathlib.Path, tokenizer.save_vocabulary(folder)))
         return hashed(traits, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files])

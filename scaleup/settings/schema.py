@@ -170,6 +170,9 @@ class DataSettings(Section):
         return self.task or ("regression" if self.name == "stsb" else "sequence_classification")
 
 
+# What a run did before the setting existed, where that is not the default.
+EARLIER = {"data": {"train_on": "last"}}
+
 # The paper's learning rates (section 4.1). A submodule states the one that it has when it is alone.
 LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
 
@@ -360,7 +363,15 @@ def stored(path: str | None, overrides: Sequence[str] = ()) -> dict[str, dict[st
     Raises:
         ConfigError: the file is damaged.
     """
-    return load(path, overrides).dump()
+    return load(path, [*earlier_settings(path), *overrides]).dump()
+
+
+def earlier_settings(path: str | None) -> list[str]:
+    """Return, as overrides, what the run of a config.yaml did before a setting for it existed."""
+    data = {} if path is None else read(path, [], ["data"])[0].get("data", {})
+    if data.get("messages_column") is None or "train_on" in data:
+        return []
+    return [f"data.{key}={value}" for key, value in EARLIER["data"].items()]
 
 
 def to_yaml(settings: Settings) -> str:
