@@ -14,14 +14,15 @@ import pyarrow as pa
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from scaleup.data import columns as cells
-from scaleup.data import files, prepared, splits
+from scaleup.data import glue, prepared, sources, splits
 from scaleup.data.examples import Examples, shared_texts
 from scaleup.data.files import Table
-from scaleup.data.glue import GLUE, load_from_hub, local_files
-from scaleup.data.labels import MISSING, NUMBER, Spellings
+from scaleup.data.glue import GLUE
+from scaleup.data.labels import MISSING, NUMBER, Spellings, joined_problems
 from scaleup.data.metrics import label_metrics
 from scaleup.data.padding import padded_length
 from scaleup.data.pairs import separate_pairs
+from scaleup.data.sources import Reading, Source
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
@@ -32,9 +33,9 @@ CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each
 compute_metrics = label_metrics  # the interface of a task's module: see scaleup.data.tasks
 
 
-def source_files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Return, per split, the setting to name in messages and the file; {} if data is on the hub."""
-    return splits.user_files(data) if data.name is None else local_files(data)
+def sources_of(data: DataSettings) -> dict[str, list[Source]]:
+    """Return where the examples of each split come from."""
+    return sources.of_user(data) if data.name is None else glue.sources(data)
 
 
 def role_columns(data: DataSettings) -> dict[str, str]:
@@ -139,38 +140,46 @@ class _Reader:
     def raw(self, split: str) -> pathlib.Path:
         return self.folder / f"raw-{split}"
 
-    def read(self, split: str, table: Table) -> None:
+    def read(self, split: str, parts: list[Source]) -> None:
         """Read a split. Training comes first, because it decides which labels are valid."""
-        data = self.data
-        columns, declared = role_columns(data), _declared(table, data)
-        clean = functools.partial(_clean_cell, known=self.known, declared=declared)
-        spellings = Spellings(table, columns["label"])
+        data, columns, reading = self.data, role_columns(self.data), Reading(split, parts)
         counts_labels = split == "train" and self.known is not None
+        spellings: list[Spellings] = []  # by source
+        declared: list[str] | None = None
+
+        def clean(table: Table) -> Callable[[Any, str], tuple[Any, str | None]]:
+            nonlocal declared
+            declared = _declared(table, data)
+            own = parts[len(spellings)].columns
+            spellings.append(Spellings(table, own.get("label", columns["label"])))
+            return functools.partial(_clean_cell, known=self.known, declared=declared)
 
         def batches() -> Iterator[dict[str, list]]:
-            key = table.key if data.name else None
-            for cleaned in cells.clean_columns(table, columns, clean, key):
+            for cleaned in reading.read(columns, clean, "data.path" if data.name else None):
                 if counts_labels:
-                    spellings.add(cleaned)
+                    spellings[-1].add(cleaned)
                 yield cleaned.values
 
         types = _types(data, pa.float64() if self.known is None else pa.string())
         rows = self.counts[split] = prepared.write(self.raw(split), types, batches())
-        self.sources.append({"split": split, "rows": rows, **table.source})
+        self.sources += reading.descriptions
         if split != "train":
             return
         if counts_labels:
-            self.known = spellings.labels
+            self.known = set().union(*(found.labels for found in spellings))
             if declared is None:
-                self.problems += spellings.problems()
-            self.labels = _class_names(self.known, rows, declared, table.file)
-        self.train, self.dev = splits.choose_rows(data, rows, table.file)
+                found = [problem for part in spellings for problem in part.problems()]
+                self.problems += found or joined_problems(self.known)
+            self.labels = _class_names(self.known, rows, declared, reading.name)
+        self.train, self.dev = splits.choose_rows(data, rows, reading.name)
+        weights = [part.weight for part in parts]
+        self.train = splits.weighted(data, self.train, reading.rows, weights)
         labels = prepared.read(self.raw(split)).select_columns(["label"])
         distinct = {
             label for batch in prepared.rows_of(labels, self.train) for label in batch["label"]
         }
         if len(distinct) < 2:
-            subject = f"the {len(self.train)} examples of {table.file} to train on"
+            subject = f"the {len(self.train)} examples of {reading.name} to train on"
             raise ConfigError(f"data.k: {subject} all have the label {distinct.pop()!r}")
 
     def choose(self, name: str, split: str, rows: Sequence[int] | None) -> datasets.Dataset:
@@ -194,12 +203,9 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     if label in (columns["text"], columns.get("text_pair")):
         advice = "the text would tell the label"
         reader.problems.append(f"data.label_column: {label} is a text column, too; {advice}")
-    sources_by_split = source_files(data)
-    tables = {} if sources_by_split else load_from_hub(data)
-    for split in sources_by_split or tables:
+    for split, parts in sources_of(data).items():
         try:
-            table = tables[split] if tables else files.read_table(*sources_by_split[split])
-            reader.read(split, table)
+            reader.read(split, parts)
         except ConfigError as error:
             reader.problems += error.problems
     if reader.problems:
@@ -243,7 +249,7 @@ def load(data: DataSettings) -> Examples:
     own replaces the development examples, and test_file is the test set. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(source_files(data)))
+    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources_of(data))))
 
 
 def tokenize(

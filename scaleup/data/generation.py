@@ -20,19 +20,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from scaleup.data import columns as cells
-from scaleup.data import files, prepared, splits
+from scaleup.data import prepared, sources, splits
 from scaleup.data.chats import Chat, encode_chats
 from scaleup.data.examples import Examples, shared_texts
-from scaleup.data.files import Table
 from scaleup.data.metrics import IGNORED, text_metrics
 from scaleup.data.padding import TextCollator
+from scaleup.data.sources import Reading
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
 ROLES = ("system", "user", "assistant", "tool")
 
 # The interface of a task's module: see scaleup.data.tasks.
-source_files, compute_metrics = splits.user_files, text_metrics
+sources_of, compute_metrics = sources.of_user, text_metrics
 
 TEXTS = {"text": pa.string(), "target": pa.string()}
 
@@ -68,17 +68,18 @@ def _clean_cell(cell: Any, role: str) -> tuple[str | None, str | None]:
     return cells.replace_surrogates(str(cell)), None
 
 
-def _pairs(table: Table, data: DataSettings) -> Iterator[dict[str, list]]:
+def _pairs(reading: Reading, data: DataSettings) -> Iterator[dict[str, list]]:
     """Yield the columns text and target of every row, in batches.
 
     The text of a chat is the JSON of all turns before the last; the target is the last one.
     """
     if not data.messages_column:
         columns = {"text": data.text_column, "target": data.target_column}
-        for cleaned in cells.clean_columns(table, columns, _clean_cell):
+        for cleaned in reading.read(columns, lambda table: _clean_cell):
             yield cleaned.values
         return
-    for cleaned in cells.clean_columns(table, {"messages": data.messages_column}, _clean_cell):
+    columns = {"messages": data.messages_column}
+    for cleaned in reading.read(columns, lambda table: _clean_cell):
         chats = list(map(json.loads, cleaned.values["messages"]))
         texts = [json.dumps(turns[:-1]) for turns in chats]
         yield {"text": texts, "target": [turns[-1]["content"] for turns in chats]}
@@ -109,20 +110,22 @@ def _write_scored(
 
 def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     """Write the sets of a run into a folder. Return the other fields of `Examples`."""
-    sources, problems, rows = [], [], {}
+    described, problems, rows = [], [], {}
     if not data.messages_column and data.target_column == data.text_column:
         advice = "the text would tell the target"
         problems.append(
             f"data.target_column: {data.target_column} is the text column, too; {advice}"
         )
     raw = {split: folder / f"raw-{split}" for split in ("train", "validation", "test")}
-    for split, (key, file) in splits.user_files(data).items():
+    for split, parts in sources.of_user(data).items():
         try:
-            table = files.read_table(key, file)
-            rows[split] = prepared.write(raw[split], TEXTS, _pairs(table, data))
-            sources.append({"split": split, "rows": rows[split], **table.source})
+            reading = Reading(split, parts)
+            rows[split] = prepared.write(raw[split], TEXTS, _pairs(reading, data))
+            described += reading.descriptions
             if split == "train":
-                train, dev = splits.choose_rows(data, rows[split], file)
+                train, dev = splits.choose_rows(data, rows[split], reading.name)
+                weights = [part.weight for part in parts]
+                train = splits.weighted(data, train, reading.rows, weights)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -156,7 +159,7 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
         "metric": "bleu" if data.task == "seq2seq" else "loss",
         "task": data.task or "seq2seq",
         "test_is_dev": False,
-        "sources": sources,
+        "sources": described,
         "shared": [
             [*names, count] for names, count in shared_texts(train_set, dev_set, test_set).items()
         ],
@@ -176,7 +179,7 @@ def load(data: DataSettings) -> Examples:
     `dev_size` rows are for development unless there is a validation file. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(splits.user_files(data)))
+    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources.of_user(data))))
 
 
 def _completions(

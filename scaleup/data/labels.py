@@ -85,3 +85,15 @@ class Spellings:
                 "missing value; leave the rows out, or name the class otherwise"
             )
         return problems[:5]
+
+
+def joined_problems(labels: set[str]) -> list[str]:
+    """Return which labels of several sources together are one class in different spellings."""
+    by_meaning: dict[Any, list[str]] = {}
+    for label in sorted(labels):
+        by_meaning.setdefault(_meaning(label), []).append(label)
+    return [
+        f"data.sources: one class has several spellings ({', '.join(same)}); write it in one way"
+        for same in by_meaning.values()
+        if len(same) > 1
+    ][:5]

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -59,10 +59,10 @@ def _code() -> str:
     return hashed(hashes, transformers.__version__, tokenizers.__version__)
 
 
-def file_states(files: Mapping[str, tuple[str, str]]) -> tuple:
+def file_states(files: Iterable[str]) -> tuple:
     """Return what changes whenever a file is changed or replaced: size, times and inode."""
-    states = [os.stat(file) for _, file in files.values() if os.path.isfile(file)]
-    return tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino) for s in states)
+    states = [(os.path.abspath(file), os.stat(file)) for file in files if os.path.isfile(file)]
+    return tuple((path, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino) for path, s in states)
 
 
 def write(path: pathlib.Path, schema: dict[str, Any], batches: Iterable[dict[str, list]]) -> int:
@@ -101,8 +101,7 @@ def texts(
             It returns the other fields of `Examples`.
     """
     settings = data.model_dump(mode="json", exclude=IDLE | OF_TOKENS)
-    files = [os.path.abspath(settings[key]) for key in sorted(FILES) if settings[key]]
-    folder = cache_dir(data) / f"texts-{hashed(_code(), settings, files, state)}"
+    folder = cache_dir(data) / f"texts-{hashed(_code(), settings, state)}"
 
     def fill(part: pathlib.Path) -> None:
         write_json(part / "examples.json", make(part))
@@ -125,8 +124,15 @@ def texts(
         references=None if answers is None else answers["references"],
         prompts=None if answers is None else answers["text"],
         shared={(name, other): count for name, other, count in content["shared"]},
-        content=hashed({k: v for k, v in settings.items() if k not in FILES}, sources),
+        content=hashed(_without_files(settings), sources),
     )
+
+
+def _without_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without the names of files, whose content counts instead."""
+    kept = {key: value for key, value in settings.items() if key not in FILES}
+    parts = settings["sources"] or []
+    return kept | {"sources": [{k: v for k, v in part.items() if k != "file"} for part in parts]}
 
 
 def _set(folder: pathlib.Path, name: str) -> Any:
@@ -155,7 +161,7 @@ def tokens(
     """
     if not examples.content:
         raise ValueError("only examples that `load` returns can be tokenized")
-    settings = data.model_dump(mode="json", exclude=IDLE | FILES)
+    settings = _without_files(data.model_dump(mode="json", exclude=IDLE))
     key = hashed(_code(), settings, examples.content, _tokenizer_hash(tokenizer))
     folder = cache_dir(data) / f"tokens-{key}"
 

@@ -217,7 +217,8 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
             f"--data: there is no file {which}; it takes {', '.join(SPLITS)} or a file with the "
             "run's columns"
         )
-    changes: dict[str, Any] = dict.fromkeys(("name", "path", "test_file"))
+    elsewhere = ("name", "path", "sources", "test_file", "validation_split", "test_split")
+    changes: dict[str, Any] = dict.fromkeys(elsewhere)
     changes |= {"train_file": which, "validation_file": which}
     changes |= {"task": settings.resolved_task, "k": "all"}
     if settings.name:

@@ -74,7 +74,7 @@ def _shared_line(settings: Settings, examples: Examples) -> str | None:
     ]
     if not parts:
         return None
-    cut = examples.shared["dev", "train"] and settings.data.validation_file is None
+    cut = examples.shared["dev", "train"] and not settings.data.has_validation
     cut = cut and settings.data.name is None
     advice = "; give data.validation_file to keep dev apart" if cut else ""
     return f"note: {', '.join(parts)}{advice}"
