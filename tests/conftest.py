@@ -15,6 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # enough for tiny models, and test processes with two threads each would wait for each other.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+# Prepared data of tests goes into a folder that is removed at the end.
+_CACHE = tempfile.TemporaryDirectory(prefix="scaleup-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Only `-m gpu` leaves the GPU visible, so that other tests do not depend on it.

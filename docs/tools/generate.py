@@ -40,6 +40,8 @@ def _type_name(schema: dict[str, Any]) -> str:
     """Return a short name for the type of a JSON schema, with its bounds."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_type_name(part) for part in schema["anyOf"]))
+    if "$ref" in schema:
+        return "mapping"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

@@ -3,21 +3,26 @@ tokens, batches and metrics."""
 
 import dataclasses
 import functools
+import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from scaleup.data import files
-from scaleup.data.files import Examples, Table
-from scaleup.data.glue import GLUE, load_from_hub, local_files
-from scaleup.data.labels import MISSING, NUMBER, spelling_problems
+from scaleup.data import columns as cells
+from scaleup.data import glue, prepared, sources, splits
+from scaleup.data.examples import Examples, shared_texts
+from scaleup.data.files import Table
+from scaleup.data.glue import GLUE
+from scaleup.data.labels import MISSING, NUMBER, Spellings, joined_problems
 from scaleup.data.metrics import label_metrics
 from scaleup.data.padding import padded_length
 from scaleup.data.pairs import separate_pairs
+from scaleup.data.sources import Reading, Source
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
@@ -28,9 +33,9 @@ CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each
 compute_metrics = label_metrics  # the interface of a task's module: see scaleup.data.tasks
 
 
-def source_files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Return, per split, the setting to name in messages and the file; {} if data is on the hub."""
-    return files.user_files(data) if data.name is None else local_files(data)
+def sources_of(data: DataSettings) -> dict[str, list[Source]]:
+    """Return where the examples of each split come from."""
+    return sources.of_user(data) if data.name is None else glue.sources(data)
 
 
 def role_columns(data: DataSettings) -> dict[str, str]:
@@ -57,7 +62,7 @@ def _clean_cell(
         expected = "a label" if role == "label" else "text"
         return None, f"holds a {type(cell).__name__}, not {expected}"
     if role != "label":
-        return files.replace_surrogates(str(cell)), None
+        return cells.replace_surrogates(str(cell)), None
     # GLUE withholds the labels of its test sets by -1.
     if not str(cell).strip() or (declared is not None and cell == -1):
         return None, "is missing"
@@ -78,23 +83,19 @@ def _clean_cell(
     return label, f"the label {label[:40]!r} is none of {', '.join(sorted(valid)[:10])}"
 
 
-def _clean(
-    table: Table, data: DataSettings, known: set[str] | None
-) -> tuple[dict[str, list], list[str] | None]:
-    """Return the columns of a split by role, and the declared class names in id order if any."""
-    columns = role_columns(data)
-    feature = table.features.get(columns["label"])
+def _declared(table: Table, data: DataSettings) -> list[str] | None:
+    """Return the class names in id order that a file or GLUE declares, if any."""
+    feature = table.features.get(role_columns(data)["label"])
     declared = None
-    if isinstance(feature, datasets.ClassLabel) and known is not None:
+    if isinstance(feature, datasets.ClassLabel) and data.resolved_task != "regression":
         declared = feature.names
-    if data.name is not None:
-        official = GLUE[data.name].labels
-        if declared not in (None, official):
-            classes = ", ".join(declared)
-            raise ConfigError(f"{table.place} is not {data.name}; its classes are {classes}")
-        declared = official
-    clean = functools.partial(_clean_cell, known=known, declared=declared)
-    return files.clean_columns(table, columns, clean, table.key if data.name else None), declared
+    if data.name is None:
+        return declared
+    official = GLUE[data.name].labels
+    if declared not in (None, official):
+        classes = ", ".join(declared)
+        raise ConfigError(f"{table.place} is not {data.name}; its classes are {classes}")
+    return official
 
 
 def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: str) -> list[str]:
@@ -110,75 +111,133 @@ def _class_names(labels: set[str], rows: int, declared: list[str] | None, file: 
     return declared or sorted(labels, key=lambda label: (float(label) if numeric else 0, label))
 
 
-def _dataset(
-    part: dict[str, list], rows: list[int] | None, ids: dict[str, int]
-) -> datasets.Dataset:
-    """Return the chosen rows of a split, or all of them."""
-    columns = {
-        role: cells if rows is None else [cells[row] for row in rows]
-        for role, cells in part.items()
-    }
-    columns["label"] = [ids.get(label, label) for label in columns["label"]]  # numbers have no ids
-    return datasets.Dataset.from_dict(columns)
+def _types(data: DataSettings, label: pa.DataType) -> dict[str, pa.DataType]:
+    return {role: pa.string() for role in role_columns(data)} | {"label": label}
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, _state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    task = data.resolved_task
-    columns, problems, sources, parts = role_columns(data), [], [], {}
+@dataclasses.dataclass
+class _Reader:
+    """Reads the sets of a run into a folder, and collects all problems.
+
+    Attributes:
+        known: labels of the training set; empty before it is read; None in a regression.
+        labels: class names in id order.
+    """
+
+    data: DataSettings
+    folder: pathlib.Path
+
+    def __post_init__(self) -> None:
+        regression = self.data.resolved_task == "regression"
+        self.known: set[str] | None = None if regression else set()
+        self.labels: list[str] | None = None
+        self.problems: list[str] = []
+        self.sources: list[dict[str, Any]] = []
+        self.counts: dict[str, int] = {}  # rows of each split
+        self.train: Sequence[int] = ()
+        self.dev: Sequence[int] = ()
+
+    def raw(self, split: str) -> pathlib.Path:
+        return self.folder / f"raw-{split}"
+
+    def read(self, split: str, parts: list[Source]) -> None:
+        """Read a split. Training comes first, because it decides which labels are valid."""
+        data, columns, reading = self.data, role_columns(self.data), Reading(split, parts)
+        counts_labels = split == "train" and self.known is not None
+        spellings: list[Spellings] = []  # by source
+        declared: list[str] | None = None
+
+        def clean(table: Table) -> Callable[[Any, str], tuple[Any, str | None]]:
+            nonlocal declared
+            declared = _declared(table, data)
+            own = parts[len(spellings)].columns
+            spellings.append(Spellings(table, own.get("label", columns["label"])))
+            return functools.partial(_clean_cell, known=self.known, declared=declared)
+
+        def batches() -> Iterator[dict[str, list]]:
+            for cleaned in reading.read(columns, clean, "data.path" if data.name else None):
+                if counts_labels:
+                    spellings[-1].add(cleaned)
+                yield cleaned.values
+
+        types = _types(data, pa.float64() if self.known is None else pa.string())
+        rows = self.counts[split] = prepared.write(self.raw(split), types, batches())
+        self.sources += reading.descriptions
+        if split != "train":
+            return
+        if counts_labels:
+            self.known = set().union(*(found.labels for found in spellings))
+            if declared is None:
+                found = [problem for part in spellings for problem in part.problems()]
+                self.problems += found or joined_problems(self.known)
+            self.labels = _class_names(self.known, rows, declared, reading.name)
+        self.train, self.dev = splits.choose_rows(data, rows, reading.name)
+        weights = [part.weight for part in parts]
+        self.train = splits.weighted(data, self.train, reading.rows, weights)
+        labels = prepared.read(self.raw(split)).select_columns(["label"])
+        distinct = {
+            label for batch in prepared.rows_of(labels, self.train) for label in batch["label"]
+        }
+        if len(distinct) < 2:
+            subject = f"the {len(self.train)} examples of {reading.name} to train on"
+            raise ConfigError(f"data.k: {subject} all have the label {distinct.pop()!r}")
+
+    def choose(self, name: str, split: str, rows: Sequence[int] | None) -> datasets.Dataset:
+        """Write the chosen rows of a split, or all of them, with class ids as the set `name`."""
+        ids = {label: i for i, label in enumerate(self.labels or [])}
+
+        def batches() -> Iterator[dict[str, list]]:
+            for batch in prepared.rows_of(prepared.read(self.raw(split)), rows):
+                # Numbers have no ids.
+                yield batch | {"label": [ids.get(label, label) for label in batch["label"]]}
+
+        path = self.folder / f"{name}.arrow"
+        prepared.write(path, _types(self.data, pa.int64() if ids else pa.float64()), batches())
+        return prepared.read(path)
+
+
+def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
+    """Write the sets of a run into a folder. Return the other fields of `Examples`."""
+    columns, reader = role_columns(data), _Reader(data, folder)
     label = columns["label"]
     if label in (columns["text"], columns.get("text_pair")):
         advice = "the text would tell the label"
-        problems.append(f"data.label_column: {label} is a text column, too; {advice}")
-    known: set[str] | None = None if task == "regression" else set()
-    labels: list[str] | None = None
-    sources_by_split = source_files(data)
-    tables = {} if sources_by_split else load_from_hub(data)
-    for split in sources_by_split or tables:
+        reader.problems.append(f"data.label_column: {label} is a text column, too; {advice}")
+    for split, parts in sources_of(data).items():
         try:
-            table = tables[split] if tables else files.read_columns(*sources_by_split[split])
-            part, declared = _clean(table, data, known)
-            parts[split], count = part, len(part["label"])
-            sources.append({"split": split, "rows": count, **table.source})
-            if split != "train":
-                continue
-            if known is not None:
-                known = set(part["label"])
-                if declared is None:
-                    problems += spelling_problems(table, columns["label"], part["label"])
-                labels = _class_names(known, count, declared, table.file)
-            train, dev = files.choose_rows(data, count, table.file)
-            if len({part["label"][row] for row in train}) < 2:
-                subject = f"the {len(train)} examples of {table.file} to train on"
-                label = part["label"][train[0]]
-                raise ConfigError(f"data.k: {subject} all have the label {label!r}")
+            reader.read(split, parts)
         except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    ids = {name: i for i, name in enumerate(labels or [])}
+            reader.problems += error.problems
+    if reader.problems:
+        raise ConfigError(reader.problems)
     test_is_dev = data.name is not None and data.k == "all"
-    dev_split, dev_rows = ("train", dev) if dev else ("validation", None)
-    test_split = "test" if data.name is None else "validation"
-    test_set = None
-    if test_split in parts:
-        test_rows = files.choose_test_rows(data, len(parts[test_split]["label"]))
-        test_set = _dataset(parts[test_split], test_rows, ids)
-    default = "accuracy" if ids else "spearman"
-    train_set = _dataset(parts["train"], train, ids)
-    dev_set = _dataset(parts[dev_split], dev_rows, ids)
-    return Examples(
-        train=train_set,
-        dev=dev_set,
-        test=test_set,
-        labels=labels,
-        metric=data.metric or (default if data.name is None else GLUE[data.name].metric),
-        task=task,
-        test_is_dev=test_is_dev,
-        sources=sources,
-        shared=files.shared_texts(train_set, dev_set, None if test_is_dev else test_set),
+    train_set = reader.choose("train", "train", reader.train)
+    in_train = len(reader.dev) > 0
+    dev_set = reader.choose(
+        "dev", "train" if in_train else "validation", reader.dev if in_train else None
     )
+    test_split, test_set = "test" if data.name is None else "validation", None
+    if test_split in reader.counts and not test_is_dev:
+        rows = splits.choose_test_rows(data, reader.counts[test_split])
+        test_set = reader.choose("test", test_split, rows)
+    for split in reader.counts:
+        reader.raw(split).unlink()
+    default = "accuracy" if reader.labels else "spearman"
+    shared = shared_texts(train_set, dev_set, test_set)
+    return {
+        "labels": reader.labels,
+        "metric": default if data.name is None else GLUE[data.name].metric,
+        "task": data.resolved_task,
+        "test_is_dev": test_is_dev,
+        "sources": reader.sources,
+        "shared": [[*names, count] for names, count in shared.items()],
+    }
+
+
+@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
+def _load(settings: str, state: tuple) -> Examples:
+    data = DataSettings.model_validate_json(settings)
+    return prepared.texts(data, state, functools.partial(_read, data))
 
 
 def load(data: DataSettings) -> Examples:
@@ -190,7 +249,7 @@ def load(data: DataSettings) -> Examples:
     own replaces the development examples, and test_file is the test set. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), files.file_states(source_files(data)))
+    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources_of(data))))
 
 
 def tokenize(
@@ -234,16 +293,12 @@ def tokenize(
         lengths = [len(ids) for ids in columns["input_ids"]]
         return columns | {"labels": batch["label"], "length": lengths}
 
-    encoded = functools.partial(
-        datasets.Dataset.map,
-        function=encode,
-        batched=True,
-        remove_columns=examples.train.column_names,
-        new_fingerprint="ids",  # otherwise `map` would pickle the tokenizer to compute one
-    )
-    dev = encoded(examples.dev)
-    test = dev if examples.test_is_dev else examples.test and encoded(examples.test)
-    return dataclasses.replace(examples, train=encoded(examples.train), dev=dev, test=test)
+    def make(name: str, rows: datasets.Dataset, folder: pathlib.Path) -> None:
+        names = rows.column_names
+        path, count = folder / f"{name}.arrow", prepared.workers(data, len(rows))
+        prepared.encode(encode, rows, path, count, remove_columns=names)
+
+    return prepared.tokens(examples, tokenizer, data, make)
 
 
 def prior(examples: Examples) -> list[float]:
@@ -252,7 +307,7 @@ def prior(examples: Examples) -> list[float]:
     It is the mean label of the training set (regression), or the logarithm of each class's share,
     where each class counts once more than it occurs. Shape: [outputs].
     """
-    labels = np.array(examples.train["labels"])
+    labels = np.array(examples.train["labels"][:])
     if examples.labels is None:
         return [float(labels.mean())]
     counts = np.bincount(labels, minlength=len(examples.labels)) + 1

@@ -1,37 +1,41 @@
 """Prepare data for generation: a target for a source (seq2seq), or a completion of a prompt or a
 chat (causal_lm).
 
-The examples come from the user's files. The loss counts only the tokens of the target. On the
-development and test sets the model writes an answer for every distinct source, which is compared
-with all targets that the set has for it.
+The examples come from the user's files. The loss counts only the tokens of the target, or of all
+answers of a chat. On the development and test sets the model writes an answer for every distinct
+source, which is compared with all targets that the set has for it.
 
 Shapes of a batch: B examples, T tokens.
 """
 
-import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
-from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from scaleup.data import files
-from scaleup.data.files import Examples, Table
+from scaleup.data import columns as cells
+from scaleup.data import prepared, sources, splits
+from scaleup.data.chats import Chat, encode_chats
+from scaleup.data.examples import Examples, shared_texts
 from scaleup.data.metrics import IGNORED, text_metrics
-from scaleup.data.padding import padded_length
-from scaleup.errors import ConfigError, one_line
+from scaleup.data.padding import TextCollator
+from scaleup.data.sources import Reading
+from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_METRIC = {"seq2seq": "bleu", "causal_lm": "loss"}
 
 # The interface of a task's module: see scaleup.data.tasks.
-source_files, compute_metrics = files.user_files, text_metrics
+sources_of, compute_metrics = sources.of_user, text_metrics
+
+TEXTS = {"text": pa.string(), "target": pa.string()}
 
 
 def _is_turn(turn: Any) -> bool:
@@ -48,7 +52,7 @@ def _clean_chat(cell: Any) -> tuple[str | None, str | None]:
     valid = isinstance(turns, list) and len(turns) >= 2 and all(map(_is_turn, turns))
     if not valid or turns[-1]["role"] != "assistant":
         return None, "is not a list of {role, content} that ends with the assistant"
-    turns = [turn | {"content": files.replace_surrogates(turn["content"])} for turn in turns]
+    turns = [turn | {"content": cells.replace_surrogates(turn["content"])} for turn in turns]
     return json.dumps(turns), None
 
 
@@ -62,82 +66,111 @@ def _clean_cell(cell: Any, role: str) -> tuple[str | None, str | None]:
         return None, f"holds a {type(cell).__name__}, not text"
     if role == "target" and not str(cell).strip():
         return None, "is empty; there would be nothing to learn"
-    return files.replace_surrogates(str(cell)), None
+    return cells.replace_surrogates(str(cell)), None
 
 
-def _pairs(table: Table, data: DataSettings) -> list[tuple[str, str]]:
-    """Return (source, target) of every row.
+def _pairs(reading: Reading, data: DataSettings) -> Iterator[dict[str, list]]:
+    """Yield the columns text and target of every row, in batches.
 
-    The source of a chat is the JSON of all turns before the last; the target is the last one.
+    The text of a chat is the JSON of all turns before the last; the target is the last one.
     """
     if not data.messages_column:
         columns = {"text": data.text_column, "target": data.target_column}
-        values = files.clean_columns(table, columns, _clean_cell)
-        return list(zip(values["text"], values["target"]))
-    values = files.clean_columns(table, {"messages": data.messages_column}, _clean_cell)
-    chats = map(json.loads, values["messages"])
-    return [(json.dumps(turns[:-1]), turns[-1]["content"]) for turns in chats]
+        for cleaned in reading.read(columns, lambda table: _clean_cell):
+            yield cleaned.values
+        return
+    columns = {"messages": data.messages_column}
+    for cleaned in reading.read(columns, lambda table: _clean_cell):
+        chats = list(map(json.loads, cleaned.values["messages"]))
+        texts = [json.dumps(turns[:-1]) for turns in chats]
+        yield {"text": texts, "target": [turns[-1]["content"] for turns in chats]}
 
 
-def _by_source(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
+def _by_source(batches: Iterator[dict[str, list]]) -> dict[str, list[str]]:
     """Return all targets of each source, in order."""
     targets: dict[str, list[str]] = {}
-    for source, target in pairs:
-        targets.setdefault(source, []).append(target)
+    for batch in batches:
+        for source, target in zip(batch["text"], batch["target"]):
+            targets.setdefault(source, []).append(target)
     return targets
 
 
-def _scored(groups: dict[str, list[str]], first: int) -> datasets.Dataset:
-    """Return one row per source, with the index of its references, which begin at `first`."""
-    columns = {
+def _write_scored(
+    folder: pathlib.Path, name: str, groups: dict[str, list[str]], first: int
+) -> datasets.Dataset:
+    """Write a set of one row per source, with the index of its references, from `first` on."""
+    columns: dict[str, list] = {
         "text": list(groups),
         "target": [targets[0] for targets in groups.values()],
         "reference": list(range(first, first + len(groups))),
     }
-    return datasets.Dataset.from_dict(columns)
+    path = folder / f"{name}.arrow"
+    prepared.write(path, TEXTS | {"reference": pa.int64()}, [columns])
+    return prepared.read(path)
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, _state: tuple) -> Examples:
-    data, parts, sources, problems = DataSettings.model_validate_json(settings), {}, [], []
+def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
+    """Write the sets of a run into a folder. Return the other fields of `Examples`."""
+    described, problems, rows = [], [], {}
     if not data.messages_column and data.target_column == data.text_column:
         advice = "the text would tell the target"
         problems.append(
             f"data.target_column: {data.target_column} is the text column, too; {advice}"
         )
-    for split, (key, file) in files.user_files(data).items():
+    raw = {split: folder / f"raw-{split}" for split in ("train", "validation", "test")}
+    for split, parts in sources.of_user(data).items():
         try:
-            table = files.read_columns(key, file)
-            parts[split] = _pairs(table, data)
-            sources.append({"split": split, "rows": len(parts[split]), **table.source})
+            reading = Reading(split, parts)
+            rows[split] = prepared.write(raw[split], TEXTS, _pairs(reading, data))
+            described += reading.descriptions
             if split == "train":
-                train, dev = files.choose_rows(data, len(parts[split]), file)
+                train, dev = splits.choose_rows(data, rows[split], reading.name)
+                weights = [part.weight for part in parts]
+                train = splits.weighted(data, train, reading.rows, weights)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    texts, targets = zip(*(parts["train"][row] for row in train))
-    dev_pairs = [parts["train"][row] for row in dev] if dev else parts["validation"]
-    dev_groups, test_groups = _by_source(dev_pairs), _by_source(parts.get("test", []))
-    test_sources = list(test_groups)
-    kept = [test_sources[row] for row in files.choose_test_rows(data, len(test_sources))]
-    test_groups = {source: test_groups[source] for source in kept}
-    train_set = datasets.Dataset.from_dict({"text": list(texts), "target": list(targets)})
-    dev_set = _scored(dev_groups, 0)
-    test_set = _scored(test_groups, len(dev_groups)) if test_groups else None
-    return Examples(
-        train=train_set,
-        dev=dev_set,
-        test=test_set,
-        labels=None,
-        metric=data.metric or DEFAULT_METRIC[data.resolved_task],
-        task=data.task or "seq2seq",
-        test_is_dev=False,
-        sources=sources,
-        references=[*dev_groups.values(), *test_groups.values()],
-        prompts=[*dev_groups, *test_groups],
-        shared=files.shared_texts(train_set, dev_set, test_set),
+    prepared.write(
+        folder / "train.arrow", TEXTS, prepared.rows_of(prepared.read(raw["train"]), train)
     )
+    train_set = prepared.read(folder / "train.arrow")
+    in_train = len(dev) > 0
+    dev_part = prepared.read(raw["train" if in_train else "validation"])
+    dev_groups = _by_source(prepared.rows_of(dev_part, dev if in_train else None))
+    test_groups: dict[str, list[str]] = {}
+    if "test" in rows:
+        test_groups = _by_source(prepared.rows_of(prepared.read(raw["test"])))
+        test_sources = list(test_groups)
+        kept = [test_sources[row] for row in splits.choose_test_rows(data, len(test_sources))]
+        test_groups = {source: test_groups[source] for source in kept}
+    dev_set, test_set = _write_scored(folder, "dev", dev_groups, 0), None
+    if test_groups:
+        test_set = _write_scored(folder, "test", test_groups, len(dev_groups))
+    answers: dict[str, list] = {
+        "text": [*dev_groups, *test_groups],
+        "references": [*dev_groups.values(), *test_groups.values()],
+    }
+    types = {"text": pa.string(), "references": pa.list_(pa.string())}
+    prepared.write(folder / "references.arrow", types, [answers])
+    for split in rows:
+        raw[split].unlink()
+    return {
+        "labels": None,
+        "metric": DEFAULT_METRIC[data.resolved_task],
+        "task": data.task or "seq2seq",
+        "test_is_dev": False,
+        "sources": described,
+        "shared": [
+            [*names, count] for names, count in shared_texts(train_set, dev_set, test_set).items()
+        ],
+    }
+
+
+@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
+def _load(settings: str, state: tuple) -> Examples:
+    data = DataSettings.model_validate_json(settings)
+    return prepared.texts(data, state, functools.partial(_read, data))
 
 
 def load(data: DataSettings) -> Examples:
@@ -147,32 +180,22 @@ def load(data: DataSettings) -> Examples:
     `dev_size` rows are for development unless there is a validation file. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), files.file_states(files.user_files(data)))
+    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources.of_user(data))))
 
 
-def _prompt_and_completion(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings, source: str, target: str
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of a prompt and of its completion."""
-    if not data.messages_column:
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        plain = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
-        source = data.prompt_template.replace("{text}", source)
-        completion = plain(target)["input_ids"] + [tokenizer.eos_token_id]
-        return begin + plain(source)["input_ids"], completion
-    turns = [*json.loads(source), {"role": "assistant", "content": target}]
-    render = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-    try:
-        prompt, chat = render(turns[:-1], add_generation_prompt=True), render(turns)
-    except (ValueError, TemplateError) as error:
-        problem = f"the tokenizer's chat template refuses a chat: {one_line(error, 200)}"
-        raise ConfigError(f"data.messages_column: {problem}") from None
-    if chat[: len(prompt)] != prompt:
-        raise ConfigError(
-            "data.messages_column: with this tokenizer's chat template a chat does not begin with "
-            "its prompt, so the answer cannot be told from it"
-        )
-    return prompt, chat[len(prompt) :]
+def _completions(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, data: DataSettings
+) -> list[Chat]:
+    """Encode prompts and completions."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    plain = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+    texts = [data.prompt_template.replace("{text}", text) for text in batch["text"]]
+    encoded = []
+    for source, target in zip(plain(texts)["input_ids"], plain(batch["target"])["input_ids"]):
+        prompt, completion = begin + source, [*target, tokenizer.eos_token_id]
+        counted = [False] * len(prompt) + [True] * len(completion)
+        encoded.append(Chat(prompt + completion, counted, len(prompt), prompt))
+    return encoded
 
 
 def _encode_pairs(
@@ -194,44 +217,78 @@ def _encode_pairs(
 def _encode_texts(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> dict[str, list]:
-    """Encode rows for causal_lm as prompt and completion, with labels at the completion.
+    """Encode rows for causal_lm, with labels at the tokens that the loss counts.
 
     A prompt that is too long loses its beginning.
     """
+    blank = tokenizer.eos_token_id
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     if "reference" in batch:  # only what is scored has to be answered
         columns["prompt"] = []
-    for source, target in zip(batch["text"], batch["target"]):
-        prompt, completion = _prompt_and_completion(tokenizer, data, source, target)
-        completion = completion[: data.max_length - 1]
-        excess = max(0, len(prompt) + len(completion) - data.max_length)
-        prompt = prompt[excess:] or [tokenizer.eos_token_id]  # generation needs a first token
-        ids = [*prompt, *completion][: data.max_length]
+    if data.messages_column:
+        turns = [
+            [*json.loads(source), {"role": "assistant", "content": target}]
+            for source, target in zip(batch["text"], batch["target"])
+        ]
+        chats = encode_chats(turns, tokenizer, data)
+    else:
+        chats = _completions(batch, tokenizer, data)
+    for chat in chats:
+        end = min(len(chat.ids), chat.answer + data.max_length - 1)
+        start = max(0, end - data.max_length)
+        ids, counted = chat.ids[start:end], chat.counted[start:end]
+        if chat.answer == 0:  # generation needs a first token
+            ids, counted = [blank, *ids], [False, *counted]
         row = {
             "input_ids": ids,
-            "labels": ([IGNORED] * len(prompt) + completion)[: data.max_length],
+            "labels": [token if mark else IGNORED for token, mark in zip(ids, counted)],
             "length": len(ids),
-            "prompt": prompt,
+            "prompt": chat.prompt[start:] or [blank],
         }
         for name, values in columns.items():
             values.append(row[name])
     return columns
 
 
-def _pack(rows: datasets.Dataset, length: int) -> datasets.Dataset:
-    """Join complete texts, in order, to rows of at most `length` tokens.
+def _packed(rows: datasets.Dataset, length: int) -> Iterator[dict[str, list]]:
+    """Join complete texts, in order, to rows of at most `length` tokens; yield them in batches.
 
     Positions restart with each text. The first token of a text is not a continuation of the text
     before it, so it has no label.
     """
-    packed: list[dict[str, list[int]]] = []
-    for ids, labels in zip(rows["input_ids"], rows["labels"]):
-        if not packed or len(packed[-1]["input_ids"]) + len(ids) > length:
-            packed.append({"input_ids": [], "labels": [], "position_ids": []})
-        packed[-1]["input_ids"] += ids
-        packed[-1]["labels"] += [IGNORED, *labels[1:]]
-        packed[-1]["position_ids"] += range(len(ids))
-    return datasets.Dataset.from_list([row | {"length": len(row["input_ids"])} for row in packed])
+    names = ("input_ids", "labels", "position_ids")
+    full: dict[str, list] = {name: [] for name in (*names, "length")}
+    row: dict[str, list[int]] = {name: [] for name in names}
+
+    def close() -> None:
+        for name in names:
+            full[name].append(row[name])
+            row[name] = []
+        full["length"].append(len(full["input_ids"][-1]))
+
+    for batch in prepared.rows_of(rows):
+        for ids, labels in zip(batch["input_ids"], batch["labels"]):
+            if row["input_ids"] and len(row["input_ids"]) + len(ids) > length:
+                close()
+            row["input_ids"] += ids
+            row["labels"] += [IGNORED, *labels[1:]]
+            row["position_ids"] += range(len(ids))
+        yield full
+        full = {name: [] for name in full}
+    close()
+    yield full
+
+
+TOKEN_IDS = datasets.List(datasets.Value("int32"))
+TYPES = {
+    "input_ids": TOKEN_IDS,
+    "attention_mask": datasets.List(datasets.Value("int8")),
+    "labels": TOKEN_IDS,
+    "length": datasets.Value("int64"),
+    "prompt": TOKEN_IDS,
+    "reference": datasets.Value("int64"),
+}
+PACKED = dict.fromkeys(("input_ids", "labels", "position_ids"), pa.list_(pa.int32()))
 
 
 def tokenize(
@@ -244,72 +301,29 @@ def tokenize(
     if data.messages_column and tokenizer.chat_template is None:
         advice = "use an instruction-tuned model"
         raise ConfigError(f"data.messages_column: {lacks} chat template; {advice}")
-    encode = _encode_pairs if examples.task == "seq2seq" else _encode_texts
-    encoded = functools.partial(
-        datasets.Dataset.map,
-        function=functools.partial(encode, tokenizer=tokenizer, data=data),
-        batched=True,
-        remove_columns=["text", "target"],
-        new_fingerprint="ids",  # otherwise `map` would pickle the tokenizer to compute one
-    )
-    train = encoded(examples.train)
-    return dataclasses.replace(
-        examples,
-        train=_pack(train, data.max_length) if data.packing else train,
-        dev=encoded(examples.dev),
-        test=examples.test and encoded(examples.test),
+    pairs = examples.task == "seq2seq"
+    encode = functools.partial(
+        _encode_pairs if pairs else _encode_texts, tokenizer=tokenizer, data=data
     )
 
+    def make(name: str, rows: datasets.Dataset, folder: pathlib.Path) -> None:
+        used = ["input_ids", "labels", "length"] + ["attention_mask"] * pairs
+        if name != "train":
+            used += ["reference"] + ["prompt"] * (not pairs)
+        options = {
+            "remove_columns": ["text", "target"],
+            "features": datasets.Features({column: TYPES[column] for column in used}),
+        }
+        packs = name == "train" and data.packing
+        path = folder / ("unpacked.arrow" if packs else f"{name}.arrow")
+        encoded = prepared.encode(encode, rows, path, prepared.workers(data, len(rows)), **options)
+        if packs:
+            types = PACKED | {"length": pa.int64()}
+            prepared.write(folder / "train.arrow", types, _packed(encoded, data.max_length))
+            for part in folder.glob("unpacked*"):
+                part.unlink()
 
-class _Collator:
-    """Pad examples to tensors [B, T] on the right, but prompts for `generate` on the left.
-
-    transformers' DataCollatorForSeq2Seq knows neither prompts nor positions of packed texts.
-    """
-
-    def __init__(self, pad: int, data: DataSettings, multiple: int):
-        """Take the id of the padding token, and the number whose multiples lengths shall be."""
-        self.fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
-        self.data, self.multiple = data, multiple
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        columns = {name: [row[name] for row in features] for name in features[0]}
-        columns.pop("length", None)
-        batch: dict[str, torch.Tensor] = {}
-        if "reference" in columns:
-            batch["reference"] = torch.tensor(columns.pop("reference"))
-        if "prompt" in columns:
-            ones = [[1] * len(prompt) for prompt in columns["prompt"]]
-            batch["prompt_mask"] = self._pad(ones, 0, left=True)
-        if "position_ids" in columns:  # the padding of a packed row counts as a text of its own
-            rows = columns.pop("position_ids")
-            length = self._length(max(map(len, rows)), self.data.max_length)
-            rows = [[*row, *range(length - len(row))] for row in rows]
-            batch["position_ids"] = torch.tensor(rows)
-        elif "attention_mask" not in columns:
-            columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
-        targets = self.data.task == "seq2seq"
-        for name, rows in columns.items():
-            most = self.data.max_length
-            if name == "labels" and targets and not self.data.pad_to_max_length:
-                most = self.data.max_target_length
-            batch[name] = self._pad(rows, self.fill[name], most, left=name == "prompt")
-        return batch
-
-    def _length(self, longest: int, most: int) -> int:
-        if self.data.pad_to_max_length:
-            return max(longest, most)
-        return padded_length(longest, self.multiple, most)
-
-    def _pad(
-        self, rows: list[list[int]], fill: int, most: int = 0, left: bool = False
-    ) -> torch.Tensor:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        if left:
-            return pad_sequence(tensors, True, fill, padding_side="left")
-        padded = pad_sequence(tensors, True, fill)
-        missing = self._length(padded.shape[1], most) - padded.shape[1]
-        return torch.nn.functional.pad(padded, (0, missing), value=fill)
+    return prepared.tokens(examples, tokenizer, data, make)
 
 
 def collator(
@@ -319,4 +333,4 @@ def collator(
 
     The lengths of a batch are rounded up to multiples of `multiple`.
     """
-    return _Collator(tokenizer.pad_token_id, data, multiple)
+    return TextCollator(tokenizer.pad_token_id, data, multiple)

@@ -4,11 +4,8 @@ import os
 import re
 from typing import NamedTuple
 
-import datasets
-from datasets.exceptions import DatasetsError
-
-from scaleup.data.files import Table
-from scaleup.errors import ConfigError, one_line
+from scaleup.data.sources import HubSplit, Source
+from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
 
@@ -43,15 +40,21 @@ ENDINGS = (  # of local files as the documentation names them, and as the hub do
 )
 
 
-def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
-    """Return, per split, the setting to name in messages and the file; {} if data is on the hub.
+def sources(data: DataSettings) -> dict[str, list[Source]]:
+    """Return the source of each split: local files, or else the hub.
 
     Raises:
         ConfigError: the folder or a file in it is missing.
     """
     path = data.path
     if path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not os.path.exists(path)):
-        return {}
+        hub_id = path or "nyu-mll/glue"
+        validation = "validation_matched" if data.name == "mnli" else "validation"
+        advice = f"give data.path as a local folder with {data.name}/train.parquet"
+        return {
+            split: [Source("data.path", HubSplit(hub_id, data.name, name, data.revision, advice))]
+            for split, name in (("train", "train"), ("validation", validation))
+        }
     files, missing = {}, []
     for split in ("train", "validation"):
         roots = (os.path.join(path, data.name or ""), path)
@@ -60,7 +63,7 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
         if file is None:
             missing.append(f"{data.name}/{split}.parquet")
         else:
-            files[split] = ("data.path", file)
+            files[split] = [Source("data.path", file)]
     if missing:
         problem = f"{path} has no {' and no '.join(missing)}"
         if not os.path.isdir(path):
@@ -68,25 +71,3 @@ def local_files(data: DataSettings) -> dict[str, tuple[str, str]]:
         advice = f"give the folder with {data.name}/train.parquet, or leave data.path out to use"
         raise ConfigError(f"data.path: {problem}; {advice} the hub")
     return files
-
-
-def load_from_hub(data: DataSettings) -> dict[str, Table]:
-    """Load the training and validation splits from the Hugging Face hub."""
-    hub_id = data.path or HUB_ID
-    validation = "validation_matched" if data.name == "mnli" else "validation"
-    try:
-        sets = datasets.load_dataset(hub_id, data.name)
-        chosen = {"train": sets["train"], "validation": sets[validation]}
-    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
-        raise ConfigError(
-            f"data.path: {hub_id} is no folder here and did not load from the hub "
-            f"({one_line(error, 200)}); "
-            f"give data.path as a local folder with {data.name}/train.parquet"
-        ) from None
-    tables = {}
-    for split, rows in chosen.items():
-        columns = {name: rows[name][:] for name in rows.column_names}
-        source = {"hub_id": hub_id, "name": data.name}
-        place = f"the hub's {split} split"
-        tables[split] = Table("data.path", place, columns, source, features=rows.features)
-    return tables

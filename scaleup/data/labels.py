@@ -6,6 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
+from scaleup.data.columns import Cleaned, Places
 from scaleup.data.files import Table
 
 NUMBER = re.compile(r"(?a)[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -32,42 +33,67 @@ def _meaning(label: str) -> Any:
         return text
 
 
-def spelling_problems(table: Table, column: str, labels: list[str]) -> list[str]:
-    """Return which labels are one class in different spellings, with their rows.
+class Spellings:
+    """Collects in how many ways the classes of a training set are written, and where."""
 
-    Examples are 1, 1.0, "1" and True, or TRUE and true. They would become separate classes, or be
-    one class by accident. A missing value that is written as a word in a column of numbers is
-    reported too.
+    def __init__(self, table: Table, column: str):
+        self.table, self.column = table, column
+        self.places: dict[str, dict[str, Places]] = {}  # label → spelling → rows
 
-    Args:
-        column: name of the column with the labels.
-        labels: its cleaned cells.
-    """
-    cells = table.columns[column]
-    cells = cells if isinstance(cells, list) else cells.to_pylist()
-    rows: dict[Any, dict[str, list[int]]] = {}  # meaning → spelling → rows
-    meanings = {label: _meaning(label) for label in set(labels)}
-    for row, (cell, label) in enumerate(zip(cells, labels)):
-        is_text = isinstance(cell, str)
-        # In JSON, 1, 1.0 and "1" are different values.
-        spelling = label if is_text and table.is_text else json.dumps(label if is_text else cell)
-        rows.setdefault(meanings[label], {}).setdefault(spelling, []).append(row)
-    problems = []
-    for spellings in rows.values():
-        if len(spellings) > 1:
-            places = "; ".join(
-                f"{name[:40]} in {table.rows_shown(of)}" for name, of in list(spellings.items())[:5]
-            )
+    def add(self, cleaned: Cleaned) -> None:
+        """Note the labels of some rows."""
+        batch, labels = cleaned.batch, cleaned.values["label"]
+        cells = batch.columns[self.column]
+        cells = cells if isinstance(cells, list) else cells.to_pylist()
+        for row, (cell, label) in enumerate(zip(cells, labels)):
+            is_text = isinstance(cell, str)
+            # In JSON, 1, 1.0 and "1" are different values.
+            plain = is_text and self.table.is_text
+            spelling = label if plain else json.dumps(label if is_text else cell)
+            places = self.places.setdefault(label, {}).setdefault(spelling, Places())
+            places.add(cleaned.first_row + row, batch.lines[row] if batch.lines else None)
+
+    @property
+    def labels(self) -> set[str]:
+        """The labels as they are cleaned."""
+        return set(self.places)
+
+    def problems(self) -> list[str]:
+        """Return which labels are one class in different spellings, with their rows.
+
+        Examples are 1, 1.0, "1" and True, or TRUE and true. They would become separate classes, or
+        be one class by accident. A missing value that is written as a word in a column of numbers
+        is reported too.
+        """
+        by_meaning: dict[Any, dict[str, Places]] = {}
+        for label, spellings in self.places.items():
+            by_meaning.setdefault(_meaning(label), {}).update(spellings)
+        place, column, problems = self.table.place, self.column, []
+        for spellings in by_meaning.values():
+            if len(spellings) > 1:
+                shown = sorted(spellings.items(), key=lambda item: item[1].first)[:5]
+                listed = "; ".join(f"{name[:40]} in {places}" for name, places in shown)
+                problems.append(
+                    f"{place}, column {column}: one class has several spellings; write it in one "
+                    f"way ({listed})"
+                )
+        words = [meaning for meaning in by_meaning if isinstance(meaning, str)]
+        if len(words) == 1 < len(by_meaning) and words[0].lower() in MISSING_AMONG_NUMBERS:
+            missing = Places.joined(by_meaning[words[0]].values())
             problems.append(
-                f"{table.place}, column {column}: one class has several spellings; write it in "
-                f"one way ({places})"
+                f"{place}, {missing}, column {column}: {words[0]!r} among numbers stands for a "
+                "missing value; leave the rows out, or name the class otherwise"
             )
-    words = [meaning for meaning in rows if isinstance(meaning, str)]
-    if len(words) == 1 < len(rows) and words[0].lower() in MISSING_AMONG_NUMBERS:
-        (spellings,) = (of for meaning, of in rows.items() if meaning == words[0])
-        missing = [row for of in spellings.values() for row in of]
-        problems.append(
-            f"{table.place}, {table.rows_shown(missing)}, column {column}: {words[0]!r} among "
-            "numbers stands for a missing value; leave the rows out, or name the class otherwise"
-        )
-    return problems[:5]
+        return problems[:5]
+
+
+def joined_problems(labels: set[str]) -> list[str]:
+    """Return which labels of several sources together are one class in different spellings."""
+    by_meaning: dict[Any, list[str]] = {}
+    for label in sorted(labels):
+        by_meaning.setdefault(_meaning(label), []).append(label)
+    return [
+        f"data.sources: one class has several spellings ({', '.join(same)}); write it in one way"
+        for same in by_meaning.values()
+        if len(same) > 1
+    ][:5]

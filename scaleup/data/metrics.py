@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn import metrics
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 
 IGNORED = -100  # label of tokens that the loss leaves out
 
@@ -92,7 +92,7 @@ def text_metrics(
     def score_texts(prediction: EvalPrediction) -> dict[str, float]:
         assert examples.references is not None
         rows = np.asarray(prediction.label_ids).reshape(-1)
-        references = [examples.references[row] for row in rows]
+        references = [examples.references[int(row)] for row in rows]
         return score(decode(tokenizer, prediction.predictions), references)
 
     return score_texts

@@ -1,4 +1,12 @@
-"""The length to which a batch is padded."""
+"""Pad examples to batches."""
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from scaleup.data.metrics import IGNORED
+from scaleup.settings.schema import DataSettings
 
 
 def padded_length(longest: int, multiple: int, most: int) -> int:
@@ -10,3 +18,54 @@ def padded_length(longest: int, multiple: int, most: int) -> int:
         most: the length to which examples are cut.
     """
     return max(min(-(-longest // multiple) * multiple, most), longest)
+
+
+class TextCollator:
+    """Pad examples to tensors [B, T] on the right, but prompts for `generate` on the left.
+
+    transformers' DataCollatorForSeq2Seq knows neither prompts nor positions of packed texts.
+    """
+
+    def __init__(self, pad: int, data: DataSettings, multiple: int):
+        """Take the id of the padding token, and the number whose multiples lengths shall be."""
+        self.fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED, "prompt": pad}
+        self.data, self.multiple = data, multiple
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        columns = {name: [row[name] for row in features] for name in features[0]}
+        columns.pop("length", None)
+        batch: dict[str, torch.Tensor] = {}
+        if "reference" in columns:
+            batch["reference"] = torch.tensor(columns.pop("reference"))
+        if "prompt" in columns:
+            ones = [[1] * len(prompt) for prompt in columns["prompt"]]
+            batch["prompt_mask"] = self._pad(ones, 0, left=True)
+        if "position_ids" in columns:  # the padding of a packed row counts as a text of its own
+            rows = columns.pop("position_ids")
+            length = self._length(max(map(len, rows)), self.data.max_length)
+            rows = [[*row, *range(length - len(row))] for row in rows]
+            batch["position_ids"] = torch.tensor(rows)
+        elif "attention_mask" not in columns:
+            columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        targets = self.data.task == "seq2seq"
+        for name, rows in columns.items():
+            most = self.data.max_length
+            if name == "labels" and targets and not self.data.pad_to_max_length:
+                most = self.data.max_target_length
+            batch[name] = self._pad(rows, self.fill[name], most, left=name == "prompt")
+        return batch
+
+    def _length(self, longest: int, most: int) -> int:
+        if self.data.pad_to_max_length:
+            return max(longest, most)
+        return padded_length(longest, self.multiple, most)
+
+    def _pad(
+        self, rows: list[list[int]], fill: int, most: int = 0, left: bool = False
+    ) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        if left:
+            return pad_sequence(tensors, True, fill, padding_side="left")
+        padded = pad_sequence(tensors, True, fill)
+        missing = self._length(padded.shape[1], most) - padded.shape[1]
+        return torch.nn.functional.pad(padded, (0, missing), value=fill)

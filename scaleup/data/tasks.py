@@ -12,7 +12,7 @@ from transformers import (
 
 from scaleup.data import classification
 from scaleup.data import generation as text_generation
-from scaleup.data.files import identical_files
+from scaleup.data.splits import identical_files
 from scaleup.errors import ConfigError
 from scaleup.settings.derived import Section
 from scaleup.settings.schema import DataSettings
@@ -22,7 +22,7 @@ from scaleup.settings.schema import DataSettings
 class Task:
     """One kind of task."""
 
-    module: ModuleType  # has source_files, load, tokenize, collator and compute_metrics
+    module: ModuleType  # has sources_of, load, tokenize, collator and compute_metrics
     auto: Any  # transformers' AutoModelFor… class
     # The model generates text. The loss of a step is a mean over its tokens, not over its batches.
     writes: bool = False
@@ -62,10 +62,11 @@ def check(sections: dict[str, Section]) -> list[str]:
         return []
     module = of(data).module
     try:
-        sources = module.source_files(data)
+        sources = module.sources_of(data)
     except ConfigError as error:
         return error.problems
-    if "train" not in sources:
+    local = all(part.file for parts in sources.values() for part in parts)
+    if not sources["train"] or not local:
         return []
     problems = identical_files(sources)
     try:

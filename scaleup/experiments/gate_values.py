@@ -23,7 +23,7 @@ from scaleup.backbone.method import complete_config, load_run_model
 from scaleup.backbone.precision import device_half_dtype
 from scaleup.data import classification as data
 from scaleup.data import tasks
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.data.glue import GLUE
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.experiments.runs import Run
@@ -217,7 +217,8 @@ def _examples(settings: DataSettings, which: str) -> tuple[Examples, str]:
             f"--data: there is no file {which}; it takes {', '.join(SPLITS)} or a file with the "
             "run's columns"
         )
-    changes: dict[str, Any] = dict.fromkeys(("name", "path", "test_file"))
+    elsewhere = ("name", "path", "sources", "test_file", "validation_split", "test_split")
+    changes: dict[str, Any] = dict.fromkeys(elsewhere)
     changes |= {"train_file": which, "validation_file": which}
     changes |= {"task": settings.resolved_task, "k": "all"}
     if settings.name:

@@ -29,7 +29,10 @@ FROZEN = "_frozen"  # the last part of a method's name if its head is not traine
 UNKNOWN = "unknown (no config.yaml)"
 TRIAL = re.compile(r"[\w.]+-[\w.]+-([\w.]+)-[\w.]+")  # task, k, method and seed of a sweep's trial
 # Settings in which the runs of one table may differ.
-AXES = ("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "train.resume")
+AXES = (
+    *("data.name", "data.k", "data.seed", "train.seed", "train.output_dir", "train.resume"),
+    *("data.cache_dir", "data.workers"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

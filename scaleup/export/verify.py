@@ -17,7 +17,7 @@ from transformers import EvalPrediction
 
 from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, ExportError
 from scaleup.export import measure

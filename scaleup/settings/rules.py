@@ -157,19 +157,25 @@ def _idle_method(method: Any) -> dict[str, str]:
 
 
 def _idle_data(data: Any) -> dict[str, str]:
-    own_files = "train_file validation_file test_file text_column text_pair_column label_column"
+    own_files = (
+        "train_file validation_file test_file text_column text_pair_column label_column "
+        "sources subset train_split validation_split test_split"
+    )
     of_generation = (
-        "target_column messages_column prompt_template max_target_length num_beams packing"
+        "target_column messages_column train_on prompt_template max_target_length num_beams packing"
     )
     of_classification = "text_pair_column label_column"
     task, generates = data.task or "sequence_classification", data.task in GENERATES
     idle: dict[str, str] = {}
     if data.name is not None:
         idle |= dict.fromkeys(own_files.split(), f"data.name is {data.name}")
-    else:
-        idle["path"] = "data.name is not set"
+    elif data.path is None:
+        of_hub = ("subset", "revision", "train_split", "validation_split", "test_split")
+        idle |= dict.fromkeys(of_hub, "data.path is not set")
     keys = of_classification if generates else of_generation
     idle |= dict.fromkeys(keys.split(), f"data.task is {task}")
+    if generates and data.messages_column is None:
+        idle["train_on"] = "data.messages_column is not set"
     if generates and data.messages_column is not None:
         of_texts = ("text_column", "target_column", "prompt_template")
         idle |= dict.fromkeys(of_texts, "data.messages_column is set")
@@ -178,23 +184,35 @@ def _idle_data(data: Any) -> dict[str, str]:
         idle["num_beams"] = "data.metric is loss: nothing is written"
         if task == "causal_lm":
             idle["max_target_length"] = "data.metric is loss: nothing is written"
-    own_validation = data.name is None and data.validation_file is not None
+    own_validation = data.name is None and data.has_validation
     if data.k == "all" and (data.name is not None or own_validation):
         idle["dev_size"] = "with data.k all, the validation set is the development set"
         idle["seed"] = "with data.k all, nothing is sampled"
     if data.name is not None and data.k == "all":
         idle["test_size"] = "with data.k all, the development set is the test set"
-    elif data.name is None and data.test_file is None:
+    elif data.name is None and data.test_file is None and data.test_split is None:
         idle["test_size"] = "data.test_file is not set"
     if own_validation:
-        idle["dev_size"] = "data.validation_file is the development set"
+        key = "validation_file" if data.validation_file is not None else "validation_split"
+        idle["dev_size"] = f"data.{key} is the development set"
     return idle
 
 
 def _data_problems(data: Any, method: Any) -> list[str]:
     problems = []
-    if data.name is None and data.train_file is None:
-        problems.append("data: set data.name (a GLUE task) or data.train_file (your own data)")
+    places = [key for key in ("train_file", "path", "sources") if getattr(data, key)]
+    if data.name is None and not places:
+        problems.append(
+            "data: set data.name (a GLUE task), data.train_file (your own data), data.path (a data "
+            "set on the hub) or data.sources (several of them)"
+        )
+    if data.name is None and len(places) > 1:
+        problems.append(f"data.{places[1]}: data.{places[0]} is set, too; leave one of them out")
+    for split in ("validation", "test"):
+        if getattr(data, f"{split}_file") and getattr(data, f"{split}_split"):
+            problems.append(
+                f"data.{split}_split: data.{split}_file is set, too; leave one of them out"
+            )
     default_task = "regression" if data.name == "stsb" else "sequence_classification"
     task = data.resolved_task
     if data.name is not None and task != default_task:

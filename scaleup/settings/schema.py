@@ -94,6 +94,39 @@ class MethodSettings(_Options):
         return self.gates or default
 
 
+class DataSource(Section):
+    """One of several sources of training data."""
+
+    file: Path | None = None
+    """A file, or instead of it:"""
+    path: str | None = None
+    """Id of a data set on the hub."""
+    subset: str | None = None
+    """Name of a configuration of the data set on the hub."""
+    split: str = "train"
+    """Split of the data set on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the data set on the hub."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often its rows are seen in an epoch; 0.5: half of them, drawn by data.seed."""
+    text_column: str | None = None
+    """Column of this source, where it has another name than in the others."""
+    text_pair_column: str | None = None
+    """The same for the second text of a pair."""
+    label_column: str | None = None
+    """The same for the label."""
+    target_column: str | None = None
+    """The same for the target."""
+    messages_column: str | None = None
+    """The same for chats."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_place(self) -> "DataSource":
+        if (self.file is None) == (self.path is None):
+            raise ValueError("should have file or path, and not both")
+        return self
+
+
 class DataSettings(Section):
     """Where examples come from and how they become batches."""
 
@@ -104,8 +137,21 @@ class DataSettings(Section):
     complete a prompt or a chat (decoders). Default: that of the GLUE task, else
     sequence_classification."""
     path: Path | None = None
-    """Local folder with <task>/{train,validation}.parquet or with these files themselves, or a
-    dataset id on the hub. Default: nyu-mll/glue."""
+    """Id of a data set on the hub. For a GLUE task also a local folder with
+    <task>/{train,validation}.parquet or with these files themselves; default: nyu-mll/glue."""
+    subset: str | None = None
+    """Name of a configuration of data.path on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of data.path on the hub."""
+    train_split: str = Field("train", min_length=1)
+    """Split of data.path to train on, such as train or train[:10%]."""
+    validation_split: str | None = None
+    """Split of data.path for development."""
+    test_split: str | None = None
+    """Split of data.path for the test, scored once at the end."""
+    sources: list[DataSource] | None = None
+    """Several sources of training data instead of data.path or data.train_file, each with file or
+    path, and if needed weight, split, subset, revision and columns."""
     train_file: Path | None = None
     """Your own training data: .csv, .tsv, .jsonl, .json (lines) or .parquet."""
     validation_file: Path | None = None
@@ -127,6 +173,9 @@ class DataSettings(Section):
     messages_column: str | None = None
     """causal_lm: column with chats, which are lists of {role, content} that end with the
     assistant, instead of text and target."""
+    train_on: Literal["all", "last"] = "all"
+    """Assistant turns of a chat that the loss counts: all of them, as the chat template marks them
+    if it does, or the last one."""
     k: Count | Literal["all"] = "all"
     """Number of training examples: the first K of the shuffled training set (low-resource
     protocol), or all."""
@@ -155,12 +204,25 @@ class DataSettings(Section):
     """causal_lm: join texts in rows of max_length tokens; they do not see each other."""
     pad_to_max_length: bool = False
     """Pad every batch to max_length (paper) instead of to its longest example."""
+    cache_dir: Path | None = None
+    """Folder of prepared data, which runs share. Default: scaleup/ in the cache of Hugging Face
+    datasets."""
+    workers: Count | None = None
+    """Number of processes that tokenize. Default: one per CPU core."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Return whether a development set is named."""
+        return self.validation_file is not None or self.validation_split is not None
 
     @property
     def resolved_task(self) -> str:
         """`task`, or its default."""
         return self.task or ("regression" if self.name == "stsb" else "sequence_classification")
 
+
+# What a run did before the setting existed, where that is not the default.
+EARLIER = {"data": {"train_on": "last"}}
 
 # The paper's learning rates (section 4.1). A submodule states the one that it has when it is alone.
 LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
@@ -353,7 +415,15 @@ def stored(path: str | None, overrides: Sequence[str] = ()) -> dict[str, dict[st
     Raises:
         ConfigError: the file is damaged.
     """
-    return load(path, overrides).dump()
+    return load(path, [*earlier_settings(path), *overrides]).dump()
+
+
+def earlier_settings(path: str | None) -> list[str]:
+    """Return, as overrides, what the run of a config.yaml did before a setting for it existed."""
+    data = {} if path is None else read(path, [], ["data"])[0].get("data", {})
+    if data.get("messages_column") is None or "train_on" in data:
+        return []
+    return [f"data.{key}={value}" for key, value in EARLIER["data"].items()]
 
 
 def to_yaml(settings: Settings) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.errors import Preempted
 from scaleup.io import write_text
 from scaleup.training import resume

@@ -4,7 +4,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.memory.epochs import few_steps
 from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
@@ -76,7 +76,7 @@ def _shared_line(settings: Settings, examples: Examples) -> str | None:
     ]
     if not parts:
         return None
-    cut = examples.shared["dev", "train"] and settings.data.validation_file is None
+    cut = examples.shared["dev", "train"] and not settings.data.has_validation
     cut = cut and settings.data.name is None
     advice = "; give data.validation_file to keep dev apart" if cut else ""
     return f"note: {', '.join(parts)}{advice}"
@@ -87,7 +87,7 @@ def _label_line(settings: Settings, examples: Examples) -> str:
 
     If the head starts far from the labels, a small run learns little more than their mean.
     """
-    labels = examples.train["labels"]
+    labels = examples.train["labels"][:]
     starts = "a new head starts at 0, and with model.head_bias=prior at the mean"
     if settings.model.head_bias == "prior":
         starts = "the mean is where the head starts"

@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from scaleup.data import tasks
-from scaleup.data.files import Examples
+from scaleup.data.examples import Examples
 from scaleup.settings.schema import Settings
 from scaleup.training.distributed import World
 from scaleup.training.manifest import Manifest

@@ -10,6 +10,7 @@ DeepSpeed, and without a backend every rank believes that it is alone.
 import ctypes
 import dataclasses
 import datetime
+import itertools
 import os
 import pathlib
 import secrets
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import PartialState
+from torch.distributed import TCPStore
 
 from scaleup.errors import ConfigError
 from scaleup.training import build_locks, interfaces, startup, watchdog
@@ -172,6 +174,27 @@ def gather(world: World, value: Any) -> list[Any]:
     values: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+_meetings = itertools.count()
+
+
+def wait_for_all(world: World, interval_s: float = 0.2) -> None:
+    """Wait until every process has called this, for as long as that takes.
+
+    A collective would time out, for example while one host prepares millions of examples. If a
+    process is gone meanwhile, the watchdog ends this one. Every rank must call this.
+    """
+    if world.size == 1:
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+    # The store of torchrun's agent outlives the processes that it starts again.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"scaleup-meeting/{start}/{next(_meetings)}"
+    store.add(key, 1)
+    while store.add(key, 0) < world.size:
+        time.sleep(interval_s)
 
 
 def hosts(world: World) -> list[tuple[str, str]]:

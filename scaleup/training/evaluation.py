@@ -130,5 +130,5 @@ class EvaluatingTrainer(Trainer):
         """
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        lengths = eval_dataset[self.args.length_column_name]
+        lengths = eval_dataset[self.args.length_column_name][:]
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])

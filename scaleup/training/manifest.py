@@ -13,7 +13,7 @@ from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import read_json
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat
-from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings, Settings
+from scaleup.settings.schema import EARLIER, DataSettings, MethodSettings, ModelSettings, Settings
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -28,6 +28,8 @@ FIXED_IN_TRAINING = (
 # Paths may change when folders move. The fingerprint of the backbone and the hashes of the data
 # cover what the paths name. The section `method` is in the manifest itself.
 PATHS = ("model.name", "data.path", "data.train_file", "data.validation_file", "data.test_file")
+# Where and how data is prepared does not change it.
+ANY = ("data.cache_dir", "data.workers")
 
 
 class _Method(TypedDict):
@@ -183,14 +185,15 @@ def setting_hashes(settings: Settings) -> dict[str, str]:
     return {
         key: _hash(value)
         for key, value in flat(settings.dump()).items()
-        if key not in PATHS and (key.startswith(("model.", "data.")) or key in fixed)
+        if key not in PATHS + ANY and (key.startswith(("model.", "data.")) or key in fixed)
     }
 
 
 def default_hashes() -> dict[str, str]:
-    """Return a hash of the default of each setting of `model` and `data`."""
+    """Return a hash of what each setting of `model` and `data` was before it could be set."""
     sections: dict[str, Section] = {"model": ModelSettings(), "data": DataSettings()}
     defaults = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    defaults["data"] |= EARLIER["data"]
     return {key: _hash(value) for key, value in flat(defaults).items()}
 
 

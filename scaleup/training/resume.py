@@ -14,7 +14,7 @@ from scaleup.io import LOCK, read_json
 from scaleup.settings.schema import Settings, stored
 from scaleup.training.checkpoint import verify
 from scaleup.training.console import finished_note, summary
-from scaleup.training.manifest import FIXED_IN_TRAINING, Manifest
+from scaleup.training.manifest import ANY, FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
 from scaleup.training.resume_state import check_state, trainer_state
 
@@ -109,6 +109,7 @@ def _different(settings: Settings) -> list[str]:
         for section, values in settings.dump().items()
         for key in (values | then[section])
         if (section != "train" or key in FIXED_IN_TRAINING.split())
+        and f"{section}.{key}" not in ANY
         and values.get(key) != then[section].get(key)
     ]
 

@@ -34,8 +34,6 @@ from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
 from scaleup.data import classification as data
-from scaleup.data import tasks
-from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml
@@ -47,6 +45,7 @@ from scaleup.training.context import Run
 from scaleup.training.distributed import World
 from scaleup.training.manifest import Manifest, setting_hashes
 from scaleup.training.preflight import hub_structure, packing_problems
+from scaleup.training.preparation import prepare
 from scaleup.training.resume_state import check_optimizer
 from scaleup.training.scoring import score
 from scaleup.training.trainer import RunTrainer
@@ -137,14 +136,15 @@ def _start(settings: Settings) -> World:
 
 
 def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedConfig) -> Run:
-    """Read and tokenize the data, and build the arguments of Trainer."""
+    """Wait until the data is prepared, and build the arguments of Trainer."""
     half = precision.device_half_dtype(settings, world.device)
-    task = tasks.of(settings.data)
-    examples = task.module.load(settings.data)
-    tokenizer = backbone.load_tokenizer(settings.model, config, task.auto)
-    if "text_pair" in examples.train.column_names:
-        tokenizer = separate_pairs(tokenizer)  # checkpoints contain the tokenizer as it is used
-    examples = task.module.tokenize(examples, tokenizer, settings.data)
+    examples, tokenizer = prepare(settings, config)
+    distributed.wait_for_all(world)
+    contents = distributed.gather(world, examples.content)
+    if len(set(contents)) > 1:
+        other = next(rank for rank, content in enumerate(contents) if content != contents[0])
+        problem = f"rank {other} has read other data than rank 0"
+        raise ConfigError(f"data: {problem}; give all hosts the same files")
     args = training_arguments(settings, world, examples.metric, shared, half)
     plugin = args.deepspeed_plugin
     manifest = Manifest(

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Sequence
 
 from scaleup.errors import ConfigError, PermissionMissing
-from scaleup.settings.loading import read
-from scaleup.settings.schema import Settings, load
-from scaleup.training.manifest import Manifest
+from scaleup.settings.loading import override, read
+from scaleup.settings.schema import Settings, earlier_settings, load
+from scaleup.training.manifest import ANY, Manifest
 from scaleup.training.preflight import model_files, model_folder
 
 
@@ -47,6 +47,9 @@ def load_trained(
         ConfigError: the file is damaged, or was changed since the checkpoint was written.
         PermissionMissing: the run asks to execute code, which the user has not allowed.
     """
+    # The run may be another person's, and may have prepared its data on another machine.
+    local = [override(key, None) for key in ANY]
+    overrides = [*earlier_settings(str(path)), *local, *overrides]
     settings = load(str(path), overrides, checks=[model_folder, model_files])
     if settings.model.trust_remote_code and not trusted:
         raise PermissionMissing(

@@ -163,7 +163,7 @@ class RunTrainer(EvaluatingTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        lengths = list(self.train_dataset[self.args.length_column_name]) if grouped else None
+        lengths = self.train_dataset[self.args.length_column_name][:] if grouped else None
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ResumableSampler(
             count=len(self.train_dataset),

@@ -152,3 +152,24 @@ def test_a_run_that_was_killed_at_its_first_start_of_deepspeed_can_start_again(t
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"note: {locks[0]}: removed; it was left behind" in again.stdout
     assert (tmp_path / "run" / "results.json").exists()
+
+
+# Rank 1 comes later than collectives may take.
+LATE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from scaleup.training import distributed
+world = distributed.start(False, timeout_s=3)
+begin = time.monotonic()
+time.sleep(7 * world.rank)
+distributed.wait_for_all(world)
+print(time.monotonic() - begin > 6, distributed.gather(world, world.rank), flush=True)
+distributed.leave()
+"""
+
+
+def test_processes_wait_for_a_late_one_longer_than_a_collective_may_take(ranks):
+    group = ranks(2)
+    both = [group.start(rank, "-c", LATE, str(ROOT)) for rank in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [out.splitlines()[-1] for out, _ in outputs] == ["True [0, 1]"] * 2, outputs

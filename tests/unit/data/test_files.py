@@ -226,8 +226,8 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeyp
     read = []
     monkeypatch.setattr(
         data.files,
-        "read_columns",
-        lambda key, file, parse=data.files.read_columns: read.append(file) or parse(key, file),
+        "read_table",
+        lambda key, file, parse=data.files.read_table: read.append(file) or parse(key, file),
     )
     assert problems(**fields) == []
     data.load(settings(**fields))

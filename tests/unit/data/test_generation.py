@@ -134,8 +134,9 @@ def test_sources_of_dev_that_are_in_train_too_are_counted(write):
     )
 
 
-def test_a_chat_is_written_by_the_tokenizers_template_and_only_the_last_answer_counts(
-    tokenizer, write
+@pytest.mark.parametrize("train_on, counted", [("all", "b </s> d e </s>"), ("last", "d e </s>")])
+def test_a_chat_is_written_by_the_tokenizers_template_and_its_answers_count(
+    tokenizer, write, train_on, counted
 ):
     chat = [
         {"role": "user", "content": "a"},
@@ -143,13 +144,28 @@ def test_a_chat_is_written_by_the_tokenizers_template_and_only_the_last_answer_c
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d e"},
     ]
-    data = settings(write([{"messages": chat}] * 2), messages_column="messages")
-    row = tokenize(load(data), tokenizer, data).train[0]
-    # (BERT's tokenizer puts its own special tokens around everything.)
-    assert "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>" in words(
-        tokenizer, row["input_ids"]
+    data = settings(write([{"messages": chat}] * 2), messages_column="messages", train_on=train_on)
+    tokens = tokenize(load(data), tokenizer, data)
+    row = tokens.train[0]
+    assert words(tokenizer, row["input_ids"]) == (
+        "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>"
     )
-    assert words(tokenizer, row["labels"]).startswith("d e </s>")
+    assert words(tokenizer, row["labels"]) == counted
+    assert words(tokenizer, tokens.dev[0]["prompt"]).endswith("user : c </s> assistant :")
+
+
+def test_a_long_chat_loses_its_beginning_with_its_labels(tokenizer, write):
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e f"},
+    ]
+    rows = [{"messages": chat}] * 2
+    data = settings(write(rows), messages_column="messages", max_length=11)
+    row = tokenize(load(data), tokenizer, data).train[0]
+    assert words(tokenizer, row["input_ids"]) == "c </s> user : d </s> assistant : e f </s>"
+    assert words(tokenizer, row["labels"]) == "c </s> e f </s>"
 
 
 @pytest.mark.parametrize(

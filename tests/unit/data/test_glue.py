@@ -263,7 +263,9 @@ def test_a_folder_that_is_not_there_or_holds_no_such_task_is_named(in_tmp):
 
 
 def test_check_leaves_the_hub_alone(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("check asked the hub"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: pytest.fail("check asked the hub")
+    )
     assert problems(name="rte") == problems(name="rte", path="someone/glue") == []
 
 
@@ -277,14 +279,14 @@ def test_check_leaves_the_hub_alone(monkeypatch):
     ],
 )
 def test_a_hub_that_fails_gives_one_line_with_the_way_out(monkeypatch, error):
-    def fail(hub_id, name):
-        assert (hub_id, name) == ("nyu-mll/glue", "rte")
+    def fail(hub_id, name, split, revision):
+        assert (hub_id, name, revision) == ("nyu-mll/glue", "rte", None)
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ConfigError) as caught:
         data.load(settings(name="rte"))
-    (problem,) = caught.value.problems
+    problem, _ = caught.value.problems  # of both splits
     assert problem.startswith(
         "data.path: nyu-mll/glue is no folder here and did not load from the hub ("
     )
@@ -322,7 +324,7 @@ def test_a_hub_data_set_goes_through_the_same_protocol(monkeypatch):
         "validation_matched": rows("matched", 5),
         "validation_mismatched": rows("other", 5),
     }
-    monkeypatch.setattr(datasets, "load_dataset", lambda hub_id, name: sets)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, revision: sets[split])
     examples = data.load(settings(name="mnli", path="someone/mnli", k=20, dev_size=10))
     assert (len(examples.train), len(examples.dev), examples.test["text"][0]) == (
         20,

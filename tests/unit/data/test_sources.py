@@ -1,0 +1,192 @@
+"""Data sets of the hub by id, and several sources of training data with weights."""
+
+import collections
+
+import datasets
+import pytest
+
+from scaleup.data import classification, generation
+from scaleup.errors import ConfigError
+from scaleup.settings.schema import DataSettings, load
+from tests.utils.examples import problems, settings, write_csv, write_jsonl
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+COMMIT = "0123456789012345678901234567890123456789"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with data sets id → split → columns; `asked` lists what was loaded."""
+    sets: dict[str, dict[str, dict]] = {}
+    asked = []
+
+    def load_dataset(path, subset, split, revision):
+        asked.append((path, subset, split, revision))
+        if path not in sets:
+            raise datasets.exceptions.DatasetNotFoundError(f"no {path}")
+        rows = datasets.Dataset.from_dict(sets[path][split])
+        rows.info.download_checksums = {f"hf://datasets/{path}@{COMMIT}/a.parquet": {}}
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sets["asked"] = asked
+    return sets
+
+
+def texts(*names: str) -> dict:
+    return {"body": list(names), "kind": ["ab"[i % 2] for i in range(len(names))]}
+
+
+def test_a_hub_data_set_is_read_by_id_with_its_splits_and_columns(hub, in_tmp):
+    hub["me/reviews"] = {
+        "fit": texts("one", "two", "three"),
+        "dev[:50%]": texts("x", "y"),
+        "held": texts("z", "w"),
+    }
+    data = settings(
+        path="me/reviews",
+        subset="en",
+        revision="v2",
+        train_split="fit",
+        validation_split="dev[:50%]",
+        test_split="held",
+        text_column="body",
+        label_column="kind",
+        cache_dir="cache",
+    )
+    assert problems(**data.model_dump(exclude_defaults=True)) == [] and hub["asked"] == []
+    examples = classification.load(data)
+    assert [s[1:] for s in hub["asked"]] == [
+        ("en", split, "v2") for split in ("fit", "dev[:50%]", "held")
+    ]
+    assert [examples.train["text"][:], examples.dev["text"][:], examples.test["text"][:]] == [
+        ["one", "two", "three"],
+        ["x", "y"],
+        ["z", "w"],
+    ]
+    assert examples.labels == ["a", "b"]
+    assert examples.sources[0] == {
+        "split": "train",
+        "rows": 3,
+        "hub_id": "me/reviews",
+        "name": "en",
+        "revision": COMMIT,
+    }
+    classification._load.cache_clear()
+    classification.load(data)
+    assert len(hub["asked"]) == 3, "what is prepared needs no hub"
+
+
+def test_chats_of_the_hub_become_training_data(hub, in_tmp):
+    hub["me/chats"] = {"train_sft": {"chat": [CHAT] * 5}}
+    data = DataSettings(
+        path="me/chats",
+        task="causal_lm",
+        messages_column="chat",
+        train_split="train_sft",
+        dev_size=1,
+        cache_dir="cache",
+    )
+    examples = generation.load(data)
+    assert len(examples.train) == 4 and examples.train[0]["target"] == "b"
+
+
+def test_a_hub_that_has_no_such_data_set_is_one_line(hub, in_tmp):
+    with pytest.raises(ConfigError) as caught:
+        classification.load(settings(path="me/nothing", dev_size=1, cache_dir="cache"))
+    assert caught.value.problems == [
+        "data.path: me/nothing is no folder here and did not load from the hub (no me/nothing); "
+        "correct it, or give files with data.train_file"
+    ]
+
+
+def count(rows) -> dict[str, int]:
+    return dict(collections.Counter(text[0] for text in rows))
+
+
+def test_each_source_is_seen_as_often_as_its_weight_says(hub, in_tmp):
+    hub["me/b"] = {"part": texts(*(f"b{i}" for i in range(10)))}
+    write_csv("a.csv", [(f"a{i}", "ab"[i % 2]) for i in range(8)])
+    write_jsonl("c.jsonl", [{"text": f"c{i}", "label": "a"} for i in range(6)])
+    sources = [
+        {"file": "a.csv", "weight": 0.5},
+        {
+            "path": "me/b",
+            "split": "part",
+            "weight": 2.5,
+            "text_column": "body",
+            "label_column": "kind",
+        },
+        {"file": "c.jsonl"},
+    ]
+    dev = write_csv("dev.csv", [("x", "a"), ("y", "b")])
+    data = settings(sources=sources, validation_file=dev, cache_dir="cache")
+    examples = classification.load(data)
+    assert count(examples.train["text"]) == {"a": 4, "b": 25, "c": 6}
+    of_b = collections.Counter(text for text in examples.train["text"] if text[0] == "b")
+    assert sorted(of_b.values()) == [2] * 5 + [3] * 5
+    described = [(s["split"], s["rows"]) for s in examples.sources]
+    assert described == [("train", 8), ("train", 10), ("train", 6), ("validation", 2)]
+    other = classification.load(data.model_copy(update={"seed": 1}))
+    assert set(other.train["text"]) != set(examples.train["text"]), "the half is drawn by the seed"
+
+
+def test_rows_for_development_are_not_trained_on_whatever_the_weight(in_tmp):
+    rows = [{"text": f"t{i}", "target": "x"} for i in range(20)]
+    write_jsonl("a.jsonl", rows[:10])
+    write_jsonl("b.jsonl", rows[10:])
+    sources = [{"file": "a.jsonl", "weight": 3}, {"file": "b.jsonl"}]
+    data = DataSettings(sources=sources, task="seq2seq", dev_size=6, cache_dir="cache")
+    examples = generation.load(data)
+    train, dev = set(examples.train["text"]), set(examples.dev["text"])
+    assert (len(train), len(dev), len(train & dev)) == (14, 6, 0)
+
+
+def test_every_problem_of_every_source_is_reported(in_tmp):
+    write_csv("a.csv", [("x", "1"), ("y", "0")])
+    write_csv("b.csv", [("x", "")])
+    found = problems(sources=[{"file": "a.csv"}, {"file": "b.csv"}, {"file": "c.csv"}], dev_size=1)
+    assert found == [
+        "data.sources[1]: b.csv, row 1 (line 2), column label: is missing",
+        "data.sources[2]: c.csv cannot be read: No such file or directory",
+    ]
+
+
+def test_a_class_has_one_spelling_in_all_sources(in_tmp):
+    write_csv("a.csv", [("x", "1"), ("y", "0")])
+    write_csv("b.csv", [("z", "1.0"), ("w", "0")])
+    found = problems(sources=[{"file": "a.csv"}, {"file": "b.csv"}], dev_size=1)
+    assert found == ["data.sources: one class has several spellings (1, 1.0); write it in one way"]
+
+
+def test_a_source_that_is_also_the_test_is_refused(in_tmp):
+    file = write_csv("a.csv")
+    (found,) = problems(sources=[{"file": file}], test_file=file, dev_size=1)
+    assert found.startswith("data.test_file: a.csv has the same content as a.csv, which is trained")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["data.task=seq2seq"], "data: set data.name (a GLUE task), data.train_file"),
+        (
+            ["data.path=me/x", "data.train_file=a.csv"],
+            "data.path: data.train_file is set, too; leave one of them out",
+        ),
+        (
+            ["data.path=me/x", "data.validation_split=dev", "data.validation_file=a.csv"],
+            "data.validation_split: data.validation_file is set, too",
+        ),
+        (["data.sources=[{weight: 2}]"], "data.sources: "),
+        (["data.sources=[{file: a.csv, weight: 0}]"], "data.sources: "),
+        (["data.sources=[{file: a.csv, color: 0}]"], "data.sources: "),
+        (
+            ["data.train_file=a.csv", "data.train_split=x"],
+            "data.train_split: has no effect here (data.path is not set); remove it",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(words, message):
+    with pytest.raises(ConfigError) as caught:
+        load(None, words)
+    assert any(problem.startswith(message) for problem in caught.value.problems), caught.value
