@@ -23,6 +23,7 @@ from transformers import (
 
 from scaleup.backbone import quantization, weights
 from scaleup.backbone.int8 import replace_linears
+from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.placement import Offload
 from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError, one_line
@@ -273,8 +274,9 @@ def check_attention(settings: ModelSettings, device: str) -> None:
     """Check that a device has the attention of a run.
 
     Raises:
-        ConfigError: if it has not.
+        ConfigError: if it has not, or SCALEUP_KERNELS has an unknown value.
     """
+    check_kernels()
     usable = mode() == "reference" or (mode() == "auto" and device == "cuda")
     if settings.attention == "flash" and not usable:
         raise ConfigError(

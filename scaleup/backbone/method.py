@@ -19,9 +19,19 @@ from scaleup.backbone.placement import Offload, materialize_trained
 from scaleup.backbone.sharded import set_values, whole_shape
 from scaleup.backbone.weights import tensor_files
 from scaleup.errors import CheckpointError, one_line
-from scaleup.settings.schema import MethodSettings, Settings
+from scaleup.settings.schema import MethodSettings, Settings, TrainSettings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
+
+
+def checkpointing_problems(train: TrainSettings, config: PretrainedConfig, auto: Any) -> list[str]:
+    """Check that a model has the gradient checkpointing that is asked for."""
+    if not train.gradient_checkpointing or type(config) not in auto._model_mapping:
+        return []
+    if auto._model_mapping[type(config)].supports_gradient_checkpointing:
+        return []
+    problem = f"transformers has none for {config.model_type}; leave it out"
+    return [f"train.gradient_checkpointing: {problem}"]
 
 
 def task_type(model: PreTrainedModel) -> str:

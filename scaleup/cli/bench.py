@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     modes = ("default", "reduce-overhead")
     compiled = "run each model through torch.compile; reduce-overhead: as CUDA graphs"
     way.add_argument("--compile", nargs="?", const="default", choices=modes, help=compiled)
-    graphs = "record the steps as CUDA graphs, as train.cuda_graphs does (training only)"
+    graphs = "record the steps as CUDA graphs, as train.cuda_graphs does (only training)"
     way.add_argument("--graphs", action="store_true", help=graphs)
     profile = "time each operation instead of whole steps"
     way.add_argument("--profile", action="store_true", help=profile)
@@ -95,10 +95,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generated = options_parser()
     folder = "folder of a causal language model (default: SmolLM2-135M with random weights)"
     generated.add_argument("--model", metavar="FOLDER", help=folder)
-    generated.add_argument("--batch", type=positive, help="prompts (default: 4)")
-    generated.add_argument("--length", type=positive, help="of a prompt (default: 16)")
-    generated.add_argument("--ragged", action="store_true", help="make half of them padding")
-    generated.add_argument("--tokens", type=positive, help="generated tokens (default: 16)")
+    generated.add_argument("--batch", type=positive, help="number of prompts (default: 4)")
+    generated.add_argument("--length", type=positive, help="tokens of a prompt (default: 16)")
+    generated.add_argument("--ragged", action="store_true", help="make half of all tokens padding")
+    generated.add_argument("--tokens", type=positive, help="tokens to generate (default: 16)")
     generated.add_argument("--rounds", type=positive, help="timed rounds (default: 8)")
     functions = "list the functions that take longest"
     generated.add_argument("--profile", action="store_true", help=functions)
@@ -112,9 +112,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("memory", [model, chosen, written], "measure the peak memory of a training step"),
         ("calls", [counted, written], "count the calls of a layer that a GPU has to wait for"),
         ("decode", [generated, written], "time the host while a language model generates"),
-        ("host", [launched, written], "time the host of a GPU whose kernels take no time"),
+        ("host", [launched, written], "time the host in a training step whose kernels are empty"),
     ):
-        description = f"{summary.capitalize()}."
+        description = f"{summary[0].upper()}{summary[1:]}."
         measurements.add_parser(
             name, parents=parents, help=summary, description=description, **common
         )
@@ -126,8 +126,10 @@ def run(options: argparse.Namespace) -> int:
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, STEADY_ALLOCATOR | os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which is not measured
+    from scaleup.backbone.kernels import check_kernels
     from scaleup.experiments import bench, decoding, overhead
 
+    check_kernels()
     measurements: dict[str, tuple[Any, Any]] = {
         "calls": (overhead.CallOptions, overhead.run_calls),
         "decode": (decoding.DecodeOptions, decoding.run),

@@ -30,7 +30,7 @@ from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.loading import check_attention, load_config, pad_tokens, set_pad_token
-from scaleup.backbone.method import empty_run_model
+from scaleup.backbone.method import checkpointing_problems, empty_run_model
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
 from scaleup.errors import ConfigError, one_line
@@ -53,14 +53,16 @@ class Row:
     weights: str
     states: States
     step: Step
-    step_checkpointing: Step
+    step_checkpointing: Step | None  # None if the model has no gradient checkpointing
     accumulate: bool
     chosen: bool  # this is what the config says
 
-    def total(self, checkpointing: bool) -> int:
-        """Return the most bytes on the device at once."""
-        peak = (self.step_checkpointing if checkpointing else self.step).peak
-        gradients = self.states.gradients
+    def total(self, checkpointing: bool) -> int | None:
+        """Return the most bytes on the device at once, None without a step to count."""
+        step = self.step_checkpointing if checkpointing else self.step
+        if step is None:
+            return None
+        peak, gradients = step.peak, self.states.gradients
         transient = peak + gradients if self.accumulate else max(peak, gradients)
         return self.states.resident + self.states.gathered + transient
 
@@ -80,9 +82,9 @@ class Plan:
     kernels: str | None  # a line about them; None if there is nothing to say
     checks: list[str]
 
-    def verdict(self, total: int) -> str:
-        """Return whether it fits: yes, tight (above 90%) or no; empty without a limit."""
-        if self.limit is None:
+    def verdict(self, total: int | None) -> str:
+        """Return whether it fits: yes, tight (above 90%) or no; empty without limit or total."""
+        if self.limit is None or total is None:
             return ""
         return "no" if total > self.limit else "tight" if total > TIGHT * self.limit else "yes"
 
@@ -170,12 +172,13 @@ class _Planner:
     def row(self, stage: str, zero: Zero, weights: str, world: int, chosen: bool) -> Row:
         deepspeed = stage != "none"
         half = self.half if deepspeed else None
+        checkpoints: Any = self.models[deepspeed].supports_gradient_checkpointing
         return Row(
             stage=stage,
             weights=weights,
             states=states(self.models[deepspeed], weights, zero, world, half),
             step=self._step(stage, zero, weights, False),
-            step_checkpointing=self._step(stage, zero, weights, True),
+            step_checkpointing=self._step(stage, zero, weights, True) if checkpoints else None,
             accumulate=self.settings.train.gradient_accumulation_steps > 1,
             chosen=chosen,
         )
@@ -205,7 +208,12 @@ def make_plan(
     if not pad_tokens(config):
         set_pad_token(config, 0)  # a run uses the tokenizer's; here any token will do
     half = precision.half_dtype(settings, has_bf16=device == "cuda")
-    if problems := precision.problems(settings, half):
+    auto = tasks.of(settings.data).auto
+    problems = [
+        *precision.problems(settings, half),
+        *checkpointing_problems(settings.train, config, auto),
+    ]
+    if problems:
         raise ConfigError(problems)
     planner = _Planner(settings, config, device, half, progress)
     configuration = (_stage_name(settings.train.deepspeed), settings.model.quantization)

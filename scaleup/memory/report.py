@@ -13,15 +13,17 @@ COLUMNS = (
 )
 NOTES = (
     "none: one process or DDP.  activ.: the most alive in a step beside all of these.  "
-    "cp: with gradient checkpointing.",
+    "cp: with gradient checkpointing (–: the model has none).",
     "buffers: of DDP and ZeRO, with what ZeRO-3 gathers.  host: CPU memory of what is offloaded.  "
     "load: most while loading.",
     "What CUDA itself needs (context, kernels, fragmentation) comes on top.",
 )
 
 
-def amount(count: int) -> str:
-    """Format bytes in at most six characters: 812 K, 34.2 M, 1.25 G (powers of 1024)."""
+def amount(count: int | None) -> str:
+    """Format bytes in at most six characters: 812 K, 34.2 M, 1.25 G (powers of 1024); –: none."""
+    if count is None:
+        return "–"
     for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
         if count >= size:
             digits = 2 if count < 10 * size else 1 if count < 100 * size else 0
@@ -57,12 +59,13 @@ def warning(plan: Plan) -> str | None:
 
 def _cells(plan: Plan, row: Row) -> list[str]:
     states, totals = row.states, (row.total(False), row.total(True))
+    checkpointing = None if row.step_checkpointing is None else row.step_checkpointing.peak
     sizes = (
         *(states.backbone, states.trained, states.gradients, states.optimizer),
-        *(states.buffers + states.gathered, row.step.peak, row.step_checkpointing.peak),
+        *(states.buffers + states.gathered, row.step.peak, checkpointing),
         *(*totals, states.host, states.load),
     )
-    verdicts = map(plan.verdict, totals) if plan.limit is not None else ()
+    verdicts = (plan.verdict(total) or "–" for total in totals) if plan.limit is not None else ()
     return ["*" * row.chosen + row.stage[:14], row.weights, *map(amount, sizes), *verdicts]
 
 
@@ -104,8 +107,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         for suffix, step in (("", row.step), ("_checkpointing", row.step_checkpointing)):
             total = row.total(checkpointing=bool(suffix))
             values |= {
-                f"kept{suffix}": step.kept,
-                f"activations{suffix}": step.peak,
+                f"kept{suffix}": None if step is None else step.kept,
+                f"activations{suffix}": None if step is None else step.peak,
                 f"total{suffix}": total,
                 f"fits{suffix}": plan.verdict(total),
             }

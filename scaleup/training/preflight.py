@@ -23,7 +23,9 @@ from scaleup.backbone.folder import (
     size_problems,
     state,
 )
+from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.lengths import length_problems
+from scaleup.backbone.method import checkpointing_problems
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.derived import Section
@@ -199,7 +201,8 @@ def model_files(sections: dict[str, Section]) -> list[str]:
 
 def model_config(sections: dict[str, Section]) -> list[str]:
     """Check that a model folder is complete, and that data and method can use its model."""
-    model, method, data = (sections.get(name) for name in ("model", "method", "data"))
+    names = ("model", "method", "data", "train")
+    model, method, data, train = (sections.get(name) for name in names)
     if not isinstance(model, ModelSettings):
         return []
     folder = pathlib.Path(model.name)
@@ -230,11 +233,22 @@ def model_config(sections: dict[str, Section]) -> list[str]:
         kind = f"{config.model_type} model for data.task {data.resolved_task}"
         why = not_for_texts(config)
         problems.append(f"model.name: transformers has no {kind}" + (f": {why}" if why else ""))
+    if isinstance(train, TrainSettings):
+        problems += checkpointing_problems(train, config, tasks.of(data).auto)
     if isinstance(method, MethodSettings):
         problems += _structure_problems(model, method, data, config)
     return problems
 
 
+def environment(sections: dict[str, Section]) -> list[str]:
+    """Check the environment variables that choose how a run computes."""
+    try:
+        check_kernels()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 # `plan` only reads: the output folder may hold a run. `train` checks that folder too.
-READING_CHECKS = (model_folder, deepspeed_file, tasks.check, model_config)
+READING_CHECKS = (environment, model_folder, deepspeed_file, tasks.check, model_config)
 CHECKS = (output_folder, *READING_CHECKS)

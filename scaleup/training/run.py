@@ -32,7 +32,7 @@ from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.method import load_run_model
+from scaleup.backbone.method import checkpointing_problems, load_run_model
 from scaleup.data import classification as data
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
@@ -69,6 +69,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         *precision.problems(settings, precision.device_half_dtype(settings, world.device)),
         *packing_problems(settings.data, config),
         *hub_structure(settings, config),
+        *checkpointing_problems(settings.train, config, tasks.of(settings.data).auto),
         *graphs.problems(settings, world, config),
     ]
     if problems:

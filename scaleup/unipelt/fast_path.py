@@ -16,7 +16,7 @@ def plain_parts(model: nn.Module) -> list[str]:
         part.config._attn_implementation == ATTENTION["eager"]
         for part in models_with_own_config(model)
     ):
-        reasons.append("eager attention")
+        reasons.append("eager attention takes no prefix in a kernel")
     if any(m.head_size % 8 for m in modules if isinstance(m, PrefixTuning)):
-        reasons.append("heads are no multiple of 8 columns")
+        reasons.append("the columns of heads are no multiple of 8")
     return reasons

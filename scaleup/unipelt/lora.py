@@ -125,7 +125,7 @@ class LoraMember(AttentionMember):
             raise PlainPath("positions pass through the projections of an attention")
         dropouts = [self.layer.active_entry(p.lora_dropout) for p in self.projections.values()]
         if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
-            raise PlainPath("lora_dropout")
+            raise PlainPath("lora_dropout changes what LoRA reads")
         return [self._entry(self.projections[role], "lora_A") for role in self.roles]
 
     def declare(self) -> Sites:

@@ -25,12 +25,12 @@ _thread = threading.local()  # another thread may run a model meanwhile
 
 
 def mode() -> str:
-    """Return the value of SCALEUP_KERNELS.
+    """Return the value of SCALEUP_KERNELS. An empty one counts as not set.
 
     Raises:
         ValueError: for an unknown value.
     """
-    value = os.environ.get(VARIABLE, "auto")
+    value = os.environ.get(VARIABLE) or "auto"
     if value not in MODES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}; got {value!r}")
     return value

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from scaleup.backbone import kernels
-from scaleup.backbone.kernels import kernels_line
-from scaleup.unipelt.kernels.target import VARIABLE
+from scaleup.backbone.kernels import check_kernels, kernels_line
+from scaleup.errors import ConfigError
+from scaleup.unipelt.kernels.target import VARIABLE, mode
 from tests.utils.tiny import adapt, backbone
 
 
@@ -31,7 +32,7 @@ def test_a_model_without_exceptions():
 @pytest.mark.parametrize(
     "family, attention, config, reason",
     [
-        ("bert", "eager", {}, "eager attention"),
+        ("bert", "eager", {}, "eager attention takes no prefix"),
         ("bert", "sdpa", {"lora_dropout": 0.1}, "lora_dropout"),
         ("bert", "sdpa", {"gates": "none"}, "gates are constants"),
         ("bert", "sdpa", {"adapter_activation": "gelu_new"}, "no kernel for the activation gelu_"),
@@ -46,7 +47,9 @@ def test_a_model_without_exceptions():
 )
 def test_reasons_that_the_model_shows(family, attention, config, reason):
     found = line(adapt(backbone(family, attention), **config))
-    assert found.startswith("kernels    Triton; parts in plain PyTorch: ") and reason in found
+    assert (
+        found.startswith("kernels    Triton; parts in plain PyTorch, because ") and reason in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,10 +73,23 @@ def test_the_environment(monkeypatch):
     assert line(planned=False) == "kernels    plain PyTorch (triton is not installed)"
     assert line() == "kernels    Triton"  # where the run will be, it may be installed
     monkeypatch.setenv(VARIABLE, "off")
-    assert line() == "kernels    plain PyTorch (SCALEUP_KERNELS=off)"
+    assert line() == line(device="cpu") == "kernels    plain PyTorch (SCALEUP_KERNELS=off)"
     monkeypatch.setenv(VARIABLE, "reference")
-    assert line(device="cpu") == "kernels    plain formulas of the GPU's kernels"
+    assert line(device="cpu") == (
+        "kernels    the GPU's path in plain formulas (SCALEUP_KERNELS=reference)"
+    )
 
 
 def test_heads_that_no_kernel_takes():
-    assert "heads are no multiple of 8" in line(adapt(backbone("bert", num_attention_heads=8)))
+    assert "the columns of heads are no multiple of 8" in line(
+        adapt(backbone("bert", num_attention_heads=8))
+    )
+
+
+def test_an_unknown_value_is_a_problem_to_solve_and_an_empty_one_is_the_default(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ConfigError, match="SCALEUP_KERNELS must be one of auto, off, reference"):
+        check_kernels()
+    monkeypatch.setenv(VARIABLE, "")
+    check_kernels()
+    assert mode() == "auto"

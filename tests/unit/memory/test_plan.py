@@ -1,6 +1,7 @@
 """Plans compared with what real runs allocate, and the command `scaleup plan`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from scaleup.backbone.method import apply_method
 from scaleup.memory import states as memory
 from scaleup.memory.activations import Kernels, trace
 from scaleup.memory.plan import make_plan
-from scaleup.memory.report import table
+from scaleup.memory.report import as_json, table
 from scaleup.settings import schema as config
 from tests.utils.planning import overrides, settings
 from tests.utils.tiny import FAMILIES
@@ -263,3 +264,22 @@ def test_flash_attention_is_planned_for_a_gpu_only(workspace):
     assert 0 < row.step.peak <= usual.step.peak
     with pytest.raises(errors.ConfigError, match="^model.attention: flash needs a GPU"):
         make_plan(chosen, 1, "cpu", configured=True)
+
+
+def test_a_model_without_gradient_checkpointing_is_planned_without_it(workspace, tmp_path):
+    model, config_class, sizes = FAMILIES["mpnet"]
+    words = len((workspace / "vocab.txt").read_text().split())
+    model(config_class(**(sizes | {"vocab_size": words, "pad_token_id": 0}))).save_pretrained(
+        tmp_path
+    )
+    for file in (workspace / "bert").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    chosen = settings(workspace, f"model.name={tmp_path}", "model.attention=eager")
+    made = make_plan(chosen, 1, "cuda", 2**30, configured=True)
+    (row,) = made.rows
+    assert row.total(False) > 0 and row.total(True) is None and made.fits
+    shown = next(line for line in table(made) if line.startswith("*none")).split()
+    assert shown.count("–") == 3 and shown[-2:] == ["yes", "–"]
+    (written,) = as_json(made)["rows"]
+    assert written["total_checkpointing"] is None and written["fits_checkpointing"] == ""
+    assert "computes its softmax itself" in made.kernels

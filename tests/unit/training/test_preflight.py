@@ -174,3 +174,23 @@ def test_written_text_is_not_scored_under_zero3(workspace):
     assert "use data.metric=loss" in problem and "scaleup export --metric bleu" in problem
     assert not [p for p in problems(*arguments, "data.metric=loss") if "ZeRO-3" in p]
     assert not [p for p in problems(*arguments, "train.deepspeed=zero2") if "ZeRO-3" in p]
+
+
+def test_gradient_checkpointing_that_a_model_does_not_have_is_refused(workspace, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpnet"}))
+    sparse_weights(tmp_path)
+    own = [o for o in overrides(workspace, tmp_path / "out") if not o.startswith("model.name")]
+    own += [f"model.name={tmp_path}", "model.attention=eager"]
+    assert problems(*own) == []
+    assert problems(*own, "train.gradient_checkpointing=true") == [
+        "train.gradient_checkpointing: transformers has none for mpnet; leave it out"
+    ]
+
+
+def test_an_unknown_value_of_the_environment_is_reported_with_the_rest(
+    workspace, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SCALEUP_KERNELS", "fast")
+    found = problems(*overrides(workspace, tmp_path / "out"), "data.label_column=lable")
+    assert any("no column 'lable'" in problem for problem in found)
+    assert "SCALEUP_KERNELS must be one of auto, off, reference; got 'fast'" in found
