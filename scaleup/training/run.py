@@ -34,6 +34,7 @@ from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import checkpointing_problems, load_run_model
 from scaleup.data import classification as data
+from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml

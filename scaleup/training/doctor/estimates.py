@@ -101,6 +101,7 @@ def _step(plan: Plan, row: Row, speeds: Speeds, width: int) -> str:
     if speeds.compute is None or moving is None:
         return "step       no estimate, because a measurement above is missing"
     chosen = row.step_checkpointing if train.gradient_checkpointing else row.step
+    assert chosen is not None  # checkpointing that the model lacks is refused before
     operations = chosen.operations * passes
     compute_s, (moving_s, what) = operations / speeds.compute, moving
     line = f"step       {_sum(compute_s, moving_s)} for {count(operations)} operations"
