@@ -92,6 +92,19 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ matrix.to(grad.dtype), None, None, None, None
 
 
+class _FrozenExperts(torch.autograd.Function):
+    """The products of tokens with their experts; without data, torch's take bfloat16 only."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.inputs = weight.shape[1]
+        return x.new_empty(len(x), weight.shape[2], dtype=weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.new_empty(len(grad), ctx.inputs), None
+
+
 class _Replacements:
     """Functions that make the tensors of the given kernels, in place of torch's while entered.
 
@@ -182,12 +195,7 @@ class _Replacements:
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-    """Multiply tokens by the weights of their experts.
-
-    torch's own operation runs without data in bfloat16 only. transformers has this one for devices
-    without it; it makes the same tensors.
-    """
-    return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
+    return _FrozenExperts.apply(x, weight)
 
 
 def _in_float32(function: Callable) -> Callable:
