@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import ViTConfig, ViTModel
 
 from scaleup import errors
 from scaleup.settings import schema as config
@@ -194,3 +195,13 @@ def test_an_unknown_value_of_the_environment_is_reported_with_the_rest(
     found = problems(*overrides(workspace, tmp_path / "out"), "data.label_column=lable")
     assert any("no column 'lable'" in problem for problem in found)
     assert "SCALEUP_KERNELS must be one of auto, off, reference; got 'fast'" in found
+
+
+def test_a_model_of_images_is_refused_as_none_for_texts(workspace, tmp_path):
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vit")
+    found = problems(*overrides(workspace, tmp_path / "out"), f"model.name={tmp_path / 'vit'}")
+    why = "it takes image input, and UniPELT is a method for text models"
+    assert found == [
+        f"model.name: transformers has no vit model for data.task classification: {why}"
+    ]

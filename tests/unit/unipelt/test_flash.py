@@ -182,6 +182,11 @@ def test_models_that_need_more_than_the_kernel_has_are_refused(family):
         check_flash(backbone(family))
 
 
+def test_attention_sinks_are_refused_before_a_run():
+    with pytest.raises(ValueError, match="gpt_oss has attention sinks; set model.attention=eager"):
+        check_flash(backbone("gpt_oss"))
+
+
 def test_masks_per_query_and_key_are_refused(monkeypatch):
     monkeypatch.setenv("SCALEUP_KERNELS", "reference")
     model = backbone("llama", FLASH)
