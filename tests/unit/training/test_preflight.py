@@ -203,5 +203,5 @@ def test_a_model_of_images_is_refused_as_none_for_texts(workspace, tmp_path):
     found = problems(*overrides(workspace, tmp_path / "out"), f"model.name={tmp_path / 'vit'}")
     why = "it takes image input, and UniPELT is a method for text models"
     assert found == [
-        f"model.name: transformers has no vit model for data.task classification: {why}"
+        f"model.name: transformers has no vit model for data.task sequence_classification: {why}"
     ]
