@@ -78,18 +78,19 @@ class Job:
         self.wait_for(f"step {step}", lambda _: last_step(out) >= step)
         self.note(f"the run has logged step {last_step(out)}")
 
-    def finish(self, state: str = "COMPLETED") -> dict[str, str]:
+    def finish(self, state: str = "COMPLETED", hurry: bool = True) -> dict[str, str]:
         """Wait for the end of the job, and return what Slurm says about it.
 
-        A requeued job does not wait out its two minutes. It waits 5 seconds, because slurmd refuses
-        a start within the second in which it has revoked the credential of the one before.
+        Args:
+            hurry: let a requeued job start after 5 seconds instead of two minutes. It cannot start
+                at once: slurmd refuses it within the second in which it ended the start before.
         """
         ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLINE")
         hurried = set()
 
         def ended(found: dict[str, str]) -> bool:
             delayed = found["JobState"] == "PENDING" and found["Reason"] == "BeginTime"
-            if delayed and found["Restarts"] not in hurried:
+            if hurry and delayed and found["Restarts"] not in hurried:
                 self.scontrol("scontrol", "update", f"JobId={self.id}", "StartTime=now+5")
                 hurried.add(found["Restarts"])
             return found["JobState"] in ends
