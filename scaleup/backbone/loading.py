@@ -374,7 +374,7 @@ def _load_shards(
             "under ZeRO-3; use nf4, or zero2"
         )
     folder = weights.checkpoint_folder(settings.name, settings.revision)
-    return model.eval(), load_sharded(model, weights.Weights(model, folder), device)
+    return model.eval(), load_sharded(model, folder, device)
 
 
 def _check_loaded(name: str, heads: tuple[str, ...], initialized: set[str]) -> None:

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone import loading, precision
 from scaleup.backbone.placement import Offload, materialize_trained
 from scaleup.backbone.sharded import set_values, whole_shape
-from scaleup.backbone.weights import tensor_files
-from scaleup.errors import CheckpointError, one_line
+from scaleup.backbone.weights import read_once, tensor_files
+from scaleup.errors import CheckpointError
 from scaleup.settings.schema import MethodSettings, Settings, TrainSettings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
@@ -132,32 +131,44 @@ def load_run_model(
     return model
 
 
-def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
-    """Load the trained tensors of a checkpoint, also into a backbone that ZeRO-3 has sharded."""
-    state: dict[str, torch.Tensor] = {}
-    for path in tensor_files(folder):
-        state |= load_file(path)
-    try:
-        if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, state)
-        else:
-            _set_tensors(model, state)
-    except (RuntimeError, AttributeError) as error:
-        message = one_line(error, 200)
-        raise CheckpointError(f"{folder}: its weights do not fit this model: {message}") from None
-
-
-def _set_tensors(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Set parameters and buffers by name, sharded or not."""
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every trained parameter and those of the head, by their names in a checkpoint."""
     parameters = dict(model.named_parameters())
-    for name, value in state.items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            model.get_buffer(name).copy_(value)
-        elif value.shape != whole_shape(parameter):
-            raise RuntimeError(f"{name} is {tuple(value.shape)} there")
-        else:
-            set_values(parameter, value)
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    heads = tuple(f"{name}." for name in head_names(model))
+    return {name: p for name, p in parameters.items() if p.requires_grad or name.startswith(heads)}
+
+
+def saved_content(model: nn.Module) -> dict[str, Any]:
+    """Return what a checkpoint has of a model, by the names of its `state_dict`.
+
+    That is what is trained of an adapter, and its head; of other methods it is the whole model.
+    """
+    content = model.state_dict(keep_vars=True)
+    if isinstance(model, PeftModel):
+        kept = {id(p) for p in saved_parameters(model).values()}
+        return {name: tensor for name, tensor in content.items() if id(tensor) in kept}
+    names = {id(p): name for name, p in model.named_parameters()}  # tied weights have one
+    return {name: t for name, t in content.items() if names.get(id(t), name) == name}
+
+
+def load_weights(model: nn.Module, folder: pathlib.Path) -> None:
+    """Load the trained tensors of a checkpoint, also into a model that ZeRO has sharded.
+
+    Rank 0 reads the files, and all processes call this.
+    """
+    places: dict[str, torch.Tensor] = dict(model.named_buffers())
+    places |= saved_parameters(model) if isinstance(model, PeftModel) else model.named_parameters()
+    for name, value in read_once(tensor_files(folder)):
+        place = places.get(name)
+        if place is None or value.shape != whole_shape(place):
+            problem = (
+                "is none of its tensors" if place is None else f"is {tuple(value.shape)} there"
+            )
+            message = f"its weights do not fit this model: {name} {problem}"
+            raise CheckpointError(f"{folder}: {message}")
+        set_values(place, value)
 
 
 def empty_run_model(

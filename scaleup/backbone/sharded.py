@@ -6,28 +6,32 @@ files, quantises its linear weights if requested, and hands them to DeepSpeed, w
 of this rank and frees the rest.
 
 This is the only file that uses `deepspeed.zero` and the `ds_*` attributes of parameters, except
-that the parameter counts in `scaleup.unipelt.model` read `ds_numel`.
+that the parameter counts in `scaleup.unipelt.model` read `ds_numel`. The state of DeepSpeed's
+optimizers is in `scaleup.training.zero_state`.
 """
 
+import pathlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
 from scaleup.backbone.int8 import Int8Linear
 from scaleup.backbone.quantization import quantize_rows
-from scaleup.backbone.weights import Weights, return_freed_memory
+from scaleup.backbone.weights import (
+    Weights,
+    copy_of_first,
+    from_first,
+    is_alone,
+    return_freed_memory,
+)
+from scaleup.errors import one_line
 
 TRIM_EVERY = 1 << 24  # weights
-# The classes in the files of a DeepSpeed checkpoint. DeepSpeed unpickles without restrictions.
-STATE_CLASSES = {
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
+GATHERED = 1 << 26  # weights that are whole at the same time while they are copied
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
@@ -40,7 +44,7 @@ def stored_tensor(parameter: nn.Parameter) -> torch.Tensor:
     return getattr(parameter, "ds_tensor", parameter.data)
 
 
-def set_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+def set_values(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Write a parameter. Under ZeRO-3 every process passes all values and keeps its shard."""
     if not hasattr(parameter, "ds_id"):
         parameter.data.copy_(values)
@@ -51,13 +55,37 @@ def set_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
         parameter.data.copy_(values)
 
 
-def whole_copies(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return copies of whole ZeRO-3 parameters on the CPU. Every process must call this."""
-    if not parameters:
-        return {}
+def copies_on_first(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return copies of whole parameters in the CPU memory of rank 0; {} on other processes.
+
+    Under ZeRO-3 every process must call this, and nothing else than these parameters is gathered.
+    """
+    first = is_alone() or dist.get_rank() == 0
+    shards = {name: p for name, p in parameters.items() if hasattr(p, "ds_id")}
+    copies = {}
+    if first:
+        copies = {
+            name: p.detach().to("cpu", copy=True)
+            for name, p in parameters.items()
+            if name not in shards
+        }
+    while shards:
+        batch, size = {}, 0
+        while shards and size < GATHERED:
+            name = next(iter(shards))
+            batch[name] = shards.pop(name)
+            size += whole_shape(batch[name]).numel()
+        copies |= _gathered(batch, first)
+    return copies
+
+
+def _gathered(parameters: dict[str, nn.Parameter], keep: bool) -> dict[str, torch.Tensor]:
+    """Gather ZeRO-3 parameters, and return copies of them on the CPU if `keep`."""
     import deepspeed  # slow to import, and optional
 
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        if not keep:
+            return {}
         return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
@@ -80,7 +108,7 @@ class _Partitioner:
 class _Loader:
     """Fills the modules of a model on the meta device, one after another."""
 
-    def __init__(self, model: PreTrainedModel, weights: Weights, device: torch.device):
+    def __init__(self, model: PreTrainedModel, weights: Weights | None, device: torch.device):
         self.model, self.weights, self.device = model, weights, device
         self.info: dict[str, set[str]] = {"missing_keys": set(), "mismatched_keys": set()}
         self.names: dict[int, list[str]] = {}  # of each parameter; tied weights have several
@@ -116,7 +144,7 @@ class _Loader:
                 new.append(scale)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
-                value = self.weights.get([f"{prefix}.{name}"])
+                value = self._copy_of_first([f"{prefix}.{name}"], buffer.dtype)
                 complete = complete and value is not None
                 if value is None:
                     self.blank.append(f"{prefix}.{name}".removeprefix("."))
@@ -146,30 +174,57 @@ class _Loader:
     def _read(self, empty: nn.Parameter, module: nn.Module) -> torch.Tensor | None:
         """Return a copy of a tensor in the model's type; None if the checkpoint has none that fits.
 
-        What is missing or has another shape is noted in `info`.
+        What is missing or has another shape is noted in `info`. On processes that do not read, the
+        values are arbitrary, because DeepSpeed replaces them by those of rank 0.
         """
         names = self.names[id(empty)]
-        value = self.weights.get(names)
-        if value is None or value.shape != empty.shape:
-            self.info["missing_keys" if value is None else "mismatched_keys"].add(names[0])
+        value = None if self.weights is None else self.weights.get(names)
+        shape = from_first(None if value is None else value.shape)
+        if shape != empty.shape:
+            self.info["missing_keys" if shape is None else "mismatched_keys"].add(names[0])
             return None
         quantized = isinstance(module, Int8Linear) and empty.dtype == torch.int8
         # bitsandbytes quantises from float16, whatever type the checkpoint has.
-        return value.to(torch.float16 if quantized else empty.dtype, copy=True)
+        dtype = torch.float16 if quantized else empty.dtype
+        return torch.zeros(shape, dtype=dtype) if value is None else value.to(dtype, copy=True)
+
+    def _copy_of_first(self, names: list[str], dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a buffer with rank 0's values; None if the checkpoint has none."""
+        value = None if self.weights is None else self.weights.get(names)
+        shape = from_first(None if value is None else value.shape)
+        if shape is None:
+            return None
+        return copy_of_first(torch.zeros(shape, dtype=dtype) if value is None else value.to(dtype))
+
+
+def _open_on_first(model: PreTrainedModel, folder: pathlib.Path) -> Weights | None:
+    """Return the weights on rank 0, and None on others. If they are unusable, all raise."""
+    weights, problem = None, None
+    if is_alone() or dist.get_rank() == 0:
+        try:
+            weights = Weights(model, folder)
+        except Exception as error:  # safetensors and torch.load raise all kinds
+            problem = error
+    text = from_first(problem and (one_line(problem) or type(problem).__name__))
+    if text is not None:
+        raise problem or ValueError(text)
+    return weights
 
 
 def load_sharded(
-    model: PreTrainedModel, weights: Weights, device: torch.device
+    model: PreTrainedModel, folder: pathlib.Path, device: torch.device
 ) -> dict[str, set[str]]:
     """Fill a model of meta tensors after TrainingArguments have set up ZeRO-3.
 
-    The weights of `Int8Linear` layers are quantised.
+    Rank 0 reads the files in `folder`, and DeepSpeed hands out what it has read. The weights of
+    `Int8Linear` layers are quantised.
 
     Returns:
         transformers' loading info: `missing_keys` and `mismatched_keys` (another shape in the
         checkpoint). Both kinds have been initialised as transformers does.
     """
-    loader, partition, read = _Loader(model, weights, device), _Partitioner(), 0
+    loader = _Loader(model, _open_on_first(model, folder), device)
+    partition, read = _Partitioner(), 0
     for prefix, module in model.named_modules():
         parameters = loader.fill(prefix, module)
         partition(module, parameters)

@@ -7,10 +7,11 @@ import copy
 import ctypes
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
 SAMPLES = 256  # pieces of 1 KiB of each file that identify it
+# The file of `checkpoint-N/` with the state of the optimizer. It holds nothing of a model.
+STATE = "training_state.safetensors"
 
 
 class Weights:
@@ -87,7 +90,57 @@ def _read(source: Any, key: str) -> torch.Tensor:
 
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the files of a checkpoint that hold its trained tensors."""
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    files = (p for p in folder.glob("*.safetensors") if p.name != STATE)
+    return sorted(p for p in files if not p.name.startswith("."))
+
+
+def is_alone() -> bool:
+    """Return whether this process is the only one of its run."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def communication_device() -> torch.device:
+    """Return the device whose tensors the processes exchange: NCCL knows only those of GPUs."""
+    nccl = "nccl" in dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def from_first(value: Any) -> Any:
+    """Return the small, picklable value of rank 0 on every process. All processes call this."""
+    if is_alone():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, device=communication_device())
+    return values[0]
+
+
+def read_once(files: Sequence[pathlib.Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of safetensors files with their names, in the same order on every process.
+
+    Only rank 0 reads the files; the other processes receive its copies. All processes iterate.
+    """
+    reads = is_alone() or dist.get_rank() == 0
+    for number in range(from_first(len(files))):
+        source: Any = safe_open(files[number], framework="pt") if reads else None
+        if is_alone():
+            yield from ((name, source.get_tensor(name)) for name in source.keys())  # noqa: SIM118
+            continue
+        tensors = {}
+        if reads:
+            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+        entries = from_first([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+        for name, dtype, shape in entries:
+            tensor = tensors.pop(name) if reads else torch.empty(shape, dtype=dtype)
+            yield name, copy_of_first(tensor)
+
+
+def copy_of_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's values of a tensor that has one shape and type on all processes."""
+    if is_alone():
+        return tensor
+    sent = tensor.to(communication_device()).contiguous()
+    dist.broadcast(sent.flatten().view(torch.uint8) if sent.numel() else sent, 0)
+    return sent.to(tensor.device)
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

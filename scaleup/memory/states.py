@@ -196,9 +196,9 @@ def states(
     )
     if zero.stage == 0:
         return common
-    # DeepSpeed adds float32 masters and, before stage 3, a second copy of the weights.
-    copies = 1 if zero.stage == 3 else 2
-    common = dataclasses.replace(common, checkpoint=count * (copies * size + MASTER + MOMENTS))
+    # Masters are stored where the weights are not float32 themselves.
+    stored = size + MOMENTS + (MASTER if size < MASTER else 0)
+    common = dataclasses.replace(common, checkpoint=count * stored)
     offload = zero.offload_optimizer
     if zero.stage < 3:
         reduced = count if zero.stage == 1 else share + largest

@@ -30,7 +30,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     """Return the DeepSpeed config that `train.deepspeed` names.
 
     What the file leaves out and a run needs is filled in: batch sizes and data types as Trainer has
-    them, and whole weights in checkpoints under ZeRO-3.
+    them.
 
     Raises:
         ConfigError: the file cannot be read or is not a DeepSpeed config.
@@ -59,11 +59,6 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     config = AUTOMATIC | config
     if not {"bf16", "bfloat16", "fp16"} & config.keys():
         config |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
-    if stage == 3:
-        gather = "stage3_gather_16bit_weights_on_model_save"
-        if not zero.get(gather, True):
-            raise ConfigError(f"{problem}: checkpoints need {gather}; leave it out")
-        config["zero_optimization"] = zero | {gather: True}
     return config
 
 

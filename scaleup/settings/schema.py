@@ -240,8 +240,8 @@ class DeclaredTrainSettings(Section):
     """Folder for everything that the run leaves."""
     resume: Literal["never", "auto", "weights_only"] = "never"
     """auto: continue from the newest checkpoint in output_dir. weights_only: start anew from
-    its trained weights, where its optimizer state does not fit (another number of processes or
-    ZeRO stage)."""
+    its trained weights, where the state of its training does not fit (another optimizer, schedule
+    or number of examples in a step)."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoint-N folders to keep, besides the best one."""
     early_stopping_patience: int = Field(10, ge=0, le=MOST)

@@ -23,13 +23,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
 from scaleup.backbone import loading
-from scaleup.backbone.method import apply_method
+from scaleup.backbone.method import apply_method, saved_parameters
 from scaleup.backbone.sharded import whole_shape
 from scaleup.backbone.weights import tensor_files
 from scaleup.errors import CheckpointError, one_line
@@ -63,17 +63,7 @@ def expected_tensors(model: nn.Module) -> dict[str, list[int]]:
 
     Under ZeRO-3 these are the shapes before sharding.
     """
-    parameters = dict(model.named_parameters())
-    if isinstance(model, PeftModel):
-        parameters = get_peft_model_state_dict(
-            model, state_dict=parameters, save_embedding_layers=False
-        )
-    else:
-        heads = tuple(f"{name}." for name in head_names(model))
-        parameters = {
-            name: p for name, p in parameters.items() if p.requires_grad or name.startswith(heads)
-        }
-    return {name: list(whole_shape(p)) for name, p in parameters.items()}
+    return {name: list(whole_shape(p)) for name, p in saved_parameters(model).items()}
 
 
 def _describe_tensors(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         backend += f", {train.deepspeed}"
     quantized = "" if model.quantization == "none" else f", {model.quantization}"
     parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
+    per_process, passes = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     frozen = " (frozen)" if settings.method.head == "frozen" else ""
     # Only the prefix's MLP is trained and not stored.
@@ -45,8 +45,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         lines.append(_label_line(settings, examples))
     return [
         *lines,
-        f"batch      {batch} = {train.per_device_train_batch_size} per process x {processes}"
-        f" x {train.gradient_accumulation_steps} accumulation; learning rate"
+        f"batch      {per_process * passes * world.size} = {per_process} per process x {processes}"
+        f" x {passes} accumulation; learning rate"
         f" {settings.learning_rate:g}",
         *filter(None, [few_steps(train, len(examples.train), world.size)]),
         f"device     {world.device.type}, {backend}; bf16 {'on' if run.args.bf16 else 'off'}",

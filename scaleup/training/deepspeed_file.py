@@ -56,6 +56,10 @@ def replaced_settings(train: TrainSettings) -> list[str]:
     return list(problems.values())
 
 
+# Optimizers that keep one number for each weight, which `scaleup.training.zero_state` can name.
+NAMED = ("adam", "adamw", "lion", "sgd", "rmsprop")
+
+
 def _refusal(config: dict[str, Any]) -> str | None:
     """Return why DeepSpeed refuses a config, or None."""
     if not torch.cuda.is_available():
@@ -77,6 +81,12 @@ def _refusal(config: dict[str, Any]) -> str | None:
     known = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n.lower() for n in dir(torch.optim))}
     if not isinstance(optimizer, str) or optimizer.lower() not in known:
         return f"unknown optimizer {optimizer!r:.40}"
+    if optimizer.lower() not in NAMED:
+        names = ", ".join(NAMED)
+        return f"no checkpoint could store the state of {optimizer} by name; use one of {names}"
+    offload = (chosen.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+        return "offload_optimizer must be whole and to the device cpu, so that it can be saved"
     scheduler = (chosen.get("scheduler") or {}).get("type", VALID_LR_SCHEDULES[0])
     if scheduler not in VALID_LR_SCHEDULES:
         return f"unknown scheduler {scheduler!r:.40}"

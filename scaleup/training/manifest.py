@@ -22,8 +22,7 @@ ALTERED = "the checkpoint was altered; copy it again from where it was trained"
 # section may change when a run continues.
 FIXED_IN_TRAINING = (
     "learning_rate gate_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps"
-    " weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon"
-    " per_device_train_batch_size gradient_accumulation_steps seed group_by_length"
+    " weight_decay optim optim_args adam_beta1 adam_beta2 adam_epsilon seed group_by_length"
 )
 # Paths may change when folders move. The fingerprint of the backbone and the hashes of the data
 # cover what the paths name. The section `method` is in the manifest itself.
@@ -98,7 +97,7 @@ class Manifest:
             run stored it (missing in checkpoints of earlier versions).
         labels: class names in id order, or None for other tasks.
         data: file, rows and hash of every split (`scaleup.data.classification.provenance`).
-        run: `processes` and `zero_stage` that the optimizer's state was written with.
+        run: `processes` and `zero_stage` that the checkpoint was trained with.
         export: kind of an exported folder, or None for a checkpoint of a run.
         config: hash of every setting that the checkpoint depends on (`setting_hashes`), or None in
             checkpoints of earlier versions.

@@ -11,12 +11,13 @@ from typing import Any
 
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import LOCK, read_json
-from scaleup.settings.schema import Settings, stored
+from scaleup.settings.schema import Settings, TrainSettings, stored
 from scaleup.training.checkpoint import verify
 from scaleup.training.console import finished_note, summary
 from scaleup.training.manifest import ANY, FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
-from scaleup.training.resume_state import check_state, trainer_state
+from scaleup.training.resume_state import trainer_state
+from scaleup.training.training_state import NUMBERS, read_state
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -54,21 +55,48 @@ def keep_newest(out: pathlib.Path, count: int, best_step: int | None) -> None:
             shutil.rmtree(gone)
 
 
-def _misfit(then: Manifest, now: Manifest) -> str | None:
-    """Return why the processes of this run cannot load the optimizer's state, or None."""
-    if then.run == now.run:
+def fit_batch(train: TrainSettings, examples: int, processes: int) -> tuple[int, int] | None:
+    """Share the examples of an optimizer step out to a number of processes.
+
+    Returns:
+        Examples per process and forward pass, as close to the settings as possible, and forward
+        passes per optimizer step; None if the examples cannot be shared out evenly.
+    """
+    share, rest = divmod(examples, processes)
+    if rest:
         return None
-    return f"it was written with {_engine(then)}; this run has {_engine(now)}"
+    batch = next(b for b in range(train.per_device_train_batch_size, 0, -1) if share % b == 0)
+    return batch, share // batch
 
 
-def _engine(manifest: Manifest) -> str:
-    """Describe what a run was computed with: its processes and its ZeRO stage."""
-    count, stage = manifest.run["processes"], manifest.run["zero_stage"]
-    processes = f"{count} process{'es' * (count > 1)}"
-    return f"{processes} under ZeRO-{stage}" if stage else f"{processes} without ZeRO"
+def _misfit(folder: pathlib.Path, then: Manifest, settings: Settings, processes: int) -> str | None:
+    """Return why this run cannot load the state of training in a checkpoint, or None."""
+    if NUMBERS not in then.files:
+        return "an earlier version wrote it, and its optimizer's state has no names"
+    examples = read_state(folder).examples
+    train = settings.train
+    batch, passes = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    several = f"{processes} process{'es' * (processes > 1)}"
+    product = f"{batch} per process x {several} x {passes} accumulation"
+    now = f"{product} = {batch * processes * passes}"
+    if batch * processes * passes == examples:
+        return None
+    if _batch_of_config(settings) != (batch, passes):
+        return f"it had {examples} examples in an optimizer step, and this run has {now}"
+    if fit_batch(train, examples, processes) is None:
+        return f"{several} cannot share its {examples} examples of an optimizer step evenly"
+    return None
 
 
-def _with_advice(error: CheckpointError, folder: pathlib.Path) -> CheckpointError:
+def _batch_of_config(settings: Settings) -> tuple[int, int]:
+    """Return batch size and accumulation in the config.yaml that a run has left."""
+    path = pathlib.Path(settings.train.output_dir, "config.yaml")
+    then = stored(str(path))["train"] if path.is_file() else settings.dump()["train"]
+    return then["per_device_train_batch_size"], then["gradient_accumulation_steps"]
+
+
+def with_advice(error: CheckpointError, folder: pathlib.Path) -> CheckpointError:
+    """Return the error about a checkpoint that cannot be used, with what to do."""
     advice = f"To continue from the checkpoint before it, remove {folder}"
     return CheckpointError(f"{error}. {advice}")
 
@@ -81,7 +109,7 @@ def _check(folder: pathlib.Path, now: Manifest) -> Manifest:
     try:
         then = verify(folder)
     except CheckpointError as error:
-        raise _with_advice(error, folder) from None
+        raise with_advice(error, folder) from None
     if then.backbone["fingerprint"] != now.backbone["fingerprint"]:
         raise CheckpointError(
             f"{folder}: trained on another backbone ({then.backbone['name']},"
@@ -174,19 +202,22 @@ def choose(
             _check(old, now)
         return None, old
     newest = common[-1]
-    misfit = _misfit(_check(newest, now), now)
-    if settings.train.resume == "weights_only" and (misfit or _different(settings)):
-        return None, newest
-    if misfit:
-        raise ConfigError(
-            f"train.resume: {newest} cannot be continued here: {misfit}. Use what it was"
-            " written with, or train.resume=weights_only, which takes its trained weights and"
-            " starts a new optimizer and schedule (the old run moves to before-N/)"
-        )
+    then = _check(newest, now)
     try:
-        check_state(newest, now, settings.train.fp16)
+        misfit = _misfit(newest, then, settings, len(names_by_rank))
+        if settings.train.resume == "weights_only" and (misfit or _different(settings)):
+            return None, newest
+        if misfit:
+            raise ConfigError(
+                f"train.resume: {newest} cannot be continued here: {misfit}. Change that, or use"
+                " train.resume=weights_only, which takes its trained weights and starts a new"
+                " optimizer and schedule (the old run moves to before-N/)"
+            )
+        if read_state(newest).loss_scale is not None and not settings.train.fp16:
+            raise CheckpointError(f"{newest} is of a run with train.fp16; set it to true")
+        trainer_state(newest)
     except CheckpointError as error:
-        raise _with_advice(error, newest) from None
+        raise with_advice(error, newest) from None
     best = trainer_state(newest)["best_global_step"]
     if best and best != _number(newest):
         try:

@@ -7,6 +7,7 @@ timing.json.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -32,7 +33,7 @@ from scaleup.backbone import loading as backbone
 from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.method import checkpointing_problems, load_run_model
+from scaleup.backbone.method import checkpointing_problems, load_run_model, load_weights
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
@@ -47,9 +48,9 @@ from scaleup.training.distributed import World
 from scaleup.training.manifest import Manifest, setting_hashes
 from scaleup.training.preflight import hub_structure, packing_problems
 from scaleup.training.preparation import prepare
-from scaleup.training.resume_state import check_optimizer
 from scaleup.training.scoring import score
 from scaleup.training.trainer import RunTrainer
+from scaleup.training.training_state import TrainingState, check_tensors_of_state, read_state
 from scaleup.unipelt.model import parameter_counts
 
 
@@ -84,6 +85,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         return results
     prepared = _prepare(settings, world, shared, config)
     checkpoint, old_weights = _choose_checkpoint(prepared)
+    state = read_state(checkpoint) if checkpoint else None
+    prepared = _share_out(prepared, state)
     model = load_run_model(
         settings,
         config,
@@ -93,13 +96,15 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         prior=data.prior(prepared.examples) if settings.model.head_bias == "prior" else None,
         zero3=is_deepspeed_zero3_enabled(),
         for_training=True,
-        # DeepSpeed's own files leave out what is frozen.
-        weights=checkpoint if settings.method.head == "frozen" and checkpoint else old_weights,
     )
     counts = parameter_counts(model)
     bars = ProgressBars(prepared.examples)
     trainer = _make_trainer(prepared, model, bars, callbacks)
-    _check_checkpoint(trainer, checkpoint, old_weights)
+    if (folder := checkpoint or old_weights) is not None:
+        _check_checkpoint(trainer, folder, checkpoint is not None)
+        load_weights(model, folder)
+    if state is not None:
+        trainer.continue_from(state)
     distributed.gather(world, None)  # all have read the old folder before anything is moved
     if prepared.writes:
         _open_folder(prepared, old_weights)
@@ -149,11 +154,13 @@ def _prepare(settings: Settings, world: World, shared: bool, config: PretrainedC
         raise ConfigError(f"data: {problem}; give all hosts the same files")
     args = training_arguments(settings, world, examples.metric, shared, half)
     plugin = args.deepspeed_plugin
+    # The others neither write nor read a manifest.
+    fingerprint = backbone.fingerprint(settings.model, config) if world.local_main else ""
     manifest = Manifest(
         method=settings.dump()["method"],
         backbone=settings.model.model_dump(include={"name", "revision", "quantization"})
         | {
-            "fingerprint": backbone.fingerprint(settings.model, config),
+            "fingerprint": fingerprint,
             "dtype": str(precision.backbone_dtype(settings, half)).removeprefix("torch."),
         },
         task=examples.task,
@@ -186,21 +193,43 @@ def _choose_checkpoint(run: Run) -> tuple[pathlib.Path | None, pathlib.Path | No
         if run.writes and run.settings.train.resume != "never":
             resume.clear_unfinished(out)
     names = distributed.gather(run.world, [path.name for path in resume.checkpoints(out)])
+    choice = None
     with _agreed(run.world):
-        choice = resume.choose(run.settings, out, run.manifest, names)
-    return choice  # noqa: RET504 (mypy: the block could swallow an error)
+        if run.world.local_main:  # the others need not read and hash the same files
+            choice = resume.choose(run.settings, out, run.manifest, names)
+    return distributed.gather(run.world, choice)[0]
 
 
-def _check_checkpoint(
-    trainer: RunTrainer, checkpoint: pathlib.Path | None, old_weights: pathlib.Path | None
-) -> None:
+def _share_out(run: Run, state: TrainingState | None) -> Run:
+    """Give each process its share of an optimizer step that a checkpoint's run had."""
+    args = run.args
+    batch, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if state is None or batch * passes * run.world.size == state.examples:
+        return run
+    shares = resume.fit_batch(run.settings.train, state.examples, run.world.size)
+    assert shares is not None  # `resume.choose` has refused it
+    _print(
+        run.world,
+        f"batch      {shares[0]} per process and {shares[1]} accumulation instead of {batch} and"
+        f" {passes}, so that a step keeps its {state.examples} examples",
+    )
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    train = run.settings.train.model_copy(update=dict(zip(keys, shares)))
+    settings = run.settings.model_copy(update={"train": train})
+    args = training_arguments(settings, run.world, run.examples.metric, run.shared, run.half)
+    return dataclasses.replace(run, args=args)
+
+
+def _check_checkpoint(trainer: RunTrainer, folder: pathlib.Path, with_state: bool) -> None:
     """Compare a checkpoint with the model and the optimizer that will load it."""
     with _agreed(trainer.run.world):
-        folder = checkpoint or old_weights
-        if folder is not None:
+        if trainer.run.world.local_main:
             check_tensors(folder, Manifest.read(folder), trainer.model)
-        if checkpoint is not None and trainer.parameter_groups:
-            check_optimizer(checkpoint, trainer.parameter_groups)
+            if with_state:
+                try:
+                    check_tensors_of_state(folder, trainer.model, trainer.optimizer_keys)
+                except CheckpointError as error:
+                    raise resume.with_advice(error, folder) from None
 
 
 def _make_trainer(

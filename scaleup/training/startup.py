@@ -80,8 +80,11 @@ def _size() -> int:
 
 
 def _key(name: int | str) -> str:
-    # The store of torchrun's agent outlives the processes that it starts again.
-    return f"scaleup-startup/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    # The store of torchrun's agent outlives the processes that it starts again. A store of rank 0
+    # does not, and then each host has a count of its own.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
+    return f"scaleup-startup/{start}/{name}"
 
 
 def _connect(holds_store: bool = False) -> TCPStore | None:

@@ -5,6 +5,7 @@ Only this file and `scaleup.training.evaluation` override private methods of Tra
 
 import copy
 import functools
+import json
 import math
 import pathlib
 import shutil
@@ -16,12 +17,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from scaleup.backbone.sharded import whole_copies
+from scaleup.backbone.method import load_weights, saved_content
+from scaleup.backbone.sharded import copies_on_first
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
-from scaleup.io import NO_SPACE, write_problem
-from scaleup.training import distributed, resume, watchdog
+from scaleup.training import distributed, resume, training_state, watchdog
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown
 from scaleup.training.checkpoint import (
     commit_checkpoint,
@@ -31,30 +31,17 @@ from scaleup.training.checkpoint import (
     verify,
 )
 from scaleup.training.context import Run
+from scaleup.training.engines import Engine, PlainEngine, state_keys
 from scaleup.training.evaluation import EvaluatingTrainer
+from scaleup.training.failures import last_good, write_failure
 from scaleup.training.graphs import StepGraphs
+from scaleup.training.random_states import seed_anew, set_random_states
 from scaleup.training.sampler import ResumableSampler
+from scaleup.training.training_state import TrainingState
+from scaleup.training.zero_state import ZeroEngine, is_plain
 
 ITEMS = "num_items_in_batch"
 BATCHES = 1 << 20  # more than the batches of one optimizer step
-
-
-def _last_good(out: pathlib.Path) -> str:
-    kept = resume.checkpoints(out)
-    return f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
-
-
-def write_failure(folder: pathlib.Path, error: Exception) -> str:
-    """Return why a checkpoint could not be written, what remains, and what to do."""
-    cause, cure = write_problem(error), "Solve this"
-    if shutil.disk_usage(folder.parent).free < 2**20:  # torch reports "unexpected pos"
-        cause = "the disk is full"
-    if cause == "the disk is full" or getattr(error, "errno", None) in NO_SPACE:
-        cure = "Free space"
-    elif "ulimit" in cause:
-        cure = "Raise the limit"
-    again = f"{cure} and run the same command with train.resume=auto"
-    return f"{folder} could not be written: {cause}. {_last_good(folder.parent)}. {again}"
 
 
 class RunTrainer(EvaluatingTrainer):
@@ -72,8 +59,12 @@ class RunTrainer(EvaluatingTrainer):
         self.repeats_evaluation = False
         self.graphs: StepGraphs | None = None
         self.batch = (0, 0)  # optimizer step, forward pass within it
-        self.frozen_head: dict[str, torch.Tensor] = {}  # whole, while ZeRO-3 saves
-        self.parameter_groups: list[dict[str, Any]] = []  # of the optimizer, except of DeepSpeed's
+        self.engine: Engine | None = None  # once training has begun
+        self.stored: TrainingState | None = None  # of the checkpoint that the run continues from
+        self.random_states: dict[str, torch.Tensor] = {}  # of that checkpoint
+        self.optimizer_keys: set[str] | None = None  # parts of its state; None: not known
+        # How many examples ResumableSampler puts into groups of similar length.
+        self.length_group = self.args.train_batch_size * self.args.gradient_accumulation_steps
         # The first bad loss, as step * BATCHES + pass.
         self.first_bad = torch.full((), -1, device=self.args.device, dtype=torch.long)
 
@@ -81,17 +72,19 @@ class RunTrainer(EvaluatingTrainer):
         """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
         self.lengths = self.set_initial_training_values(self.args, self.get_train_dataloader())
         *_, steps = self.lengths
+        own_optimizer = own_schedule = True
         if self.is_deepspeed_enabled:
             # A copy, because Trainer fills it in once more and refuses what is filled in already.
             config = copy.deepcopy(self.args.hf_deepspeed_config)
             config.trainer_config_finalize(self.args, self.model, steps)
-        else:
-            self.create_optimizer_and_scheduler(steps)
-            self.parameter_groups = [
-                dict(group)
-                for group in self.optimizer.param_groups  # type: ignore[has-type]
-            ]
-            self.optimizer = self.lr_scheduler = None
+            own_optimizer = config.get_value("optimizer") is None
+            own_schedule = own_optimizer and config.get_value("scheduler") is None
+        if own_optimizer:
+            self.optimizer_keys = state_keys(self.create_optimizer(), self.is_deepspeed_enabled)
+        if own_schedule:
+            self.create_scheduler(steps, self.optimizer)  # type: ignore[has-type]
+            json.dumps(self.lr_scheduler.state_dict())  # type: ignore[has-type]
+        self.optimizer = self.lr_scheduler = None
 
     def refuse_late_evaluation(self) -> None:
         """Raise ConfigError if training ends before the first evaluation. Call `try_out` first."""
@@ -164,13 +157,12 @@ class RunTrainer(EvaluatingTrainer):
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"
         lengths = self.train_dataset[self.args.length_column_name][:] if grouped else None
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ResumableSampler(
             count=len(self.train_dataset),
             seed=self.args.seed,
             epoch=lambda: int((self.state.epoch or 0.0) + 1e-6),  # tolerates rounding
             lengths=lengths,
-            batch_size=batch_size,
+            batch_size=self.length_group,
         )
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
@@ -210,7 +202,7 @@ class RunTrainer(EvaluatingTrainer):
         step, batch = divmod(first, BATCHES)
         raise RunError(
             f"the loss is not a number at step {step} (its batch {batch}, rank {rank})."
-            f" {_last_good(self.out)}. Try a lower train.learning_rate, or look at the step's data"
+            f" {last_good(self.out)}. Try a lower train.learning_rate, or look at the step's data"
         )
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
@@ -236,27 +228,70 @@ class RunTrainer(EvaluatingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model on every host that has its own output folder.
 
-        Under ZeRO-3 only rank 0 ever holds whole tensors, so its files are copied to the others.
-        Trainer leaves out what is frozen, also a head, which has to be saved.
+        Under DeepSpeed, Trainer would copy or gather the whole model. Here rank 0 collects what is
+        saved, and its files are copied to the other hosts.
         """
-        if is_deepspeed_zero3_enabled():
-            parameters = self.accelerator.unwrap_model(self.model).named_parameters()
-            saved = {name: p for name, p in parameters if ".modules_to_save." in name}
-            self.frozen_head = whole_copies({n: p for n, p in saved.items() if not p.requires_grad})
-        super().save_model(output_dir, _internal_call)
-        if not self.run.shared and is_deepspeed_zero3_enabled():
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        content = copies_on_first(saved_content(self.accelerator.unwrap_model(self.model)))
+        if self.run.world.main:
+            self._save(output_dir, content)
+        if not self.run.shared:
             folder = pathlib.Path(output_dir or self.args.output_dir)
             distributed.copy_from_first(self.run.world, folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.run.world.main or not is_deepspeed_zero3_enabled():
-            super()._save(output_dir, state_dict and state_dict | self.frozen_head)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.run.shared and self.is_deepspeed_enabled:
-            # DeepSpeed writes this file on the first host only.
-            distributed.copy_from_first(self.run.world, pathlib.Path(output_dir), "latest")
+        """Save the whole state of training, with random states and loss scale."""
+        assert self.engine is not None and self.lr_scheduler is not None
+        world, args = self.run.world, self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        training_state.save(
+            pathlib.Path(output_dir),
+            world,
+            self.engine,
+            not self.run.shared,
+            examples=batch * world.size,
+            length_group=self.length_group,
+            schedule=self.lr_scheduler.state_dict(),
+        )
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Save nothing: `_save_optimizer_and_scheduler` has saved it."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save nothing: `_save_optimizer_and_scheduler` has saved it."""
+
+    def continue_from(self, state: TrainingState) -> None:
+        """Take over what the order of examples depends on. Call this before `train`."""
+        self.stored, self.length_group = state, state.length_group
+
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        """Load nothing: `run` has loaded the weights, before any engine shared them out."""
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint) -> tuple:
+        """Wrap the model, and write the state of a checkpoint into its optimizer."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        model = self.accelerator.unwrap_model(self.model)
+        scaler = getattr(self.accelerator, "scaler", None)
+        self.engine = PlainEngine(model, self.optimizer, scaler, self.run.world.main)
+        if self.is_deepspeed_enabled and not is_plain(self.model_wrapped):
+            self.engine = ZeroEngine(self.model_wrapped, model)
+        if resume_from_checkpoint is not None:
+            assert self.stored is not None
+            folder = pathlib.Path(resume_from_checkpoint)
+            self.random_states = training_state.load(
+                folder, self.run.world, self.engine, model, self.stored
+            )
+            training_state.restore_schedule(self.lr_scheduler, self.stored.schedule)
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore this process's random states; other numbers of processes get new ones."""
+        if self.random_states:
+            set_random_states(self.random_states)
+        elif checkpoint is not None:
+            seed_anew(self.args.seed, self.state.global_step, self.run.world.rank)
 
     def save_adapter_checkpoint(self, name: str) -> None:
         """Save the model as it is now to `out/name`. Every rank must call this."""
@@ -340,7 +375,9 @@ class RunTrainer(EvaluatingTrainer):
         if self.shutdown.stopped_by is None:
             self.save_adapter_checkpoint("final")
             self._check_best_checkpoint()
-            super()._load_best_model()
+            best = self._best_checkpoint()
+            assert best is not None
+            load_weights(self.accelerator.unwrap_model(self.model), best)
 
     def _check_best_checkpoint(self) -> None:
         """Refuse a best checkpoint that was altered. Trainer would keep the last model instead."""

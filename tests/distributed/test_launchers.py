@@ -263,12 +263,17 @@ TORCH = "-m torch.distributed.run"
             "--nnodes 1:4 --nproc_per_node 1",
         ),
         (
+            {"NNODES": "1:4", "MASTER_ADDR": "n01", "NPROC": "2", "LAST_CALL": "5"},
+            "--nnodes 1:4 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint n01:29500"
+            " --rdzv_id scaleup --rdzv_conf last_call_timeout=5 --max_restarts 10",
+        ),
+        (
             {"JOB_COMPLETION_INDEX": "1", "NNODES": "2", "MASTER_ADDR": "scaleup-0.scaleup"},
             "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr scaleup-0.scaleup"
             " --master_port 29500",
         ),
     ],
-    ids=["alone", "plain", "kubeflow", "kubeflow elastic", "indexed job"],
+    ids=["alone", "plain", "kubeflow", "kubeflow elastic", "elastic", "indexed job"],
 )
 def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
     result = run(
@@ -278,10 +283,12 @@ def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
         **env,
     )
     assert result.returncode == 0, result.stderr
+    # Processes of an elastic run are started again with the same arguments.
+    resume = " train.resume=auto" if ":" in words.split()[1] else ""
     assert (
         result.stdout.partition(": ")[2]
         == f"{TORCH} {words} --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        f" {ROOT}/launch/train.py --config c.yaml a.b=two words\n"
+        f" {ROOT}/launch/train.py --config c.yaml a.b=two words{resume}\n"
     )
 
 

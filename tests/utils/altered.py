@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from scaleup.backbone.weights import tensor_files
 from scaleup.training import checkpoint
 
 
@@ -23,7 +24,8 @@ def rehash(folder: pathlib.Path, **changes) -> None:
         changes: entries of the manifest to replace.
     """
     path = folder / "manifest.json"
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
+    tensors = tensor_files(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p not in tensors)
     content = json.loads(path.read_text()) | changes
     content["tensors"] = checkpoint._describe_tensors(folder)
     content["files"] = {

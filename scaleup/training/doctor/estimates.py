@@ -118,21 +118,20 @@ def _step(plan: Plan, row: Row, speeds: Speeds, width: int) -> str:
 def _save(plan: Plan, row: Row, speeds: Speeds, zero3: bool) -> str:
     """Estimate a checkpoint: written, synced, read back with hashes.
 
-    Under ZeRO-3 DeepSpeed gathers every module, and broadcasts it from rank 0.
+    Under ZeRO-3 what is written is gathered before.
     """
-    whole = _whole_backbone(row, plan.world, zero3)
-    sizes = {"all-gather": whole, "broadcast": whole} if zero3 and plan.world > 1 else {}
+    sizes = {"all-gather": row.states.checkpoint} if zero3 and plan.world > 1 else {}
     moving = _moving(sizes, speeds.transfers)
     if speeds.write is None or speeds.check is None or moving is None:
         return "save       no estimate, because a measurement above is missing"
     size = row.states.checkpoint
     write_s, (moving_s, what) = size / speeds.write + size / speeds.check, moving
     line = f"save       {_sum(write_s, moving_s)} to write and check {amount(size)}"
-    return f"{line} + {seconds(moving_s)} for {what} of the backbone" if what else line
+    return f"{line} + {seconds(moving_s)} for {what} of the state" if what else line
 
 
 def _load(plan: Plan, row: Row, speeds: Speeds, weight_bytes: int, zero3: bool) -> str:
-    """Estimate loading: every process reads all weights, and then gets those of rank 0."""
+    """Estimate loading: processes read all weights, under ZeRO-3 rank 0 alone, and get rank 0's."""
     whole = _whole_backbone(row, plan.world, zero3)
     moving = _moving({"broadcast": whole} if plan.world > 1 else {}, speeds.transfers)
     if not weight_bytes:
@@ -141,7 +140,8 @@ def _load(plan: Plan, row: Row, speeds: Speeds, weight_bytes: int, zero3: bool) 
         return "load       no estimate, because a measurement above is missing"
     read_s, (moving_s, what) = weight_bytes / speeds.read, moving
     line = f"load       {_sum(read_s, moving_s)} to read {amount(weight_bytes)}"
-    return f"{line} in each process + {seconds(moving_s)} for {what}" if what else line
+    readers = "one process" if zero3 else "each process"
+    return f"{line} in {readers} + {seconds(moving_s)} for {what}" if what else line
 
 
 def _whole_backbone(row: Row, world: int, zero3: bool) -> int:

@@ -34,8 +34,6 @@ def test_a_zero_preset_leaves_to_the_trainer_what_the_trainer_knows(name):
     assert "optimizer" not in preset and "scheduler" not in preset, (
         "the Trainer's own AdamW is meant"
     )
-    gathers = preset["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
-    assert gathers == name.startswith("zero3")
     offloaded = {
         key: value
         for key, value in preset["zero_optimization"].items()

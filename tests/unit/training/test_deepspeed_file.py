@@ -26,8 +26,6 @@ def test_a_plain_stage_is_completed(tmp_path, stage):
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert config[key] == "auto"
     assert config["bf16"] == config["fp16"] == {"enabled": "auto"}
-    gathers = config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
-    assert gathers == (stage == 3)
 
 
 def test_what_a_file_says_is_kept(tmp_path):
@@ -73,10 +71,6 @@ STAGES = 'FILE is not a DeepSpeed config: its ZeRO stage is none of 0, 1, 2, 3; 
         ({"zero_optimization": True}, STAGES),
         ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
         ({"train_micro_batch_size": 4}, "did you mean train_micro_batch_size_per_gpu?"),
-        (
-            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}},
-            "checkpoints need stage3_gather_16bit_weights_on_model_save; leave it out",
-        ),
         ({"zero_optimization": {"stage": 2, "bucket": 5}}, "FILE is refused by DeepSpeed: "),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}}, "refused by DeepSpeed: "),
         (
@@ -88,6 +82,19 @@ STAGES = 'FILE is not a DeepSpeed config: its ZeRO stage is none of 0, 1, 2, 3; 
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "simultaneously enabled"),
         ({"optimizer": 5}, "FILE is refused by DeepSpeed: "),
         ({"optimizer": {"type": "Foo"}}, "unknown optimizer 'Foo'"),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            "no checkpoint could store the state of Lamb by name; use one of adam, adamw, ",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+                }
+            },
+            "offload_optimizer must be whole and to the device cpu",
+        ),
         ({"scheduler": {"type": "Foo"}}, "unknown scheduler 'Foo'"),
         ({"activation_checkpointing": 5}, "FILE is refused by DeepSpeed: "),
         ({"elasticity": {"enabled": True}}, "FILE is refused by DeepSpeed: "),

@@ -10,7 +10,7 @@ import pytest
 from scaleup.cli import train
 from scaleup.errors import RunError
 from scaleup.training import run
-from scaleup.training.trainer import shutil, write_failure
+from scaleup.training.failures import shutil, write_failure
 
 AGAIN = "and run the same command with train.resume=auto"
 

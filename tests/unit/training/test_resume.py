@@ -9,38 +9,43 @@ from scaleup.settings.schema import load
 from scaleup.training import resume
 from scaleup.training.console import finished_note
 from scaleup.training.manifest import Manifest
+from scaleup.training.training_state import TrainingState
 from tests.utils.workspace import ROOT
 
 OLD = ROOT / "tests" / "fixtures" / "format_0_1" / "run"
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "words"),
+    ("batch", "examples", "processes", "shares"),
     [
-        (
-            {"processes": 2, "zero_stage": 2},
-            {"processes": 1, "zero_stage": 0},
-            "it was written with 2 processes under ZeRO-2; this run has 1 process without ZeRO. ",
-        ),
-        (
-            {"processes": 1, "zero_stage": 0},
-            {"processes": 1, "zero_stage": 3},
-            "it was written with 1 process without ZeRO; this run has 1 process under ZeRO-3. ",
-        ),
+        (16, 16, 1, (16, 1)),
+        (16, 16, 2, (8, 1)),
+        (4, 16, 1, (4, 4)),
+        (4, 16, 2, (4, 2)),
+        (6, 32, 4, (4, 2)),
+        (16, 14, 2, (7, 1)),
+        (16, 16, 3, None),
+        (16, 2, 4, None),
     ],
 )
-def test_a_checkpoint_of_other_processes_or_stages_is_described_plainly(
-    tmp_path, monkeypatch, then, now, words
+def test_the_examples_of_a_step_are_shared_out_to_any_number_of_processes(
+    batch, examples, processes, shares
 ):
-    def manifest(run):
-        return Manifest(method={}, backbone={}, task="", labels=None, data=[], run=run)
+    words = ["data.name=rte", f"train.per_device_train_batch_size={batch}"]
+    assert resume.fit_batch(load(None, words).train, examples, processes) == shares
 
-    monkeypatch.setattr(resume, "_check", lambda folder, now: manifest(then))
+
+def test_a_step_that_cannot_be_shared_out_is_refused_with_the_numbers(tmp_path, monkeypatch):
+    manifest = Manifest({}, {}, "", None, [], {}, files={"training_state.json": {}})
+    monkeypatch.setattr(resume, "_check", lambda folder, now: manifest)
+    state = TrainingState.model_construct(examples=16, loss_scale=None)
+    monkeypatch.setattr(resume, "read_state", lambda folder: state)
     (tmp_path / "checkpoint-3").mkdir()
     settings = load(None, ["data.name=rte", "train.resume=auto", f"train.output_dir={tmp_path}"])
     with pytest.raises(ConfigError) as caught:
-        resume.choose(settings, tmp_path, manifest(now), [["checkpoint-3"]])
-    assert words in str(caught.value) and "train.resume=weights_only" in str(caught.value)
+        resume.choose(settings, tmp_path, manifest, [["checkpoint-3"]] * 3)
+    assert "3 processes cannot share its 16 examples of an optimizer step" in str(caught.value)
+    assert "train.resume=weights_only" in str(caught.value)
 
 
 @pytest.mark.parametrize(
