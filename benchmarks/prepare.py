@@ -147,9 +147,8 @@ def main() -> None:
                 "prepare": measure_preparation(work, count, model),
                 "rank": measure_rank(work, count, model),
             }
-        print(count, json.dumps(results[str(count)], indent=1), flush=True)
-    machine = {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
-    write_result(options.output, {"machine": machine, "chats": results})
+        machine = {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+        write_result(options.output, {"machine": machine, "chats": results})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from scaleup.io import expand_home
 
 COMMANDS = {
     "train": "train one model as a YAML config says",
-    "prepare": "read, check and tokenise the data of a run once, or fetch what it needs",
+    "prepare": "read, check and tokenise the data of a run once, for all its processes",
     "plan": "predict the memory that a run will need",
     "doctor": "examine hosts, network and folders before a run",
     "export": "turn a checkpoint into a folder for others to load",
