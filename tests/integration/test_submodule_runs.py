@@ -16,6 +16,7 @@ from scaleup.unipelt.submodules import SUBMODULES
 from tests.utils.workspace import ROOT, add_writer, environment, make_workspace, overrides, writing
 
 TASKS = {"t5": "seq2seq", "llama": "causal_lm", "gpt2": "causal_lm"}
+SLOW = ("bert", "t5", "gpt2")
 ALL = f"method.submodules=[{','.join(SUBMODULES)}]"
 
 
@@ -38,7 +39,10 @@ def train(folder: pathlib.Path, family: str, out: pathlib.Path, *more: str) -> d
     return run.run(schema.load(None, words, checks=CHECKS))
 
 
-@pytest.mark.parametrize("family", ["bert", "bart", *TASKS])
+@pytest.mark.parametrize(
+    "family",
+    ["bart", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_a_resumed_run_of_all_submodules_equals_an_uninterrupted_one(family, workspace, tmp_path):
     results = train(workspace, family, tmp_path / "whole", "train.max_steps=4")
     counts = results["parameters"]["submodules"]
