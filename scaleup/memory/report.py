@@ -12,8 +12,8 @@ COLUMNS = (
     *("activ.", "act.cp", "total", "total.cp", "host", "load"),
 )
 NOTES = (
-    "none: one process or DDP.  activ.: the most alive in a step beside all of these.  "
-    "cp: with gradient checkpointing (–: the model has none).",
+    "none: one process or DDP.  activ.: the most alive in a step beside all of these.",
+    "cp: with gradient checkpointing; – if the model has none.",
     "buffers: of DDP and ZeRO, with what ZeRO-3 gathers.  host: CPU memory of what is offloaded.  "
     "load: most while loading.",
     "What CUDA itself needs (context, kernels, fragmentation) comes on top.",
