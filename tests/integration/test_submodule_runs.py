@@ -40,8 +40,7 @@ def train(folder: pathlib.Path, family: str, out: pathlib.Path, *more: str) -> d
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["bart", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+    "family", ["bart", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_a_resumed_run_of_all_submodules_equals_an_uninterrupted_one(family, workspace, tmp_path):
     results = train(workspace, family, tmp_path / "whole", "train.max_steps=4")
