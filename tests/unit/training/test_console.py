@@ -23,7 +23,9 @@ def lines(trained: int, *words: str) -> list[str]:
         settings=load(None, ["data.name=stsb", *words]),
         examples=examples,
         world=world,
-        args=types.SimpleNamespace(bf16=False),
+        args=types.SimpleNamespace(
+            bf16=False, per_device_train_batch_size=16, gradient_accumulation_steps=1
+        ),
     )
     return header(run, counts)
 
