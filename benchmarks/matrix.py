@@ -2,7 +2,7 @@
 
     python -m benchmarks.matrix --output docs/support-matrix.md
 
-ZeRO stage × precision × quantisation × gradient checkpointing × backbone family. Each combination
+Engine × precision × quantisation × gradient checkpointing × backbone family. Each combination
 trains two steps, is scored and saved, restores its best checkpoint, and resumes for a third step. A
 combination that scaleup does not support is refused at the start; the table then has the message.
 """
@@ -18,9 +18,11 @@ from tests.utils.workspace import environment, make_workspace, overrides
 
 STAGES = {
     "DDP": [],
+    "FSDP": ["train.fsdp=full"],
     "ZeRO-1": ["train.deepspeed=zero1"],
     "ZeRO-2": ["train.deepspeed=zero2"],
     "ZeRO-3": ["train.deepspeed=zero3"],
+    "ZeRO-3 hpZ": ["train.deepspeed=zero3_hpz"],
     "ZeRO-3 offload": ["train.deepspeed=zero3_offload"],
 }
 PRECISIONS = {"fp32": ["train.bf16=false"], "bf16": ["train.bf16=true"]}

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from scaleup.backbone import quantization, weights
+from scaleup.backbone.fsdp import load_fsdp
 from scaleup.backbone.int8 import replace_linears
 from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.placement import Offload
@@ -304,6 +306,7 @@ def load_model(
     zero3: bool = False,
     prior: list[float] | None = None,
     offload: Offload | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the backbone, with a newly initialised head if its files have none.
 
@@ -315,6 +318,7 @@ def load_model(
         prior: initial bias of the new head, [outputs].
         offload: where to keep weights that do not fit on the device; None: they must fit. Quantised
             weights always have to.
+        mesh: the processes among which FSDP shards the weights; as with zero3.
 
     Returns:
         The model, and the names of its missing modules: poolers that the files lack. They have to
@@ -326,8 +330,8 @@ def load_model(
         heads = tuple(head_names(empty))
         output = empty.get_output_embeddings()
         whole = (*heads, *(name for name, module in empty.named_modules() if module is output))
-        if zero3 and settings.quantization != "nf4":
-            model, info = _load_shards(settings, empty, whole, dtype, device)
+        if mesh is not None or (zero3 and settings.quantization != "nf4"):
+            model, info = _load_shards(settings, empty, whole, dtype, device, mesh)
         else:
             place = None if zero3 else device
             places = quantization.loading_arguments(settings.quantization, whole, dtype, place)
@@ -365,16 +369,21 @@ def _load_shards(
     whole: tuple[str, ...],
     dtype: torch.dtype,
     device: torch.device,
+    mesh: DeviceMesh | None,
 ) -> tuple[PreTrainedModel, dict[str, set[str]]]:
-    """Fill an empty model with the ZeRO-3 shards of this process."""
+    """Fill an empty model with the shards of this process, of FSDP or (without mesh) of ZeRO-3."""
     # GPT-2 has transposed layers of its own instead of nn.Linear.
     if settings.quantization == "8bit" and replace_linears(model, whole, dtype) == 0:
+        where = "under ZeRO-3; use nf4, or zero2" if mesh is None else "and sharded; use none"
         raise ConfigError(
             f"model.quantization: {type(model).__name__} has no linear layers that can be int8 "
-            "under ZeRO-3; use nf4, or zero2"
+            f"{where}"
         )
     folder = weights.checkpoint_folder(settings.name, settings.revision)
-    return model.eval(), load_sharded(model, folder, device)
+    if mesh is None:
+        return model.eval(), load_sharded(model, folder, device)
+    files = weights.Weights(model, folder)
+    return model.eval(), load_fsdp(model, files, device, mesh, head_names(model))
 
 
 def _check_loaded(name: str, heads: tuple[str, ...], initialized: set[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone import loading, precision
@@ -89,6 +90,7 @@ def load_run_model(
     dtype: torch.dtype | None = None,
     prior: list[float] | None = None,
     zero3: bool = False,
+    mesh: DeviceMesh | None = None,
     for_training: bool = False,
     weights: pathlib.Path | None = None,
     adapter: pathlib.Path | None = None,
@@ -101,6 +103,7 @@ def load_run_model(
         dtype: storage type of the backbone, by default that of `precision.backbone_dtype`.
         prior: initial bias of a newly initialised head, [outputs].
         zero3: each process keeps its share of the backbone's weights.
+        mesh: the processes among which FSDP shards them.
         for_training: cast the trained parameters to the type that mixed precision trains them in.
         weights: a checkpoint whose trained tensors replace the newly initialised ones.
         adapter: an adapter checkpoint to load with PEFT alone, as a user does.
@@ -110,7 +113,11 @@ def load_run_model(
     half = precision.device_half_dtype(settings, device)
     dtype = dtype or precision.backbone_dtype(settings, half)
     model, missing = loading.load_model(
-        settings.model, config, auto, dtype, device, zero3=zero3, prior=prior, offload=offload
+        *(settings.model, config, auto, dtype, device),
+        zero3=zero3,
+        prior=prior,
+        offload=offload,
+        mesh=mesh,
     )
     waits = any(parameter.device.type == "meta" for parameter in model.parameters())
     if adapter is not None and not waits:

@@ -68,6 +68,11 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
 def problems(settings: Settings, half: torch.dtype | None) -> list[str]:
     """Return what is wrong with `model.dtype`. DeepSpeed cannot compute with two half types."""
     dtype, deepspeed = settings.model.dtype, settings.train.deepspeed is not None
+    if settings.train.fsdp is not None and half is not None:
+        if backbone_dtype(settings, half) is half:
+            return []
+        problem = f"with train.fsdp, autocast would keep whole copies of {dtype} weights"
+        return [f"model.dtype: {problem}; leave it out"]
     if not deepspeed and dtype == "float16" and settings.method.name != "unipelt":
         advice = "leave it out (train.fp16=true computes in float16 all the same)"
         return [f"model.dtype: weights that train cannot be float16; {advice}"]

@@ -19,8 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
-from scaleup.backbone.int8 import Int8Linear
-from scaleup.backbone.quantization import quantize_rows
+from scaleup.backbone.filling import TRIM_EVERY, Filler
 from scaleup.backbone.weights import (
     Weights,
     copy_of_first,
@@ -29,8 +28,8 @@ from scaleup.backbone.weights import (
     return_freed_memory,
 )
 from scaleup.errors import one_line
+from scaleup.settings.presets import HPZ
 
-TRIM_EVERY = 1 << 24  # weights
 GATHERED = 1 << 26  # weights that are whole at the same time while they are copied
 
 
@@ -40,7 +39,9 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def stored_tensor(parameter: nn.Parameter) -> torch.Tensor:
-    """Return what this process stores of a parameter: all of it, or its ZeRO-3 shard."""
+    """Return what this process stores of a parameter: all of it, or its shard."""
+    if hasattr(parameter, "to_local"):  # of FSDP
+        return parameter.to_local()
     return getattr(parameter, "ds_tensor", parameter.data)
 
 
@@ -100,101 +101,43 @@ class _Partitioner:
             self.first.convert_to_zero_parameters(param_list=parameters)
         elif parameters:
             import deepspeed  # slow to import, and optional
+            from deepspeed.utils import groups
 
-            deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
+            config: Any = deepspeed_config()
+            group = None
+            if config["zero_optimization"].get(HPZ, 1) > 1:
+                # DeepSpeed refuses to make this group twice in a process. None: it is not made yet.
+                group = groups._get_zero_param_intra_parallel_group()
+            deepspeed.zero.Init(
+                module=module, config_dict_or_path=config, zero_param_parallel_group=group
+            )
             self.first = parameters[0]
 
 
-class _Loader:
-    """Fills the modules of a model on the meta device, one after another."""
+class _FirstFiller(Filler):
+    """Rank 0 reads the files. DeepSpeed replaces the values of other processes by those of rank 0.
+
+    Args:
+        weights: on rank 0; None on other processes.
+    """
 
     def __init__(self, model: PreTrainedModel, weights: Weights | None, device: torch.device):
-        self.model, self.weights, self.device = model, weights, device
-        self.info: dict[str, set[str]] = {"missing_keys": set(), "mismatched_keys": set()}
-        self.names: dict[int, list[str]] = {}  # of each parameter; tied weights have several
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(parameter), []).append(name)
-        # Meta parameter and its replacement. The former is kept alive so that its id stays unique.
-        self.loaded: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-        self.blank: list[str] = []  # buffers that the checkpoint lacks
+        super().__init__(model, weights, device)
+        self.found: torch.Tensor | None = None  # what `shape` has read, on rank 0
 
-    def fill(self, prefix: str, module: nn.Module) -> list[nn.Parameter]:
-        """Load or initialise the parameters and buffers of one module; return new parameters."""
-        complete, new = True, []
-        for name, empty in list(module._parameters.items()):
-            is_scale = isinstance(module, Int8Linear) and name == "scale"
-            if empty is None or is_scale:
-                continue
-            if id(empty) in self.loaded:  # tied weights stay one parameter
-                module._parameters[name] = self.loaded[id(empty)][1]
-                continue
-            value = self._read(empty, module)
-            complete = complete and value is not None
-            tensor = torch.empty_like(empty, device=self.device) if value is None else value
-            parameter: Any = nn.Parameter(tensor.to(self.device), empty.requires_grad)
-            parameter._is_hf_initialized = value is not None
-            self.loaded[id(empty)] = (empty, parameter)
-            module._parameters[name] = parameter
-            new.append(parameter)
-            if isinstance(module, Int8Linear) and name == "weight":
-                parameter.data, scale_O = quantize_rows(parameter.data)
-                scale: Any = nn.Parameter(scale_O.to(self.device), requires_grad=False)
-                scale._is_hf_initialized = True
-                module.scale = scale
-                new.append(scale)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type == "meta":
-                value = self._copy_of_first([f"{prefix}.{name}"], buffer.dtype)
-                complete = complete and value is not None
-                if value is None:
-                    self.blank.append(f"{prefix}.{name}".removeprefix("."))
-                    blank = float("nan") if buffer.is_floating_point() else 0
-                    value = torch.full_like(buffer, blank, device=self.device)
-                module._buffers[name] = value.to(self.device, buffer.dtype)
-        if not complete:
-            self.model._init_weights(module)
-            for parameter in new:
-                parameter._is_hf_initialized = True
-        return new
+    def shape(self, names: list[str]) -> torch.Size | None:
+        self.found = None if self.weights is None else self.weights.get(names)
+        return from_first(None if self.found is None else self.found.shape)
 
-    def finish(self) -> None:
-        """Let modules initialise the buffers of those inside them, after all are loaded.
+    def values(self, names: list[str], empty: nn.Parameter) -> torch.Tensor:
+        return torch.zeros(empty.shape) if self.found is None else self.found
 
-        Raises:
-            ValueError: if a buffer remains without a value.
-        """
-        for name in self.blank:
-            path = name
-            while self.model.get_buffer(name).isnan().any():
-                if not path:
-                    raise ValueError(f"{name} is not in the checkpoint; use ZeRO-2")
-                path = path.rpartition(".")[0]
-                self.model._init_weights(self.model.get_submodule(path))
-
-    def _read(self, empty: nn.Parameter, module: nn.Module) -> torch.Tensor | None:
-        """Return a copy of a tensor in the model's type; None if the checkpoint has none that fits.
-
-        What is missing or has another shape is noted in `info`. On processes that do not read, the
-        values are arbitrary, because DeepSpeed replaces them by those of rank 0.
-        """
-        names = self.names[id(empty)]
-        value = None if self.weights is None else self.weights.get(names)
-        shape = from_first(None if value is None else value.shape)
-        if shape != empty.shape:
-            self.info["missing_keys" if shape is None else "mismatched_keys"].add(names[0])
-            return None
-        quantized = isinstance(module, Int8Linear) and empty.dtype == torch.int8
-        # bitsandbytes quantises from float16, whatever type the checkpoint has.
-        dtype = torch.float16 if quantized else empty.dtype
-        return torch.zeros(shape, dtype=dtype) if value is None else value.to(dtype, copy=True)
-
-    def _copy_of_first(self, names: list[str], dtype: torch.dtype) -> torch.Tensor | None:
-        """Return a buffer with rank 0's values; None if the checkpoint has none."""
-        value = None if self.weights is None else self.weights.get(names)
-        shape = from_first(None if value is None else value.shape)
+    def buffer(self, name: str, empty: torch.Tensor) -> torch.Tensor | None:
+        shape, dtype = self.shape([name]), empty.dtype
         if shape is None:
             return None
-        return copy_of_first(torch.zeros(shape, dtype=dtype) if value is None else value.to(dtype))
+        found = torch.zeros(shape, dtype=dtype) if self.found is None else self.found.to(dtype)
+        return copy_of_first(found)
 
 
 def _open_on_first(model: PreTrainedModel, folder: pathlib.Path) -> Weights | None:
@@ -216,19 +159,17 @@ def load_sharded(
 ) -> dict[str, set[str]]:
     """Fill a model of meta tensors after TrainingArguments have set up ZeRO-3.
 
-    Rank 0 reads the files in `folder`, and DeepSpeed hands out what it has read. The weights of
-    `Int8Linear` layers are quantised.
+    Rank 0 reads the files in `folder`, and DeepSpeed hands out what it has read.
 
     Returns:
-        transformers' loading info: `missing_keys` and `mismatched_keys` (another shape in the
-        checkpoint). Both kinds have been initialised as transformers does.
+        `Filler.info`.
     """
-    loader = _Loader(model, _open_on_first(model, folder), device)
+    loader = _FirstFiller(model, _open_on_first(model, folder), device)
     partition, read = _Partitioner(), 0
     for prefix, module in model.named_modules():
-        parameters = loader.fill(prefix, module)
+        parameters: list[Any] = loader.fill(prefix, module)
         partition(module, parameters)
-        read += sum(p.ds_numel for p in parameters)  # type: ignore[attr-defined]
+        read += sum(p.ds_numel for p in parameters)
         if read > TRIM_EVERY:
             return_freed_memory()
             read = 0

@@ -40,7 +40,7 @@ class Weights:
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         expected = dict(model.named_parameters(remove_duplicate=False))
         expected |= dict(model.named_buffers(remove_duplicate=False))
-        self._model = model
+        self._model, self._expected = model, expected
         self._sources: dict[str, tuple[Any, str]] = {}
         # What makes a tensor, and its parts: source, key, and the pattern that the key matches.
         self._made: dict[str, tuple[WeightConverter, list[tuple[Any, str, str]]]] = {}
@@ -64,14 +64,27 @@ class Weights:
                 raise ValueError(f"{problem}; rename it in the files")
             self._made.setdefault(name, (converter, []))[1].append((source, key, pattern))
 
-    def get(self, names: Iterable[str]) -> torch.Tensor | None:
-        """Return the tensor under the first of the names that the checkpoint contains."""
+    def get(self, names: Iterable[str], rows: slice | None = None) -> torch.Tensor | None:
+        """Return the tensor under the first of the names that the checkpoint contains.
+
+        Args:
+            rows: only these rows are read.
+        """
         for name in names:
             if name in self._sources:
-                return _read(*self._sources[name])
+                return _read(*self._sources[name], rows)
             if name in self._made:
-                return self._make(name)
+                made = self._make(name)
+                return made if rows is None else made[rows]
         return None
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the tensors by their names in the model.
+
+        Those that are made of several in the files are taken to have the shape in the model.
+        """
+        shapes = {name: _shape(*source) for name, source in self._sources.items()}
+        return shapes | {name: self._expected[name].shape for name in self._made}
 
     def _make(self, name: str) -> torch.Tensor:
         """Return a tensor that is made of several, as transformers makes it."""
@@ -84,8 +97,16 @@ class Weights:
         return made
 
 
-def _read(source: Any, key: str) -> torch.Tensor:
-    return source[key] if isinstance(source, dict) else source.get_tensor(key)
+def _read(source: Any, key: str, rows: slice | None = None) -> torch.Tensor:
+    if isinstance(source, dict):
+        return source[key] if rows is None else source[key][rows]
+    return source.get_tensor(key) if rows is None else source.get_slice(key)[rows]
+
+
+def _shape(source: Any, key: str) -> torch.Size:
+    if isinstance(source, dict):
+        return source[key].shape
+    return torch.Size(source.get_slice(key).get_shape())
 
 
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:

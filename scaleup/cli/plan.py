@@ -1,4 +1,4 @@
-"""Predict the memory of a run per process, for every ZeRO stage and kind of weights.
+"""Predict the memory of a run per process, for FSDP, every ZeRO stage and kind of weights.
 
     scaleup plan --config configs/bart_large.yaml --world 16 --gpu-memory 24GiB
 
@@ -27,6 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory", metavar="24GiB", help="memory of one device; the plan says what fits")
     device = "device that the run will use, wherever the plan is made (default: cuda)"
     add("--device", choices=("cuda", "cpu"), default="cuda", help=device)
+    per_host = "processes on each host, for fsdp_hybrid and zero3_hpz (default: 8, at most --world)"
+    add("--per-host", type=int, default=8, metavar="N", help=per_host)
     configured = "plan only the configured ZeRO stage and kind of weights, which is quicker"
     add("--configured", action="store_true", help=configured)
     add("--json", metavar="FILE", help="also write the numbers to this file")
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     problems, limit = [], None
     if options.world < 1:
         problems.append(f"--world: {options.world} processes; it takes at least 1")
+    if options.per_host < 1 or options.world % min(options.per_host, max(options.world, 1)):
+        problems.append(f"--per-host: {options.per_host} must divide --world {options.world}")
     if options.json == "":
         problems.append("--json: no file is named")
     elif options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
@@ -58,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     settings = load_settings(options, problems, writes=False)
     report_progress = functools.partial(print, file=sys.stderr, flush=True)
     made = make_plan(
-        settings, options.world, options.device, limit, options.configured, report_progress
+        *(settings, options.world, options.device, limit, options.configured, report_progress),
+        per_host=options.per_host,
     )
     print(*table(made), sep="\n")
     if options.json:

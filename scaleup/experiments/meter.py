@@ -94,13 +94,16 @@ def cuda_peak(step: Callable[[], object]) -> int:
 def live_bytes() -> int:
     """Count the bytes of all tensors on the CPU, each storage once.
 
-    Fake tensors that a compilation left behind claim to be on the CPU. Their storages do not.
+    Fake tensors that a compilation left behind claim to be on the CPU. Their storages do not. A
+    sharded tensor has no storage besides that of its local tensor.
     """
     gc.collect()
     storages = (
         thing.untyped_storage()
         for thing in gc.get_objects()
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu"
+        if issubclass(type(thing), torch.Tensor)
+        and thing.device.type == "cpu"
+        and not hasattr(thing, "to_local")
     )
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values())
 

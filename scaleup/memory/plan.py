@@ -1,4 +1,4 @@
-"""Predict the memory of a run per process, for every ZeRO stage and kind of frozen weights.
+"""Predict the memory of a run per process, for FSDP, every ZeRO stage and kind of frozen weights.
 
     plan = make_plan(settings, world=16, device="cuda", limit=24 * 2**30)
     print(*report.table(plan), sep="\\n")
@@ -8,7 +8,7 @@ Nothing is loaded: the model is built on the meta device. States follow the rule
 (`scaleup.memory.activations`), for the largest possible batch: `train.per_device_train_batch_size`
 examples of `data.max_length` tokens.
 
-    total = backbone + trained + optimizer + buffers + gathered + max(activations, gradients)
+    total = backbone + trained + optimizer + buffers + gathered + max(activations, gradients, first)
 
 Activations shrink in the backward pass while gradients grow, so the larger of the two counts. With
 gradient accumulation, gradients exist from the second pass on, and both count. What CUDA itself
@@ -36,12 +36,14 @@ from scaleup.data.glue import GLUE
 from scaleup.errors import ConfigError, one_line
 from scaleup.memory.activations import Kernels, Step, trace
 from scaleup.memory.requirements import check_requirements
-from scaleup.memory.states import States, Zero, read_zero, states
+from scaleup.memory.states import States, Zero, fsdp_states, read_zero, states
 from scaleup.settings.rules import ZERO_PRESETS
-from scaleup.settings.schema import Settings
+from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.unipelt.model import parameter_counts
 
 WEIGHTS = ("none", "8bit", "nf4")
+FSDP = ("fsdp_full", "fsdp_hybrid")
+PER_HOST = 8  # GPUs of a host
 TIGHT = 0.9  # share of the limit; plans are tested to 10%
 
 
@@ -49,7 +51,8 @@ TIGHT = 0.9  # share of the limit; plans are tested to 10%
 class Row:
     """One way to run the config."""
 
-    stage: str  # none (one process or DDP), a ZeRO preset or the name of the config's own file
+    # none (one process or DDP), fsdp_full, fsdp_hybrid, a ZeRO preset or the config's own file
+    stage: str
     weights: str
     states: States
     step: Step
@@ -62,7 +65,7 @@ class Row:
         step = self.step_checkpointing if checkpointing else self.step
         if step is None:
             return None
-        peak, gradients = step.peak, self.states.gradients
+        peak, gradients = max(step.peak, self.states.first), self.states.gradients
         transient = peak + gradients if self.accumulate else max(peak, gradients)
         return self.states.resident + self.states.gathered + transient
 
@@ -105,19 +108,28 @@ def _outputs_and_examples(settings: Settings) -> tuple[int, int | None]:
     return len(GLUE[data.name].labels or [None]), data.k if isinstance(data.k, int) else None
 
 
-def _stage_name(deepspeed: str | None) -> str:
-    if deepspeed is None or deepspeed in ZERO_PRESETS:
-        return deepspeed or "none"
-    return pathlib.Path(deepspeed).name
+def _stage_name(train: TrainSettings) -> str:
+    if train.fsdp is not None:
+        return f"fsdp_{train.fsdp}"
+    if train.deepspeed is None or train.deepspeed in ZERO_PRESETS:
+        return train.deepspeed or "none"
+    return pathlib.Path(train.deepspeed).name
 
 
-def _stages(settings: Settings, hidden_size: int) -> dict[str, Zero]:
-    """Return every preset and the config's own file by the name of its row."""
-    files = dict.fromkeys([*ZERO_PRESETS, settings.train.deepspeed])
-    return {
-        _stage_name(file): read_zero(file, hidden_size) if file else Zero()
-        for file in (None, *filter(None, files))
-    }
+def _stages(settings: Settings, hidden_size: int, per_host: int) -> dict[str, Zero]:
+    """Return FSDP, every preset and the config's own file by the name of its row."""
+    found = {"none": Zero()}
+    if settings.method.name == "unipelt":
+        found |= {stage: Zero() for stage in FSDP}
+    found |= {name: read_zero(name, hidden_size, per_host) for name in ZERO_PRESETS}
+    if settings.train.deepspeed is not None:
+        name = _stage_name(settings.train)
+        found[name] = read_zero(settings.train.deepspeed, hidden_size, per_host)
+    return found
+
+
+def _is_deepspeed(stage: str) -> bool:
+    return stage not in ("none", *FSDP)
 
 
 @dataclasses.dataclass
@@ -128,6 +140,8 @@ class _Planner:
     config: PretrainedConfig
     device: Any
     half: torch.dtype | None
+    world: int
+    per_host: int
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
@@ -153,10 +167,10 @@ class _Planner:
             raise ConfigError(f"model.name: {name}: {one_line(error, 300)}") from error
 
     def _step(self, stage: str, zero: Zero, weights: Any, checkpointing: bool) -> Step:
-        deepspeed, linear = stage != "none", weights
+        deepspeed, linear = _is_deepspeed(stage), weights
         if weights == "none":
             linear = "zero3" if zero.stage == 3 else "plain"
-        elif weights == "8bit" and zero.stage == 3:
+        elif weights == "8bit" and (zero.stage == 3 or stage in FSDP):
             linear = "int8"
         kernels = Kernels(self.device, None if deepspeed else self.half, linear, checkpointing)
         key = (kernels, deepspeed and self.half is not None)
@@ -169,14 +183,20 @@ class _Planner:
             self.steps[key] = trace(make, self.config, kernels, batch, *lengths)
         return self.steps[key]
 
-    def row(self, stage: str, zero: Zero, weights: str, world: int, chosen: bool) -> Row:
-        deepspeed = stage != "none"
-        half = self.half if deepspeed else None
-        checkpoints: Any = self.models[deepspeed].supports_gradient_checkpointing
+    def _states(self, stage: str, zero: Zero, weights: str) -> States:
+        deepspeed = _is_deepspeed(stage)
+        model = self.models[deepspeed]
+        if stage in FSDP:
+            shards = self.world if stage == "fsdp_full" else self.per_host
+            return fsdp_states(model, weights, self.world, shards)
+        return states(model, weights, zero, self.world, self.half if deepspeed else None)
+
+    def row(self, stage: str, zero: Zero, weights: str, chosen: bool) -> Row:
+        checkpoints: Any = self.models[_is_deepspeed(stage)].supports_gradient_checkpointing
         return Row(
             stage=stage,
             weights=weights,
-            states=states(self.models[deepspeed], weights, zero, world, half),
+            states=self._states(stage, zero, weights),
             step=self._step(stage, zero, weights, False),
             step_checkpointing=self._step(stage, zero, weights, True) if checkpoints else None,
             accumulate=self.settings.train.gradient_accumulation_steps > 1,
@@ -191,6 +211,7 @@ def make_plan(
     limit: int | None = None,
     configured: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    per_host: int = PER_HOST,
 ) -> Plan:
     """Plan the memory of a checked config.
 
@@ -200,7 +221,9 @@ def make_plan(
         limit: bytes of one device; None if unknown.
         configured: plan only the configured stage and kind of weights, which is quicker.
         progress: is called with a line about each slow computation.
+        per_host: processes on each host, if there are so many.
     """
+    per_host = min(per_host, world)
     check_attention(settings.model, device)
     config = load_config(settings.model)
     settings = fit_length(settings, config)
@@ -215,14 +238,15 @@ def make_plan(
     ]
     if problems:
         raise ConfigError(problems)
-    planner = _Planner(settings, config, device, half, progress)
-    configuration = (_stage_name(settings.train.deepspeed), settings.model.quantization)
+    planner = _Planner(settings, config, device, half, world, per_host, progress)
+    configuration = (_stage_name(settings.train), settings.model.quantization)
     kinds = WEIGHTS if settings.method.name == "unipelt" else WEIGHTS[:1]
     rows = [
-        planner.row(stage, zero, weights, world, (stage, weights) == configuration)
-        for stage, zero in _stages(settings, config.hidden_size).items()
+        planner.row(stage, zero, weights, (stage, weights) == configuration)
+        for stage, zero in _stages(settings, config.hidden_size, per_host).items()
         for weights in kinds
-        if not configured or (stage, weights) == configuration
+        if (not configured or (stage, weights) == configuration)
+        and not (stage in FSDP and weights == "nf4")
     ]
     return Plan(
         settings=settings,

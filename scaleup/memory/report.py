@@ -14,7 +14,7 @@ COLUMNS = (
 NOTES = (
     "none: one process or DDP.  activ.: the most alive in a step beside all of these.",
     "cp: with gradient checkpointing; – if the model has none.",
-    "buffers: of DDP and ZeRO, with what ZeRO-3 gathers.  host: CPU memory of what is offloaded.  "
+    "buffers: of DDP and ZeRO, with what ZeRO-3 or FSDP gathers.  host: offloaded, CPU memory.  "
     "load: most while loading.",
     "What CUDA itself needs (context, kernels, fragmentation) comes on top.",
 )

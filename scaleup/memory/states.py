@@ -17,21 +17,29 @@ parameters:
 - ZeRO-3 gathers a layer's weights before use and frees them if they are not needed again within
   `stage3_max_reuse_distance` elements (default 1e9). A backbone smaller than half of that keeps all
   its weights from the forward to the backward pass.
+- hpZ: the processes of a host share a second copy of what is not kept whole, made in the first
+  step.
+- FSDP: frozen matrices are cut into shares; vectors, the head and what is trained are whole. The
+  weights of the root unit stay gathered in a step. Beside them, the backward pass holds those of a
+  block and of the next one.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from scaleup.backbone.fsdp import units
 from scaleup.backbone.method import empty_run_model
 from scaleup.backbone.precision import backbone_dtype
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
-from scaleup.settings.presets import read_deepspeed
+from scaleup.settings.presets import HPZ, read_deepspeed
 from scaleup.settings.schema import Settings
 
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter: float32 copy, two float32 moments
@@ -48,6 +56,7 @@ class Zero:
     prefetch: int = 0
     persistence: int = 0
     reuse_distance: int = 10**9
+    hpz: int = 1  # processes that share a second copy of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Piece:
     size: int  # bytes per element
     shared: bool = True  # ZeRO-3 cuts it into shares
     reused: bool = True  # the backward pass reads it again
+    key: int = 0  # the id of the parameter; buffers have none
 
     @property
     def bytes(self) -> int:
@@ -73,11 +83,12 @@ class States:
     gradients: int  # the most alive at once
     optimizer: int
     buffers: int  # of DDP and ZeRO
-    gathered: int  # weights that ZeRO-3 holds whole in a step
+    gathered: int  # weights that ZeRO-3 or FSDP holds whole in a step
     host: int  # CPU memory of what is offloaded
     load: int  # the most while loading, on the device or in CPU memory
-    moved: int  # that ZeRO-3 gathers in the passes over one batch
+    moved: int  # that ZeRO-3 or FSDP gathers in the passes over one batch
     checkpoint: int  # on disk, for resuming; of all processes together
+    first: int = 0  # what FSDP gathers beside `gathered` before there are activations
 
     @property
     def resident(self) -> int:
@@ -85,9 +96,13 @@ class States:
         return self.backbone + self.trained + self.optimizer + self.buffers
 
 
-def read_zero(name: str, hidden_size: int) -> Zero:
-    """Read a DeepSpeed preset or JSON file, with "auto" resolved as transformers does."""
-    zero = read_deepspeed(name).get("zero_optimization", {})
+def read_zero(name: str, hidden_size: int, per_host: int = 1) -> Zero:
+    """Read a DeepSpeed preset or JSON file, with "auto" resolved as transformers does.
+
+    Args:
+        per_host: processes on each host.
+    """
+    zero = read_deepspeed(name, per_host).get("zero_optimization", {})
     try:
 
         def offloads(part: str) -> bool:
@@ -105,6 +120,7 @@ def read_zero(name: str, hidden_size: int) -> Zero:
             prefetch=number("stage3_prefetch_bucket_size", int(0.9 * hidden_size**2), 50_000_000),
             persistence=number("stage3_param_persistence_threshold", 10 * hidden_size, 100_000),
             reuse_distance=number("stage3_max_reuse_distance", 10**9, 10**9),
+            hpz=number(HPZ, per_host, 1),
         )
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = one_line(error, 200)
@@ -138,9 +154,9 @@ def frozen_pieces(
         if quantization == "none" or key not in linear or key in whole:
             stored = dtype if dtype is not None and parameter.is_floating_point() else None
             size = (stored or parameter.dtype).itemsize
-            pieces.append(Piece(numel, size, reused=key not in embeddings))
+            pieces.append(Piece(numel, size, reused=key not in embeddings, key=key))
         elif quantization == "8bit":
-            pieces += [Piece(numel, 1), Piece(linear[key].out_features, 4)]
+            pieces += [Piece(numel, 1, key=key), Piece(linear[key].out_features, 4, key=key)]
         else:
             scales = Piece(math.ceil(numel / 64), 4, shared=False)
             pieces += [Piece(math.ceil(numel / 2), 1), scales]
@@ -215,6 +231,12 @@ def states(
     persistent = sum(p.bytes for p in everything if p.shared and p.numel <= zero.persistence)
     frozen_share = sum(math.ceil(p.numel / world) * p.size for p in pieces if p.shared)
     unshared = sum(p.bytes for p in pieces if not p.shared)
+    if zero.hpz > 1:
+        unshared += sum(
+            math.ceil(p.numel / zero.hpz) * p.size
+            for p in everything
+            if p.shared and p.numel > zero.persistence
+        )
     flat_gradients = share * size
     host = optimizer + flat_gradients + masters if offload else 0
     if zero.offload_parameters:
@@ -265,20 +287,62 @@ def _moved(pieces: Sequence[Piece], zero: Zero) -> int:
     return sum(p.bytes for p in moving) + again - _kept(moving, zero)
 
 
+def fsdp_states(model: nn.Module, quantization: str, world: int, shards: int) -> States:
+    """Return the bytes of each of `world` processes if FSDP shards frozen weights.
+
+    Args:
+        model: an adapted model on the meta device.
+        shards: number of processes that share the weights.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = (".original_module.", ".modules_to_save.")
+    whole = {
+        id(p) for n, p in model.named_parameters() if p.dim() < 2 or any(h in n for h in heads)
+    }
+    parts = units(base)
+    pieces = frozen_pieces(model, quantization)
+    sharded = [p for p in pieces if p.key and p.key not in whole]
+    keys = [{id(p) for p in part.parameters()} for part in parts]
+    sizes = [sum(p.bytes for p in sharded if p.key in of_part) for of_part in keys]
+    root = sum(p.bytes for p in sharded) - sum(sizes)
+    is_embedding = [isinstance(part, nn.Embedding) for part in parts]
+    blocks = [size for size, embedding in zip(sizes, is_embedding) if not embedding]
+    block = max(blocks, default=0)
+    backbone = sum(p.bytes for p in pieces) - sum(p.bytes for p in sharded)
+    backbone += sum(math.ceil(p.numel / shards) * p.size for p in sharded)
+    largest = max(math.ceil(p.numel / shards) * (p.size + 2) for p in sharded)
+    return dataclasses.replace(
+        states(model, quantization, Zero(), world, None),
+        backbone=backbone,
+        gathered=root + 2 * block,
+        moved=root + sum(sizes) + sum(blocks),
+        first=2 * (max(sizes, default=0) - block),
+        load=backbone + largest,
+    )
+
+
 def estimate(
-    settings: Settings, config: PretrainedConfig, world: int, half: torch.dtype | None
+    settings: Settings,
+    config: PretrainedConfig,
+    world: int,
+    half: torch.dtype | None,
+    per_host: int = 1,
 ) -> States:
     """Return the states of a run that is about to start.
 
     Args:
         world: number of processes.
+        per_host: processes on each host.
         half: data type of mixed precision; None for float32.
     """
-    dtype = backbone_dtype(settings, half)
+    dtype, quantization = backbone_dtype(settings, half), settings.model.quantization
     # Making the model draws random numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[]):
         model = empty_run_model(settings, config, tasks.of(settings.data).auto, dtype)
+    if settings.train.fsdp is not None:
+        shards = world if settings.train.fsdp == "full" else per_host
+        return fsdp_states(model, quantization, world, shards)
     if settings.train.deepspeed is None:
-        return states(model, settings.model.quantization, Zero(), world, None)
-    zero = read_zero(settings.train.deepspeed, config.hidden_size)
-    return states(model, settings.model.quantization, zero, world, half)
+        return states(model, quantization, Zero(), world, None)
+    zero = read_zero(settings.train.deepspeed, config.hidden_size, per_host)
+    return states(model, quantization, zero, world, half)

@@ -18,6 +18,8 @@ AUTOMATIC: dict[str, Any] = {
     "gradient_clipping": "auto",
 }
 
+HPZ = "zero_hpz_partition_size"  # processes of a host that share a second copy of the weights
+
 
 def deepspeed_file(name: str | None) -> str | None:
     """Return the JSON file that `train.deepspeed` names: a preset of this package, or a path."""
@@ -26,11 +28,14 @@ def deepspeed_file(name: str | None) -> str | None:
     return str(resources.files("scaleup.settings").joinpath("deepspeed", f"{name}.json"))
 
 
-def read_deepspeed(name: str) -> dict[str, Any]:
+def read_deepspeed(name: str, per_host: int = 1) -> dict[str, Any]:
     """Return the DeepSpeed config that `train.deepspeed` names.
 
     What the file leaves out and a run needs is filled in: batch sizes and data types as Trainer has
     them.
+
+    Args:
+        per_host: processes on each host, which "auto" stands for in `zero_hpz_partition_size`.
 
     Raises:
         ConfigError: the file cannot be read or is not a DeepSpeed config.
@@ -59,6 +64,8 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     config = AUTOMATIC | config
     if not {"bf16", "bfloat16", "fp16"} & config.keys():
         config |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    if isinstance(zero, dict) and zero.get(HPZ) == "auto":  # Trainer does not fill it in
+        config["zero_optimization"] = zero | {HPZ: per_host}
     return config
 
 

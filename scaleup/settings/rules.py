@@ -6,7 +6,7 @@ from typing import Any
 
 from scaleup.unipelt.submodules import SUBMODULES
 
-ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
+ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
 
 METRICS = {
     "sequence_classification": ("accuracy", "f1", "matthews"),
@@ -37,7 +37,7 @@ _INSTEAD = {
     "the run computes the lengths": "length_column_name",
     "it would change the batch size of the method silently; "
     "set train.per_device_train_batch_size": "auto_find_batch_size",
-    "use train.deepspeed": "fsdp fsdp_config parallelism_config",
+    "use train.fsdp or train.deepspeed": "fsdp_config parallelism_config",
     "training needs no cache": "use_cache",
     "a resumed run always continues with the batch at which it stopped": "ignore_data_skip",
     "predictions are gathered as tensors": "eval_use_gather_object",
@@ -96,6 +96,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
         problems += _flash_problems(model, data, train)
     if train is not None and train.cuda_graphs:
         problems += _graph_problems(train, quantized)
+    if train is not None and train.fsdp is not None:
+        problems += _fsdp_problems(train, model, method)
     if data is not None:
         problems += _data_problems(data, method)
     if train is not None:
@@ -254,6 +256,31 @@ def _graph_problems(train: Any, quantized: bool) -> list[str]:
         for name, wanted in others.items()
         if wanted
     ]
+
+
+def _fsdp_problems(train: Any, model: Any, method: Any) -> list[str]:
+    others = {
+        "train.deepspeed": train.deepspeed is not None,
+        "train.cuda_graphs": train.cuda_graphs,
+        "train.torch_compile": train.torch_compile,
+        "train.fp16 (it computes in bfloat16 or float32)": train.fp16,
+    }
+    problems = [
+        f"train.fsdp: cannot be combined with {name}; leave one of them out"
+        for name, wanted in others.items()
+        if wanted
+    ]
+    if model is not None and model.quantization == "nf4":
+        problems.append(
+            "train.fsdp: cannot shard the nf4 weights of bitsandbytes; use model.quantization=8bit,"
+            " for which scaleup has a layer of its own, or train.deepspeed=zero3"
+        )
+    if method is not None and method.name != "unipelt":
+        problems.append(
+            f"train.fsdp: shards frozen weights, and method.name {method.name} trains those of the "
+            "backbone; use train.deepspeed=zero3"
+        )
+    return problems
 
 
 def _train_problems(train: Any) -> list[str]:

@@ -47,8 +47,8 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage type of the frozen weights. auto: bfloat16 where train.bf16 is on, else float32."""
     quantization: Literal["none", "8bit", "nf4"] = "none"
-    """Quantise frozen linear weights to int8 (by bitsandbytes; under ZeRO-3 by scaleup, which
-    shards them) or to 4 bits (NF4)."""
+    """Quantise frozen linear weights to int8 (by bitsandbytes; under ZeRO-3 and FSDP by scaleup,
+    which shards them) or to 4 bits (NF4)."""
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     """Attention implementation. flash: torch's flash kernel on a GPU in half precision, without
     masks for padded batches and packed rows. eager is slow but works for every model."""
@@ -230,7 +230,7 @@ LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
 
 # Settings of `train` that reach TrainingArguments under another name or not at all.
 _TRANSLATED = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16"}
-_TRANSLATED |= {"group_by_length", "deepspeed", "gate_learning_rate", "cuda_graphs"}
+_TRANSLATED |= {"group_by_length", "deepspeed", "fsdp", "gate_learning_rate", "cuda_graphs"}
 
 
 class DeclaredTrainSettings(Section):
@@ -280,7 +280,11 @@ class DeclaredTrainSettings(Section):
     group_by_length: bool = True
     """Form batches of similar length; has no effect with data.pad_to_max_length."""
     deepspeed: Path | None = None
-    """ZeRO preset (zero1, zero2, zero3, zero3_offload) or a DeepSpeed JSON file."""
+    """ZeRO preset (zero1, zero2, zero3, zero3_hpz, zero3_offload) or a DeepSpeed JSON file."""
+    fsdp: Literal["full", "hybrid"] | None = None
+    """Shard the frozen weights with torch's FSDP2, without DeepSpeed. full: among all processes.
+    hybrid: among those of each host, which keeps the gathering within hosts. What is trained is
+    whole on every process, so that checkpoints are those of a run without it."""
     logging_steps: float = Field(10, ge=0, le=MOST)
     """Optimizer steps between lines of log.jsonl or, below 1, the share of all steps."""
     report_to: list[str] | str = "none"

@@ -46,7 +46,7 @@ def training_arguments(
             eval_strategy=strategy,
             learning_rate=settings.learning_rate,
             bf16=half is torch.bfloat16,
-            deepspeed=train.deepspeed and read_deepspeed(train.deepspeed),
+            deepspeed=train.deepspeed and read_deepspeed(train.deepspeed, world.per_host),
             train_sampling_strategy="group_by_length" if group else "random",
             length_column_name="length",
             load_best_model_at_end=True,

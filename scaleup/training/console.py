@@ -24,6 +24,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         backend = "deepspeed" if world.deepspeed else "DDP"
     if train.deepspeed:
         backend += f", {train.deepspeed}"
+    if train.fsdp:
+        backend = f"FSDP2, {train.fsdp}"
     quantized = "" if model.quantization == "none" else f", {model.quantization}"
     parts = ", ".join(f"{name} {count:,}" for name, count in counts["submodules"].items() if count)
     per_process, passes = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps

@@ -23,8 +23,12 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 from torch.distributed import TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 
+from scaleup.backbone import fsdp
 from scaleup.errors import ConfigError
+from scaleup.settings.presets import HPZ, read_deepspeed
+from scaleup.settings.schema import TrainSettings
 from scaleup.training import build_locks, interfaces, startup, watchdog
 
 PR_SET_PDEATHSIG = 1
@@ -41,6 +45,7 @@ class World:
     deepspeed: bool
     # All processes, through gloo on the CPU; None if there is only one.
     group: torch.distributed.ProcessGroup | None = None
+    per_host: int = 1  # processes on each host; 0 if hosts differ
 
     @property
     def main(self) -> bool:
@@ -138,9 +143,11 @@ def start(deepspeed: bool, timeout_s: int = 1800) -> World:
         deepspeed=deepspeed,
         group=group,
     )
-    if world.size > 1:
-        _start_watchdog(world, limit_s)
-    return world
+    if world.size == 1:
+        return world
+    _start_watchdog(world, limit_s)
+    counts = set(gather(world, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+    return dataclasses.replace(world, per_host=counts.pop() if len(counts) == 1 else 0)
 
 
 def _start_watchdog(world: World, limit_s: float) -> None:
@@ -165,6 +172,32 @@ def leave() -> None:
     watchdog.stop()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def host_problems(train: TrainSettings, world: World) -> list[str]:
+    """Return why weights cannot be shared out among the processes and hosts of this run."""
+    if train.fsdp is not None and world.size == 1:
+        problem = "there is one process, and it shards weights among several"
+        return [f"train.fsdp: {problem}; start more (NPROC=2 launch/torchrun.sh), or leave it out"]
+    equal = world.per_host > 0 and world.size % world.per_host == 0
+    name, instead = "train.fsdp: hybrid", "full"
+    if train.fsdp != "hybrid":
+        zero = read_deepspeed(train.deepspeed)["zero_optimization"] if train.deepspeed else {}
+        if HPZ not in zero:
+            return []
+        name, instead = f"train.deepspeed: {train.deepspeed}", "zero3"
+    if not equal:
+        return [f"{name} needs the same number of processes on every host; use {instead}"]
+    if world.per_host == 1 and world.size > 1:
+        return [f"{name} shares weights within a host, which has one process here; use {instead}"]
+    return []
+
+
+def mesh(train: TrainSettings, world: World) -> DeviceMesh | None:
+    """Return the processes among which FSDP shards weights, or None. Every rank must call this."""
+    if train.fsdp is None:
+        return None
+    return fsdp.make_mesh(train.fsdp, world.device.type, world.size, world.per_host)
 
 
 def gather(world: World, value: Any) -> list[Any]:

@@ -95,6 +95,8 @@ class EvaluatingTrainer(Trainer):
                 attention_mask=inputs.get("prompt_mask", inputs.get("attention_mask")),
                 do_sample=False,
                 use_cache=True,
+                # All processes make as many passes as the longest text needs.
+                synced_gpus=True if self.run.settings.train.fsdp else None,
                 pad_token_id=self.processing_class.pad_token_id,
                 **self.run.generation,
             )

@@ -73,6 +73,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         *hub_structure(settings, config),
         *checkpointing_problems(settings.train, config, tasks.of(settings.data).auto),
         *graphs.problems(settings, world, config),
+        *distributed.host_problems(settings.train, world),
     ]
     if problems:
         raise ConfigError(problems)
@@ -95,6 +96,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         world.device,
         prior=data.prior(prepared.examples) if settings.model.head_bias == "prior" else None,
         zero3=is_deepspeed_zero3_enabled(),
+        mesh=distributed.mesh(settings.train, world),
         for_training=True,
     )
     counts = parameter_counts(model)
@@ -308,7 +310,7 @@ def _announce(run: Run, counts: dict[str, Any], model: nn.Module) -> None:
         rank = f"rank {world.rank} of {world.size} is the first one here"
         print(f"host       {host}: {rank}; the output of the run is on {first_host}", flush=True)
     if world.main:
-        states = estimate(settings, run.config, world.size, run.half)
+        states = estimate(settings, run.config, world.size, run.half, world.per_host)
         _print(world, console.memory_line(states))
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback
 
+from scaleup.backbone import fsdp
 from scaleup.backbone.method import load_weights, saved_content
 from scaleup.backbone.sharded import copies_on_first
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
@@ -110,6 +111,12 @@ class RunTrainer(EvaluatingTrainer):
                 group["params"] = [p for p in group["params"] if id(p) not in gates]
                 optimizer.add_param_group(group | {"params": apart, "lr": learning_rate})
         return optimizer
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args, **kwargs) -> nn.Module:
+        wrapped = super()._wrap_model(model, training, *args, **kwargs)
+        if training and wrapped is self.model and self.run.settings.train.fsdp is not None:
+            return fsdp.wrap(self.accelerator, wrapped)
+        return wrapped
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Stop a resumed run that is at its end already. Trainer would take one more step."""

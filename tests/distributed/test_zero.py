@@ -1,4 +1,4 @@
-"""DeepSpeed on two real processes (gloo): every ZeRO stage equals one process."""
+"""DeepSpeed and FSDP on two real processes (gloo): every engine equals one process."""
 
 import json
 import pathlib
@@ -21,8 +21,20 @@ VARIANTS = {
     ],
 }
 # One at a time only where weights are shared out, too.
-CASES = [("zero1", "plain"), ("zero2", "both"), *(("zero3", variant) for variant in VARIANTS)]
-BART = [("zero2", "both"), ("zero3", "both"), ("zero2", "8bit"), ("zero3", "8bit")]
+CASES = [
+    ("zero1", "plain"),
+    ("zero2", "both"),
+    *(("zero3", variant) for variant in VARIANTS),
+    ("hpz", "both"),
+    ("fsdp", "both"),
+]
+BART = [
+    *(("zero2", "both"), ("zero3", "both"), ("zero2", "8bit"), ("zero3", "8bit")),
+    *(("hpz", "both"), ("hpz", "8bit"), ("fsdp", "both"), ("fsdp", "8bit")),
+]
+BERT = [(stage, kind) for stage in ("zero2", "zero3") for kind in ("8bit", "nf4")]
+BERT += [("fsdp", "8bit")]
+QUANTISED = [("8bit", "zero3"), ("8bit", "fsdp"), ("8bit", "hpz"), ("nf4", "zero3")]
 
 
 def run_cases(cases: dict[str, list[str]], processes: int, folder: pathlib.Path) -> None:
@@ -39,10 +51,14 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp(request.param)
     workspace = make_workspace(folder)
     # Parameters below the default threshold are never shared out, and all of a tiny model's are.
-    config = json.loads((ROOT / "scaleup" / "settings" / "deepspeed" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(config))
-    stages = {"zero1": "zero1", "zero2": "zero2", "zero3": str(folder / "zero3.json")}
+    stages = {stage: f"train.deepspeed={stage}" for stage in ("zero1", "zero2")}
+    for stage, preset in (("zero3", "zero3"), ("hpz", "zero3_hpz")):
+        path = ROOT / "scaleup" / "settings" / "deepspeed" / f"{preset}.json"
+        config = json.loads(path.read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / f"{stage}.json").write_text(json.dumps(config))
+        stages[stage] = f"train.deepspeed={folder / stage}.json"
+    stages["fsdp"] = "train.fsdp=full"
 
     def case(name: str, *more: str) -> list[str]:
         shared = ("train.max_steps=6", "train.group_by_length=false", "model.head_bias=prior")
@@ -54,16 +70,10 @@ def runs(request, tmp_path_factory) -> pathlib.Path:
     changes = VARIANTS | {
         kind: [f"model.quantization={kind}", *VARIANTS["plain"]] for kind in ("8bit", "nf4")
     }
-    pairs = (
-        BART
-        if request.param == "bart"
-        else [*CASES, *((stage, kind) for stage in ("zero2", "zero3") for kind in ("8bit", "nf4"))]
-    )
+    pairs = BART if request.param == "bart" else [*CASES, *BERT]
     run_cases(
         {
-            f"{stage}-{name}": case(
-                f"{stage}-{name}", f"train.deepspeed={stages[stage]}", *changes[name]
-            )
+            f"{stage}-{name}": case(f"{stage}-{name}", stages[stage], *changes[name])
             for stage, name in pairs
         },
         2,
@@ -86,13 +96,15 @@ def test_losses_and_trained_tensors_equal_one_process(runs, stage, variant):
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["8bit", "nf4"])
-def test_a_quantised_backbone_gives_the_same_losses_under_zero2_and_zero3(runs, kind):
+@pytest.mark.parametrize("kind, engine", QUANTISED)
+def test_a_quantised_backbone_gives_the_losses_of_zero2_if_it_is_sharded(runs, kind, engine):
     """8 bit: bitsandbytes' own layer against ours."""
-    if not (runs / f"zero3-{kind}").exists():
-        pytest.skip("of BART only 8 bit, to save time")
-    assert losses(runs / f"zero3-{kind}") == pytest.approx(losses(runs / f"zero2-{kind}"), abs=1e-5)
+    if not (runs / f"{engine}-{kind}").exists():
+        pytest.skip("of BART only 8 bit, and hpZ only of BART, to save time")
+    expected = losses(runs / f"zero2-{kind}")
+    assert losses(runs / f"{engine}-{kind}") == pytest.approx(expected, abs=1e-5)
 
 
-def test_bitsandbytes_in_one_process_gives_the_losses_of_zero3(runs):
-    assert losses(runs / "zero3-8bit") == pytest.approx(losses(runs / "one-8bit"), abs=1e-5)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_bitsandbytes_in_one_process_gives_the_losses_of_a_sharded_backbone(runs, engine):
+    assert losses(runs / f"{engine}-8bit") == pytest.approx(losses(runs / "one-8bit"), abs=1e-5)

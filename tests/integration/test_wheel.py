@@ -14,7 +14,7 @@ import pytest
 from tests.utils.workspace import environment, make_workspace, overrides
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PRESETS = ("zero1", "zero2", "zero3", "zero3_offload")
+PRESETS = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
 
 
 @pytest.fixture(scope="module")

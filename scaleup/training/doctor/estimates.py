@@ -73,8 +73,8 @@ def _sum(first: float, second: float) -> str:
 def communication(plan: Plan, row: Row, zero_stage: int) -> dict[str, int]:
     """Return the bytes that the collectives of one optimizer step move, by collective.
 
-    DDP sums the gradients. ZeRO-1 and ZeRO-2 also gather the new weights. ZeRO-3 gathers the
-    weights of layers in every pass, and scatters sums of gradients, which is counted as an
+    DDP sums the gradients. ZeRO-1 and ZeRO-2 also gather the new weights. FSDP and ZeRO-3 gather
+    the weights of layers in every pass. ZeRO-3 scatters sums of gradients, which is counted as an
     all-reduce (it is part of one).
     """
     if plan.world == 1:
@@ -83,6 +83,8 @@ def communication(plan: Plan, row: Row, zero_stage: int) -> dict[str, int]:
     trained = row.states.trained * (plan.world if zero_stage == 3 else 1)
     if zero_stage == 3:
         return {"all-gather": row.states.moved * passes, "all-reduce": trained * passes}
+    if row.states.moved:  # by FSDP
+        return {"all-gather": row.states.moved * passes, "all-reduce": trained}
     return {"all-reduce": trained} | ({"all-gather": trained} if zero_stage else {})
 
 

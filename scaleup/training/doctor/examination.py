@@ -160,13 +160,18 @@ class _Doctor:
 
     def _plan(self, settings: Settings, world: World) -> None:
         """Plan the run as configured. This replaces functions of torch, so it comes last."""
+        local_size = max(self.meeting.hosts.count(self.found["host"]), 1)
         limit = None
         if world.device.type == "cuda":
             limit = torch.cuda.get_device_properties(world.device).total_memory
         self.plan = self.steps.run(
             "plan",
             "the memory plan, which needs no other process",
-            lambda: make_plan(settings, world.size, world.device.type, limit, configured=True),
+            lambda: make_plan(
+                *(settings, world.size, world.device.type, limit),
+                configured=True,
+                per_host=local_size,
+            ),
             factor=2,
         )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scaleup.backbone.sharded import _Loader
+from scaleup.backbone.filling import Filler
 from scaleup.backbone.weights import Weights
 from tests.utils.tiny import HYBRID, MIXED, backbone
 
@@ -36,7 +36,7 @@ def test_the_loader_of_shards_fills_weights_and_the_buffers_of_inner_layers(fami
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
         empty = type(model)(model.config)
-    loader = _Loader(empty, Weights(empty, tmp_path), torch.device("cpu"))
+    loader = Filler(empty, Weights(empty, tmp_path), torch.device("cpu"))
     for prefix, module in empty.named_modules():
         loader.fill(prefix, module)
     loader.finish()
@@ -52,7 +52,7 @@ def test_a_buffer_that_nothing_initialises_is_refused(tmp_path):
     with torch.device("meta"):
         empty = type(model)(model.config)
         empty.model.register_buffer("shift", torch.zeros(3), persistent=False)
-    loader = _Loader(empty, Weights(empty, tmp_path), torch.device("cpu"))
+    loader = Filler(empty, Weights(empty, tmp_path), torch.device("cpu"))
     for prefix, module in empty.named_modules():
         loader.fill(prefix, module)
     with pytest.raises(ValueError, match=r"model\.shift is not in the checkpoint; use ZeRO-2"):

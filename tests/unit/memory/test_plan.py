@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.cases import command
+from benchmarks.plan_memory import measure
 from scaleup import errors
 from scaleup.backbone.method import apply_method
 from scaleup.memory import states as memory
@@ -35,19 +35,25 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "stage, changes",
+    "engine, changes",
     [
-        ("zero1", ()),
-        pytest.param("zero2", ("train.bf16=true",), marks=pytest.mark.slow),
-        pytest.param("zero3", (), marks=pytest.mark.slow),
-        pytest.param("zero3", ("model.quantization=8bit",), marks=pytest.mark.slow),
+        ("deepspeed=zero1", ()),
+        ("fsdp=full", ("model.quantization=8bit",)),
+        pytest.param("fsdp=full", (), marks=pytest.mark.slow),
+        pytest.param("fsdp=hybrid", ("train.bf16=true",), marks=pytest.mark.slow),
+        pytest.param("deepspeed=zero3_hpz", (), marks=pytest.mark.slow),
+        pytest.param("deepspeed=zero2", ("train.bf16=true",), marks=pytest.mark.slow),
+        pytest.param("deepspeed=zero3", (), marks=pytest.mark.slow),
+        pytest.param("deepspeed=zero3", ("model.quantization=8bit",), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "".join(value),
 )
-def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_path, stage, changes):
+def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(
+    workspace, tmp_path, engine, changes
+):
     more = (
         *changes,
-        f"train.deepspeed={stage}",
+        f"train.{engine}",
         f"train.output_dir={tmp_path / 'run'}",
         "train.max_steps=5",
     )
@@ -56,15 +62,11 @@ def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(workspace, tmp_pa
         for row in make_plan(settings(workspace, *more), 2, "cpu", configured=True).rows
         if row.chosen
     )
-    measured = ROOT / "tests" / "utils" / "measured.py"
-    result = start(command(measured, [str(tmp_path / "found"), *overrides(workspace, *more)], 2))
-    for rank in (0, 1):
-        path = tmp_path / f"found.{rank}.json"
-        assert path.is_file(), result.stderr[-3000:]
-        found = json.loads(path.read_text())
+    ranks = measure(tmp_path / "found", overrides(workspace, *more), env=environment())
+    for rank, found in enumerate(ranks):
         assert found["shape"] == [8, 64]
         print(
-            f"{stage} {changes} rank {rank}: rest {row.states.resident:,} planned, "
+            f"{engine} {changes} rank {rank}: rest {row.states.resident:,} planned, "
             f"{found['rest']:,}; peak {row.total(False):,} planned, {found['peak']:,}"
         )
         assert row.states.resident == pytest.approx(found["rest"], rel=0.1)
@@ -104,7 +106,7 @@ def test_the_script_shows_writes_and_judges(workspace, tmp_path):
 
 def test_every_stage_and_kind_of_weights_fits_120_columns(workspace):
     made = make_plan(settings(workspace, "train.bf16=false"), 4, "cpu", 2**30)
-    assert len(made.rows) == 15 and sum(row.chosen for row in made.rows) == 1
+    assert len(made.rows) == 22 and sum(row.chosen for row in made.rows) == 1
     lines = table(made)
     assert max(map(len, lines[lines.index("") :])) <= 120, "\n".join(lines)
     totals = {(row.stage, row.weights): row.total(False) for row in made.rows}

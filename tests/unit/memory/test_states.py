@@ -100,16 +100,37 @@ def test_states_shrink_from_stage_to_stage(workspace):
         and alone.buffers == 0
         and ddp.buffers == trained * 4
     )
-    one, two, three, offload = (
+    one, two, three, hpz, offload = (
         memory.states(model, "none", zeros[name], 8, None) for name in ZERO_PRESETS
     )
     assert (
         one.resident == two.resident > three.resident > offload.resident
         and two.gradients < one.gradients
     )
+    assert hpz.backbone == three.backbone  # one process on each host
+    shared = memory.states(model, "none", memory.read_zero("zero3_hpz", 128, 4), 8, None)
+    assert shared.backbone > three.backbone * 2
     assert three.backbone < two.backbone / 7 and offload.host > offload.resident and three.host == 0
     assert (
         memory.states(model, "nf4", zeros["zero2"], 8, None).backbone
         < memory.states(model, "8bit", zeros["zero2"], 8, None).backbone
         < two.backbone
     )
+
+
+def test_fsdp_shares_out_frozen_matrices_only(workspace):
+    model = adapted(workspace, "bert", "meta")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    vectors = sum(p.nbytes for p in frozen if p.dim() < 2)
+    matrices = sum(p.nbytes for p in frozen) - vectors
+    buffers = sum(b.nbytes for b in model.buffers())
+    heads = sum(p.nbytes for n, p in model.named_parameters() if ".original_module.weight" in n)
+    ddp, full = memory.states(model, "none", memory.Zero(), 8, None), None
+    for shards in (8, 4):
+        full = memory.fsdp_states(model, "none", 8, shards)
+        whole = vectors + buffers + heads
+        assert full.backbone == pytest.approx(whole + (matrices - heads) / shards, rel=1e-3)
+        assert (full.trained, full.optimizer, full.buffers) == (
+            *(ddp.trained, ddp.optimizer, ddp.buffers),
+        )
+    assert memory.fsdp_states(model, "8bit", 8, 4).backbone < full.backbone

@@ -252,3 +252,19 @@ def test_flash_attention_takes_no_packed_rows_in_compiled_steps():
         problem.startswith("data.packing: with train.torch_compile, flash")
         for problem in problems(*given, "train.torch_compile=true")
     )
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ("train.deepspeed=zero2", "train.fsdp: cannot be combined with train.deepspeed"),
+        ("train.torch_compile=true", "train.fsdp: cannot be combined with train.torch_compile"),
+        ("train.cuda_graphs=true", "train.fsdp: cannot be combined with train.cuda_graphs"),
+        ("train.fp16=true", "train.fsdp: cannot be combined with train.fp16"),
+        ("model.quantization=nf4", "use model.quantization=8bit"),
+        ("method.name=full", "use train.deepspeed=zero3"),
+    ],
+)
+def test_what_fsdp_cannot_shard_or_run_is_refused(other, words):
+    found = problems(GLUE, "train.fsdp=full", other)
+    assert any(words in problem for problem in found), found

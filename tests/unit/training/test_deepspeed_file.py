@@ -43,7 +43,11 @@ def test_what_a_file_says_is_kept(tmp_path):
 @pytest.mark.parametrize("name", ZERO_PRESETS)
 def test_presets_are_complete(name):
     with open(str(deepspeed_file(name)), encoding="utf-8") as file:
-        assert read_deepspeed(name) == json.load(file)
+        expected = json.load(file)
+    if name == "zero3_hpz":  # only a run knows how many processes a host has
+        assert expected["zero_optimization"]["zero_hpz_partition_size"] == "auto"
+        expected["zero_optimization"]["zero_hpz_partition_size"] = 4
+    assert read_deepspeed(name, per_host=4) == expected
     assert deepspeed_problems(name) == []
 
 
