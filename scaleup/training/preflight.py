@@ -174,10 +174,11 @@ def deepspeed_file(sections: dict[str, Section]) -> list[str]:
 def _writing_problems(data: Section | None, train: TrainSettings) -> list[str]:
     """Refuse metrics of written text where each token would gather all weights of the model."""
     metric = tasks.metric(data) if isinstance(data, DataSettings) else None
-    if metric in (None, "loss") or zero_stage(train.deepspeed) != 3:
+    engine = "FSDP" if train.fsdp else "ZeRO-3"
+    if metric in (None, "loss") or not (train.fsdp or zero_stage(train.deepspeed) == 3):
         return []
     return [
-        f"data.metric: for {metric}, ZeRO-3 would gather the whole model for every written token; "
+        f"data.metric: for {metric}, {engine} would gather the whole model for each written token; "
         "use data.metric=loss, and afterwards score RUN/best on one device with "
         f"scaleup export --metric {metric}; or use zero2"
     ]

@@ -86,7 +86,7 @@ def runs(tmp_path_factory) -> pathlib.Path:
     for engine, words in (("fsdp", ["train.fsdp=full"]), ("ddp", [])):
         common = ["train.max_steps=4", "train.per_device_train_batch_size=8", *words]
         for family, task in (("llama", "causal_lm"), ("t5", "seq2seq")):
-            more = [*common, "data.metric=exact_match", "data.max_target_length=4"]
+            more = [*common, "data.metric=loss"]
             name = f"{family}-{engine}"
             cases[name] = writing(folder, folder / name, family, task, *more)
         half = [*common, "train.bf16=true", "train.gradient_checkpointing=true"]
@@ -107,12 +107,10 @@ def runs(tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5", "bf16"])
-def test_training_and_written_texts_equal_those_of_ddp(runs, name):
+def test_training_equals_that_of_ddp(runs, name):
     one, other = runs / f"{name}-ddp", runs / f"{name}-fsdp"
     assert losses(other) == pytest.approx(losses(one), abs=1e-5)
     assert losses(other, "eval_loss") == pytest.approx(losses(one, "eval_loss"), abs=1e-5)
-    if name != "bf16":
-        assert losses(other, "eval_exact_match") == losses(one, "eval_exact_match")
     assert worst(final(one), final(other)) < 1e-5
 
 

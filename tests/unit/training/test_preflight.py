@@ -165,16 +165,20 @@ def test_the_task_needs_a_model_for_it(workspace, tmp_path):
     assert found == ["model.name: transformers has no bert model for data.task seq2seq"]
 
 
-def test_written_text_is_not_scored_under_zero3(workspace):
-    arguments = [
-        *overrides(workspace, workspace / "unused", "train.deepspeed=zero3"),
-        "data.task=seq2seq",
-        "data.target_column=label",
-    ]
-    (problem,) = (p for p in problems(*arguments) if "ZeRO-3" in p)
+@pytest.mark.parametrize(
+    "engine, name", [("train.deepspeed=zero3", "ZeRO-3"), ("train.fsdp=full", "FSDP")]
+)
+def test_written_text_is_not_scored_where_weights_are_sharded(workspace, engine, name):
+    texts = ["data.task=seq2seq", "data.target_column=label"]
+    arguments = overrides(workspace, workspace / "unused", *texts)
+
+    def refusals(*more: str) -> list[str]:
+        return [p for p in problems(*arguments, *more) if f"{name} would gather" in p]
+
+    (problem,) = refusals(engine)
     assert "use data.metric=loss" in problem and "scaleup export --metric bleu" in problem
-    assert not [p for p in problems(*arguments, "data.metric=loss") if "ZeRO-3" in p]
-    assert not [p for p in problems(*arguments, "train.deepspeed=zero2") if "ZeRO-3" in p]
+    assert not refusals(engine, "data.metric=loss")
+    assert not refusals("train.deepspeed=zero2")
 
 
 def test_gradient_checkpointing_that_a_model_does_not_have_is_refused(workspace, tmp_path):
