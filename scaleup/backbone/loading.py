@@ -3,6 +3,7 @@ sharded."""
 
 import copy
 import os
+import pathlib
 import pickle
 from typing import Any
 
@@ -228,6 +229,14 @@ def share_pad_token(
             f"{min(others)} in its config.json (pad_token_id), so that a classifier would read "
             "padding; save it with the same token in both"
         )
+
+
+def download(settings: ModelSettings) -> pathlib.Path:
+    """Return the local folder with the weights of the backbone, downloaded if it is on the hub."""
+    try:
+        return weights.checkpoint_folder(settings.name, settings.revision)
+    except UNREADABLE as error:
+        raise _unreadable(settings.name, error) from error
 
 
 def fingerprint(settings: ModelSettings, config: PretrainedConfig) -> str:
