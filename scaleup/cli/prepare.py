@@ -2,7 +2,7 @@
 
     scaleup prepare --config configs/llama_8b.yaml
 
-    scaleup prepare --config configs/llama_8b.yaml --fetch DIR    # for nodes without internet access
+    scaleup prepare --config configs/llama_8b.yaml --fetch DIR    # for offline nodes
 
 The result is in data.cache_dir. A run with the same data, tokenizer and settings finds it there,
 and its processes share one copy in memory. A run that finds nothing does the same work itself, on
