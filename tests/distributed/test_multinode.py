@@ -84,6 +84,7 @@ def test_zero2_over_two_hosts_with_a_shared_folder_equals_one_process(
     verify(tmp_path / "run" / "best")
 
 
+@pytest.mark.slow
 def test_zero3_with_a_disk_of_each_host_equals_one_process_and_resumes(
     both, workspace, one, tmp_path
 ):

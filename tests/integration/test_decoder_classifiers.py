@@ -129,7 +129,7 @@ def test_a_checkpoint_of_joined_pairs_is_not_exported(tmp_path, monkeypatch):
     make_decoder(tmp_path / "model", "gpt2")
     write_pairs(tmp_path)
     with monkeypatch.context() as patch:
-        for module in ("training.run", "data.classification"):
+        for module in ("training.preparation", "data.classification"):
             patch.setattr(f"scaleup.{module}.separate_pairs", lambda tokenizer: tokenizer)
         train(tmp_path)
     options = export.ExportOptions(tmp_path / "run" / "best", "exact", tmp_path / "out")

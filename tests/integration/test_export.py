@@ -267,6 +267,7 @@ def test_an_export_can_be_scored_with_another_metric(workspace, capsys):
     metric = json.loads((out / "export.json").read_text())["proof"]["metric"]
     assert metric["name"] == "f1" and metric["before"] == metric["after"] >= 0
     capsys.readouterr()
+    words[-1] += "-bleu"
     assert main(["export", *words, "--metric", "bleu"]) == 2
     assert (
         "--metric: bleu does not fit data.task sequence_classification" in capsys.readouterr().err

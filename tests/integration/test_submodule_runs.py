@@ -65,6 +65,7 @@ def scaleup(*words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_all_submodules_are_exported_pruned_and_reported(workspace, tmp_path):
     out = tmp_path / "run"
     train(workspace, "bert", out, "train.max_steps=8", "train.learning_rate=0.01")

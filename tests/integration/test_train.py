@@ -269,6 +269,7 @@ def test_two_processes_equal_one(workspace, tmp_path):
     verify(tmp_path / "two" / "best")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_bart_large_recipe_runs_on_a_local_bart_and_local_glue(workspace, data_dir, tmp_path):
     """The command of the README with two processes: ZeRO-2 on gloo, real RTE sentences."""

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaleup.data import classification as data
+from scaleup.data import sources
 from tests.utils.examples import (
     ROWS,
     own,
@@ -225,9 +226,9 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeyp
     fields = {"train_file": write_csv("t.csv"), "validation_file": write_csv("v.csv", ROWS[:3])}
     read = []
     monkeypatch.setattr(
-        data.files,
+        sources,
         "read_table",
-        lambda key, file, parse=data.files.read_table: read.append(file) or parse(key, file),
+        lambda key, file, parse=sources.read_table: read.append(file) or parse(key, file),
     )
     assert problems(**fields) == []
     data.load(settings(**fields))

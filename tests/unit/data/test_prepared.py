@@ -122,8 +122,13 @@ def test_a_process_that_is_killed_is_one_line(in_tmp, tokenizer):
     def die(batch):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(RunError, match="a process that tokenizes was killed; .*data.workers"):
-        prepared.encode(die, texts.train, in_tmp / "x.arrow", 2)
+    # The others get SIGTERM, which a handler of an earlier test would keep from ending them.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(RunError, match="a process that tokenizes was killed; .*data.workers"):
+            prepared.encode(die, texts.train, in_tmp / "x.arrow", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_examples_that_were_made_by_hand_have_no_name_in_the_cache(in_tmp, tokenizer):

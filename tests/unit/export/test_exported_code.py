@@ -14,6 +14,7 @@ ALLOWED = {
     "functools",
     "hashlib",
     "math",
+    "operator",
     "peft",  # its classes, where it is installed
     "torch",
     "transformers",

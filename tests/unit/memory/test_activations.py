@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
+from scaleup.experiments.meter import allocated_peak
 from scaleup.memory.activations import Kernels, _fake_step, step, trace
-from tests.utils import measured
 from tests.utils.planning import adapted
 from tests.utils.tiny import adapt, backbone
 
@@ -53,9 +53,7 @@ def test_activations_are_those_of_a_real_step(workspace, family, checkpointing):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    peak = measured.allocated_peak(
-        lambda: model(input_ids=ids, attention_mask=mask).logits.sum().backward()
-    )
+    peak = allocated_peak(lambda: model(input_ids=ids, attention_mask=mask).logits.sum().backward())
     print(f"{family}: kept {planned.kept:,}, peak {planned.peak:,} planned, {peak:,} allocated")
     assert planned.peak == pytest.approx(peak, rel=0.1)
 

@@ -37,7 +37,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "engine, changes",
     [
-        ("deepspeed=zero1", ()),
+        pytest.param("deepspeed=zero1", (), marks=pytest.mark.slow),
         ("fsdp=full", ("model.quantization=8bit",)),
         pytest.param("fsdp=full", (), marks=pytest.mark.slow),
         pytest.param("fsdp=hybrid", ("train.bf16=true",), marks=pytest.mark.slow),

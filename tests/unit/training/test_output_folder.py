@@ -85,7 +85,7 @@ def test_a_name_that_no_file_system_takes_is_refused_before_it_is_made(name):
 
 
 def test_a_plan_only_reads_so_that_the_output_folder_may_hold_a_run(tmp_path, monkeypatch, capsys):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise RunError("the settings were accepted")
 
     monkeypatch.setattr(plan, "make_plan", stop)
