@@ -48,7 +48,7 @@ def sources(data: DataSettings) -> dict[str, list[Source]]:
     """
     path = data.path
     if path is None or (re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not os.path.exists(path)):
-        hub_id = path or "nyu-mll/glue"
+        hub_id = path or HUB_ID
         validation = "validation_matched" if data.name == "mnli" else "validation"
         advice = f"give data.path as a local folder with {data.name}/train.parquet"
         return {

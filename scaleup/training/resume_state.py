@@ -11,7 +11,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from scaleup.io import read_json
-from scaleup.training.training_state import damaged
+from scaleup.training.training_state import named_damage
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -48,17 +48,9 @@ def trainer_state(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or is of another step.
     """
-    path = folder / TRAINER_STATE
-    try:
-        content = read_json(path)
+    with named_damage(folder / TRAINER_STATE) as path:
+        content: dict[str, Any] = read_json(path)
         state = _TrainerState.model_validate(content)
         if not folder.name.endswith(f"-{state.global_step}"):
             raise ValueError(f"global_step is {state.global_step}")
-    except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError as error:
-        raise damaged(path, str(error)) from None
-    return content
+        return content

@@ -12,7 +12,9 @@ scale, and how many processes and examples a step had. Nothing depends on the en
 number of processes.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pydantic
@@ -133,16 +135,8 @@ def load(
 
 def read_state(folder: pathlib.Path) -> TrainingState:
     """Read training_state.json; raise CheckpointError if it is missing or damaged."""
-    path = folder / NUMBERS
-    try:
+    with named_damage(folder / NUMBERS) as path:
         return TrainingState.model_validate(read_json(path))
-    except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError as error:
-        raise damaged(path, str(error)) from None
 
 
 def check_tensors_of_state(folder: pathlib.Path, model: nn.Module, keys: set[str] | None) -> None:
@@ -214,3 +208,17 @@ def damaged(path: pathlib.Path, reason: str) -> CheckpointError:
     """Return the error about a file that no run has written so."""
     text = " ".join(reason.split())[:200]
     return CheckpointError(f"{path}: the file is damaged ({text}); {ALTERED}")
+
+
+@contextlib.contextmanager
+def named_damage(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Turn what reading and validating a JSON file raises into the error of `damaged`."""
+    try:
+        yield path
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
