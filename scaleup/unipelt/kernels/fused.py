@@ -246,9 +246,6 @@ def add_product(
         anchor, lease, site: as for `narrow_site`.
         in_place: whether the result may be overwritten.
     """
-    if in_place and not torch.is_grad_enabled() and result.dtype is v_MR.dtype:
-        result.view(-1, result.shape[-1]).addmm_(v_MR, site.weight_out_t)
-        return result
     return _AddProduct.run(result, v_MR, anchor, lease, site, in_place)
 
 
