@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     settings = load_settings(options, writes=False)
     from scaleup.backbone.lengths import fit_length
     from scaleup.backbone.loading import download, load_config
+    from scaleup.data import streaming
     from scaleup.data.prepared import cache_dir
     from scaleup.training.preparation import prepare
 
@@ -59,7 +60,10 @@ def run(options: argparse.Namespace) -> int:
     settings = fit_length(settings, config)
     examples, _ = prepare(settings, config)
     test = 0 if examples.test is None else len(examples.test)
-    print(f"train {len(examples.train)}, dev {len(examples.dev)}, test {test} examples")
+    train = f"{examples.train_rows}"
+    if settings.data.streaming:
+        train = f"{streaming.check(settings.data, examples.sources)} (checked, not stored)"
+    print(f"train {train}, dev {len(examples.dev)}, test {test} examples")
     print(f"{cache_dir(settings.data)}: prepared in {time.perf_counter() - begin:.1f} s")
     if options.fetch is not None:
         print(f"{download(settings.model)}: weights of {settings.model.name}")

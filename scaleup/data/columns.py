@@ -70,6 +70,7 @@ def clean_columns(
     columns: dict[str, str],
     clean: Callable[[Any, str], tuple[Any, str | None]],
     column_key: str | None = None,
+    at_once: bool = False,
 ) -> Iterator[Cleaned]:
     """Yield the cleaned cells of the columns that a task needs, in batches.
 
@@ -77,6 +78,7 @@ def clean_columns(
         columns: role (text, label, …) → name of the column in the file.
         clean: (cell, role) → (value, the problem with the cell or None).
         column_key: the setting to name if a column is missing. Default: data.<role>_column.
+        at_once: stop at the first batch with mistakes.
 
     Raises:
         ConfigError: after the last row, if there are mistakes. It names at most five kinds of
@@ -100,6 +102,8 @@ def clean_columns(
         if batch.rows and not any(bad.values()):
             yield Cleaned(values, batch, rows)
         rows += batch.rows
+        if at_once and any(bad.values()):
+            break
     problems = []
     for role, column in columns.items():
         if column not in names:

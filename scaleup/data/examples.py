@@ -13,10 +13,11 @@ class Examples:
 
     Columns of texts: text, text_pair (pairs only) and label (class id or float) for classification
     and regression; text, target and reference (an index into `references`) for generation. All sets
-    are memory-mapped, so the processes of a host share one copy.
+    are memory-mapped, so the processes of a host share one copy. With data.streaming, `train` is
+    None among texts, and a `Stream` of rows without end among tokens.
     """
 
-    train: datasets.Dataset
+    train: Any
     dev: datasets.Dataset
     test: datasets.Dataset | None  # None: the config names no test set
     labels: list[str] | None  # class names in id order; None: not a classification
@@ -31,15 +32,21 @@ class Examples:
     shared: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     content: str = ""  # hash of what the texts depend on: the content of the files, and settings
 
+    @property
+    def train_rows(self) -> int | None:
+        """Number of rows of the training set; None if it is a stream."""
+        return len(self.train) if isinstance(self.train, datasets.Dataset) else None
+
 
 def shared_texts(
-    train: datasets.Dataset, dev: datasets.Dataset, test: datasets.Dataset | None
+    train: datasets.Dataset | None, dev: datasets.Dataset, test: datasets.Dataset | None
 ) -> dict[tuple[str, str], int]:
     """Return how many rows of one set have texts that also occur in another (`Examples.shared`).
 
-    The training set, which may be large, is read in batches.
+    The training set, which may be large, is read in batches. If it is a stream (None), nothing is
+    known about it.
     """
-    roles = [role for role in ("text", "text_pair") if role in train.column_names]
+    roles = [role for role in ("text", "text_pair") if role in dev.column_names]
 
     def rows(part: datasets.Dataset) -> Iterator[tuple]:
         for batch in part.select_columns(roles).iter(batch_size=1000):
@@ -48,13 +55,15 @@ def shared_texts(
     counts: dict[tuple[str, str], int] = {}
     dev_rows = list(rows(dev))
     test_rows = [] if test is None else list(rows(test))
-    known, asked = set(), {*dev_rows, *test_rows}
-    for row in rows(train):
-        if row in asked:
-            known.add(row)
-    counts["dev", "train"] = sum(row in known for row in dev_rows)
+    if train is not None:
+        known, asked = set(), {*dev_rows, *test_rows}
+        for row in rows(train):
+            if row in asked:
+                known.add(row)
+        counts["dev", "train"] = sum(row in known for row in dev_rows)
+        if test is not None:
+            counts["test", "train"] = sum(row in known for row in test_rows)
     if test is not None:
-        counts["test", "train"] = sum(row in known for row in test_rows)
         in_dev = set(dev_rows)
         counts["test", "dev"] = sum(row in in_dev for row in test_rows)
     return counts

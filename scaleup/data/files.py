@@ -208,8 +208,12 @@ def _reason(error: Exception) -> str:
     return reason or one_line(error, 100)
 
 
-def read_table(key: str, file: str) -> Table:
-    """Open a file of examples, which messages name by the setting `key`, and hash its content."""
+def read_table(key: str, file: str, hashed: bool = True) -> Table:
+    """Open a file of examples, which messages name by the setting `key`.
+
+    Args:
+        hashed: identify the file by a hash of its content, instead of by its size.
+    """
     place, suffix = f"{key}: {file}", os.path.splitext(file)[1].lower()
     if suffix not in EXTENSIONS:
         raise ConfigError(
@@ -220,8 +224,12 @@ def read_table(key: str, file: str) -> Table:
         if is_lfs_pointer(file):
             problem = "is a Git LFS pointer instead of the file itself; run `git lfs pull`"
             raise ConfigError(f"{place} {problem}")
+        source: dict[str, Any] = {"file": file}
         with open(file, "rb") as content:
-            source = {"file": file, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+            if hashed:
+                source["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+            else:
+                source["size"] = os.fstat(content.fileno()).st_size
         features = _features(file) if suffix == ".parquet" else {}
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, ConfigError):

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import huggingface_hub
 from datasets.exceptions import DatasetsError
 
 from scaleup.data.columns import Cleaned, clean_columns
@@ -35,12 +37,15 @@ class Source:
         place: a file, or a split on the hub.
         columns: role → column of this source, where it differs from the others.
         weight: how often its rows are seen in an epoch.
+        stream: seed of the order in which the files of a data set on the hub are read while
+            training; None: the source is read as a whole before.
     """
 
     key: str
     place: str | HubSplit
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     weight: float = 1.0
+    stream: int | None = None
 
     @property
     def file(self) -> str | None:
@@ -50,8 +55,8 @@ class Source:
     def open(self) -> Table:
         """Open the source, which may download it."""
         if isinstance(self.place, str):
-            return read_table(self.key, self.place)
-        return _hub_table(self.key, self.place)
+            return read_table(self.key, self.place, hashed=self.stream is None)
+        return _hub_table(self.key, self.place, self.stream)
 
 
 def of_user(data: DataSettings) -> dict[str, list[Source]]:
@@ -65,6 +70,8 @@ def of_user(data: DataSettings) -> dict[str, list[Source]]:
         elif data.path and (name := getattr(data, f"{split}_split")):
             hub = HubSplit(data.path, data.subset, name, data.revision, advice)
             found[split] = [Source("data.path", hub)]
+    if data.streaming:
+        found["train"] = [dataclasses.replace(p, stream=data.seed) for p in found["train"]]
     return found
 
 
@@ -88,26 +95,43 @@ def files(sources: dict[str, list[Source]]) -> list[str]:
     return [source.file for source in every if source.file is not None]
 
 
-def _hub_batches(rows: datasets.Dataset) -> Iterator[Batch]:
-    yield Batch({name: [] for name in rows.column_names}, 0)
+def _hub_batches(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[Batch]:
+    yield Batch({name: [] for name in rows.column_names or ()}, 0)
     for columns in rows.iter(batch_size=ROWS):
         yield Batch(columns, len(next(iter(columns.values()))))
 
 
-def _hub_table(key: str, hub: HubSplit) -> Table:
+def _hub_table(key: str, hub: HubSplit, stream: int | None) -> Table:
+    place, revision = f"the hub's {hub.split} split", hub.revision
+    source: dict[str, Any] = {"hub_id": hub.path, "name": hub.subset}
     try:
-        rows = datasets.load_dataset(hub.path, hub.subset, split=hub.split, revision=hub.revision)
+        if stream is not None:
+            revision = _commit(hub)
+            place += f", its files in the order of data.seed {stream}"
+        rows = datasets.load_dataset(
+            hub.path, hub.subset, split=hub.split, revision=revision, streaming=stream is not None
+        )
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         raise ConfigError(
             f"{key}: {hub.path} is no folder here and did not load from the hub "
             f"({one_line(error, 200)}); {hub.advice}"
         ) from None
-    source: dict[str, Any] = {"hub_id": hub.path, "name": hub.subset}
-    checksums = rows.info.download_checksums
-    if commits := sorted({url.split("@")[1][:40] for url in checksums or {} if "@" in url}):
-        source["revision"] = commits[0]  # hf://datasets/<id>@<commit>/<file>
-    batches = functools.partial(_hub_batches, rows)
-    return Table(key, f"the hub's {hub.split} split", batches, source, rows.features)
+    if isinstance(rows, datasets.IterableDataset):
+        source["revision"] = revision
+        # A buffer of one row: the order of the files changes, and that within a file does not.
+        rows = rows.shuffle(seed=stream, buffer_size=1)
+    else:
+        checksums = rows.info.download_checksums
+        if commits := sorted({url.split("@")[1][:40] for url in checksums or {} if "@" in url}):
+            source["revision"] = commits[0]  # hf://datasets/<id>@<commit>/<file>
+    return Table(key, place, functools.partial(_hub_batches, rows), source, rows.features or {})
+
+
+def _commit(hub: HubSplit) -> str | None:
+    """Return the commit of a data set on the hub, which a resumed run reads again."""
+    if os.path.isdir(hub.path):
+        return hub.revision
+    return huggingface_hub.HfApi().dataset_info(hub.path, revision=hub.revision).sha
 
 
 @dataclasses.dataclass
@@ -142,13 +166,19 @@ class Reading:
                 self.tables.append(table)
                 self.rows.append(0)
                 chosen = columns | {r: c for r, c in source.columns.items() if r in columns}
-                for cleaned in clean_columns(table, chosen, clean(table), column_key):
+                at_once = source.stream is not None
+                for cleaned in clean_columns(table, chosen, clean(table), column_key, at_once):
                     self.rows[-1] += cleaned.batch.rows
                     yield cleaned
             except ConfigError as error:
                 problems += error.problems
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the rows are read while training, instead of before."""
+        return any(source.stream is not None for source in self.sources)
 
     @property
     def name(self) -> str:

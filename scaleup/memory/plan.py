@@ -104,7 +104,7 @@ def _outputs_and_examples(settings: Settings) -> tuple[int, int | None]:
     data = settings.data
     if data.name is None or (data.path is not None and pathlib.Path(data.path).exists()):
         examples = tasks.of(data).module.load(data)
-        return len(examples.labels or [None]), len(examples.train)
+        return len(examples.labels or [None]), examples.train_rows
     return len(GLUE[data.name].labels or [None]), data.k if isinstance(data.k, int) else None
 
 

@@ -71,6 +71,9 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
             idle[key] = "data.packing makes every row about the same length"
         if data.pad_to_max_length:
             idle[key] = "data.pad_to_max_length makes every batch the same length"
+        if data.streaming:
+            idle[key] = "data.streaming takes the rows as they come"
+            idle["train.num_train_epochs"] = "with data.streaming, train.max_steps ends training"
     learned = method is None or (method.name == "unipelt" and method.resolved_gates == "learned")
     if train is not None and not learned:
         idle["train.gate_learning_rate"] = "there are no learned gates"
@@ -100,6 +103,8 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
         problems += _fsdp_problems(train, model, method)
     if data is not None:
         problems += _data_problems(data, method)
+        if data.streaming:
+            problems += _streaming_problems(data, train)
     if train is not None:
         problems += _train_problems(train)
     if data is not None and train is not None and train.label_smoothing_factor:
@@ -176,6 +181,8 @@ def _idle_data(data: Any) -> dict[str, str]:
         idle |= dict.fromkeys(of_hub, "data.path is not set")
     keys = of_classification if generates else of_generation
     idle |= dict.fromkeys(keys.split(), f"data.task is {task}")
+    if not data.streaming:
+        idle["shuffle_buffer"] = "data.streaming is off"
     if generates and data.messages_column is None:
         idle["train_on"] = "data.messages_column is not set"
     if generates and data.messages_column is not None:
@@ -189,7 +196,8 @@ def _idle_data(data: Any) -> dict[str, str]:
     own_validation = data.name is None and data.has_validation
     if data.k == "all" and (data.name is not None or own_validation):
         idle["dev_size"] = "with data.k all, the validation set is the development set"
-        idle["seed"] = "with data.k all, nothing is sampled"
+        if not data.streaming:
+            idle["seed"] = "with data.k all, nothing is sampled"
     if data.name is not None and data.k == "all":
         idle["test_size"] = "with data.k all, the development set is the test set"
     elif data.name is None and data.test_file is None and data.test_split is None:
@@ -238,6 +246,33 @@ def _data_problems(data: Any, method: Any) -> list[str]:
         problems.append(
             "method.gate_pooling: with paper, the gates of a decoder see later tokens; use auto "
             f"for data.task {task}"
+        )
+    return problems
+
+
+def _streaming_problems(data: Any, train: Any) -> list[str]:
+    if data.task not in GENERATES:
+        return [
+            "data.streaming: reads texts for data.task seq2seq and causal_lm only; leave it out"
+        ]
+    problems = []
+    if not data.has_validation:
+        problems.append(
+            "data.streaming: nothing can be cut from a stream for development; give "
+            "data.validation_file or data.validation_split"
+        )
+    if data.k != "all":
+        problems.append(f"data.k: {data.k} rows cannot be drawn from a stream; use all")
+    if train is not None and train.max_steps < 1:
+        problems.append("data.streaming: a stream has no end; set train.max_steps")
+    if train is not None and train.eval_strategy != "steps":
+        problems.append(
+            "data.streaming: a stream has no epochs; set train.eval_strategy=steps and "
+            "train.eval_steps"
+        )
+    if train is not None and train.dataloader_num_workers:
+        problems.append(
+            "train.dataloader_num_workers: the run itself reads a stream; use 0 with data.streaming"
         )
     return problems
 

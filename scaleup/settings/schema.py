@@ -176,6 +176,11 @@ class DataSettings(Section):
     train_on: Literal["all", "last"] = "all"
     """Assistant turns of a chat that the loss counts: all of them, as the chat template marks them
     if it does, or the last one."""
+    streaming: bool = False
+    """Read and tokenize the training data while training, without a copy on the disk (seq2seq and
+    causal_lm). It needs train.max_steps and data for development."""
+    shuffle_buffer: Count = 10_000
+    """streaming: number of rows in memory, of which one at random is the next."""
     k: Count | Literal["all"] = "all"
     """Number of training examples: the first K of the shuffled training set (low-resource
     protocol), or all."""
@@ -186,7 +191,8 @@ class DataSettings(Section):
     """Largest number of test examples (seq2seq and causal_lm: of distinct sources). A larger test
     set is sampled, always to the same examples. Default: all."""
     seed: Seed = 0
-    """Seed of the shuffle that picks the K training and the development examples."""
+    """Seed of the shuffle that picks the K training and the development examples, and of the order
+    of a stream."""
     metric: (
         Literal["accuracy", "f1", "matthews", "spearman", "bleu", "rouge_l", "exact_match", "loss"]
         | None

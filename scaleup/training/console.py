@@ -33,6 +33,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     frozen = " (frozen)" if settings.method.head == "frozen" else ""
     # Only the prefix's MLP is trained and not stored.
     mlp = ", with the prefix's MLP" if counts["trained"] > counts["stored"] else ""
+    rows = examples.train_rows
+    few = None if rows is None else few_steps(train, rows, world.size)
     lines = [
         f"backbone   {model.name} ({counts['backbone']:,} parameters{quantized})",
         f"method     {settings.method.name}{f' ({parts})' if parts else ''}",
@@ -50,7 +52,7 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         f"batch      {per_process * passes * world.size} = {per_process} per process x {processes}"
         f" x {passes} accumulation; learning rate"
         f" {settings.learning_rate:g}",
-        *filter(None, [few_steps(train, len(examples.train), world.size)]),
+        *([few] if few else []),
         f"device     {world.device.type}, {backend}; bf16 {'on' if run.args.bf16 else 'off'}",
         f"output     {train.output_dir}",
     ]
@@ -61,9 +63,12 @@ def _data_line(settings: Settings, examples: Examples) -> str:
     if examples.test_is_dev:
         test = "the dev set"
     rows = " packed rows" if settings.data.packing else ""
+    count = f"{examples.train_rows}{rows}"
+    if examples.train_rows is None:
+        count = f"a stream in the order of data.seed {settings.data.seed}"
     once = " (a source with several targets counts once)" if examples.references else ""
     return (
-        f"data       train {len(examples.train)}{rows}, dev {len(examples.dev)}, test {test}{once};"
+        f"data       train {count}, dev {len(examples.dev)}, test {test}{once};"
         f" metric {examples.metric}"
     )
 
@@ -78,7 +83,7 @@ def _shared_line(settings: Settings, examples: Examples) -> str | None:
     ]
     if not parts:
         return None
-    cut = examples.shared["dev", "train"] and not settings.data.has_validation
+    cut = examples.shared.get(("dev", "train")) and not settings.data.has_validation
     cut = cut and settings.data.name is None
     advice = "; give data.validation_file to keep dev apart" if cut else ""
     return f"note: {', '.join(parts)}{advice}"

@@ -23,6 +23,6 @@ def prepare(
     task = tasks.of(settings.data)
     examples = task.module.load(settings.data)
     tokenizer = backbone.load_tokenizer(settings.model, config, task.auto)
-    if "text_pair" in examples.train.column_names:
+    if "text_pair" in examples.dev.column_names:
         tokenizer = separate_pairs(tokenizer)  # checkpoints contain the tokenizer as it is used
     return task.module.tokenize(examples, tokenizer, settings.data), tokenizer

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from scaleup.training.distributed import World
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,3 +40,30 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.count, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def stream_loader(
+    rows: torch.utils.data.IterableDataset,
+    collate: Callable[[list], dict[str, torch.Tensor]],
+    batch_size: int,
+    world: World,
+) -> torch.utils.data.DataLoader:
+    """Return the batches of a stream. One process reads it, and each gets its part of a batch.
+
+    The examples of an optimizer step therefore do not depend on the number of processes.
+
+    Args:
+        batch_size: examples per process.
+    """
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=batch_size * world.size, collate_fn=collate, drop_last=True
+    )
+    return prepare_data_loader(
+        loader,
+        world.device,
+        world.size,
+        world.rank,
+        split_batches=True,
+        put_on_device=True,
+        dispatch_batches=world.size > 1,
+    )

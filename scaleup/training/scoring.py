@@ -38,7 +38,7 @@ def score(trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
         "examples": {
-            "train": len(examples.train),
+            "train": examples.train_rows,  # None: a stream
             "dev": len(examples.dev),
             "test": 0 if examples.test is None else len(examples.test),
         },

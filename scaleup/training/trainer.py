@@ -37,7 +37,7 @@ from scaleup.training.evaluation import EvaluatingTrainer
 from scaleup.training.failures import last_good, write_failure
 from scaleup.training.graphs import StepGraphs
 from scaleup.training.random_states import seed_anew, set_random_states
-from scaleup.training.sampler import ResumableSampler
+from scaleup.training.sampler import ResumableSampler, stream_loader
 from scaleup.training.training_state import TrainingState
 from scaleup.training.zero_state import ZeroEngine, is_plain
 
@@ -170,6 +170,14 @@ class RunTrainer(EvaluatingTrainer):
             epoch=lambda: int((self.state.epoch or 0.0) + 1e-6),  # tolerates rounding
             lengths=lengths,
             batch_size=self.length_group,
+        )
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Let the first process read a stream, and give each process its part of every batch."""
+        if not self.run.settings.data.streaming:
+            return super().get_train_dataloader()
+        return stream_loader(
+            self.train_dataset, self.data_collator, self.args.train_batch_size, self.run.world
         )
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:

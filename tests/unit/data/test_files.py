@@ -228,7 +228,9 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(in_tmp, monkeyp
     monkeypatch.setattr(
         sources,
         "read_table",
-        lambda key, file, parse=sources.read_table: read.append(file) or parse(key, file),
+        lambda key, file, hashed, parse=sources.read_table: (
+            read.append(file) or parse(key, file, hashed)
+        ),
     )
     assert problems(**fields) == []
     data.load(settings(**fields))

@@ -279,7 +279,7 @@ def test_check_leaves_the_hub_alone(monkeypatch):
     ],
 )
 def test_a_hub_that_fails_gives_one_line_with_the_way_out(monkeypatch, error):
-    def fail(hub_id, name, split, revision):
+    def fail(hub_id, name, split, revision, streaming):
         assert (hub_id, name, revision) == ("nyu-mll/glue", "rte", None)
         raise error
 
@@ -324,7 +324,7 @@ def test_a_hub_data_set_goes_through_the_same_protocol(monkeypatch):
         "validation_matched": rows("matched", 5),
         "validation_mismatched": rows("other", 5),
     }
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, revision: sets[split])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: sets[split])
     examples = data.load(settings(name="mnli", path="someone/mnli", k=20, dev_size=10))
     assert (len(examples.train), len(examples.dev), examples.test["text"][0]) == (
         20,

@@ -20,7 +20,7 @@ def hub(monkeypatch):
     sets: dict[str, dict[str, dict]] = {}
     asked = []
 
-    def load_dataset(path, subset, split, revision):
+    def load_dataset(path, subset, split, revision, streaming):
         asked.append((path, subset, split, revision))
         if path not in sets:
             raise datasets.exceptions.DatasetNotFoundError(f"no {path}")
