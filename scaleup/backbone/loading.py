@@ -358,7 +358,8 @@ def load_model(
             )
             if settings.quantization == "8bit":
                 leave_out_scales(model)
-            quantization.initialize_heads(model, empty, heads)
+            resized = quantization.initialize_heads(model, empty, heads)
+            info["mismatched_keys"] = {*info["mismatched_keys"], *resized}
     except ConfigError:
         raise
     except UNREADABLE as error:

@@ -38,12 +38,16 @@ def loading_arguments(
 
 def initialize_heads(
     model: PreTrainedModel, empty: PreTrainedModel, heads: tuple[str, ...]
-) -> None:
+) -> set[str]:
     """Initialise head weights whose shape in the checkpoint differs from that in `empty`.
 
     `from_pretrained` does this itself unless it quantises. `empty` is the task's model on the meta
     device.
+
+    Returns:
+        The names of the parameters that were initialised.
     """
+    initialized: set[str] = set()
     for name in heads:
         for path, module in empty.get_submodule(name).named_modules(prefix=name):
             loaded, resized = model.get_submodule(path), False
@@ -54,6 +58,8 @@ def initialize_heads(
                     resized = True
             if resized:
                 model._init_weights(loaded)
+                initialized |= {f"{path}.{key}" for key, _ in loaded.named_parameters()}
+    return initialized
 
 
 def quantize_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,10 +39,11 @@ class Chains:
 
     def words(self, name: str, engine: str, steps: int, *more: str) -> list[str]:
         file = str(self.folder / "zero3.json") if engine == "zero3" else engine
-        deepspeed = () if engine == "plain" else (f"train.deepspeed={file}",)
+        chosen = {"plain": (), "fsdp": ("train.fsdp=full",)}
+        parallel = chosen.get(engine, (f"train.deepspeed={file}",))
         length = f"train.max_steps={steps}"
         out = self.folder / name
-        return overrides(self.workspace, out, *SHARED, *deepspeed, length, *more)
+        return overrides(self.workspace, out, *SHARED, *parallel, length, *more)
 
     def run(self, processes: int, *parts: tuple[str, str, int], more: tuple[str, ...] = ()) -> None:
         """Train parts of runs one after another in the same processes.
@@ -80,7 +81,8 @@ def chains(tmp_path_factory) -> Chains:
 
 
 def test_a_run_goes_from_one_process_to_two_and_through_all_engines(chains):
-    chains.run(2, ("engines", "zero2", 6), ("engines", "zero3", 9), ("engines", "plain", 12))
+    chains.run(2, ("engines", "zero2", 6), ("engines", "zero3", 9))
+    chains.run(2, ("engines", "fsdp", 12))
     chains.assert_equal("engines")
     state = chains.folder / "engines" / "checkpoint-12" / "training_state.json"
     assert json.loads(state.read_text())["processes"] == 2
@@ -105,6 +107,15 @@ def test_a_run_comes_back_from_deepspeed_to_one_process(chains):
     chains.run(2, ("back", "zero3", 6), ("back", "zero2", 9))
     chains.run(1, ("back", "plain", 12))
     chains.assert_equal("back")
+
+
+@pytest.mark.slow
+def test_a_run_of_fsdp_continues_with_deepspeed_and_comes_back(chains):
+    more = ("train.per_device_train_batch_size=8",)
+    chains.run(2, ("sharded", "fsdp", 3), more=more)
+    chains.run(2, ("sharded", "zero3", 6), ("sharded", "plain", 9), more=more)
+    chains.run(2, ("sharded", "fsdp", 12), more=more)
+    chains.assert_equal("sharded")
 
 
 @pytest.mark.slow

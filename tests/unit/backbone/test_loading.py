@@ -179,10 +179,21 @@ def test_flash_attention_is_refused_for_models_without_it_and_on_a_cpu(
     assert len(refused) == 1 and refused[0].startswith("model.attention: flash: t5 does not")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "bart", "t5", "distilbert"])
-def test_the_bias_of_a_fresh_head_starts_at_the_prior(family, tmp_path):
+@pytest.mark.parametrize(
+    "family, quantization",
+    [
+        ("bert", "none"),
+        ("roberta", "none"),
+        ("bart", "none"),
+        ("t5", "none"),
+        ("distilbert", "none"),
+        ("bert", "8bit"),
+    ],
+)
+def test_the_bias_of_a_fresh_head_starts_at_the_prior(family, quantization, tmp_path):
+    """The head in the files has another number of classes, or there is none."""
     backbone(family).save_pretrained(tmp_path)
-    settings = ModelSettings(name=str(tmp_path))
+    settings = ModelSettings(name=str(tmp_path), quantization=quantization)
     config = load_config(settings)
     set_labels(config, ["a", "b"])
     model, _ = load_model(
