@@ -346,6 +346,7 @@ def load_model(
             places = quantization.loading_arguments(settings.quantization, whole, dtype, place)
             if offload is not None and settings.quantization == "none":
                 places = offload.loading_arguments(empty, heads, device) or places
+            random_state = torch.get_rng_state()
             model, info = auto.from_pretrained(
                 settings.name,
                 config=config,
@@ -356,6 +357,10 @@ def load_model(
                 **_source(settings),
                 **places,
             )
+            if not info["missing_keys"] and not info["mismatched_keys"]:
+                # Some classes draw values that they then do not use. `_load_shards` draws none, and
+                # what is trained must start from the same values.
+                torch.set_rng_state(random_state)
             if settings.quantization == "8bit":
                 leave_out_scales(model)
             resized = quantization.initialize_heads(model, empty, heads)
