@@ -45,6 +45,7 @@ from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLo
 from scaleup.training.checkpoint import check_tensors
 from scaleup.training.context import Run
 from scaleup.training.distributed import World
+from scaleup.training.hub_access import download_once
 from scaleup.training.manifest import Manifest, setting_hashes
 from scaleup.training.preflight import hub_structure, packing_problems
 from scaleup.training.preparation import prepare
@@ -64,6 +65,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     """
     begin, world = time.perf_counter(), _start(settings)
     out = pathlib.Path(settings.train.output_dir)
+    download_once(settings.model, tasks.of(settings.data).auto, world)
     config = backbone.load_config(settings.model)
     settings = fit_length(settings, config)
     problems = [
