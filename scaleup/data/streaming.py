@@ -11,6 +11,8 @@ a resumed run finds the rows that it has not seen.
 import dataclasses
 import functools
 import itertools
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ from scaleup.errors import ConfigError, RunError, one_line
 from scaleup.settings.schema import DataSettings
 
 ENCODED = 100  # rows that are tokenized together
+AHEAD = 16  # batches of such rows that are ready before they are needed
 TEXTS = datasets.Features({name: datasets.Value("string") for name in ("text", "target")})
 
 
@@ -45,12 +48,48 @@ class Stream(torch.utils.data.IterableDataset):
             yield from self.rows.iter(batch_size=ENCODED)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = self._batches()
+        batches = _read_ahead(self._batches(), AHEAD)
         if self.packed_length is not None:
             batches = encoding.packed(batches, self.packed_length)
         for batch in batches:
             for values in zip(*batch.values()):
                 yield dict(zip(batch, values))
+
+
+def _read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield the items of an iterator without end, which a thread reads up to `count` items ahead.
+
+    An error of the iterator is raised where its item would be needed.
+    """
+    ready: queue.Queue[tuple[Any, Exception | None]] = queue.Queue(count)
+    closed = threading.Event()
+
+    def put(item: Any, error: Exception | None) -> None:
+        while not closed.is_set():
+            try:
+                ready.put((item, error), timeout=0.5)
+                return
+            except queue.Full:  # the run computes; ask again whether it goes on
+                pass
+
+    def read() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if closed.is_set():
+                    return
+        except Exception as error:
+            put(None, error)
+
+    threading.Thread(target=read, name="stream", daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
 
 
 def try_out(reading: Reading, data: DataSettings) -> list[dict[str, Any]]:

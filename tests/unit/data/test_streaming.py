@@ -3,6 +3,8 @@
 import collections
 import itertools
 import pathlib
+import threading
+import time
 
 import datasets
 import huggingface_hub
@@ -148,6 +150,26 @@ def test_nothing_of_the_training_data_is_stored(rows, writer):
         "dev",
         "references",
     ]
+
+
+def test_a_thread_reads_a_few_items_ahead_and_ends_with_the_stream():
+    read = []
+
+    def items():
+        for number in itertools.count():
+            read.append(number)
+            yield number
+
+    stream = streaming._read_ahead(items(), 3)
+    assert list(itertools.islice(stream, 10)) == list(range(10))
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "stream")
+    deadline = time.monotonic() + 10
+    while len(read) < 14 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(read) == 14  # ten used, three ready, and one that waits for its place
+    stream.close()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.fixture
