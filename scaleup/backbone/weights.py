@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
-SAMPLES = 256  # pieces of 1 KiB of each file that identify it
+from scaleup.io import samples
+
 # The file of `checkpoint-N/` with the state of the optimizer. It holds nothing of a model.
 STATE = "training_state.safetensors"
 
@@ -185,7 +186,7 @@ def fingerprint(name: str, commit: str | None) -> str:
     """Identify a backbone without reading all of its weights.
 
     A model of the hub has its `commit`. A local folder has a hash of its config.json and, for each
-    weight file, of its size, the index of tensors at its start and `SAMPLES` pieces of it.
+    weight file, of its size, the index of tensors at its start and pieces of it (`io.samples`).
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():
@@ -197,9 +198,8 @@ def fingerprint(name: str, commit: str | None) -> str:
         with path.open("rb") as file:
             if path.suffix == ".safetensors":
                 digest.update(file.read(int.from_bytes(file.read(8), "little")))
-            for i in range(SAMPLES):
-                file.seek(size * i // SAMPLES)
-                digest.update(file.read(1024))
+            for piece in samples(file, size):
+                digest.update(piece)
     return f"sha256 {digest.hexdigest()}"
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaleup.errors import ConfigError, one_line
-from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes
+from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes, samples
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 ROWS = 1000  # of a batch at most
@@ -212,7 +212,7 @@ def read_table(key: str, file: str, hashed: bool = True) -> Table:
     """Open a file of examples, which messages name by the setting `key`.
 
     Args:
-        hashed: identify the file by a hash of its content, instead of by its size.
+        hashed: identify the file by a hash of its content, instead of by its size and samples.
     """
     place, suffix = f"{key}: {file}", os.path.splitext(file)[1].lower()
     if suffix not in EXTENSIONS:
@@ -230,6 +230,8 @@ def read_table(key: str, file: str, hashed: bool = True) -> Table:
                 source["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
             else:
                 source["size"] = os.fstat(content.fileno()).st_size
+                pieces = b"".join(samples(content, source["size"]))
+                source["samples"] = hashlib.sha256(pieces).hexdigest()
         features = _features(file) if suffix == ".parquet" else {}
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, ConfigError):

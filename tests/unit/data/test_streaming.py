@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 
 from scaleup.data import streaming
+from scaleup.data.classification import provenance
 from scaleup.data.examples import Examples
 from scaleup.data.generation import load, tokenize
 from scaleup.errors import ConfigError, RunError
@@ -256,3 +257,13 @@ def test_settings_that_do_not_fit_a_stream_are_refused(changes, problem):
     with pytest.raises(ConfigError) as error:
         load_settings(None, words)
     assert any(found.startswith(problem) for found in error.value.problems), error.value.problems
+
+
+def test_a_file_with_other_rows_of_the_same_size_is_another_stream(rows, writer):
+    def identity() -> list[dict]:
+        return provenance(load(settings()))
+
+    first = identity()
+    assert identity() == first
+    write_jsonl("train.jsonl", rows[::-1])
+    assert identity() != first
