@@ -133,20 +133,18 @@ def open_stream(
         encode: turns a batch of texts into columns of tokens.
     """
     parts = _parts(data, described)
+    # One source ends with each pass. Of several, a pass would leave others in their middle, and
+    # their first rows would be seen more often than their last ones.
+    read = _rows if len(parts) == 1 else _rows_without_end
     passes = [
-        datasets.IterableDataset.from_generator(
-            functools.partial(_rows, part, data), features=TEXTS
-        )
+        datasets.IterableDataset.from_generator(functools.partial(read, part, data), features=TEXTS)
         for part in parts
     ]
     total = sum(part.weight for part in parts)
     mixed = passes[0]
     if len(passes) > 1:
         mixed = datasets.interleave_datasets(
-            passes,
-            probabilities=[part.weight / total for part in parts],
-            seed=data.seed,
-            stopping_strategy="all_exhausted",
+            passes, probabilities=[part.weight / total for part in parts], seed=data.seed
         )
     tokens = mixed.shuffle(seed=data.seed, buffer_size=data.shuffle_buffer).map(
         encode,
@@ -183,3 +181,9 @@ def _rows(source: Source, data: DataSettings) -> Iterator[dict[str, str]]:
         raise RunError(
             f"{source.key}: reading it failed ({one_line(error, 200)}); {advice}"
         ) from error
+
+
+def _rows_without_end(source: Source, data: DataSettings) -> Iterator[dict[str, str]]:
+    """Yield the rows of a source again and again."""
+    while True:
+        yield from _rows(source, data)

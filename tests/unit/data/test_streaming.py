@@ -113,6 +113,15 @@ def test_sources_are_mixed_by_weight_and_begin_again(rows, writer):
     assert set(counts) == set(complete(rows))
 
 
+def test_all_rows_of_a_source_are_seen_equally_often(rows, writer):
+    write_jsonl("more.jsonl", [{"text": "film", "target": "good"}] * 100)
+    sources = [{"file": "train.jsonl"}, {"file": "more.jsonl"}]
+    counts = collections.Counter(texts(settings(sources=sources), writer, 1500))
+    del counts["film good"]
+    assert set(counts) == set(complete(rows))
+    assert max(counts.values()) - min(counts.values()) <= 2  # the buffer holds some back
+
+
 def test_a_mistake_in_the_first_rows_is_reported_before_training(rows):
     assert problems(**settings(text_column="txt").model_dump()) == [
         "data.text_column: train.jsonl has no column 'txt'; its columns are text, target;"
