@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -80,6 +81,13 @@ def samples(file: IO[bytes], size: int) -> Iterator[bytes]:
     for number in range(SAMPLES):
         file.seek(size * number // SAMPLES)
         yield file.read(1024)
+
+
+def sample_hash(path: str | os.PathLike[str]) -> str:
+    """Return a hash of the size and of samples of a file, which may be too large to read."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return hashlib.sha256(b"%d " % size + b"".join(samples(file, size))).hexdigest()
 
 
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:

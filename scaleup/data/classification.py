@@ -316,11 +316,10 @@ def prior(examples: Examples) -> list[float]:
 
 def provenance(examples: Examples) -> list[dict[str, Any]]:
     """Return what identifies the data of a run: per set its rows, and a file hash or a hub id."""
-    keys = ("split", "rows", "sha256", "hub_id")
-    # A stream is read again when the run continues, so it must be the same.
-    of_stream = (*keys, "revision", "size", "samples")
+    keys = ["split", "rows", "sha256", "hub_id", "samples"]
+    # A stream is read again when the run continues, so the commit must be the same, too.
     return [
-        {key: source[key] for key in (keys if "rows" in source else of_stream) if key in source}
+        {key: source[key] for key in keys + ["revision"] * ("rows" not in source) if key in source}
         for source in examples.sources
     ]
 

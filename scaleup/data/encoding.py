@@ -16,6 +16,7 @@ from scaleup.data.metrics import IGNORED
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings
 
+CHARACTERS = 100  # a token has fewer, except in odd texts; what no token needs is cut first
 TOKEN_IDS = datasets.List(datasets.Value("int32"))
 TYPES = {
     "input_ids": TOKEN_IDS,
@@ -58,9 +59,11 @@ def _completions(
     """Encode prompts and completions."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     plain = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
-    texts = [data.prompt_template.replace("{text}", text) for text in batch["text"]]
+    most = CHARACTERS * data.max_length  # a prompt that is too long loses its beginning
+    texts = [data.prompt_template.replace("{text}", text[-most:]) for text in batch["text"]]
+    targets = [text[:most] for text in batch["target"]]
     encoded = []
-    for source, target in zip(plain(texts)["input_ids"], plain(batch["target"])["input_ids"]):
+    for source, target in zip(plain(texts)["input_ids"], plain(targets)["input_ids"]):
         prompt, completion = begin + source, [*target, tokenizer.eos_token_id]
         counted = [False] * len(prompt) + [True] * len(completion)
         encoded.append(Chat(prompt + completion, counted, len(prompt), prompt))
@@ -73,10 +76,10 @@ def _encode_pairs(
     """Encode rows for seq2seq: the source for the encoder, the target as labels."""
     encode = functools.partial(tokenizer, truncation=True, split_special_tokens=True)
     sources = [
-        data.prompt_template.replace("{text}", text[: 100 * data.max_length])
+        data.prompt_template.replace("{text}", text[: CHARACTERS * data.max_length])
         for text in batch["text"]
     ]
-    targets = [text[: 100 * data.max_target_length] for text in batch["target"]]
+    targets = [text[: CHARACTERS * data.max_target_length] for text in batch["target"]]
     inputs = encode(sources, max_length=data.max_length)
     labels = encode(text_target=targets, max_length=data.max_target_length)["input_ids"]
     columns = {name: inputs[name] for name in ("input_ids", "attention_mask")}

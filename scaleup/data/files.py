@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaleup.errors import ConfigError, one_line
-from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes, samples
+from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes, sample_hash
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 ROWS = 1000  # of a batch at most
@@ -225,13 +225,11 @@ def read_table(key: str, file: str, hashed: bool = True) -> Table:
             problem = "is a Git LFS pointer instead of the file itself; run `git lfs pull`"
             raise ConfigError(f"{place} {problem}")
         source: dict[str, Any] = {"file": file}
-        with open(file, "rb") as content:
-            if hashed:
+        if hashed:
+            with open(file, "rb") as content:
                 source["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
-            else:
-                source["size"] = os.fstat(content.fileno()).st_size
-                pieces = b"".join(samples(content, source["size"]))
-                source["samples"] = hashlib.sha256(pieces).hexdigest()
+        else:
+            source["samples"] = sample_hash(file)
         features = _features(file) if suffix == ".parquet" else {}
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, ConfigError):

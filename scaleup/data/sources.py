@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from datasets.exceptions import DatasetsError
 from scaleup.data.columns import Cleaned, clean_columns
 from scaleup.data.files import ROWS, Batch, Table, read_table
 from scaleup.errors import ConfigError, one_line
+from scaleup.io import sample_hash
 from scaleup.settings.schema import DataSettings
 
 
@@ -90,9 +93,17 @@ def _part(data: DataSettings, number: int) -> Source:
 
 
 def files(sources: dict[str, list[Source]]) -> list[str]:
-    """Return all files among the sources."""
-    every = itertools.chain.from_iterable(sources.values())
-    return [source.file for source in every if source.file is not None]
+    """Return all files among the sources, and those in local folders among them."""
+    found = []
+    for source in itertools.chain.from_iterable(sources.values()):
+        found += [source.place] if isinstance(source.place, str) else _folder_files(source.place)
+    return found
+
+
+def _folder_files(hub: HubSplit) -> list[str]:
+    """Return the files of a data set that is a local folder; [] on the hub."""
+    folder = pathlib.Path(hub.path)
+    return sorted(str(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _hub_batches(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[Batch]:
@@ -104,6 +115,8 @@ def _hub_batches(rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[
 def _hub_table(key: str, hub: HubSplit, stream: int | None) -> Table:
     place, revision = f"the hub's {hub.split} split", hub.revision
     source: dict[str, Any] = {"hub_id": hub.path, "name": hub.subset}
+    if local := _folder_files(hub):
+        source["samples"] = hashlib.sha256("".join(map(sample_hash, local)).encode()).hexdigest()
     try:
         if stream is not None:
             revision = _commit(hub)

@@ -169,11 +169,22 @@ def _parts(data: DataSettings, described: list[dict[str, Any]]) -> list[Source]:
 
 
 def _rows(source: Source, data: DataSettings) -> Iterator[dict[str, str]]:
-    """Yield the rows of a source once."""
+    """Yield the rows of a source once.
+
+    Raises:
+        ConfigError: a row has a mistake.
+        RunError: the source cannot be read any more.
+    """
     try:
         for batch in read_pairs(Reading("train", [source]), data):
             for text, target in zip(batch["text"], batch["target"]):
                 yield {"text": text, "target": target}
+    except ConfigError as error:
+        advice = (
+            "Correct the data, and start anew or with train.resume=weights_only; "
+            "scaleup prepare finds such mistakes in advance"
+        )
+        raise ConfigError([f"{problem}. {advice}" for problem in error.problems]) from error
     except (OSError, RuntimeError, DatasetsError) as error:
         if isinstance(error, RunError):
             raise
