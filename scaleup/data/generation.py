@@ -90,8 +90,10 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
         prepared.write(folder / "train.arrow", TEXTS, chosen)
         train_set = prepared.read(folder / "train.arrow")
     in_train = len(dev) > 0
-    dev_part = prepared.read(raw["train" if in_train else "validation"])
-    dev_groups = _by_source(prepared.rows_of(dev_part, dev if in_train else None))
+    dev_groups: dict[str, list[str]] = {}  # empty: a stream without them, which the rules refuse
+    if in_train or "validation" in rows:
+        dev_part = prepared.read(raw["train" if in_train else "validation"])
+        dev_groups = _by_source(prepared.rows_of(dev_part, dev if in_train else None))
     test_groups: dict[str, list[str]] = {}
     if "test" in rows:
         test_groups = _by_source(prepared.rows_of(prepared.read(raw["test"])))

@@ -154,6 +154,11 @@ def test_an_empty_source_is_refused(rows):
     assert problems(**settings().model_dump()) == ["data.train_file: train.jsonl is empty"]
 
 
+def test_a_stream_without_development_data_is_no_problem_of_the_folder(rows):
+    """The rules refuse it; reading adds nothing about data.cache_dir."""
+    assert load(settings(validation_file=None)).dev is not None
+
+
 def test_nothing_of_the_training_data_is_stored(rows, writer):
     opened(settings(), writer)
     assert sorted({path.stem for path in pathlib.Path("cache").rglob("*.arrow")}) == [
