@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "in the memory of the host or in files (default: most of what is free)"
     )
     add("--max-memory", metavar="24GiB", help=memory)
-    drop = "largest loss of the metric, in points of 100 (default: 1.0)"
+    drop = "largest loss of the metric, in points of 100; of the loss, in hundredths (default: 1.0)"
     add("--max-metric-drop", type=float, metavar="POINTS", help=drop)
     add_trust_argument(parser)
     verify = "load the export in a new process, compare its logits and score it"
@@ -171,8 +171,9 @@ def _summary(report: "ExportReport", output: Path) -> list[str]:
 def _verification_lines(proof: "Proof") -> list[str]:
     metric, milliseconds = proof.metric, proof.milliseconds_per_batch
     logits = proof.logit_difference
+    before, after = metric.shown
     score = (
-        f"{metric.name:<10} {metric.before:.2f} before, {metric.after:.2f} after "
+        f"{metric.name:<10} {before} before, {after} after "
         f"on {proof.data} ({proof.examples} examples)"
     )
     if proof.agreement is not None:

@@ -110,8 +110,9 @@ def _scores(report: ExportReport) -> str:
     metric, agreement = proof.metric, ""
     if proof.agreement is not None:
         agreement = f" {100 * proof.agreement:.1f}% of the predictions are the same."
+    before, after = metric.shown
     return (
-        f"{metric.name} on {proof.data} ({proof.examples} examples): {metric.before:.2f} before "
-        f"the export, {metric.after:.2f} after it. Logits moved by at most "
+        f"{metric.name} on {proof.data} ({proof.examples} examples): {before} before "
+        f"the export, {after} after it. Logits moved by at most "
         f"{proof.logit_difference['max']:.2g}.{agreement} export.json has all measurements."
     )

@@ -126,11 +126,22 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """The run's metric in points, of the trained model and of the export."""
+    """The metric of the trained model and of the export: in points, or a loss as it is."""
 
     name: str
     before: float
     after: float
+
+    @property
+    def drop(self) -> float:
+        """What the export loses, in points. A loss that rises by 0.01 is one point."""
+        return 100 * (self.after - self.before) if self.name == "loss" else self.before - self.after
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Both scores as texts."""
+        digits = 4 if self.name == "loss" else 2
+        return f"{self.before:.{digits}f}", f"{self.after:.{digits}f}"
 
 
 @dataclasses.dataclass(frozen=True)

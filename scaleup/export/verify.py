@@ -207,11 +207,11 @@ class Evaluation:
         return self.run_process("after", ["-I", measure.__file__], job, Measurements)
 
     def score(self, measured: Measurements) -> float:
-        """Return the run's metric, in points."""
+        """Return the run's metric in points, or the loss."""
         name = self.examples.metric
         if name == "loss":
             assert measured.loss is not None
-            return 100 * measured.loss
+            return measured.loss
         if measured.written:
             longest, pad = max(map(len, measured.written)), self.tokenizer.pad_token_id
             outputs = np.array([row + [pad] * (longest - len(row)) for row in measured.written])
@@ -282,7 +282,8 @@ def verify_export(
     name = evaluation.examples.metric
     scores = evaluation.score(before), evaluation.score(after)
     _check_run_score(evaluation, name, scores[0])
-    _check_drop(options, name, *scores)
+    metric = Metric(name, round(scores[0], 6), round(scores[1], 6))
+    _check_drop(options, metric)
     differences = (after.logits - before.logits).abs()
     measured: dict[str, Measurements] = {"before": before, "after": after}
     return Proof(
@@ -290,7 +291,7 @@ def verify_export(
         examples=evaluation.size,
         reload_difference=reload_difference,
         logit_difference={"max": differences.max().item(), "mean": differences.mean().item()},
-        metric=Metric(name, round(scores[0], 4), round(scores[1], 4)),
+        metric=metric,
         agreement=evaluation.agreement(before, after),
         milliseconds_per_batch={
             key: round(1000 * statistics.median(m.seconds), 2) for key, m in measured.items()
@@ -325,18 +326,18 @@ def _check_run_score(evaluation: Evaluation, name: str, score: float) -> None:
         )
 
 
-def _check_drop(options: ExportOptions, name: str, before: float, after: float) -> None:
+def _check_drop(options: ExportOptions, metric: Metric) -> None:
     """Raise ExportError if the export loses more of the metric than allowed."""
-    drop = after - before if name == "loss" else before - after
-    if not drop > options.max_metric_drop:
+    if not metric.drop > options.max_metric_drop:
         return
+    before, after = metric.shown
     advice = {
         "merged": "; --kind standalone keeps the learned gates",
         "standalone": "; the data type or the quantisation of the weights is the cause: "
         "try --dtype float32",
     }
     raise ExportError(
-        f"{name} on {options.calibrate} went from {before:.2f} to {after:.2f}, more than "
+        f"{metric.name} on {options.calibrate} went from {before} to {after}, more than "
         f"--max-metric-drop {options.max_metric_drop:g} allows; nothing was kept"
         + advice.get(options.kind, "")
     )
