@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from scaleup import machine
 from scaleup.backbone import loading, weights
 from scaleup.backbone.folder import folder_problems
-from scaleup.backbone.precision import device_half_dtype
+from scaleup.backbone.precision import backbone_dtype, device_half_dtype
 from scaleup.data.glue import HUB_ID
 from scaleup.errors import ConfigError, one_line
 from scaleup.memory.requirements import unmet_requirements
@@ -64,9 +64,15 @@ def packages() -> dict[str, str | None]:
     return {"python": platform.python_version(), **machine.versions(), **cuda}
 
 
+def _computing_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """Return the type of most matrix products: that of mixed precision, or of the backbone."""
+    half = device_half_dtype(settings, device)
+    return half or backbone_dtype(settings, half)
+
+
 def precision(settings: Settings, device: torch.device) -> str:
     """Return what a run computes in on this device."""
-    return str(device_half_dtype(settings, device) or torch.float32).removeprefix("torch.")
+    return str(_computing_dtype(settings, device)).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -237,7 +243,7 @@ def compute_speed(settings: Settings, width: int, device: torch.device) -> float
     It has the tokens of a batch as rows, and the hidden size as both other dimensions.
     """
     rows = settings.train.per_device_train_batch_size * settings.data.max_length
-    dtype = device_half_dtype(settings, device) or torch.float32
+    dtype = _computing_dtype(settings, device)
     x, weight = (torch.ones(size, width, dtype=dtype, device=device) for size in (rows, width))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     x @ weight

@@ -190,6 +190,16 @@ def test_the_command_alone_measures_and_estimates(workspace, tmp_path, capsys):
     assert "all-reduce" not in shown and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "computed"), [({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16")]
+)
+def test_the_type_of_the_backbone_is_what_a_run_without_mixed_precision_computes_in(
+    section, computed
+):
+    settings = examination.Settings.model_validate({"model": section, "train": {"bf16": False}})
+    assert host.precision(settings, torch.device("cpu")) == computed
+
+
 def test_the_command_lists_what_has_to_change(workspace, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("")
     words = overrides(workspace, tmp_path, f"model.name={tmp_path / 'none'}")
