@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "predict the memory that a run will need",
     "doctor": "examine hosts, network and folders before a run",
     "export": "turn a checkpoint into a folder for others to load",
+    "push": "upload an export or a checkpoint to the Hugging Face hub",
     "sweep": "run a grid of methods, tasks, training set sizes and seeds",
     "report": "make tables and figures from finished runs",
     "bench": "compare the speed and memory of the methods",

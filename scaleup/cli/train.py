@@ -14,13 +14,16 @@ import contextlib
 import os
 import pathlib
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaleup.cli.config import add_config_arguments, load_settings, without_garbage_collection
 from scaleup.cli.exit_codes import DONE, FAILED, MUST_CHANGE, print_line, run_command, stopped_code
-from scaleup.errors import RunError
+from scaleup.errors import ConfigError, RunError
 from scaleup.io import NO_SPACE, write_problem
 from scaleup.training.signals import handle_save_signals
+
+if TYPE_CHECKING:
+    from scaleup.settings.schema import Settings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +99,11 @@ def _train(options: argparse.Namespace) -> int:
         print(to_yaml(settings), end="")
         return DONE
     distributed.check_launcher()
+    uploads = settings.train.push_to_hub and os.environ.get("RANK", "0") == "0"
+    if uploads:
+        from scaleup.export.push import check_access
+
+        check_access(settings.train.hub_model_id or "", "train.hub_model_id")
     try:
         train(settings)
     except RuntimeError as error:
@@ -111,4 +119,28 @@ def _train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         out = pathlib.Path(settings.train.output_dir)
         raise KeyboardInterrupt(resume.how_to_continue(out)) from None
+    if uploads:
+        _upload(settings)
     return DONE
+
+
+def _upload(settings: "Settings") -> None:
+    """Upload the best checkpoint of a finished run."""
+    from scaleup.cli.push import adapter_of
+    from scaleup.export.push import push
+
+    best, repo = pathlib.Path(settings.train.output_dir, "best"), settings.train.hub_model_id or ""
+    try:
+        with adapter_of(best) as folder:
+            address = push(
+                folder,
+                repo,
+                private=settings.train.hub_private_repo,
+                revision=None,
+                message="Upload with scaleup",
+                key="train.hub_model_id",
+            )
+    except (RunError, ConfigError) as error:
+        advice = f"the run is complete; upload it with: scaleup push {best} --repo {repo}"
+        raise RunError(f"{error}; {advice}") from error
+    print(f"uploaded   {address}", flush=True)

@@ -1,13 +1,14 @@
 """The model card of an exported folder."""
 
 import pathlib
+from typing import Any
 
 import yaml
 
 from scaleup.backbone.loading import load_config, pad_tokens
 from scaleup.data.classification import role_columns
 from scaleup.errors import ConfigError
-from scaleup.export.report import Export, ExportReport
+from scaleup.export.report import Export, ExportReport, Proof
 from scaleup.settings.loading import parse
 
 LOAD_ADAPTER = """import scaleup
@@ -22,6 +23,15 @@ LOAD_REMOTE_CODE = """from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("THIS FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)"""
+
+
+# What the hub calls the tasks.
+PIPELINES = {
+    "sequence_classification": "text-classification",
+    "regression": "text-classification",
+    "seq2seq": "text2text-generation",
+    "causal_lm": "text-generation",
+}
 
 
 def backbone_licence(name: str) -> str | None:
@@ -45,11 +55,15 @@ def card(export: Export, report: ExportReport) -> str:
     settings, manifest = export.settings, export.manifest
     backbone = manifest.backbone
     licence = backbone_licence(settings.model.name)
-    front = {
-        "base_model": backbone["name"],
+    front: dict[str, Any] = {
+        "base_model": None if pathlib.Path(settings.model.name).exists() else backbone["name"],
         "library_name": "peft" if report.kind == "exact" else "transformers",
         "tags": ["unipelt", "scaleup"],
+        "pipeline_tag": PIPELINES[manifest.task],
     } | ({"license": licence} if licence else {})
+    if report.proof is not None:
+        front |= _index(export, report.proof)
+    front = {key: value for key, value in front.items() if value is not None}
     outputs = len(manifest.labels or []) or (1 if manifest.task == "regression" else None)
     changes = f", num_labels={outputs}" if outputs else ""
     if outputs and not pad_tokens(load_config(settings.model)):
@@ -58,7 +72,8 @@ def card(export: Export, report: ExportReport) -> str:
     code = LOAD_ADAPTER if report.kind == "exact" else code
     task = manifest.task + ("; labels " + ", ".join(manifest.labels) if manifest.labels else "")
     sets = [
-        f"- {source['split']}: {source.get('hub_id', 'own file')}, {source['rows']} rows"
+        f"- {source['split']}: {source.get('hub_id', 'own file')}, "
+        + (f"{source['rows']} rows" if "rows" in source else "read as a stream")
         for source in manifest.data
     ]
     return f"""---
@@ -87,6 +102,21 @@ Exported by scaleup {report.versions["scaleup"]} as `{report.kind}`, gates {repo
 
 {_scores(report)}
 """
+
+
+def _index(export: Export, proof: Proof) -> dict[str, Any]:
+    """Return the scores as the hub reads them."""
+    manifest, metric = export.manifest, proof.metric
+    ids = [source["hub_id"] for source in manifest.data if "hub_id" in source]
+    name = export.settings.data.name or (ids[0] if ids else "own data")
+    result = {
+        "task": {"type": PIPELINES[manifest.task]},
+        "dataset": {"name": f"{name}, {proof.data}", "type": ids[0] if ids else "own"},
+        "metrics": [{"type": metric.name, "value": metric.after}],
+    }
+    backbone = pathlib.Path(str(manifest.backbone["name"])).name
+    index = [{"name": f"{backbone} tuned with UniPELT", "results": [result]}]
+    return {"metrics": [metric.name], "model-index": index}
 
 
 def _inputs(export: Export) -> str:

@@ -32,8 +32,10 @@ _INSTEAD = {
     "the launcher sets it": "local_rank",
     "scaleup configures Accelerate": "accelerator_config",
     "use train.seed for the order of batches and data.seed for the choice of examples": "data_seed",
-    "export the run, then upload the folder": "push_to_hub hub_token hub_private_repo hub_model_id "
-    "hub_strategy hub_always_push hub_revision",
+    "log in with `hf auth login`, or set HF_TOKEN": "hub_token",
+    "the best checkpoint is uploaded at the end, to the branch main; use scaleup push for others": (
+        "hub_strategy hub_always_push hub_revision"
+    ),
     "the run computes the lengths": "length_column_name",
     "it would change the batch size of the method silently; "
     "set train.per_device_train_batch_size": "auto_find_batch_size",
@@ -74,6 +76,9 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
         if data.streaming:
             idle[key] = "data.streaming takes the rows as they come"
             idle["train.num_train_epochs"] = "with data.streaming, train.max_steps ends training"
+    if train is not None and not train.push_to_hub:
+        keys = ("train.hub_model_id", "train.hub_private_repo")
+        idle |= dict.fromkeys(keys, "train.push_to_hub is off")
     learned = method is None or (method.name == "unipelt" and method.resolved_gates == "learned")
     if train is not None and not learned:
         idle["train.gate_learning_rate"] = "there are no learned gates"
@@ -322,6 +327,8 @@ def _train_problems(train: Any) -> list[str]:
     problems = []
     if train.max_steps == 0:
         problems.append("train.max_steps: 0 steps train nothing; -1 leaves it to num_train_epochs")
+    if train.push_to_hub and train.hub_model_id is None:
+        problems.append("train.push_to_hub: set train.hub_model_id=USER/NAME, the repository")
     if train.bf16 is True and train.fp16:
         problems.append("train.fp16: train.bf16 is on already; choose one")
     arguments = train.gradient_checkpointing_kwargs

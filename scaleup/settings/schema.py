@@ -236,6 +236,7 @@ LEARNING_RATES = {"full": 2e-5, "bitfit": 1e-4, "unipelt": 5e-4}
 
 # Settings of `train` that reach TrainingArguments under another name or not at all.
 _TRANSLATED = {"resume", "keep_checkpoints", "early_stopping_patience", "learning_rate", "bf16"}
+_TRANSLATED |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
 _TRANSLATED |= {"group_by_length", "deepspeed", "fsdp", "gate_learning_rate", "cuda_graphs"}
 
 
@@ -293,6 +294,12 @@ class DeclaredTrainSettings(Section):
     whole on every process, so that checkpoints are those of a run without it."""
     logging_steps: float = Field(10, ge=0, le=MOST)
     """Optimizer steps between lines of log.jsonl or, below 1, the share of all steps."""
+    push_to_hub: bool = False
+    """Upload the best checkpoint to the Hugging Face hub once the run is complete."""
+    hub_model_id: str | None = Field(None, min_length=1)
+    """push_to_hub: the repository, such as me/film-reviews."""
+    hub_private_repo: bool = False
+    """push_to_hub: whether a new repository can only be seen by its owner."""
     report_to: list[str] | str = "none"
     """Trackers such as tensorboard or wandb; none: no tracker."""
 

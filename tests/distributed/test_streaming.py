@@ -1,11 +1,13 @@
 """A run on a stream of rows: the same with any number of processes, and after a stop."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks.cases import start_cases
-from tests.utils.workspace import add_writer, environment, losses, writing
+from tests.utils.workspace import ROOT, add_writer, environment, losses, writing
 
 pytestmark = pytest.mark.distributed
 # 12 steps of 16 rows take more than one pass over the 120 rows.
@@ -77,6 +79,19 @@ def test_a_run_continues_in_the_second_pass_with_two_processes(runs):
 
 def test_a_run_with_dropout_continues_exactly(runs):
     assert losses(runs / "dropout-parts") == losses(runs / "dropout") != losses(runs / "one")
+
+
+def test_a_streamed_run_is_exported(runs, tmp_path):
+    words = ["--checkpoint", str(runs / "parts" / "best"), "--output", str(tmp_path / "export")]
+    done = subprocess.run(
+        [sys.executable, "-m", "scaleup", "export", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "- train: own file, read as a stream" in (tmp_path / "export/README.md").read_text()
 
 
 def test_packed_rows_are_the_same_on_two_processes(runs):

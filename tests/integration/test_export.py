@@ -244,6 +244,7 @@ def test_arguments_without_meaning_are_refused(tmp_path, capsys, words, message)
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_export_of_a_model_larger_than_the_memory_equals_the_trained_model(workspace):
     out = workspace / "out-offloaded"
     words = ["--checkpoint", str(workspace / "run" / "best"), "--kind", "merged", "--output"]

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests.utils.hub import hub
 from tests.utils.workspace import ROOT, environment, make_workspace, overrides
 
@@ -39,6 +41,7 @@ def test_a_fetched_model_trains_without_internet_access(tmp_path):
     assert pathlib.Path(tmp_path, "run", "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_named_in_one_line(tmp_path):
     folder = make_workspace(tmp_path / "workspace")
     words = [w for w in overrides(folder, tmp_path / "run") if not w.startswith("model.name")]

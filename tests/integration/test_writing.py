@@ -176,6 +176,7 @@ def test_the_recipes_run_on_tiny_models_of_their_classes_and_pass_the_plan(folde
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(folder):
     def cases(processes: int, *more: str) -> dict[str, list[str]]:
         shared = [

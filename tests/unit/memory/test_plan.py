@@ -104,6 +104,7 @@ def test_the_script_shows_writes_and_judges(workspace, tmp_path):
     assert script("--gpu-memory", "1MiB", *common).returncode == 1
 
 
+@pytest.mark.slow
 def test_every_stage_and_kind_of_weights_fits_120_columns(workspace):
     made = make_plan(settings(workspace, "train.bf16=false"), 4, "cpu", 2**30)
     assert len(made.rows) == 22 and sum(row.chosen for row in made.rows) == 1

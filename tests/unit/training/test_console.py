@@ -15,8 +15,8 @@ def lines(trained: int, *words: str) -> list[str]:
     counts |= {"stored": 100, "trained_percent": trained / 11, "stored_percent": 100 / 11}
     train = {"labels": [1.0, 2.0, 4.5]}
     examples = types.SimpleNamespace(
-        train=train, dev=[], test=None, test_is_dev=False, references=None, metric="spearman",
-        shared={}, task="regression",
+        train=train, train_rows=3, dev=[], test=None, test_is_dev=False, references=None,
+        metric="spearman", shared={}, task="regression",
     )  # fmt: skip
     world = types.SimpleNamespace(size=1, deepspeed=False, device=torch.device("cpu"))
     run = types.SimpleNamespace(
