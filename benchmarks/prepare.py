@@ -90,18 +90,19 @@ def measure_preparation(work: pathlib.Path, count: int, model: str) -> dict[str,
 RANK = """
 import json, sys
 import psutil
+import scaleup.training.run  # everything that a run imports
 from benchmarks.prepare import _memory
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.loading import load_config
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import tasks
 from scaleup.settings.schema import load
-from scaleup.training import run
 from scaleup.training.preparation import prepare
 from scaleup.training.sampler import ResumableSampler
 from torch.utils.data import DataLoader
 settings = load(None, sys.argv[1:])
 config = load_config(settings.model)
-tokenizer = run.backbone.load_tokenizer(settings.model, config)
+tokenizer = load_tokenizer(settings.model, config)
 here = psutil.Process()
 before = _memory(here)
 examples, tokenizer = prepare(fit_length(settings, config), config)

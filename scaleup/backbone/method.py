@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from scaleup.backbone import loading, precision
 from scaleup.backbone.placement import Offload, materialize_trained
 from scaleup.backbone.sharded import set_values, whole_shape
+from scaleup.backbone.tokenizer import load_tokenizer, pad_tokens
 from scaleup.backbone.weights import read_once, tensor_files
 from scaleup.errors import CheckpointError
 from scaleup.settings.schema import MethodSettings, Settings, TrainSettings
@@ -76,8 +77,8 @@ def complete_config(
     """
     if auto is AutoModelForSequenceClassification:
         loading.set_labels(config, labels)
-    if not loading.pad_tokens(config):
-        loading.load_tokenizer(settings.model, config, auto)  # sets it
+    if not pad_tokens(config):
+        load_tokenizer(settings.model, config, auto)  # sets it
 
 
 def load_run_model(

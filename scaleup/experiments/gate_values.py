@@ -21,6 +21,7 @@ from scaleup.backbone import loading as backbone
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import complete_config, load_run_model
 from scaleup.backbone.precision import device_half_dtype
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.data.examples import Examples
@@ -168,7 +169,7 @@ def from_pass(run: Run, name: str, which: str, trusted: bool = False) -> Gates:
         )
     settings = fit_length(settings, config)
     auto, labels = tasks.of(settings.data).auto, manifest.labels
-    tokenizer = backbone.load_tokenizer(settings.model, config, auto)
+    tokenizer = load_tokenizer(settings.model, config, auto)
     examples, split = _examples(settings.data, which)
     if which in SPLITS and data.provenance(examples) != manifest.data:
         raise ConfigError(

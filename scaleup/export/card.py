@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from scaleup.backbone.loading import load_config, pad_tokens
+from scaleup.backbone.loading import load_config
+from scaleup.backbone.tokenizer import pad_tokens
 from scaleup.data.classification import role_columns
 from scaleup.errors import ConfigError
 from scaleup.export.report import Export, ExportReport, Proof

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from scaleup import __version__, io
 from scaleup.backbone import loading, weights
 from scaleup.backbone.method import complete_config
+from scaleup.backbone.tokenizer import share_pad_token
 from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, ExportError, PermissionMissing, one_line
 from scaleup.export import fold
@@ -82,7 +83,7 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
         complete_config(settings, config, auto, manifest.labels)
         check_adapter_tensors(options.checkpoint, manifest, settings, config, auto)
         tokenizer = _load_tokenizer(options)
-        loading.share_pad_token(str(options.checkpoint), tokenizer, config, auto)
+        share_pad_token(str(options.checkpoint), tokenizer, config, auto)
         adapter, tensors = fold.read_checkpoint(options.checkpoint)
         export = Export(options, settings, manifest, config, tokenizer, adapter, tensors, say)
         with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:

@@ -29,8 +29,9 @@ from transformers import PretrainedConfig
 from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.loading import check_attention, load_config, pad_tokens, set_pad_token
+from scaleup.backbone.loading import check_attention, load_config
 from scaleup.backbone.method import checkpointing_problems, empty_run_model
+from scaleup.backbone.tokenizer import pad_tokens, set_pad_token
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
 from scaleup.errors import ConfigError, one_line

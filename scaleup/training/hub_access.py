@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from scaleup.backbone import loading as backbone
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import ModelSettings
 from scaleup.training import distributed
@@ -29,7 +30,7 @@ def download_once(model: ModelSettings, auto: Any, world: World) -> None:
     if world.local_main:
         try:
             config = backbone.load_config(model)
-            backbone.load_tokenizer(model, config, auto)
+            load_tokenizer(model, config, auto)
             backbone.download(model)
         except ConfigError as error:
             problem = error

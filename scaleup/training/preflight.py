@@ -26,6 +26,7 @@ from scaleup.backbone.folder import (
 from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.lengths import length_problems
 from scaleup.backbone.method import checkpointing_problems
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
 from scaleup.settings.derived import Section
@@ -129,7 +130,7 @@ def _unusable(settings: str, task: str, _state: tuple[object, ...]) -> tuple[str
         return (f"model.name: {model.name}/config.json describes no model: {reason}",)
     if has_tokenizer(pathlib.Path(model.name)):
         try:
-            backbone.load_tokenizer(model, config, auto)
+            load_tokenizer(model, config, auto)
         except ConfigError as error:
             return tuple(error.problems)
     return ()

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from scaleup.backbone import loading as backbone
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import tasks
 from scaleup.data.examples import Examples
 from scaleup.data.pairs import separate_pairs
@@ -22,7 +22,7 @@ def prepare(
     """
     task = tasks.of(settings.data)
     examples = task.module.load(settings.data)
-    tokenizer = backbone.load_tokenizer(settings.model, config, task.auto)
+    tokenizer = load_tokenizer(settings.model, config, task.auto)
     if "text_pair" in examples.dev.column_names:
         tokenizer = separate_pairs(tokenizer)  # checkpoints contain the tokenizer as it is used
     return task.module.tokenize(examples, tokenizer, settings.data), tokenizer

@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from scaleup.backbone.lengths import position_limit
-from scaleup.backbone.loading import load_config, load_model, load_tokenizer, set_labels
+from scaleup.backbone.loading import load_config, load_model, set_labels
 from scaleup.backbone.method import apply_method
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings
 from scaleup.training.preflight import model_config

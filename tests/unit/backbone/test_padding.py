@@ -12,8 +12,9 @@ from transformers import (
     Gemma3Config,
 )
 
-from scaleup.backbone.loading import load_config, load_tokenizer, pad_tokens, set_pad_token
+from scaleup.backbone.loading import load_config
 from scaleup.backbone.method import complete_config, load_run_model
+from scaleup.backbone.tokenizer import load_tokenizer, pad_tokens, set_pad_token
 from scaleup.data import classification as data
 from scaleup.errors import ConfigError
 from scaleup.settings.schema import ModelSettings, Settings, load
@@ -75,7 +76,7 @@ def test_a_decoder_with_two_pad_tokens_is_refused(tmp_path, family, special, con
 
 def test_a_decoder_of_unknown_structure_with_two_pad_tokens_is_refused(tmp_path, monkeypatch):
     make_decoder(tmp_path, "gpt2", OTHER, pad_token_id=0)
-    monkeypatch.setattr("scaleup.backbone.loading.find_attentions", lambda *_: ([], "unknown"))
+    monkeypatch.setattr("scaleup.backbone.tokenizer.find_attentions", lambda *_: ([], "unknown"))
     with pytest.raises(ConfigError, match="model.name: the pad token of"):
         loaded(tmp_path)
 

@@ -17,6 +17,7 @@ from scaleup.backbone import loading as backbone
 from scaleup.backbone import weights
 from scaleup.backbone.lengths import fit_length
 from scaleup.backbone.method import load_run_model
+from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import classification as data
 from scaleup.data import tasks
 from scaleup.errors import ConfigError
@@ -66,7 +67,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
         found = backbone.load_config(settings.model)
         settings = fit_length(settings, found)
         examples = data.load(settings.data)
-        tokenizer = backbone.load_tokenizer(settings.model, found)
+        tokenizer = load_tokenizer(settings.model, found)
         auto = tasks.of(settings.data).auto
         model = load_run_model(settings, found, auto, examples.labels, torch.device("cpu")).eval()
         torch.manual_seed(len(name))
