@@ -3,7 +3,8 @@
 from transformers import PretrainedConfig
 
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, ModelSettings, Settings
+from scaleup.settings.data import DataSettings
+from scaleup.settings.schema import ModelSettings, Settings
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

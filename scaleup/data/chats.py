@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from scaleup.errors import ConfigError, one_line
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KEY = "data.messages_column"

@@ -24,7 +24,7 @@ from scaleup.data.padding import padded_length
 from scaleup.data.pairs import separate_pairs
 from scaleup.data.sources import Reading, Source
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 CHARACTERS_PER_TOKEN = 100  # at least so many characters are tokenized for each token that is kept

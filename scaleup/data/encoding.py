@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from scaleup.data.chats import Chat, encode_chats
 from scaleup.data.metrics import IGNORED
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 CHARACTERS = 100  # a token has fewer, except in odd texts; what no token needs is cut first
 TOKEN_IDS = datasets.List(datasets.Value("int32"))

@@ -26,7 +26,7 @@ from scaleup.data.padding import TextCollator
 from scaleup.data.sources import Reading
 from scaleup.data.texts import TEXTS, read_pairs
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 DEFAULT_METRIC = {"seq2seq": "bleu", "causal_lm": "loss"}
 

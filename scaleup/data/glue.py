@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scaleup.data.sources import HubSplit, Source
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 
 class GlueTask(NamedTuple):

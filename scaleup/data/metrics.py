@@ -1,7 +1,7 @@
 """The metrics of every task.
 
 A metric that `data.metric` may name is also listed in `scaleup.settings.rules.METRICS` and in the
-type of `scaleup.settings.schema.DataSettings.metric`; `make schema docs-pages` follows.
+type of `scaleup.settings.data.DataSettings.metric`; `make schema docs-pages` follows.
 """
 
 import itertools

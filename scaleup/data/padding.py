@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from scaleup.data.metrics import IGNORED
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 
 def padded_length(longest: int, multiple: int, most: int) -> int:

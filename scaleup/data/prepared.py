@@ -28,7 +28,7 @@ from scaleup.data.examples import Examples
 from scaleup.data.once import fill_once
 from scaleup.errors import RunError
 from scaleup.io import read_json, write_json
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 SETS = ("train", "dev", "test")
 # Settings that change neither texts nor tokens.

@@ -17,7 +17,7 @@ from scaleup.data.columns import Cleaned, clean_columns
 from scaleup.data.files import ROWS, Batch, Table, read_table
 from scaleup.errors import ConfigError, one_line
 from scaleup.io import sample_hash
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from scaleup.data.sources import Source
 from scaleup.errors import ConfigError
 from scaleup.io import check_regular_file
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 
 def identical_files(sources: dict[str, list[Source]]) -> list[str]:

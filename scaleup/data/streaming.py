@@ -24,7 +24,7 @@ from scaleup.data import encoding, sources
 from scaleup.data.sources import HubSplit, Reading, Source
 from scaleup.data.texts import read_pairs
 from scaleup.errors import ConfigError, RunError, one_line
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 ENCODED = 100  # rows that are tokenized together
 AHEAD = 16  # batches of such rows that are ready before they are needed

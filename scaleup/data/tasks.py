@@ -14,8 +14,8 @@ from scaleup.data import classification
 from scaleup.data import generation as text_generation
 from scaleup.data.splits import identical_files
 from scaleup.errors import ConfigError
+from scaleup.settings.data import DataSettings
 from scaleup.settings.derived import Section
-from scaleup.settings.schema import DataSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from scaleup.data import columns as cells
 from scaleup.data.sources import Reading
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 ROLES = ("system", "user", "assistant", "tool")
 TEXTS = {"text": pa.string(), "target": pa.string()}

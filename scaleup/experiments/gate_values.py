@@ -28,8 +28,9 @@ from scaleup.data.examples import Examples
 from scaleup.data.glue import GLUE
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.experiments.runs import Run
+from scaleup.settings.data import DataSettings
 from scaleup.settings.loading import override
-from scaleup.settings.schema import DataSettings, Settings
+from scaleup.settings.schema import Settings
 from scaleup.training import checkpoint
 from scaleup.training.callbacks import GateStatistics
 from scaleup.training.run_settings import load_trained

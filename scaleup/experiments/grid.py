@@ -31,9 +31,10 @@ from pydantic import Field, PositiveInt
 
 from scaleup.errors import ConfigError
 from scaleup.io import expand_home
+from scaleup.settings.data import Path
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
-from scaleup.settings.schema import Path, Settings, stored
+from scaleup.settings.schema import Settings, stored
 from scaleup.settings.schema import load as load_config
 from scaleup.training.preflight import CHECKS
 from scaleup.training.run_settings import check_permission

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import GLUE_TASKS
+from scaleup.settings.data import GLUE_TASKS
 
 NAMES = {
     "full": "Fine-tuning",

@@ -26,6 +26,7 @@ from scaleup.export.measure import FolderJob, Job, Measurements
 from scaleup.export.report import Export, ExportOptions, Metric, Proof
 from scaleup.io import read_json
 from scaleup.settings import schema
+from scaleup.settings.data import DataSettings
 from scaleup.unipelt.submodule import Gates
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ class Evaluation:
         """Return the number of examples."""
         return sum(len(batch["labels"]) for batch in self.batches)
 
-    def _load_texts(self, data: schema.DataSettings) -> Examples:
+    def _load_texts(self, data: DataSettings) -> Examples:
         try:
             return self.module.load(data)
         except ConfigError as error:

@@ -11,9 +11,10 @@ from typing_extensions import TypedDict
 
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import read_json
+from scaleup.settings.data import DataSettings
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat
-from scaleup.settings.schema import EARLIER, DataSettings, MethodSettings, ModelSettings, Settings
+from scaleup.settings.schema import EARLIER, MethodSettings, ModelSettings, Settings
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -29,15 +29,10 @@ from scaleup.backbone.method import checkpointing_problems
 from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
+from scaleup.settings.data import DataSettings
 from scaleup.settings.derived import Section
 from scaleup.settings.presets import zero_stage
-from scaleup.settings.schema import (
-    DataSettings,
-    MethodSettings,
-    ModelSettings,
-    Settings,
-    TrainSettings,
-)
+from scaleup.settings.schema import MethodSettings, ModelSettings, Settings, TrainSettings
 from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.probe import not_for_texts

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from scaleup.data import classification as data
 from scaleup.data import tasks
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 ROWS = [
     ("good film", "pos"),

@@ -11,7 +11,8 @@ from scaleup.backbone.loading import load_config, load_model, set_labels
 from scaleup.backbone.method import apply_method
 from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, MethodSettings, ModelSettings
+from scaleup.settings.data import DataSettings
+from scaleup.settings.schema import MethodSettings, ModelSettings
 from scaleup.training.preflight import model_config
 from scaleup.unipelt.attention import FLASH
 from scaleup.unipelt.model import parameter_counts

@@ -5,7 +5,7 @@ from transformers import BertTokenizerFast
 
 from scaleup.data.chats import encode_chats
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", "<s>", *"abcdefgh", ":", "#"]
 WORDS += ["user", "assistant", "system"]

@@ -9,7 +9,7 @@ from scaleup.data import generation as sequences
 from scaleup.data.generation import collator, load, tokenize
 from scaleup.data.metrics import IGNORED, score
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 
 WORDS = [
     "[PAD]",

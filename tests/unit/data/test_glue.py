@@ -11,7 +11,7 @@ import pytest
 
 from scaleup.data import classification as data
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 from tests.utils.examples import problems, settings, write_csv, write_parquet
 
 COUNTS = {

@@ -10,7 +10,7 @@ import pytest
 
 from scaleup.data import classification, generation, prepared
 from scaleup.errors import ConfigError, RunError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 from tests.utils.examples import settings, write_csv, write_jsonl
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"

@@ -7,7 +7,8 @@ import pytest
 
 from scaleup.data import classification, generation
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import DataSettings, load
+from scaleup.settings.data import DataSettings
+from scaleup.settings.schema import load
 from tests.utils.examples import problems, settings, write_csv, write_jsonl
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -15,7 +15,7 @@ from scaleup.data.classification import provenance
 from scaleup.data.examples import Examples
 from scaleup.data.generation import load, tokenize
 from scaleup.errors import ConfigError, RunError
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 from scaleup.settings.schema import load as load_settings
 from tests.utils.examples import problems, write, write_jsonl
 

@@ -23,6 +23,7 @@ from scaleup.data import tasks
 from scaleup.errors import ConfigError
 from scaleup.experiments import gate_values, gates, results
 from scaleup.settings import schema as config
+from scaleup.settings.data import DataSettings
 from scaleup.training import checkpoint
 from scaleup.training.manifest import Manifest
 from scaleup.unipelt.gate import GateMoments, LearnedGate
@@ -369,7 +370,7 @@ def test_the_gates_of_a_row_of_a_table_are_those_of_the_run(gated, tmp_path):
 def test_a_file_with_the_columns_of_a_glue_task_can_be_examined(tmp_path):
     rows = "".join(f"a film,a movie {i},{i % 6}\n" for i in range(12))
     (tmp_path / "pairs.csv").write_text(f"sentence1,sentence2,label\n{rows}")
-    settings = config.DataSettings(name="stsb", k=8, dev_size=2)
+    settings = DataSettings(name="stsb", k=8, dev_size=2)
     examples, split = gate_values._examples(settings, str(tmp_path / "pairs.csv"))
     chosen = getattr(examples, split)
     assert len(chosen) == 12 and examples.labels is None

@@ -21,7 +21,7 @@ from scaleup.cli import entry
 from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.settings import schema
-from scaleup.settings.schema import DataSettings
+from scaleup.settings.data import DataSettings
 from scaleup.training.checkpoint import verify
 from scaleup.training.deepspeed_file import deepspeed_problems
 from scaleup.training.preflight import CHECKS
