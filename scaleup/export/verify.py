@@ -117,7 +117,7 @@ class Evaluation:
 
     def _check_pairs(self, texts: Examples) -> None:
         """Raise ConfigError if the run joined its pairs of texts without a separator."""
-        is_pair = "text_pair" in texts.train.column_names
+        is_pair = "text_pair" in texts.dev.column_names
         if is_pair and separate_pairs(self.tokenizer) is not self.tokenizer:
             raise ConfigError(
                 f"--checkpoint: {self.options.checkpoint} was trained on pairs of texts without a "
