@@ -190,7 +190,7 @@ class Reading:
 
     @property
     def streams(self) -> bool:
-        """Whether the rows are read while training, instead of before."""
+        """Return whether the rows are read while training, instead of before."""
         return any(source.stream is not None for source in self.sources)
 
     @property
