@@ -191,3 +191,16 @@ def test_settings_that_do_not_fit_together_are_named(words, message):
     with pytest.raises(ConfigError) as caught:
         load(None, words)
     assert any(problem.startswith(message) for problem in caught.value.problems), caught.value
+
+
+def test_a_local_folder_that_changed_is_read_anew(in_tmp):
+    (in_tmp / "texts").mkdir()
+    data = settings(path="texts", dev_size=2, cache_dir="cache")
+    found = []
+    for word in ("one", "two"):
+        rows = [{"text": f"{word} {i}", "label": "ab"[i % 2]} for i in range(6)]
+        write_jsonl("texts/train.jsonl", rows)
+        found.append(classification.load(data))
+    assert all(text.startswith("two") for text in found[1].train["text"])
+    assert found[0].content != found[1].content
+    assert classification.provenance(found[0]) != classification.provenance(found[1])
