@@ -22,6 +22,7 @@ from scaleup.cli.exit_codes import DONE
 from scaleup.errors import ConfigError
 
 KEY = "--repo"
+MESSAGE = "Upload with scaleup"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--private", action="store_true", help=private)
     add("--revision", metavar="BRANCH", help="branch to upload to (default: main)")
     message = "message of the commit"
-    add("--message", default="Upload with scaleup", metavar="TEXT", help=message)
+    add("--message", default=MESSAGE, metavar="TEXT", help=message)
 
 
 def run(options: argparse.Namespace) -> int:

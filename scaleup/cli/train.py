@@ -126,7 +126,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _upload(settings: "Settings") -> None:
     """Upload the best checkpoint of a finished run."""
-    from scaleup.cli.push import adapter_of
+    from scaleup.cli.push import MESSAGE, adapter_of
     from scaleup.export.push import push
 
     best, repo = pathlib.Path(settings.train.output_dir, "best"), settings.train.hub_model_id or ""
@@ -136,8 +136,7 @@ def _upload(settings: "Settings") -> None:
                 folder,
                 repo,
                 private=settings.train.hub_private_repo,
-                revision=None,
-                message="Upload with scaleup",
+                message=MESSAGE,
                 key="train.hub_model_id",
             )
     except (RunError, ConfigError) as error:

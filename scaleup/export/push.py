@@ -57,7 +57,13 @@ def check_access(repo: str, key: str) -> None:
 
 
 def push(
-    folder: pathlib.Path, repo: str, *, private: bool, revision: str | None, message: str, key: str
+    folder: pathlib.Path,
+    repo: str,
+    *,
+    private: bool,
+    message: str,
+    key: str,
+    revision: str | None = None,
 ) -> str:
     """Upload the files of a folder, and return the address of the commit.
 
