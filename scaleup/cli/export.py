@@ -6,6 +6,11 @@
         a transformers folder that needs neither PEFT nor scaleup
     scaleup export --checkpoint RUN/best --kind merged --output DIR
         such a folder with constant gates, which is faster but not exact
+    scaleup export --checkpoint RUN/best --kind plain --output DIR
+        a model of the backbone's own class without code, which every engine loads; its weights
+        absorb what UniPELT does, approximately
+    scaleup export --checkpoint RUN/best --kind lora --output DIR
+        the same as a LoRA adapter of PEFT for the backbone
 
 DIR/export.json holds the measurements: logits, metric, agreement, sizes, times and, for merged, the
 mean and spread of every gate. The command needs no GPU and no other process.
@@ -33,9 +38,11 @@ if TYPE_CHECKING:
 
 # Options without effect on an export of this kind.
 IDLE = {
-    "exact": ("examples", "prune", "dtype", "max_shard_size"),
-    "standalone": ("examples", "prune"),
-    "merged": (),
+    "exact": ("examples", "prune", "dtype", "max_shard_size", "rank", "epochs"),
+    "standalone": ("examples", "prune", "rank", "epochs"),
+    "merged": ("rank", "epochs"),
+    "plain": ("prune",),
+    "lora": ("prune", "dtype", "max_shard_size"),
 }
 
 
@@ -56,8 +63,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "run's data (default: dev)"
     )
     add("--calibrate", metavar="DATA", default="dev", help=calibrate)
-    examples = "merged: number of examples to measure the gates on (default: 256)"
+    examples = (
+        "merged: number of examples to measure the gates on (default: 256); plain, lora: number of "
+        "training examples to fit the updates to (default: 1024)"
+    )
     add("--examples", type=int, metavar="N", help=examples)
+    rank = "plain, lora: rank of the update of each linear layer (default: 32)"
+    add("--rank", type=int, metavar="R", help=rank)
+    epochs = (
+        "plain, lora: passes over these examples that bring the predictions to those of the "
+        "trained model (default: 3)"
+    )
+    add("--epochs", type=int, metavar="N", help=epochs)
     prune = (
         "merged: leave out prefixes and adapters that change less than this share of what they are "
         "added to (default: 0)"
@@ -131,11 +148,14 @@ def _problems(options: argparse.Namespace) -> list[str]:
             "--max-metric-drop: nothing is scored with --no-verify; leave one of them out"
         )
     for flag in ("metric", "max_memory"):
-        if getattr(options, flag) is not None and not (options.verify or options.kind == "merged"):
+        measures = options.verify or options.kind not in ("exact", "standalone")
+        if getattr(options, flag) is not None and not measures:
             name = flag.replace("_", "-")
             problems.append(f"--{name}: has no effect with --no-verify; leave one of them out")
-    if options.examples is not None and options.examples < 1:
-        problems.append(f"--examples: {options.examples}; it takes at least 1")
+    for name, least in (("examples", 1), ("rank", 1), ("epochs", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            problems.append(f"--{name}: {value}; it takes at least {least}")
     for name in ("prune", "max_metric_drop"):
         value = getattr(options, name)
         if value is not None and not value >= 0:
@@ -152,7 +172,9 @@ def _summary(report: "ExportReport", output: Path) -> list[str]:
         f"{report.kind:<10} {output}: {sizes['weights'] / 1e6:.1f} MB of weights "
         f"(the checkpoint: {sizes['checkpoint'] / 1e6:.1f} MB), gates {report.gates}"
     ]
-    if report.kind != "exact":
+    if report.kind == "lora":
+        lines.append("loads with PEFT, without scaleup")
+    elif report.kind != "exact":
         plain = "plain transformers, no remote code"
         lines.append(f"loads with {'trust_remote_code=True' if report.remote_code else plain}")
     if report.calibration is not None:
@@ -162,6 +184,15 @@ def _summary(report: "ExportReport", output: Path) -> list[str]:
         if gates:
             widest = max(gates, key=lambda gate: gate.spread)
             line += f"; widest spread {widest.spread:.3f} ({widest.part} at {widest.site})"
+        lines.append(line)
+    if (absorption := report.absorption) is not None:
+        shares = absorption.unexplained.values()
+        line = (
+            f"updates    rank {absorption.rank}, fitted to {absorption.examples} examples; least "
+        )
+        line += f"squares left {100 * sum(shares) / len(shares):.1f}% of what UniPELT changes"
+        if absorption.losses:
+            line += f"; difference of the predictions {absorption.losses[-1]:.2g}"
         lines.append(line)
     if report.proof is not None:
         lines += _verification_lines(report.proof)

@@ -5,6 +5,7 @@
 Shapes: B examples, T tokens, D hidden size.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -20,6 +21,7 @@ from scaleup.backbone.method import load_run_model
 from scaleup.backbone.placement import Offload
 from scaleup.data import tasks
 from scaleup.data.metrics import IGNORED
+from scaleup.export.low_rank import Student
 from scaleup.export.measure import Job, Measurements, measure
 from scaleup.settings import schema
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool
@@ -46,6 +48,7 @@ class TrainedJob(Job):
         examples: number of examples to measure the gates on; 0: do not measure gates.
         gates: (site, submodule, constant) to put in place of each gate, None to keep the gates.
         dropped: (site, submodule) pairs that are left out.
+        updates: a file of low-rank updates; measure the bare backbone with them instead.
     """
 
     config: str
@@ -57,6 +60,7 @@ class TrainedJob(Job):
     examples: int = 0
     gates: list[tuple[str, str, float]] | None = None
     dropped: list[Place] = dataclasses.field(default_factory=list)
+    updates: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -203,8 +207,13 @@ def main() -> None:
     if job.gates is not None:
         constants = {(site, part): value for site, part, value in job.gates}
         freeze(model, constants, {(site, part) for site, part in job.dropped})
+    changed: Any = contextlib.nullcontext()
+    if job.updates is not None:
+        changed = Student.load(model, pathlib.Path(job.updates), device).active()
+    with changed:
+        measured = measure(model, batches, job.generate, device)
     measurements = TrainedMeasurements(
-        **vars(measure(model, batches, job.generate, device)),
+        **vars(measured),
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
         gates=observer.gates() if observer else {},
         effects=observer.effects() if observer else {},

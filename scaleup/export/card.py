@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import {auto}
 
 model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"{changes}), "THIS FOLDER")"""
+LOAD_LORA = LOAD_ADAPTER.removeprefix("import scaleup\n")
 LOAD_PLAIN = """from transformers import {auto}
 
 model = {auto}.from_pretrained("THIS FOLDER")"""
@@ -58,7 +59,7 @@ def card(export: Export, report: ExportReport) -> str:
     licence = backbone_licence(settings.model.name)
     front: dict[str, Any] = {
         "base_model": None if pathlib.Path(settings.model.name).exists() else backbone["name"],
-        "library_name": "peft" if report.kind == "exact" else "transformers",
+        "library_name": "peft" if report.kind in ("exact", "lora") else "transformers",
         "tags": ["unipelt", "scaleup"],
         "pipeline_tag": PIPELINES[manifest.task],
     } | ({"license": licence} if licence else {})
@@ -70,7 +71,7 @@ def card(export: Export, report: ExportReport) -> str:
     if outputs and not pad_tokens(load_config(settings.model)):
         changes += f", pad_token_id={export.tokenizer.pad_token_id}"
     code = LOAD_REMOTE_CODE if report.remote_code else LOAD_PLAIN
-    code = LOAD_ADAPTER if report.kind == "exact" else code
+    code = {"exact": LOAD_ADAPTER, "lora": LOAD_LORA}.get(report.kind, code)
     task = manifest.task + ("; labels " + ", ".join(manifest.labels) if manifest.labels else "")
     sets = [
         f"- {source['split']}: {source.get('hub_id', 'own file')}, "

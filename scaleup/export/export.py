@@ -6,6 +6,8 @@ exact       the adapter checkpoint with the prefix's MLP collapsed, for `PeftMod
             after `import scaleup`
 standalone  a transformers folder that needs neither scaleup nor PEFT; gates stay learned
 merged      such a folder with a constant in place of each gate: its mean over calibration data
+plain       a model of the backbone's own class, whose weights approximate what UniPELT does
+lora        the same as a LoRA adapter of PEFT
 
 Measurements run the whole model in processes of their own. The process of the export holds only one
 shard of the backbone at a time.
@@ -29,12 +31,19 @@ from scaleup.backbone.method import complete_config
 from scaleup.backbone.tokenizer import share_pad_token
 from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, ExportError, PermissionMissing, one_line
-from scaleup.export import fold
+from scaleup.export import absorbed, fold
 from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
 from scaleup.export.folder import FolderWriter
 from scaleup.export.measure import peak_mib
-from scaleup.export.report import Calibration, Export, ExportOptions, ExportReport, GateReport
+from scaleup.export.report import (
+    Absorption,
+    Calibration,
+    Export,
+    ExportOptions,
+    ExportReport,
+    GateReport,
+)
 from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings.loading import override
@@ -122,7 +131,7 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     settings = load_trained(path, manifest, overrides, options.trust_remote_code)
     _check_tokenizer_code(options)
     own_file = options.calibrate not in ("dev", "test")
-    if options.kind == "merged" and own_file and settings.data.name is not None:
+    if options.kind in ("merged", "plain", "lora") and own_file and settings.data.name:
         raise ConfigError(
             f"--calibrate: the run's data is {settings.data.name}, which is not a file; use dev or "
             "test"
@@ -224,16 +233,22 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
         export.config, export.settings.model.attention, export.dtype, export.auto
     )
     sites = find_sites(empty)
-    evaluation = before = calibration = None
+    evaluation = before = calibration = absorption = updates = None
     gates, dropped = None, set[Place]()
     if export.has_constants and export.adapter.gates == "none":
         gates = fold.constant_gates(export.adapter, *sites)
-    if options.verify or export.needs_calibration:
+    if options.verify or export.needs_calibration or options.absorbs:
         evaluation = Evaluation(export, work)
         batches = len(evaluation.batches)
         export.say(f"measuring {options.checkpoint} on {batches} batches of {BATCH}")
-        examples = min(options.examples, evaluation.size) if export.needs_calibration else 0
+        examples = (
+            min(options.resolved_examples, evaluation.size) if export.needs_calibration else 0
+        )
         before = evaluation.measure_trained("before", examples=examples)
+        if options.absorbs:
+            updates = work / "updates.safetensors"
+            export.say(f"fitting updates of rank {options.rank} to its layers and predictions")
+            absorption = absorbed.fit_updates(evaluation, updates)
         if export.needs_calibration:
             gates = gates or {key: mean for key, (mean, _) in before.gates.items()}
             dropped = {key for key, effect in before.effects.items() if effect < options.prune}
@@ -241,15 +256,21 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
     writer = None
     if options.kind == "exact":
         size = _write_adapter(export, staging)
+    elif options.kind == "lora":
+        assert updates is not None
+        size = absorbed.write_lora(export, empty, updates, staging)
     else:
-        folded = fold.fold(export.adapter, export.tensors, *sites, gates, frozenset(dropped))
+        if updates is not None:
+            folded = absorbed.folded(export, updates)
+        else:
+            folded = fold.fold(export.adapter, export.tensors, *sites, gates, frozenset(dropped))
         writer = FolderWriter(empty, folded, export.dtype, staging)
         size = _write_folder(export, writer)
     _copy_tokenizer(options.checkpoint, staging, manifest)
-    report = _report(export, size, writer, calibration)
+    report = _report(export, size, writer, calibration, absorption)
     if options.verify and evaluation is not None and before is not None:
         export.say("loading the export in a new process")
-        proof = verify_export(evaluation, staging, before, gates, dropped)
+        proof = verify_export(evaluation, staging, before, gates, dropped, updates)
         report = dataclasses.replace(report, proof=proof)
     io.write_json(staging / "export.json", report.to_json())
     text = card(export, report)
@@ -314,7 +335,11 @@ def _calibration(
 
 
 def _report(
-    export: Export, size: int, writer: FolderWriter | None, calibration: Calibration | None
+    export: Export,
+    size: int,
+    writer: FolderWriter | None,
+    calibration: Calibration | None,
+    absorption: Absorption | None,
 ) -> ExportReport:
     """Return the report of an export that is not verified yet; `size`: bytes of the weights."""
     checkpoint = export.options.checkpoint
@@ -323,11 +348,12 @@ def _report(
         kind=export.options.kind,
         checkpoint=str(checkpoint),
         backbone=export.manifest.backbone,
-        gates="frozen" if export.has_constants else "learned",
+        gates="absorbed" if absorption else "frozen" if export.has_constants else "learned",
         remote_code=writer is not None and writer.folded.specification is not None,
         dtype=None if writer is None else dtype_name(writer.dtype),
         calibration=calibration,
         bytes={"weights": size, "checkpoint": sum(path.stat().st_size for path in files)},
         peak_memory_mib={"writing": round(peak_mib(), 1)},
         versions=versions("torch transformers peft") | {"scaleup": __version__},
+        absorption=absorption,
     )

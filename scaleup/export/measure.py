@@ -61,11 +61,15 @@ class FolderJob(Job):
         folder: the folder.
         auto: name of transformers' AutoModelFor… class.
         attention: the attention implementation.
+        adapter: a folder with a LoRA adapter of PEFT for the model in `folder`, None without one.
+        settings: entries of the model's config that the adapter needs.
     """
 
     folder: str
     auto: str
     attention: str
+    adapter: str | None = None
+    settings: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -180,7 +184,7 @@ def _keep_own_tensors(model: Any, folder: pathlib.Path, device: torch.device) ->
 def main() -> None:
     """Measure an exported folder. The argument is the file of a FolderJob."""
     job = FolderJob.from_json(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for name in ("scaleup", "peft"):
+    for name in ("scaleup", "peft") if job.adapter is None else ("scaleup",):
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it raises from here on
     transformers.utils.logging.disable_progress_bar()
     # Modules of UniPELT expect all inputs of a model on one device.
@@ -196,7 +200,12 @@ def main() -> None:
         device_map="auto",
         max_memory=limits,
         offload_folder=job.offload,
+        **job.settings,
     )
+    if job.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, job.adapter)
     _keep_own_tensors(model, pathlib.Path(job.folder), device)
     measure(model.eval(), torch.load(job.batches), job.generate, device).save(job.output)
 

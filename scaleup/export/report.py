@@ -19,13 +19,16 @@ class ExportOptions:
     """What to export and how. `scaleup export --help` describes each option.
 
     Attributes:
-        kind: "exact", "standalone" or "merged".
+        kind: "exact", "standalone", "merged", "plain" or "lora".
+        examples: number of examples that the export depends on; None: the default of the kind.
         calibrate: "dev", "test" or a file with the columns of the run's data.
         max_shard_bytes: largest size of a weights file.
         metric: what to score instead of the run's metric.
         max_memory_bytes: memory of the device that weights may take while the export is measured;
             None: most of what is free. The rest waits in the memory of the host or in files.
         trust_remote_code: allow code that comes with the backbone, if the run's config asks for it.
+        rank: rank of the updates that absorb UniPELT.
+        epochs: passes over the training examples for the predictions with these updates.
     """
 
     checkpoint: pathlib.Path
@@ -34,7 +37,7 @@ class ExportOptions:
     config: pathlib.Path | None = None
     backbone: str | None = None
     calibrate: str = "dev"
-    examples: int = 256
+    examples: int | None = None
     prune: float = 0.0
     dtype: str | None = None
     max_shard_bytes: int = 2 * 10**9
@@ -43,6 +46,18 @@ class ExportOptions:
     metric: str | None = None
     max_memory_bytes: int | None = None
     trust_remote_code: bool = False
+    rank: int = 32
+    epochs: int = 3
+
+    @property
+    def absorbs(self) -> bool:
+        """Return whether the effect of UniPELT is absorbed into low-rank updates."""
+        return self.kind in ("plain", "lora")
+
+    @property
+    def resolved_examples(self) -> int:
+        """Return the number of examples that the export depends on."""
+        return self.examples or (1024 if self.absorbs else 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +140,23 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
+class Absorption:
+    """The low-rank updates that stand for UniPELT.
+
+    Attributes:
+        examples: number of training examples that they were fitted to.
+        unexplained: share of the squared change of each block's output that least squares left.
+        losses: mean difference of the predictions in each epoch after that: KL divergence, or the
+            squared error of a regression.
+    """
+
+    rank: int
+    examples: int
+    unexplained: dict[str, float]
+    losses: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Metric:
     """The metric of the trained model and of the export: in points, or a loss as it is."""
 
@@ -169,7 +201,7 @@ class ExportReport:
     """What an export is and what was measured of it.
 
     Attributes:
-        gates: "learned", or "frozen" if constants replace them.
+        gates: "learned", "frozen" if constants replace them, "absorbed" if updates stand for all.
         remote_code: whether the folder contains modelling code.
         dtype: data type of the backbone's weights, None for an exact export.
         calibration: None if nothing depends on data.
@@ -188,12 +220,14 @@ class ExportReport:
     peak_memory_mib: dict[str, float]
     versions: dict[str, str | None]
     proof: Proof | None = None
+    absorption: Absorption | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of export.json, which leaves out what was not measured."""
         content = dataclasses.asdict(self)
-        if self.proof is None:
-            del content["proof"]
+        for name in ("proof", "absorption"):
+            if content[name] is None:
+                del content[name]
         for gate in content["calibration"]["gates"] if self.calibration else []:
             if gate["effect"] is None:
                 del gate["effect"]

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from scaleup.backbone import weights
 from scaleup.backbone.lengths import fit_length
 from scaleup.data import tasks
 from scaleup.data.examples import Examples
@@ -36,7 +37,15 @@ SAME_SCORE = 2.0  # points by which another device or data type may change the r
 # is 1. It grows with larger logits.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-M = TypeVar("M", bound=Measurements)
+M = TypeVar("M", bound="Saved")
+J = TypeVar("J", bound=TrainedJob)
+
+
+class Saved(Protocol):
+    """What a process of an export leaves in a file."""
+
+    @classmethod
+    def load(cls, path: str) -> Self: ...
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,6 +92,7 @@ class Evaluation:
         self.module: Any = tasks.of(self.settings.data).module
         self.tokenizer = export.tokenizer
         data, chosen = fit_length(self.settings, export.config).data, self.options.calibrate
+        self.data = data
         if chosen not in ("dev", "test"):
             data = data.model_copy(update={"validation_file": chosen})
         texts = self._load_texts(data)
@@ -111,7 +121,7 @@ class Evaluation:
             return self.module.load(data)
         except ConfigError as error:
             problem = "the run's data is needed to measure the export"
-            if self.options.kind != "merged":
+            if self.options.kind in ("exact", "standalone"):
                 problem += "; --no-verify does without it"
             raise ConfigError([*error.problems, problem]) from None
 
@@ -182,27 +192,36 @@ class Evaluation:
             raise ExportError(f"{name} failed: {(lines or [killed])[-1][:500]}")
         return result.load(job.output)
 
-    def measure_trained(self, name: str, **fields: Any) -> TrainedMeasurements:
-        """Measure the model as it was trained; `fields` are those of a TrainedJob."""
-        fields = {
+    def trained_job(self, kind: type[J], name: str, **fields: Any) -> J:
+        """Return a job on the trained model; `fields` are those of its class."""
+        known = {
             "checkpoint": str(self.options.checkpoint.resolve()),
             "dtype": self.export.manifest.backbone.get("dtype"),
-        } | fields
-        job = TrainedJob(
-            config=str(self.work / "config.yaml"),
-            labels=self.export.manifest.labels,
-            **self._files(name),
-            **fields,
-        )
+            "config": str(self.work / "config.yaml"),
+            "labels": self.export.manifest.labels,
+        }
+        return kind(**self._files(name) | known | fields)
+
+    def measure_trained(self, name: str, **fields: Any) -> TrainedMeasurements:
+        """Measure the model as it was trained; `fields` are those of a TrainedJob."""
+        job = self.trained_job(TrainedJob, name, **fields)
         command = ["-P", "-m", "scaleup.export.calibrate"]
         return self.run_process(name, command, job, TrainedMeasurements)
 
     def measure_export(self, folder: pathlib.Path) -> Measurements:
-        """Measure an exported folder where neither scaleup nor PEFT exists."""
+        """Measure an exported folder where scaleup does not exist, nor PEFT if it is no adapter."""
+        fields: dict[str, Any] = {"folder": str(folder.resolve())}
+        if self.options.kind == "lora":
+            model, config = self.settings.model, self.export.config
+            settings = {"pad_token_id": config.pad_token_id}
+            if not tasks.of(self.settings.data).writes:
+                settings["num_labels"] = config.num_labels
+            backbone = weights.checkpoint_folder(model.name, model.revision).resolve()
+            fields = {"adapter": fields["folder"], "folder": str(backbone), "settings": settings}
         job = FolderJob(
-            folder=str(folder.resolve()),
             auto=self.export.auto.__name__,
             attention=self.settings.model.portable_attention,
+            **fields,
             **self._files("after"),
         )
         return self.run_process("after", ["-I", measure.__file__], job, Measurements)
@@ -242,6 +261,7 @@ def verify_export(
     before: TrainedMeasurements,
     gates: Gates | None,
     dropped: set[Place],
+    updates: pathlib.Path | None = None,
 ) -> Proof:
     """Load an export in a new process and compare it with the trained model.
 
@@ -251,6 +271,7 @@ def verify_export(
         before: measurements of the trained model.
         gates: constants in place of the gates, None if the gates stay learned.
         dropped: (site, submodule) pairs that are left out.
+        updates: file of the updates that absorb UniPELT.
 
     Raises:
         ExportError: the logits are not those that were expected, or the metric drops too much.
@@ -265,13 +286,14 @@ def verify_export(
         checkpoint = str(folder.resolve())
         after = evaluation.measure_trained("after", with_peft=True, checkpoint=checkpoint)
     else:
-        if gates is not None or other_dtype or quantized:
+        if gates is not None or updates is not None or other_dtype or quantized:
             expected = evaluation.measure_trained(
                 "expected",
                 full_precision=True,
                 **({"dtype": dtype_name(dtype)} if other_dtype else {}),
                 gates=None if gates is None else [(*key, value) for key, value in gates.items()],
                 dropped=sorted(dropped),
+                updates=None if updates is None else str(updates),
             )
         after = evaluation.measure_export(folder)
     reload_difference = (after.logits - expected.logits).abs().max().item()
@@ -334,6 +356,8 @@ def _check_drop(options: ExportOptions, metric: Metric) -> None:
     before, after = metric.shown
     advice = {
         "merged": "; --kind standalone keeps the learned gates",
+        "plain": "; more --rank, --examples or --epochs lose less, --kind standalone nothing",
+        "lora": "; more --rank, --examples or --epochs lose less, --kind exact nothing",
         "standalone": "; the data type or the quantisation of the weights is the cause: "
         "try --dtype float32",
     }

@@ -129,6 +129,19 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[BlockSite]]:
     return _Search(model).sites()
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Return the linear layers of each block, in the order in which they finish.
+
+    This works on an adapted model too. Experts whose weights are one tensor are no linear layers.
+    """
+    run = probe(model)
+    linear = [name for name in run.outputs if _is_linear(run.modules[name])]
+    return {
+        site.name: [name for name in linear if name.startswith(site.name + ".")]
+        for site in find_sites(model)[1]
+    }
+
+
 class _Search:
     """What the run of an empty copy shows about the structure of the model."""
 

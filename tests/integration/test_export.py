@@ -76,6 +76,52 @@ def test_an_export_equals_the_trained_model_in_a_new_process(workspace, kind):
                 assert gates[site, part] == pytest.approx(value["mean"], abs=1e-5)
 
 
+PLAIN = """
+import json, sys
+sys.modules["scaleup"] = None
+import torch, transformers
+from peft import PeftModel
+
+kind, folder, backbone = sys.argv[1:]
+cls = transformers.AutoModelForSequenceClassification
+model = cls.from_pretrained(folder if kind == "plain" else backbone, num_labels=2)
+if kind == "lora":
+    model = PeftModel.from_pretrained(model, folder)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(["fine film", "poor plot"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    print(json.dumps([type(model).__name__, model.eval()(**batch).logits.tolist()]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("lora", marks=pytest.mark.slow)])
+def test_an_export_that_absorbs_unipelt_needs_no_code_of_its_own(workspace, kind):
+    """The stand-in for other people's engines: transformers and PEFT as they are."""
+    chosen = options(workspace, kind, examples=64, epochs=1, rank=8, max_metric_drop=100.0)
+    report = export.run(chosen, print)
+    folder = workspace / f"out-{kind}"
+    content = json.loads((folder / "export.json").read_text())
+    assert report.to_json() == content and list(content) == [*KEYS, "absorption"]
+    assert report.gates == "absorbed" and report.absorption.examples == 64
+    assert 0 < sum(report.absorption.unexplained.values()) < len(report.absorption.unexplained)
+    assert report.proof.reload_difference < 1e-4
+    assert not [path for path in folder.iterdir() if path.suffix == ".py"]
+    backbone = report.backbone["name"]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, kind, str(folder), backbone],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, logits = json.loads(done.stdout.splitlines()[-1])
+    assert name.startswith("Bert" if kind == "plain" else "PeftModel")
+    assert len(logits) == 2 and logits[0] != logits[1]
+    card = (folder / "README.md").read_text()
+    assert "import scaleup" not in card and "trust_remote_code" not in card
+
+
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_a_run_in_bfloat16_is_exported_and_verified_as_stored_or_in_float32(
     workspace, tmp_path, dtype
