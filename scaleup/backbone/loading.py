@@ -19,6 +19,7 @@ from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.placement import Offload
 from scaleup.backbone.sharded import load_sharded, set_values
 from scaleup.errors import ConfigError, one_line
+from scaleup.settings.data_rules import GENERATES
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.attention import implementation
 from scaleup.unipelt.flash import check_flash
@@ -74,12 +75,30 @@ def fingerprint(settings: ModelSettings, config: PretrainedConfig) -> str:
     return weights.fingerprint(settings.name, getattr(config, "_commit_hash", None))
 
 
-def set_labels(config: PretrainedConfig, labels: list[str] | None) -> None:
-    """Set the labels of a classification head in id order, or a regression head (None)."""
-    if labels is None:
-        config.num_labels, config.problem_type = 1, "regression"
+# Task without classes → number of the outputs of its head.
+HEADS_WITHOUT_CLASSES = {"regression": 1, "question_answering": 2}
+# What transformers calls the problem of a classification head.
+PROBLEMS = {
+    "sequence_classification": "single_label_classification",
+    "multi_label_classification": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+def set_labels(config: PretrainedConfig, task: str, labels: list[str] | None) -> None:
+    """Set the outputs of a task's head, if it has one, in a model's config.
+
+    Args:
+        task: data.task.
+        labels: class names in id order; None for tasks without classes.
+    """
+    if task in GENERATES:
         return
-    config.num_labels, config.problem_type = len(labels), "single_label_classification"
+    config.problem_type = PROBLEMS.get(task)
+    if labels is None:
+        config.num_labels = HEADS_WITHOUT_CLASSES[task]
+        return
+    config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleup.backbone import loading, precision
 from scaleup.backbone.placement import Offload, materialize_trained
@@ -38,7 +38,9 @@ def checkpointing_problems(train: TrainSettings, config: PretrainedConfig, auto:
 def task_type(model: PreTrainedModel) -> str:
     """Return PEFT's name for what the model's head does."""
     if model.get_output_embeddings() is None:
-        return "SEQ_CLS"
+        kinds = {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+        name = type(model).__name__
+        return next((kind for end, kind in kinds.items() if name.endswith(end)), "SEQ_CLS")
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
@@ -73,10 +75,9 @@ def complete_config(
 
     Args:
         auto: transformers' AutoModelFor… class of the task.
-        labels: class names in id order, or None for a regression. Ignored if the task has no head.
+        labels: class names in id order, or None for tasks without classes.
     """
-    if auto is AutoModelForSequenceClassification:
-        loading.set_labels(config, labels)
+    loading.set_labels(config, settings.data.resolved_task, labels)
     if not pad_tokens(config):
         load_tokenizer(settings.model, config, auto)  # sets it
 

@@ -55,8 +55,9 @@ def load_tokenizer(
         raise ConfigError(f"model.name: the tokenizer of {name} has no padding token")
     share_pad_token(name, tokenizer, config, auto)
     _check_special_tokens(name, tokenizer, config, auto, ids)
-    if auto is AutoModelForSequenceClassification and tokenizer.padding_side == "left":
-        causal = _causality(config)
+    writes = auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM)
+    if not writes and tokenizer.padding_side == "left":
+        causal = _causality(config, auto)
         if causal and all(causal):
             # Padding on the left moves the positions of a text. GPT-2 has learned ones, and in any
             # decoder the attention to a prefix depends on them.
@@ -143,9 +144,8 @@ def set_pad_token(config: PretrainedConfig, token: int) -> None:
         part.pad_token_id = token
 
 
-def _causality(config: PretrainedConfig) -> list[bool]:
-    """Return of each attention of a classifier whether it is causal; [] if they are not found."""
-    auto = AutoModelForSequenceClassification
+def _causality(config: PretrainedConfig, auto: Any) -> list[bool]:
+    """Return of each attention of a model whether it is causal; [] if they are not found."""
     attentions, _ = find_attentions(copy.deepcopy(config), "eager", auto)
     return [attention.causal for attention in attentions]
 
@@ -168,7 +168,7 @@ def share_pad_token(
     if not others or auto is AutoModelForCausalLM:
         set_pad_token(config, tokenizer.pad_token_id)
     elif auto is AutoModelForSequenceClassification and (
-        any(causal := _causality(config)) or not causal
+        any(causal := _causality(config, auto)) or not causal
     ):
         raise ConfigError(
             f"model.name: the pad token of {name} is {tokenizer.pad_token_id} in its tokenizer and "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from scaleup.data.files import Batch, Table
 from scaleup.errors import ConfigError
 
 KINDS = 5  # of mistakes are reported per column
+# A row by role → the role and the problem with its cell, or None.
+CheckRow = Callable[[dict[str, Any]], tuple[str, str] | None]
 
 
 @dataclasses.dataclass
@@ -65,12 +68,27 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
+def as_list(cell: Any) -> tuple[list[Any] | None, str | None]:
+    """Return a cell that holds a list, as JSON in CSV, and the problem with the cell or None."""
+    if cell is None or cell != cell:
+        return None, "is missing"
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            return None, "is not a list in JSON"
+    if not isinstance(cell, list | tuple):
+        return None, f"holds a {type(cell).__name__}, not a list"
+    return list(cell), None
+
+
 def clean_columns(
     table: Table,
     columns: dict[str, str],
     clean: Callable[[Any, str], tuple[Any, str | None]],
     column_key: str | None = None,
     at_once: bool = False,
+    check: CheckRow | None = None,
 ) -> Iterator[Cleaned]:
     """Yield the cleaned cells of the columns that a task needs, in batches.
 
@@ -79,6 +97,7 @@ def clean_columns(
         clean: (cell, role) → (value, the problem with the cell or None).
         column_key: the setting to name if a column is missing. Default: data.<role>_column.
         at_once: stop at the first batch with mistakes.
+        check: what is wrong with a row whose cells are all right.
 
     Raises:
         ConfigError: after the last row, if there are mistakes. It names at most five kinds of
@@ -87,18 +106,31 @@ def clean_columns(
     names: dict[str, None] = {}
     bad: dict[str, dict[str, Places]] = {role: {} for role in columns}
     rows = 0
+
+    def add(role: str, problem: str, batch: Batch, row: int) -> None:
+        if problem in bad[role] or len(bad[role]) < KINDS:
+            line = batch.lines[row] if batch.lines else None
+            bad[role].setdefault(problem, Places()).add(rows + row, line)
+
     for batch in table.batches():
         names.update(dict.fromkeys(batch.columns))
         values: dict[str, list] = {}
+        wrong: set[int] = set()
         for role, column in columns.items():
             cells = batch.columns.get(column, [None] * batch.rows)
             cells = cells.to_pylist() if isinstance(cells, pa.Array) else cells
             cleaned = [clean(cell, role) for cell in cells]
             values[role] = [value for value, _ in cleaned]
             for row, (_, problem) in enumerate(cleaned):
-                if problem is not None and (problem in bad[role] or len(bad[role]) < KINDS):
-                    line = batch.lines[row] if batch.lines else None
-                    bad[role].setdefault(problem, Places()).add(rows + row, line)
+                if problem is not None:
+                    add(role, problem, batch, row)
+                    wrong.add(row)
+        for row in range(batch.rows if check else 0):
+            found = None
+            if check is not None and row not in wrong:
+                found = check({role: cells[row] for role, cells in values.items()})
+            if found is not None:
+                add(*found, batch, row)
         if batch.rows and not any(bad.values()):
             yield Cleaned(values, batch, rows)
         rows += batch.rows

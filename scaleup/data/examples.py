@@ -12,9 +12,10 @@ class Examples:
     """The data sets of a run, as texts or, after `tokenize`, as tokens.
 
     Columns of texts: text, text_pair (pairs only) and label (class id or float) for classification
-    and regression; text, target and reference (an index into `references`) for generation. All sets
-    are memory-mapped, so the processes of a host share one copy. With data.streaming, `train` is
-    None among texts, and a `Stream` of rows without end among tokens.
+    and regression; text, target and reference (an index into `references`) for generation. Those of
+    the other tasks are in their modules. All sets are memory-mapped, so the processes of a host
+    share one copy. With data.streaming, `train` is None among texts, and a `Stream` of rows without
+    end among tokens.
     """
 
     train: Any
@@ -30,6 +31,10 @@ class Examples:
     # Rows of dev and test whose texts also occur in the training set, and rows of test whose texts
     # also occur in dev, as (set, the other set) → number.
     shared: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+    unanswerable: bool = False  # question_answering: there are questions without an answer
+    # multi_label_classification, token_classification, question_answering: the texts of dev and
+    # test, beside their tokens.
+    texts: dict[str, datasets.Dataset] | None = None
     content: str = ""  # hash of what the texts depend on: the content of the files, and settings
 
     @property

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from scaleup.data import encoding, prepared, sources, splits, streaming
 from scaleup.data.examples import Examples, shared_texts
-from scaleup.data.metrics import text_metrics
+from scaleup.data.metrics import decode, text_metrics
 from scaleup.data.padding import TextCollator
 from scaleup.data.sources import Reading
 from scaleup.data.texts import TEXTS, read_pairs
@@ -172,3 +173,19 @@ def collator(
     The lengths of a batch are rounded up to multiples of `multiple`.
     """
     return TextCollator(tokenizer.pad_token_id, data, multiple)
+
+
+def lines(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, outputs: np.ndarray, numbers: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the lines of predictions.jsonl in the order of the set.
+
+    Args:
+        outputs: generated tokens.
+        numbers: indices into `references`.
+    """
+    assert examples.prompts is not None and examples.references is not None
+    return [
+        {"text": examples.prompts[i], "written": text, "references": examples.references[i]}
+        for i, text in sorted(zip(numbers.tolist(), decode(tokenizer, outputs)))
+    ]

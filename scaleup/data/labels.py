@@ -87,13 +87,17 @@ class Spellings:
         return problems[:5]
 
 
-def joined_problems(labels: set[str]) -> list[str]:
-    """Return which labels of several sources together are one class in different spellings."""
+def joined_problems(labels: set[str], key: str = "data.sources") -> list[str]:
+    """Return which labels together are one class in different spellings.
+
+    Args:
+        key: the setting to name in messages.
+    """
     by_meaning: dict[Any, list[str]] = {}
     for label in sorted(labels):
         by_meaning.setdefault(_meaning(label), []).append(label)
     return [
-        f"data.sources: one class has several spellings ({', '.join(same)}); write it in one way"
+        f"{key}: one class has several spellings ({', '.join(same)}); write it in one way"
         for same in by_meaning.values()
         if len(same) > 1
     ][:5]

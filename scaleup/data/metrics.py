@@ -1,10 +1,13 @@
 """The metrics of every task.
 
-A metric that `data.metric` may name is also listed in `scaleup.settings.rules.METRICS` and in the
-type of `scaleup.settings.data.DataSettings.metric`; `make schema docs-pages` follows.
+A metric that `data.metric` may name is also listed in `scaleup.settings.data_rules.METRICS` and in
+the type of `scaleup.settings.data.DataSettings.metric`; `make schema docs-pages` follows.
 """
 
+import collections
 import itertools
+import re
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -96,3 +99,69 @@ def text_metrics(
         return score(decode(tokenizer, prediction.predictions), references)
 
     return score_texts
+
+
+def entities(tags: list[str]) -> set[tuple[str, int, int]]:
+    """Return type, first word and last word of each entity, as seqeval does by default.
+
+    An I-tag that continues no entity of its type begins one.
+    """
+    found, start = set(), 0
+    for i, (before, tag, after) in enumerate(zip(["O", *tags], tags, [*tags[1:], "O"])):
+        if tag == "O":
+            continue
+        if tag[0] == "B" or before[1:] != tag[1:]:
+            start = i
+        if after[0] != "I" or after[1:] != tag[1:]:
+            found.add((tag[2:], start, i))
+    return found
+
+
+def entity_scores(guesses: list[list[str]], truths: list[list[str]]) -> dict[str, float]:
+    """Return F1, precision and recall of entities (micro averages, by seqeval's default rules), and
+    the accuracy of words, as shares of 1."""
+    right = guessed = true = 0
+    for guess, truth in zip(guesses, truths):
+        of_guess, of_truth = entities(guess), entities(truth)
+        right += len(of_guess & of_truth)
+        guessed, true = guessed + len(of_guess), true + len(of_truth)
+    same = [a == b for guess, truth in zip(guesses, truths) for a, b in zip(guess, truth)]
+    return {
+        "f1": 2 * right / max(guessed + true, 1),
+        "precision": right / max(guessed, 1),
+        "recall": right / max(true, 1),
+        "accuracy": float(np.mean(same)),
+    }
+
+
+_ARTICLES, _PUNCTUATION = re.compile(r"\b(a|an|the)\b"), str.maketrans("", "", string.punctuation)
+
+
+def _normalised(answer: str) -> list[str]:
+    """Return the words of an answer, as SQuAD's script compares them."""
+    return _ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split()
+
+
+def answer_scores(answers: list[str], references: list[list[str]]) -> dict[str, float]:
+    """Return exact match and F1 as SQuAD 2's script computes them, as shares of 1.
+
+    An answer counts with the best of its references. A question without references has the answer
+    "".
+    """
+    totals = np.zeros(2)
+    for answer, texts in zip(answers, references):
+        guess = _normalised(answer)
+        truths = [words for words in map(_normalised, texts) if words] or [[]]
+        totals += (
+            max(float(guess == truth) for truth in truths),
+            max(_word_f1(guess, truth) for truth in truths),
+        )
+    exact, f1 = totals / max(len(answers), 1)
+    return {"f1": float(f1), "exact_match": float(exact)}
+
+
+def _word_f1(guess: list[str], truth: list[str]) -> float:
+    if not guess or not truth:
+        return float(guess == truth)
+    same = sum((collections.Counter(guess) & collections.Counter(truth)).values())
+    return 2 * same / (len(guess) + len(truth))

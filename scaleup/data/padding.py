@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from scaleup.data.metrics import IGNORED
 from scaleup.settings.data import DataSettings
@@ -69,3 +70,37 @@ class TextCollator:
         padded = pad_sequence(tensors, True, fill)
         missing = self._length(padded.shape[1], most) - padded.shape[1]
         return torch.nn.functional.pad(padded, (0, missing), value=fill)
+
+
+class EncoderCollator:
+    """Pad tokens to tensors [B, T] on the right, whatever the tokenizer's padding side.
+
+    Args:
+        label: fills up labels that belong to tokens; None: they belong to examples.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSettings,
+        multiple: int,
+        label: int | None,
+    ):
+        self.fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}
+        self.fill["token_type_ids"] = tokenizer.pad_token_type_id
+        self.fill |= {} if label is None else {"labels": label}
+        self.data, self.multiple = data, multiple
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = self.data.max_length
+        if not self.data.pad_to_max_length:
+            longest = max(len(row["input_ids"]) for row in rows)
+            length = padded_length(longest, self.multiple, length)
+        batch = {}
+        for name in (*self.fill, "labels", "reference"):
+            if name in rows[0]:
+                values = [row[name] for row in rows]
+                if name in self.fill:
+                    values = [row + [self.fill[name]] * (length - len(row)) for row in values]
+                batch[name] = torch.tensor(values)
+        return batch

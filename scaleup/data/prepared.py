@@ -35,6 +35,7 @@ SETS = ("train", "dev", "test")
 IDLE = {"cache_dir", "workers", "num_beams", "pad_to_max_length", "metric"}
 # Settings that only change tokens.
 OF_TOKENS = {"prompt_template", "train_on", "max_length", "max_target_length", "packing"}
+OF_TOKENS |= {"window_overlap"}
 FILES = {"train_file", "validation_file", "test_file", "path"}
 ROWS_PER_WORKER = 2000  # for fewer rows, a process more costs more than it saves
 
@@ -124,6 +125,7 @@ def texts(
         references=None if answers is None else answers["references"],
         prompts=None if answers is None else answers["text"],
         shared={(name, other): count for name, other, count in content["shared"]},
+        unanswerable=content.get("unanswerable", False),
         content=hashed(_without_files(settings), sources),
     )
 

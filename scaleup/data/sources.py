@@ -13,11 +13,12 @@ import datasets
 import huggingface_hub
 from datasets.exceptions import DatasetsError
 
-from scaleup.data.columns import Cleaned, clean_columns
+from scaleup.data.columns import CheckRow, Cleaned, clean_columns
 from scaleup.data.files import ROWS, Batch, Table, read_table
 from scaleup.errors import ConfigError, one_line
 from scaleup.io import sample_hash
 from scaleup.settings.data import DataSettings
+from scaleup.settings.data_rules import ROLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +86,7 @@ def _part(data: DataSettings, number: int) -> Source:
         part.path or "", part.subset, part.split, part.revision, "correct it, or give a file"
     )
     columns = {
-        role: column
-        for role in ("text", "text_pair", "label", "target", "messages")
-        if (column := getattr(part, f"{role}_column")) is not None
+        role: column for role in ROLES if (column := getattr(part, f"{role}_column")) is not None
     }
     return Source(f"data.sources[{number}]", place, columns, part.weight)
 
@@ -166,6 +165,7 @@ class Reading:
         columns: dict[str, str],
         clean: Callable[[Table], Callable[[Any, str], tuple[Any, str | None]]],
         column_key: str | None = None,
+        check: CheckRow | None = None,
     ) -> Iterator[Cleaned]:
         """Yield the cleaned rows of every source in batches, see `clean_columns`.
 
@@ -180,7 +180,9 @@ class Reading:
                 self.rows.append(0)
                 chosen = columns | {r: c for r, c in source.columns.items() if r in columns}
                 at_once = source.stream is not None
-                for cleaned in clean_columns(table, chosen, clean(table), column_key, at_once):
+                for cleaned in clean_columns(
+                    *(table, chosen, clean(table), column_key, at_once, check)
+                ):
                     self.rows[-1] += cleaned.batch.rows
                     yield cleaned
             except ConfigError as error:

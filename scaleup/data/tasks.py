@@ -1,38 +1,106 @@
 """The table of tasks: which module prepares their data and which model class they need."""
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
-from scaleup.data import classification
+from scaleup.data import classification, multi_label, question_answering, token_classification
 from scaleup.data import generation as text_generation
 from scaleup.data.splits import identical_files
 from scaleup.errors import ConfigError
 from scaleup.settings.data import DataSettings
 from scaleup.settings.derived import Section
 
+FOR_SCORES = ("prompt", "prompt_mask", "reference")  # columns that only scores and `generate` read
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One kind of task."""
+    """One kind of task.
 
-    module: ModuleType  # has sources_of, load, tokenize, collator and compute_metrics
-    auto: Any  # transformers' AutoModelFor… class
-    # The model generates text. The loss of a step is a mean over its tokens, not over its batches.
+    Attributes:
+        module: has sources_of, load, tokenize, collator and compute_metrics.
+        auto: transformers' AutoModelFor… class.
+        writes: the model generates text.
+        by_token: the loss of a step is a mean over its labelled tokens, not over its batches.
+        targets: the arguments of the model for the columns of `labels`, if they have several.
+        outputs: the outputs of the model that are scored.
+        lines: (examples, tokenizer, outputs, numbers of the rows) → the lines of predictions.jsonl;
+            None: the task has none.
+    """
+
+    module: ModuleType
+    auto: Any
     writes: bool = False
+    by_token: bool = False
+    targets: tuple[str, ...] = ("labels",)
+    outputs: tuple[str, ...] = ("logits",)
+    lines: Callable[..., list[dict[str, Any]]] | None = None
+
+    def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the arguments of the model for a batch with labels."""
+        inputs: dict[str, Any] = {n: value for n, value in batch.items() if n not in FOR_SCORES}
+        if len(self.targets) > 1:
+            inputs |= dict(zip(self.targets, inputs.pop("labels").unbind(1)))
+        if self.writes:  # with a cache, texts packed into one row see each other
+            inputs["use_cache"] = False
+        return inputs
+
+    def scored(self, outputs: Any) -> torch.Tensor:
+        """Return the outputs [B, …] that are scored; several become the last dimension.
+
+        Args:
+            outputs: what the model returned, without the loss.
+        """
+        if not isinstance(outputs, tuple):
+            return outputs
+        count = len(self.outputs)
+        return outputs[0] if count == 1 else torch.stack(outputs[:count], dim=-1)
 
 
 TASKS = {
     "sequence_classification": Task(classification, AutoModelForSequenceClassification),
     "regression": Task(classification, AutoModelForSequenceClassification),
-    "seq2seq": Task(text_generation, AutoModelForSeq2SeqLM, writes=True),
-    "causal_lm": Task(text_generation, AutoModelForCausalLM, writes=True),
+    "multi_label_classification": Task(
+        multi_label, AutoModelForSequenceClassification, lines=multi_label.lines
+    ),
+    "token_classification": Task(
+        token_classification,
+        AutoModelForTokenClassification,
+        by_token=True,
+        lines=token_classification.lines,
+    ),
+    "question_answering": Task(
+        question_answering,
+        AutoModelForQuestionAnswering,
+        targets=("start_positions", "end_positions"),
+        outputs=("start_logits", "end_logits"),
+        lines=question_answering.lines,
+    ),
+    "seq2seq": Task(
+        text_generation,
+        AutoModelForSeq2SeqLM,
+        writes=True,
+        by_token=True,
+        lines=text_generation.lines,
+    ),
+    "causal_lm": Task(
+        text_generation,
+        AutoModelForCausalLM,
+        writes=True,
+        by_token=True,
+        lines=text_generation.lines,
+    ),
 }
 
 

@@ -157,7 +157,7 @@ def from_pass(run: Run, name: str, which: str, trusted: bool = False) -> Gates:
         settings = load_trained(folder / "config.yaml", manifest, overrides, trusted)
     except CheckpointError as error:
         raise ConfigError(f"--run: {error}") from None
-    if tasks.of(settings.data).writes:
+    if tasks.of(settings.data).module is not data:
         raise ConfigError(
             f"--run: {folder}: classes and examples are for classification and regression, not "
             f"{settings.data.resolved_task}"

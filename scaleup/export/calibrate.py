@@ -163,24 +163,23 @@ class GateObserver:
 
 
 def observe_gates(
-    model: Any, batches: list[dict[str, torch.Tensor]], examples: int, device: torch.device
+    model: Any, batches: list[dict[str, torch.Tensor]], job: TrainedJob, device: torch.device
 ) -> GateObserver:
     """Run a model over the first examples of the batches and observe its gates."""
-    observer, remaining = GateObserver(model), examples
+    observer, remaining = GateObserver(model), job.examples
     with torch.inference_mode():
         for batch in batches:
             if remaining <= 0:
                 break
             labels = batch["labels"]
-            is_text = labels.dim() > 1
             names = [name for name in MODEL_INPUTS if name in batch]
-            if is_text and model.config.is_encoder_decoder:
+            if job.writes and model.config.is_encoder_decoder:
                 names.append("labels")
             inputs = {name: batch[name][:remaining].to(device) for name in names}
             if "labels" in inputs:  # the padding of targets belongs to no example
                 inputs["decoder_attention_mask"] = (inputs["labels"] != IGNORED).long()
             remaining -= len(labels)
-            model(**inputs, **({"use_cache": False} if is_text else {}))
+            model(**inputs, **({"use_cache": False} if job.writes else {}))
     for handle in observer.handles:
         handle.remove()
     return observer
@@ -203,7 +202,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(job, device)
     batches = torch.load(job.batches)
-    observer = observe_gates(model, batches, job.examples, device) if job.examples else None
+    observer = observe_gates(model, batches, job, device) if job.examples else None
     if job.gates is not None:
         constants = {(site, part): value for site, part, value in job.gates}
         freeze(model, constants, {(site, part) for site, part in job.dropped})
@@ -211,7 +210,7 @@ def main() -> None:
     if job.updates is not None:
         changed = Student.load(model, pathlib.Path(job.updates), device).active()
     with changed:
-        measured = measure(model, batches, job.generate, device)
+        measured = measure(model, batches, job, device)
     measurements = TrainedMeasurements(
         **vars(measured),
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),

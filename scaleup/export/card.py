@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from scaleup.backbone.loading import load_config
+from scaleup.backbone.loading import HEADS_WITHOUT_CLASSES, load_config
 from scaleup.backbone.tokenizer import pad_tokens
 from scaleup.data.classification import role_columns
 from scaleup.errors import ConfigError
@@ -31,6 +31,9 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
 PIPELINES = {
     "sequence_classification": "text-classification",
     "regression": "text-classification",
+    "multi_label_classification": "text-classification",
+    "token_classification": "token-classification",
+    "question_answering": "question-answering",
     "seq2seq": "text2text-generation",
     "causal_lm": "text-generation",
 }
@@ -66,8 +69,10 @@ def card(export: Export, report: ExportReport) -> str:
     if report.proof is not None:
         front |= _index(export, report.proof)
     front = {key: value for key, value in front.items() if value is not None}
-    outputs = len(manifest.labels or []) or (1 if manifest.task == "regression" else None)
+    outputs = len(manifest.labels or []) or HEADS_WITHOUT_CLASSES.get(manifest.task)
     changes = f", num_labels={outputs}" if outputs else ""
+    if manifest.task == "multi_label_classification":
+        changes += f', problem_type="{manifest.task}"'
     if outputs and not pad_tokens(load_config(settings.model)):
         changes += f", pad_token_id={export.tokenizer.pad_token_id}"
     code = LOAD_REMOTE_CODE if report.remote_code else LOAD_PLAIN
@@ -126,12 +131,14 @@ def _inputs(export: Export) -> str:
     data = export.settings.data
     if data.prompt_template != type(data).model_fields["prompt_template"].default:
         return f"\n- Inputs: made of a text by the template `{data.prompt_template!r}`."
-    if "text_pair" not in role_columns(data):
+    answers = data.resolved_task == "question_answering"
+    if not answers and "text_pair" not in role_columns(data):
         return ""
+    names = "question, context" if answers else "text, text_pair"
     joined = export.tokenizer.decode(export.tokenizer("one", "two")["input_ids"])
     return (
-        "\n- Text pairs: `tokenizer(text, text_pair)` with the tokenizer of this folder joins them "
-        f"as in training. It turns `one` and `two` into `{joined!r}`."
+        f"\n- Text pairs: `tokenizer({names})` with the tokenizer of this folder joins them as in "
+        f"training. It turns `one` and `two` into `{joined!r}`."
     )
 
 

@@ -46,8 +46,8 @@ from scaleup.export.report import (
 )
 from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
 from scaleup.machine import versions
+from scaleup.settings.data_rules import METRICS
 from scaleup.settings.loading import override
-from scaleup.settings.rules import METRICS
 from scaleup.settings.schema import Settings
 from scaleup.training import resume
 from scaleup.training.checkpoint import (

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 ROOM = 0.8  # share of the free memory that weights may take
 COMPARED = 16  # number of examples whose logits are kept if every token has logits
-GENERATION_INPUTS = ("prompt", "prompt_mask", "reference")  # entries of a batch for `generate` only
+FOR_SCORES = ("prompt", "prompt_mask", "reference")  # entries of a batch that are no model inputs
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,6 +34,8 @@ class Job:
     Attributes:
         batches: file with the batches, written by torch.save.
         output: file for the measurements.
+        writes: the model generates text.
+        outputs: names of the outputs of the model that are scored.
         generate: arguments of `generate`, None if the metric needs no text.
         offload: folder for weights that fit neither on the device nor in the memory of the host.
         memory: bytes of weights that may be on the device; None: most of what is free there.
@@ -41,6 +43,8 @@ class Job:
 
     batches: str
     output: str
+    writes: bool
+    outputs: list[str]
     generate: dict[str, int] | None
     offload: str
     memory: int | None
@@ -77,9 +81,10 @@ class Measurements:
     """What a process measured.
 
     Attributes:
-        logits: float32, [examples, classes]; for text [label tokens of the first examples, V].
+        logits: float32, [examples, classes]; for text [label tokens of the first examples, V]; of
+            tasks with outputs for each token [tokens without padding, classes].
         written: generated tokens of each example; empty if nothing is generated.
-        loss: mean over label tokens, None in a classification.
+        loss: mean over label tokens, None for tasks without text.
         seconds: duration of the forward pass of each batch.
         peak_mib: largest memory of the process.
     """
@@ -111,27 +116,30 @@ def peak_mib() -> float:
 
 
 def measure(
-    model: Any,
-    batches: list[dict[str, torch.Tensor]],
-    generate: dict[str, int] | None,
-    device: torch.device,
+    model: Any, batches: list[dict[str, torch.Tensor]], job: Job, device: torch.device
 ) -> Measurements:
     """Run a model, which computes on `device`, over batches."""
-    is_text = batches[0]["labels"].dim() > 1
+    is_text = job.writes
     logits, written, seconds, loss, label_tokens, compared = [], [], [], 0.0, 0, 0
     with torch.inference_mode():
         for i, cpu_batch in enumerate([batches[0], *batches]):  # the first batch is the warm-up too
             batch = {name: value.to(device) for name, value in cpu_batch.items()}
-            excluded = GENERATION_INPUTS if is_text else (*GENERATION_INPUTS, "labels")
+            excluded = FOR_SCORES if is_text else (*FOR_SCORES, "labels")
             inputs = {name: value for name, value in batch.items() if name not in excluded}
             began = time.perf_counter()
             out = model(**inputs, **({"use_cache": False} if is_text else {}))
-            batch_logits = out.logits.float().cpu()
+            scored = [out[name].float().cpu() for name in job.outputs]
             if i == 0:
                 continue
             seconds.append(time.perf_counter() - began)
+            batch_logits = scored[0] if len(scored) == 1 else torch.stack(scored, dim=-1)
             if not is_text:
-                logits.append(batch_logits.reshape(len(batch_logits), -1))
+                by_token = batch_logits.dim() == 3
+                logits.append(
+                    batch_logits[cpu_batch["attention_mask"] != 0]
+                    if by_token
+                    else batch_logits.reshape(len(batch_logits), -1)
+                )
                 continue
             labels_BT = cpu_batch["labels"]
             if not model.config.is_encoder_decoder:  # the logits at a token predict the next one
@@ -141,8 +149,8 @@ def measure(
             keep = max(0, min(len(labels_BT), COMPARED - compared))
             compared += keep
             logits.append(batch_logits[:keep][labels_BT[:keep] != -100])
-            if generate is not None:
-                written += _generate(model, batch, generate)
+            if job.generate is not None:
+                written += _generate(model, batch, job.generate)
     return Measurements(
         logits=torch.cat(logits),
         written=written,
@@ -207,7 +215,7 @@ def main() -> None:
 
         model = PeftModel.from_pretrained(model, job.adapter)
     _keep_own_tensors(model, pathlib.Path(job.folder), device)
-    measure(model.eval(), torch.load(job.batches), job.generate, device).save(job.output)
+    measure(model.eval(), torch.load(job.batches), job, device).save(job.output)
 
 
 if __name__ == "__main__":

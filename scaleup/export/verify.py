@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction
 
 from scaleup.backbone import weights
@@ -89,7 +90,8 @@ class Evaluation:
         if self.options.metric is not None:
             data = self.settings.data.model_copy(update={"metric": self.options.metric})
             self.settings = self.settings.model_copy(update={"data": data})
-        self.module: Any = tasks.of(self.settings.data).module
+        self.task = tasks.of(self.settings.data)
+        self.module: Any = self.task.module
         self.tokenizer = export.tokenizer
         data, chosen = fit_length(self.settings, export.config).data, self.options.calibrate
         self.data = data
@@ -154,6 +156,8 @@ class Evaluation:
         return {
             "batches": str(self.work / "batches.pt"),
             "output": str(self.work / f"{name}.pt"),
+            "writes": self.task.writes,
+            "outputs": list(self.task.outputs),
             "generate": generate,
             "offload": str(self.work / f"{name}-weights"),
             "memory": self.options.max_memory_bytes,
@@ -232,24 +236,41 @@ class Evaluation:
         if name == "loss":
             assert measured.loss is not None
             return measured.loss
+        metric = self.module.compute_metrics(self.examples, self.tokenizer)
+        outputs = self._outputs(measured)
+        return 100 * metric(EvalPrediction(predictions=outputs, label_ids=self._numbers()))[name]
+
+    def _numbers(self) -> np.ndarray:
+        """Return the labels of the examples, or the numbers by which metrics look them up."""
+        key = "reference" if "reference" in self.batches[0] else "labels"
+        return torch.cat([batch[key] for batch in self.batches]).numpy()
+
+    def _outputs(self, measured: Measurements) -> np.ndarray:
+        """Return the outputs of the model as metrics take them, one row per example."""
         if measured.written:
             longest, pad = max(map(len, measured.written)), self.tokenizer.pad_token_id
-            outputs = np.array([row + [pad] * (longest - len(row)) for row in measured.written])
-        else:
-            outputs = measured.logits.numpy()
-        key = "reference" if measured.written else "labels"
-        labels = torch.cat([batch[key] for batch in self.batches]).numpy()
-        metric = self.module.compute_metrics(self.examples, self.tokenizer)
-        return 100 * metric(EvalPrediction(predictions=outputs, label_ids=labels))[name]
+            return np.array([row + [pad] * (longest - len(row)) for row in measured.written])
+        if not self.task.by_token and len(self.task.outputs) == 1:
+            return measured.logits.numpy()
+        lengths = [n for batch in self.batches for n in batch["attention_mask"].sum(1).tolist()]
+        return pad_sequence(list(measured.logits.split(lengths)), batch_first=True).numpy()
 
     def agreement(self, before: Measurements, after: Measurements) -> float | None:
-        """Return the share of examples with the same class or text, None if there are neither."""
+        """Return the share of examples with the same prediction, None if there is none."""
         if before.written:
             texts = [
                 self.tokenizer.batch_decode(measured.written, skip_special_tokens=True)
                 for measured in (before, after)
             ]
             return statistics.mean(one == other for one, other in zip(*texts))
+        if self.task.lines is not None and not self.task.writes:
+            pair = (
+                self.task.lines(
+                    *(self.examples, self.tokenizer, self._outputs(measured), self._numbers())
+                )
+                for measured in (before, after)
+            )
+            return statistics.mean(one == other for one, other in zip(*pair))
         if self.examples.labels is None:
             return None
         return (before.logits.argmax(-1) == after.logits.argmax(-1)).float().mean().item()

@@ -259,10 +259,13 @@ def _loss(model: nn.Module, batch: int, length: int, target: int) -> torch.Tenso
     if base.get_output_embeddings() is not None:
         labels = torch.ones(batch, target, dtype=torch.long) if encoder_decoder else ids
         return model(**inputs, labels=labels, use_cache=False).loss
-    if encoder_decoder:  # BART's own pooling would search the data for a token
+    if encoder_decoder and hasattr(base, "classification_head"):
+        # BART's own pooling would search the data for a token.
         hidden = base.base_model(**inputs, decoder_input_ids=ids).last_hidden_state
         return base.classification_head(hidden[:, -1, :]).float().sum()
-    return model(**inputs).logits.float().sum()
+    out = model(**inputs)
+    logits = [out[name] for name in ("logits", "start_logits", "end_logits") if name in out]
+    return torch.stack([tensor.float().sum() for tensor in logits]).sum()
 
 
 def step(

@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from scaleup.backbone import precision
 from scaleup.backbone.kernels import kernels_line
 from scaleup.backbone.lengths import fit_length
-from scaleup.backbone.loading import check_attention, load_config
+from scaleup.backbone.loading import check_attention, load_config, set_labels
 from scaleup.backbone.method import checkpointing_problems, empty_run_model
 from scaleup.backbone.tokenizer import pad_tokens, set_pad_token
 from scaleup.data import tasks
@@ -100,13 +100,13 @@ class Plan:
         return all(self.verdict(total) != "no" for total in totals)
 
 
-def _outputs_and_examples(settings: Settings) -> tuple[int, int | None]:
-    """Return the number of outputs of the head, and of training examples if data is local."""
+def _labels_and_examples(settings: Settings) -> tuple[list[str] | None, int | None]:
+    """Return the class names, and the number of training examples if data is local."""
     data = settings.data
     if data.name is None or (data.path is not None and pathlib.Path(data.path).exists()):
         examples = tasks.of(data).module.load(data)
-        return len(examples.labels or [None]), examples.train_rows
-    return len(GLUE[data.name].labels or [None]), data.k if isinstance(data.k, int) else None
+        return examples.labels, examples.train_rows
+    return GLUE[data.name].labels, data.k if isinstance(data.k, int) else None
 
 
 def _stage_name(train: TrainSettings) -> str:
@@ -228,7 +228,8 @@ def make_plan(
     check_attention(settings.model, device)
     config = load_config(settings.model)
     settings = fit_length(settings, config)
-    config.num_labels, examples = _outputs_and_examples(settings)
+    labels, examples = _labels_and_examples(settings)
+    set_labels(config, settings.data.resolved_task, labels)
     if not pad_tokens(config):
         set_pad_token(config, 0)  # a run uses the tokenizer's; here any token will do
     half = precision.half_dtype(settings, has_bf16=device == "cuda")

@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field
 
 from scaleup.io import expand_home
+from scaleup.settings.data_rules import TASKS
 from scaleup.settings.derived import MOST, Section
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -46,6 +47,18 @@ class DataSource(Section):
     """The same for the target."""
     messages_column: str | None = None
     """The same for chats."""
+    labels_column: str | None = None
+    """The same for lists of labels."""
+    tokens_column: str | None = None
+    """The same for lists of words."""
+    tags_column: str | None = None
+    """The same for the tags of the words."""
+    question_column: str | None = None
+    """The same for the question."""
+    context_column: str | None = None
+    """The same for the text that holds the answer."""
+    answers_column: str | None = None
+    """The same for the answers."""
 
     @pydantic.model_validator(mode="after")
     def _check_place(self) -> "DataSource":
@@ -59,10 +72,11 @@ class DataSettings(Section):
 
     name: Literal[GLUE_TASKS] | None = None  # type: ignore[valid-type]
     """Name of a GLUE task; leave it out for your own files."""
-    task: Literal["sequence_classification", "regression", "seq2seq", "causal_lm"] | None = None
-    """Kind of task. seq2seq: write a target for a text (encoder-decoder models). causal_lm:
-    complete a prompt or a chat (decoders). Default: that of the GLUE task, else
-    sequence_classification."""
+    task: Literal[TASKS] | None = None  # type: ignore[valid-type]
+    """Kind of task. multi_label_classification: any number of labels for a text.
+    token_classification: a tag for each word. question_answering: the part of a text that answers
+    a question. seq2seq: write a target for a text (encoder-decoder models). causal_lm: complete a
+    prompt or a chat (decoders). Default: that of the GLUE task, else sequence_classification."""
     path: Path | None = None
     """Id of a data set on the hub. For a GLUE task also a local folder with
     <task>/{train,validation}.parquet or with these files themselves; default: nyu-mll/glue."""
@@ -91,6 +105,21 @@ class DataSettings(Section):
     """Column of your own files with the second text of a pair."""
     label_column: str = Field("label", min_length=1)
     """Column of your own files with class name or number."""
+    labels_column: str = Field("labels", min_length=1)
+    """multi_label_classification: column with the list of the labels of a text, which may be
+    empty."""
+    tokens_column: str = Field("tokens", min_length=1)
+    """token_classification: column with the list of the words of a text."""
+    tags_column: str = Field("tags", min_length=1)
+    """token_classification: column with the list of their tags in the IOB2 scheme: O, B-<type> for
+    the first word of an entity, I-<type> for its others."""
+    question_column: str = Field("question", min_length=1)
+    """question_answering: column with the question."""
+    context_column: str = Field("context", min_length=1)
+    """question_answering: column with the text that holds the answer."""
+    answers_column: str = Field("answers", min_length=1)
+    """question_answering: column with the answers as in SQuAD: {text: [...], answer_start: [...]};
+    empty lists for a question without an answer."""
     target_column: str = Field("target", min_length=1)
     """Column with the text to write, for seq2seq and causal_lm."""
     prompt_template: Annotated[str, pydantic.AfterValidator(_one_placeholder)] = "{text}"
@@ -121,14 +150,30 @@ class DataSettings(Section):
     """Seed of the shuffle that picks the K training and the development examples, and of the order
     of a stream."""
     metric: (
-        Literal["accuracy", "f1", "matthews", "spearman", "bleu", "rouge_l", "exact_match", "loss"]
+        Literal[
+            "accuracy",
+            "f1",
+            "macro_f1",
+            "matthews",
+            "spearman",
+            "bleu",
+            "rouge_l",
+            "exact_match",
+            "loss",
+        ]
         | None
     ) = None
     """Metric that picks the best checkpoint. Default: that of the GLUE task; accuracy or
-    spearman for your own files; bleu for seq2seq; loss for causal_lm, where evaluation writes
-    texts only if another metric asks for it."""
+    spearman for your own files; f1 for multi_label_classification (micro-F1),
+    token_classification (of entities) and question_answering (of the words of an answer); bleu
+    for seq2seq; loss for causal_lm, where evaluation writes texts only if another metric asks for
+    it."""
     max_length: Count = 128
-    """Longest input in tokens; longer ones are cut. causal_lm: prompt and completion together."""
+    """Longest input in tokens; longer ones are cut. causal_lm: prompt and completion together.
+    question_answering: length of a window."""
+    window_overlap: int | None = Field(None, ge=0, le=MOST)
+    """question_answering: number of tokens that neighbouring windows of a long context share, less
+    than half of max_length. Default: a third of max_length."""
     max_target_length: Count = 128
     """Longest target of seq2seq, and largest number of tokens that evaluation writes."""
     num_beams: int = Field(1, ge=1, le=1000)
@@ -147,6 +192,11 @@ class DataSettings(Section):
     def has_validation(self) -> bool:
         """Return whether a development set is named."""
         return self.validation_file is not None or self.validation_split is not None
+
+    @property
+    def resolved_overlap(self) -> int:
+        """`window_overlap`, or its default."""
+        return self.max_length // 3 if self.window_overlap is None else self.window_overlap
 
     @property
     def resolved_task(self) -> str:

@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from scaleup.settings.data_rules import (
+    GENERATES,
+    data_problems,
+    head_bias_problems,
+    idle_data,
+    smoothing_problems,
+    streaming_problems,
+)
 from scaleup.unipelt.submodules import SUBMODULES
 
 ZERO_PRESETS = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
-
-METRICS = {
-    "sequence_classification": ("accuracy", "f1", "matthews"),
-    "regression": ("spearman",),
-    "seq2seq": ("bleu", "rouge_l", "exact_match", "loss"),
-    "causal_lm": ("loss", "bleu", "rouge_l", "exact_match"),
-}
-GENERATES = ("seq2seq", "causal_lm")
 
 _INSTEAD = {
     "a run always trains": "do_train",
@@ -60,7 +60,7 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
     if method is not None:
         idle |= {f"method.{key}": reason for key, reason in _idle_method(method).items()}
     if data is not None:
-        idle |= {f"data.{key}": reason for key, reason in _idle_data(data).items()}
+        idle |= {f"data.{key}": reason for key, reason in idle_data(data).items()}
     if data is not None and data.task in GENERATES:
         reason = f"data.task is {data.task}, which has no head"
         if model is not None:
@@ -107,22 +107,15 @@ def impossible(sections: Mapping[str, Any]) -> list[str]:
     if train is not None and train.fsdp is not None:
         problems += _fsdp_problems(train, model, method)
     if data is not None:
-        problems += _data_problems(data, method)
+        problems += data_problems(data, method)
         if data.streaming:
-            problems += _streaming_problems(data, train)
+            problems += streaming_problems(data, train)
+        if model is not None:
+            problems += head_bias_problems(model, data)
     if train is not None:
         problems += _train_problems(train)
     if data is not None and train is not None and train.label_smoothing_factor:
-        if data.resolved_task == "regression":
-            problems.append(
-                "train.label_smoothing_factor: there are no classes to smooth in a regression; "
-                "leave it out"
-            )
-        if data.task == "seq2seq":
-            problems.append(
-                "train.label_smoothing_factor: Trainer takes the targets away before the decoder "
-                "can read them; leave it out with data.task seq2seq"
-            )
+        problems += smoothing_problems(data)
     return problems
 
 
@@ -166,120 +159,6 @@ def _idle_method(method: Any) -> dict[str, str]:
             keys = [field.name for field in dataclasses.fields(submodule.options)]
             idle |= dict.fromkeys(keys, f"{name} is not among method.submodules")
     return idle
-
-
-def _idle_data(data: Any) -> dict[str, str]:
-    own_files = (
-        "train_file validation_file test_file text_column text_pair_column label_column "
-        "sources subset train_split validation_split test_split"
-    )
-    of_generation = (
-        "target_column messages_column train_on prompt_template max_target_length num_beams packing"
-    )
-    of_classification = "text_pair_column label_column"
-    task, generates = data.task or "sequence_classification", data.task in GENERATES
-    idle: dict[str, str] = {}
-    if data.name is not None:
-        idle |= dict.fromkeys(own_files.split(), f"data.name is {data.name}")
-    elif data.path is None:
-        of_hub = ("subset", "revision", "train_split", "validation_split", "test_split")
-        idle |= dict.fromkeys(of_hub, "data.path is not set")
-    keys = of_classification if generates else of_generation
-    idle |= dict.fromkeys(keys.split(), f"data.task is {task}")
-    if not data.streaming:
-        idle["shuffle_buffer"] = "data.streaming is off"
-    if generates and data.messages_column is None:
-        idle["train_on"] = "data.messages_column is not set"
-    if generates and data.messages_column is not None:
-        of_texts = ("text_column", "target_column", "prompt_template")
-        idle |= dict.fromkeys(of_texts, "data.messages_column is set")
-    by_loss = data.metric == "loss" or (data.metric is None and task == "causal_lm")
-    if generates and by_loss:
-        idle["num_beams"] = "data.metric is loss: nothing is written"
-        if task == "causal_lm":
-            idle["max_target_length"] = "data.metric is loss: nothing is written"
-    own_validation = data.name is None and data.has_validation
-    if data.k == "all" and (data.name is not None or own_validation):
-        idle["dev_size"] = "with data.k all, the validation set is the development set"
-        if not data.streaming:
-            idle["seed"] = "with data.k all, nothing is sampled"
-    if data.name is not None and data.k == "all":
-        idle["test_size"] = "with data.k all, the development set is the test set"
-    elif data.name is None and data.test_file is None and data.test_split is None:
-        idle["test_size"] = "data.test_file is not set"
-    if own_validation:
-        key = "validation_file" if data.validation_file is not None else "validation_split"
-        idle["dev_size"] = f"data.{key} is the development set"
-    return idle
-
-
-def _data_problems(data: Any, method: Any) -> list[str]:
-    problems = []
-    places = [key for key in ("train_file", "path", "sources") if getattr(data, key)]
-    if data.name is None and not places:
-        problems.append(
-            "data: set data.name (a GLUE task), data.train_file (your own data), data.path (a data "
-            "set on the hub) or data.sources (several of them)"
-        )
-    if data.name is None and len(places) > 1:
-        problems.append(f"data.{places[1]}: data.{places[0]} is set, too; leave one of them out")
-    for split in ("validation", "test"):
-        if getattr(data, f"{split}_file") and getattr(data, f"{split}_split"):
-            problems.append(
-                f"data.{split}_split: data.{split}_file is set, too; leave one of them out"
-            )
-    default_task = "regression" if data.name == "stsb" else "sequence_classification"
-    task = data.resolved_task
-    if data.name is not None and task != default_task:
-        return [f"data.task: {data.task} does not fit data.name {data.name}; leave it out"]
-    if data.metric is not None and data.metric not in METRICS[task]:
-        subject, advice = f"data.name {data.name}", "leave it out"
-        if data.name is None:
-            subject, advice = f"data.task {task}", f"it takes {', '.join(METRICS[task])}"
-        problems.append(f"data.metric: {data.metric} does not fit {subject}; {advice}")
-    if data.messages_column is not None and task == "seq2seq":
-        problems.append(
-            "data.messages_column: chats are for data.task causal_lm; seq2seq takes text_column "
-            "and target_column"
-        )
-    if data.packing and task == "seq2seq":
-        problems.append("data.packing: texts are packed with data.task causal_lm only")
-    if data.packing and data.pad_to_max_length:
-        problems.append("data.pad_to_max_length: packed rows need no padding; leave it out")
-    learned = method is not None and method.name == "unipelt" and method.resolved_gates == "learned"
-    if learned and method.gate_pooling == "paper" and task in GENERATES:
-        problems.append(
-            "method.gate_pooling: with paper, the gates of a decoder see later tokens; use auto "
-            f"for data.task {task}"
-        )
-    return problems
-
-
-def _streaming_problems(data: Any, train: Any) -> list[str]:
-    if data.task not in GENERATES:
-        return [
-            "data.streaming: reads texts for data.task seq2seq and causal_lm only; leave it out"
-        ]
-    problems = []
-    if not data.has_validation:
-        problems.append(
-            "data.streaming: nothing can be cut from a stream for development; give "
-            "data.validation_file or data.validation_split"
-        )
-    if data.k != "all":
-        problems.append(f"data.k: {data.k} rows cannot be drawn from a stream; use all")
-    if train is not None and train.max_steps < 1:
-        problems.append("data.streaming: a stream has no end; set train.max_steps")
-    if train is not None and train.eval_strategy != "steps":
-        problems.append(
-            "data.streaming: a stream has no epochs; set train.eval_strategy=steps and "
-            "train.eval_steps"
-        )
-    if train is not None and train.dataloader_num_workers:
-        problems.append(
-            "train.dataloader_num_workers: the run itself reads a stream; use 0 with data.streaming"
-        )
-    return problems
 
 
 def _graph_problems(train: Any, quantized: bool) -> list[str]:

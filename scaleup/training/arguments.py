@@ -32,7 +32,7 @@ def training_arguments(
         "save_strategy": strategy,
         "ddp_find_unused_parameters": False,
         # If True, Trainer multiplies a loss that is a mean over the batch by the process count.
-        "average_tokens_across_devices": tasks.of(settings.data).writes,
+        "average_tokens_across_devices": tasks.of(settings.data).by_token,
         # In a file, each redrawing of a bar would be one more line.
         "disable_tqdm": sys.stderr is None or not sys.stderr.isatty(),
         "logging_nan_inf_filter": False,  # a loss that is not finite must end the run

@@ -13,9 +13,6 @@ from scaleup.data.metrics import IGNORED
 from scaleup.training.callbacks import GateStatistics
 from scaleup.training.context import Run
 
-# Columns of a batch that only `generate` and the metrics read.
-FOR_GENERATION = ("prompt", "prompt_mask", "reference")
-
 
 class EvaluatingTrainer(Trainer):
     """A Trainer that evaluates every example once, and takes means over tokens for text."""
@@ -24,7 +21,7 @@ class EvaluatingTrainer(Trainer):
         super().__init__(args=run.args, **kwargs)
         # With True, Trainer counts the tokens of a step for `compute_loss`. With False it divides
         # the loss of a batch by the accumulation steps.
-        self.model_accepts_loss_kwargs = run.task.writes
+        self.model_accepts_loss_kwargs = run.task.by_token
         self.run, self.gate_statistics = run, gate_statistics
 
     def compute_loss(
@@ -39,9 +36,7 @@ class EvaluatingTrainer(Trainer):
         If the loss of a step is a mean over its tokens, scale the loss of a pass in training by its
         share of the step's `num_items_in_batch` tokens. Not every model would do so itself.
         """
-        kept = {name: value for name, value in inputs.items() if name not in FOR_GENERATION}
-        if inputs["labels"].dim() > 1:  # with a cache, texts packed into one row see each other
-            kept["use_cache"] = False
+        kept = self.run.task.model_inputs(inputs)
         tokens = (inputs["labels"] != IGNORED).sum()  # label smoothing removes the labels
         loss = super().compute_loss(model, kept, return_outputs)
         if num_items_in_batch is None or not model.training:
@@ -53,9 +48,9 @@ class EvaluatingTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple:
         """Evaluate a batch and return Trainer's tuple: loss, outputs [B, …] and labels [B, …].
 
-        In a generation task, outputs are the generated tokens [B, T] and labels the number of each
-        reference [B]. Examples that only fill the last batches of the processes are not evaluated;
-        their outputs are copies, which Trainer removes.
+        In a generation task, outputs are the generated tokens [B, T]. Where metrics look up what
+        they compare with, labels are the number of each row [B]. Examples that only fill the last
+        batches of the processes are not evaluated; their outputs are copies, which Trainer removes.
         """
         inputs = self._prepare_inputs(inputs)
         size = len(inputs["labels"])
@@ -80,11 +75,12 @@ class EvaluatingTrainer(Trainer):
         return min(max(state.remainder - self.args.process_index * size, 0), size)
 
     def _predict(self, model, inputs, prediction_loss_only, ignore_keys) -> tuple:
-        if "reference" not in inputs:
+        task = self.run.task
+        if not task.writes:
             loss, outputs, labels = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys
             )
-            return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
+            return loss, outputs if outputs is None else task.scored(outputs), labels
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if self.run.generation is None:
             return loss, None, None

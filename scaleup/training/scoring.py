@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers.trainer_utils import PredictionOutput
 
-from scaleup.data.metrics import decode
 from scaleup.io import write_text
 from scaleup.training.context import Run
 from scaleup.training.trainer import RunTrainer
@@ -26,7 +25,7 @@ def score(trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
     if examples.test is not None and not examples.test_is_dev:
         output = trainer.predict(examples.test)
         test = _metrics(output.metrics)
-        if run.generation is not None and run.world.main:
+        if run.task.lines is not None and output.predictions is not None and run.world.main:
             _write_predictions(run, output)
     return {
         "task": settings.data.name or examples.task,
@@ -62,12 +61,8 @@ def _metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 def _write_predictions(run: Run, output: PredictionOutput) -> None:
     """Write predictions.jsonl in the order of the test set, which was evaluated by length."""
-    examples = run.examples
-    assert examples.prompts is not None and examples.references is not None
-    texts = decode(run.tokenizer, output.predictions)
-    lines = [
-        {"text": examples.prompts[i], "written": text, "references": examples.references[i]}
-        for i, text in sorted(zip(output.label_ids.tolist(), texts))
-    ]
+    assert run.task.lines is not None
+    numbers = output.label_ids.reshape(-1)
+    lines = run.task.lines(run.examples, run.tokenizer, output.predictions, numbers)
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(run.out / "predictions.jsonl", content)

@@ -98,13 +98,19 @@ SDPA = ("sdpa", ATTENTION["sdpa"])
 def head_names(model: nn.Module) -> list[str]:
     """Return the children that form the newly initialised task head.
 
-    They have weights and are neither the backbone nor its output embedding.
+    They have weights and are neither the backbone nor its output embedding. T5's model for question
+    answering has the parts of the backbone as children, and a linear layer beside them.
     """
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+    if not isinstance(model, PreTrainedModel):
+        return []
+    in_parts = model.base_model is model
+    if in_parts and not type(model).__name__.endswith("ForQuestionAnswering"):
         return []
     output = model.get_output_embeddings()
     names = []
     for name, child in model.named_children():
+        if in_parts and not isinstance(child, nn.Linear):
+            continue
         inside = set(map(id, child.modules()))
         is_output = output is not None and id(output) in inside
         if (
