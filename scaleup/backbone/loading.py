@@ -220,7 +220,7 @@ def load_model(
         raise _unreadable(settings.name, error) from error
     missing = set(info["missing_keys"])
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    _check_loaded(settings.name, heads, missing | mismatched)
+    _check_loaded(settings.name, model, heads, missing | mismatched)
     if prior is not None:
         _start_head(model, heads, prior, missing | mismatched)
     keys = (key for key in missing if ".pooler." in key and not key.startswith(heads))
@@ -250,12 +250,23 @@ def _load_shards(
     return model.eval(), load_fsdp(model, files, device, mesh, head_names(model))
 
 
-def _check_loaded(name: str, heads: tuple[str, ...], initialized: set[str]) -> None:
+def _check_loaded(
+    name: str, model: PreTrainedModel, heads: tuple[str, ...], initialized: set[str]
+) -> None:
     """Refuse a model of which more than the head and the pooler did not come from its files.
 
     A head of another size is replaced. Checkpoints of masked language models have no pooler.
     """
-    unfit = [key for key in initialized if not key.startswith(heads) and ".pooler." not in key]
+    names = [key for key, _ in model.named_parameters()]
+    unfit, all_names = (
+        [key for key in keys if not key.startswith(heads) and ".pooler." not in key]
+        for keys in (initialized, names)
+    )
+    if len(unfit) >= len(all_names):  # as in LlamaForQuestionAnswering, for the files of other classes
+        raise ConfigError(
+            f"model.name: {type(model).__name__} finds none of its weights in {name}, because "
+            "transformers gives them other names there; use another model for this task"
+        )
     if unfit:
         raise ConfigError(
             f"model.name: the weights in {name} do not fit its config.json: {len(unfit)} tensors "

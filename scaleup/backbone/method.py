@@ -35,10 +35,14 @@ def checkpointing_problems(train: TrainSettings, config: PretrainedConfig, auto:
     return [f"train.gradient_checkpointing: {problem}"]
 
 
-def task_type(model: PreTrainedModel) -> str:
-    """Return PEFT's name for what the model's head does."""
+def task_type(model: PreTrainedModel) -> str | None:
+    """Return PEFT's name for what the model's head does.
+
+    It is None for question answering: PEFT's model for QUESTION_ANS takes token_type_ids and
+    position_ids, and does not pass them on.
+    """
     if model.get_output_embeddings() is None:
-        kinds = {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+        kinds = {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": None}
         name = type(model).__name__
         return next((kind for end, kind in kinds.items() if name.endswith(end)), "SEQ_CLS")
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
