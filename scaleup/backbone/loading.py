@@ -262,7 +262,9 @@ def _check_loaded(
         [key for key in keys if not key.startswith(heads) and ".pooler." not in key]
         for keys in (initialized, names)
     )
-    if len(unfit) >= len(all_names):  # as in LlamaForQuestionAnswering, for the files of other classes
+    if len(unfit) >= len(
+        all_names
+    ):  # as in LlamaForQuestionAnswering, for the files of other classes
         raise ConfigError(
             f"model.name: {type(model).__name__} finds none of its weights in {name}, because "
             "transformers gives them other names there; use another model for this task"

@@ -59,11 +59,10 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(settings.model)
     settings = fit_length(settings, config)
     examples, _ = prepare(settings, config)
-    test = 0 if examples.test is None else len(examples.test)
     train = f"{examples.train_rows}"
     if settings.data.streaming:
         train = f"{streaming.check(settings.data, examples.sources)} (checked, not stored)"
-    print(f"train {train}, dev {len(examples.dev)}, test {test} examples")
+    print(f"train {train}, dev {examples.count('dev')}, test {examples.count('test')} examples")
     print(f"{cache_dir(settings.data)}: prepared in {time.perf_counter() - begin:.1f} s")
     if options.fetch is not None:
         print(f"{download(settings.model)}: weights of {settings.model.name}")

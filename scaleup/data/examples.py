@@ -37,6 +37,11 @@ class Examples:
     texts: dict[str, datasets.Dataset] | None = None
     content: str = ""  # hash of what the texts depend on: the content of the files, and settings
 
+    def count(self, name: str) -> int:
+        """Return the number of examples in dev or test, of which tokens may have several rows."""
+        part = (self.texts or {}).get(name, getattr(self, name))
+        return 0 if part is None else len(part)
+
     @property
     def train_rows(self) -> int | None:
         """Number of rows of the training set; None if it is a stream."""

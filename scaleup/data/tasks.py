@@ -16,6 +16,7 @@ from transformers import (
 
 from scaleup.data import classification, multi_label, question_answering, token_classification
 from scaleup.data import generation as text_generation
+from scaleup.data.examples import Examples
 from scaleup.data.splits import identical_files
 from scaleup.errors import ConfigError
 from scaleup.settings.data import DataSettings
@@ -37,6 +38,7 @@ class Task:
         outputs: the outputs of the model that are scored.
         lines: (examples, tokenizer, outputs, numbers of the rows) → the lines of predictions.jsonl;
             None: the task has none.
+        notes: what a user should know about the tokens of a run; None: nothing.
     """
 
     module: ModuleType
@@ -46,6 +48,7 @@ class Task:
     targets: tuple[str, ...] = ("labels",)
     outputs: tuple[str, ...] = ("logits",)
     lines: Callable[..., list[dict[str, Any]]] | None = None
+    notes: Callable[[Examples], list[str]] | None = None
 
     def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the model for a batch with labels."""
@@ -79,6 +82,7 @@ TASKS = {
         AutoModelForTokenClassification,
         by_token=True,
         lines=token_classification.lines,
+        notes=token_classification.notes,
     ),
     "question_answering": Task(
         question_answering,

@@ -221,6 +221,18 @@ def tokenize(
     return number_scored(prepared.tokens(examples, tokenizer, data, make), examples)
 
 
+def notes(examples: Examples) -> list[str]:
+    """Return a line about words of dev and test that have no token of their own, if any."""
+    parts = []
+    for name in ("dev", "test"):
+        tokens = getattr(examples, name)
+        words = [word for row in (tokens["words"][:] if tokens is not None else []) for word in row]
+        if missing := sum(word < 0 for word in words):
+            parts.append(f"{missing} of {len(words)} {name} words")
+    where = "lie beyond data.max_length or are invisible; they count as predicted O"
+    return [f"note: {' and '.join(parts)} {where}"] if parts else []
+
+
 def collator(
     tokenizer: PreTrainedTokenizerBase, data: DataSettings, multiple: int = 1
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -116,7 +116,7 @@ class Evaluation:
     @property
     def size(self) -> int:
         """Return the number of examples."""
-        return sum(len(batch["labels"]) for batch in self.batches)
+        return self.examples.count("test" if self.options.calibrate == "test" else "dev")
 
     def _load_texts(self, data: DataSettings) -> Examples:
         try:

@@ -45,6 +45,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     ]
     if shared := _shared_line(settings, examples):
         lines.append(shared)
+    if run.task.notes is not None:
+        lines += run.task.notes(examples)
     if examples.task == "regression":
         lines.append(_label_line(settings, examples))
     return [
@@ -59,23 +61,24 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
 
 
 def _data_line(settings: Settings, examples: Examples) -> str:
-    test = "none" if examples.test is None else str(len(examples.test))
+    test = "none" if examples.test is None else str(examples.count("test"))
     if examples.test_is_dev:
         test = "the dev set"
     rows = " packed rows" if settings.data.packing else ""
+    rows = " windows" if examples.task == "question_answering" else rows
     count = f"{examples.train_rows}{rows}"
     if examples.train_rows is None:
         count = f"a stream in the order of data.seed {settings.data.seed}"
     once = " (a source with several targets counts once)" if examples.references else ""
     return (
-        f"data       train {count}, dev {len(examples.dev)}, test {test}{once};"
+        f"data       train {count}, dev {examples.count('dev')}, test {test}{once};"
         f" metric {examples.metric}"
     )
 
 
 def _shared_line(settings: Settings, examples: Examples) -> str | None:
     """Return a note about texts that occur in several sets, if there are any."""
-    sizes = {"dev": len(examples.dev), "test": len(examples.test or ())}
+    sizes = {name: examples.count(name) for name in ("dev", "test")}
     parts = [
         f"{count} of {sizes[name]} {name} rows have texts that are in {other} too"
         for (name, other), count in examples.shared.items()

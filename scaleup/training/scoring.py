@@ -38,8 +38,8 @@ def score(trainer: RunTrainer, counts: dict[str, Any]) -> dict[str, Any]:
         "epochs": round(state.epoch or 0.0, 4),
         "examples": {
             "train": examples.train_rows,  # None: a stream
-            "dev": len(examples.dev),
-            "test": 0 if examples.test is None else len(examples.test),
+            "dev": examples.count("dev"),
+            "test": examples.count("test"),
         },
         "seeds": {"data": settings.data.seed, "train": settings.train.seed},
         "parameters": counts,

@@ -6,7 +6,6 @@ import random
 
 from tests.utils.workspace import WORDS
 
-METRIC = "f1"
 FILLER = WORDS["other"]
 
 

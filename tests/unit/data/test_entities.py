@@ -35,7 +35,7 @@ def test_the_scores_equal_those_of_seqeval(case):
 
 
 def test_an_entity_ends_where_another_begins_or_its_type_changes():
-    assert entities("B-A I-A B-A I-B O I-A".split()) == {
+    assert entities(["B-A", "I-A", "B-A", "I-B", "O", "I-A"]) == {
         ("A", 0, 1),
         ("A", 2, 2),
         ("B", 3, 3),
