@@ -186,13 +186,12 @@ def _export(checkpoint: pathlib.Path, kind: str, output: pathlib.Path):
     return export.run(options, lambda line: None)
 
 
+# The pipeline tag of a card, and the arguments of the pipeline, which transformers 5 has not for
+# questions.
 PIPELINE = {
     "token_classification": ("token-classification", "'fine film plot'"),
     "multi_label_classification": ("text-classification", "'fine film plot', top_k=None"),
-    "question_answering": (
-        "question-answering",
-        "question='the film', context='a plot fine the scene'",
-    ),
+    "question_answering": ("question-answering", None),
 }
 
 
@@ -210,6 +209,8 @@ def test_exports_are_verified_and_a_pipeline_takes_them(workspace, tmp_path, tas
         assert f"pipeline_tag: {pipeline}" in card
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert report.proof.metric.before == pytest.approx(100 * results["test"]["f1"], abs=1e-3)
+    if inputs is None:
+        return
     code = (
         "import sys, json; sys.modules['scaleup'] = sys.modules['peft'] = None\n"
         "from transformers import pipeline\n"
@@ -224,8 +225,6 @@ def test_exports_are_verified_and_a_pipeline_takes_them(workspace, tmp_path, tas
     found = json.loads(done.stdout.splitlines()[-1])
     if task == "multi_label_classification":
         assert {row["label"] for row in found} == {"good", "bad"}
-    elif task == "question_answering":
-        assert found["answer"] in "a plot fine the scene"
     else:
         assert all(row["entity"] in ("B-GOOD", "I-GOOD") for row in found)
 
