@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from scaleup.data import prepared, sources
@@ -37,6 +38,7 @@ TEXTS, STARTS = pa.list_(pa.string()), pa.list_(pa.int32())
 ANSWERS = pa.struct({"text": TEXTS, "answer_start": STARTS})
 CELLS = {"question": pa.string(), "context": pa.string(), "answers": ANSWERS}
 TYPES = {"text": pa.string(), "text_pair": pa.string(), "answers": TEXTS, "starts": STARTS}
+OUTPUTS = ("start_logits", "end_logits")  # of the model
 OUTSIDE = -1  # place of a token that is not in the context
 
 sources_of = sources.of_user  # the interface of a task's module: see scaleup.data.tasks
@@ -226,6 +228,22 @@ def collator(
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a function that pads windows to a batch of tensors [N, T]; labels are [N, 2]."""
     return EncoderCollator(tokenizer, data, multiple, label=None)
+
+
+def loss(outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean cross-entropy of the start and the end over the tokens of each window.
+
+    The models of transformers also choose among the padding, so that their loss of an example
+    depends on the others in its batch.
+    """
+    padding_NT = batch["attention_mask"] == 0
+    losses = [
+        torch.nn.functional.cross_entropy(
+            outputs[name].float().masked_fill(padding_NT, float("-inf")), labels_N
+        )
+        for name, labels_N in zip(OUTPUTS, batch["labels"].unbind(1))
+    ]
+    return torch.stack(losses).mean()
 
 
 def _best_span(

@@ -34,7 +34,7 @@ class Task:
         auto: transformers' AutoModelFor… class.
         writes: the model generates text.
         by_token: the loss of a step is a mean over its labelled tokens, not over its batches.
-        targets: the arguments of the model for the columns of `labels`, if they have several.
+        loss: (outputs of the model, batch) → the mean loss; None: the model computes it.
         outputs: the outputs of the model that are scored.
         lines: (examples, tokenizer, outputs, numbers of the rows) → the lines of predictions.jsonl;
             None: the task has none.
@@ -45,7 +45,7 @@ class Task:
     auto: Any
     writes: bool = False
     by_token: bool = False
-    targets: tuple[str, ...] = ("labels",)
+    loss: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None
     outputs: tuple[str, ...] = ("logits",)
     lines: Callable[..., list[dict[str, Any]]] | None = None
     notes: Callable[[Examples], list[str]] | None = None
@@ -53,8 +53,8 @@ class Task:
     def model_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the model for a batch with labels."""
         inputs: dict[str, Any] = {n: value for n, value in batch.items() if n not in FOR_SCORES}
-        if len(self.targets) > 1:
-            inputs |= dict(zip(self.targets, inputs.pop("labels").unbind(1)))
+        if self.loss is not None:
+            del inputs["labels"]
         if self.writes:  # with a cache, texts packed into one row see each other
             inputs["use_cache"] = False
         return inputs
@@ -87,8 +87,8 @@ TASKS = {
     "question_answering": Task(
         question_answering,
         AutoModelForQuestionAnswering,
-        targets=("start_positions", "end_positions"),
-        outputs=("start_logits", "end_logits"),
+        loss=question_answering.loss,
+        outputs=question_answering.OUTPUTS,
         lines=question_answering.lines,
     ),
     "seq2seq": Task(

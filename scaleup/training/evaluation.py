@@ -37,6 +37,10 @@ class EvaluatingTrainer(Trainer):
         share of the step's `num_items_in_batch` tokens. Not every model would do so itself.
         """
         kept = self.run.task.model_inputs(inputs)
+        if self.run.task.loss is not None:
+            outputs = model(**kept)
+            loss = self.run.task.loss(outputs, inputs)
+            return (loss, outputs) if return_outputs else loss
         tokens = (inputs["labels"] != IGNORED).sum()  # label smoothing removes the labels
         loss = super().compute_loss(model, kept, return_outputs)
         if num_items_in_batch is None or not model.training:

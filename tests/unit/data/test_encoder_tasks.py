@@ -403,3 +403,17 @@ def test_a_batch_of_windows_has_starts_and_ends(in_tmp, tokenizer):
         text = tokenizer.decode(batch["input_ids"][row, first : last + 1])
         assert re.sub("[ #]", "", text) == "ann"
     assert batch["token_type_ids"].max() == 1 and batch["input_ids"].dtype == torch.long
+
+
+def test_the_loss_of_a_window_does_not_depend_on_its_padding():
+    draw = torch.Generator().manual_seed(0)
+    logits = {name: torch.randn(2, 6, generator=draw) for name in ("start_logits", "end_logits")}
+    labels, mask = torch.tensor([[1, 2], [0, 3]]), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    found = question_answering.loss(logits, {"attention_mask": mask, "labels": labels})
+    plain = []
+    for row, length in ((0, 6), (1, 4)):
+        for name, column in (("start_logits", 0), ("end_logits", 1)):
+            log_shares = logits[name][row, :length].log_softmax(0)
+            plain.append(-log_shares[labels[row, column]])
+    assert found.item() == pytest.approx(torch.stack(plain).mean().item(), abs=1e-6)
