@@ -26,7 +26,7 @@ from scaleup.export.measure import Job, Measurements, measure
 from scaleup.settings import schema
 from scaleup.unipelt.gate import ConstantGate, GateMoments, LearnedGate, pool
 from scaleup.unipelt.layers import SiteLayer
-from scaleup.unipelt.lora import VALUE
+from scaleup.unipelt.lora_attention import VALUE
 from scaleup.unipelt.model import site_of
 from scaleup.unipelt.submodule import Gates
 

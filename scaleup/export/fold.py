@@ -68,7 +68,7 @@ def constant_gates(
     return {
         (path, submodule.name): submodule.constant_gate(config)
         for submodule in chosen(config)
-        for path in submodule.paths(attentions, blocks)
+        for path in submodule.paths(config, attentions, blocks)
     }
 
 

@@ -262,7 +262,9 @@ class BottleneckSubmodule(Submodule):
         """Return the BottleneckLayer of a block, made and hooked the first time."""
         raise NotImplementedError
 
-    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+    def paths(
+        self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> list[str]:
         return [self.path(site) for site in blocks]
 
     def attach_to_block(self, attachment: Attachment, site: BlockSite) -> None:

@@ -13,7 +13,6 @@ FIXED: dict[str, Any] = {
     "target_modules": None,
     "exclude_modules": None,
     "bias": "none",
-    "use_rslora": False,
     "layers_to_transform": None,
     "layers_pattern": None,
     "megatron_config": None,
@@ -103,7 +102,7 @@ class UniPeltConfig(*dict.fromkeys(_BASES)):  # type: ignore[misc]
         changed += [field for field in ("rank_pattern", "alpha_pattern") if getattr(self, field)]
         if changed or not isinstance(self.init_lora_weights, bool):
             raise ValueError(
-                "UniPELT puts plain LoRA on every query and value; leave out "
+                "UniPELT puts plain LoRA on the layers that lora_targets names; leave out "
                 + ", ".join(changed or ["init_lora_weights"])
             )
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attachment import Attachment, SiteGates
-from .site_types import AttentionSite, BlockSite, FusedQKVLayout
+from .site_types import AttentionSite, BlockSite, FusedQKVLayout, LinearSite
 from .submodules import SUBMODULES, attach, chosen
 
 
@@ -27,13 +27,23 @@ def specification(
         attentions, blocks: the sites of the model.
         gates: what remains at each site: submodule → constant, or None for a learned gate.
     """
+    remaining = [
+        dataclasses.replace(
+            block, linears=tuple(linear for linear in block.linears if linear.name in gates)
+        )
+        for block in blocks
+    ]
     fields = [field.name for s in chosen(config) for field in dataclasses.fields(s.options)]
     return {
         "config": {name: getattr(config, name) for name in ("submodules", "gate_pooling", *fields)},
         "attentions": [dataclasses.asdict(site) for site in attentions],
-        "blocks": [dataclasses.asdict(site) for site in blocks],
+        "blocks": [dataclasses.asdict(block) for block in remaining],
         "gates": gates,
     }
+
+
+def _linear_site(linears: list[str], hidden_size: int, attention_output: bool) -> LinearSite:
+    return LinearSite(tuple(linears), hidden_size, attention_output)
 
 
 def attach_exported(model: PreTrainedModel, specification: dict[str, Any]) -> None:
@@ -43,7 +53,10 @@ def attach_exported(model: PreTrainedModel, specification: dict[str, Any]) -> No
         AttentionSite(**site | {"layout": site["layout"] and FusedQKVLayout(**site["layout"])})
         for site in specification["attentions"]
     ]
-    blocks = [BlockSite(**site) for site in specification["blocks"]]
+    blocks = [
+        BlockSite(**site | {"linears": tuple(_linear_site(**linear) for linear in site["linears"])})
+        for site in specification["blocks"]
+    ]
     # JSON does not keep the order of the names, in which the rows of a shared gate are stored.
     gates = {
         path: {name: site[name] for name in SUBMODULES if name in site}

@@ -22,6 +22,7 @@ class ForwardPass:
     Attributes:
         mask_BT: 1 at real tokens, None if all are real.
         encoder_mask_BS: the same for the encoder's tokens, in a decoder.
+        examples: B, None if no layer needs the masks.
         starts_BT: index of the first token of each token's text if a row holds several texts.
         past: number of tokens in the cache.
         cached: the totals [B, 1, W] of all gates and the count [B, 1, 1] at the newest cached
@@ -44,6 +45,7 @@ class ForwardPass:
 
     mask_BT: torch.Tensor | None = None
     encoder_mask_BS: torch.Tensor | None = None
+    examples: int | None = None
     starts_BT: torch.Tensor | None = None
     past: int | torch.Tensor = 0
     cached: tuple[torch.Tensor, torch.Tensor] | None = None

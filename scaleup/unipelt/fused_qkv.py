@@ -12,54 +12,67 @@ from torch import nn
 from .site_types import FusedQKVLayout
 
 
+def updated_heads(layout: FusedQKVLayout, keys: bool) -> list[int]:
+    """Return the numbers of heads of the queries, the keys if they are updated, and the values."""
+    return [layout.heads, *[layout.kv_heads] * (2 if keys else 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class FusedBlocks:
-    """Where B of a fused projection lies in a matrix [rows, 2R]; the other blocks are 0."""
+    """Where B of a fused projection lies in a matrix [rows, 2R or 3R]; the other blocks are 0."""
 
     layout: FusedQKVLayout
+    keys: bool
 
     def __call__(
         self, matrices: torch.Tensor, parts: Sequence[torch.Tensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         (weights,) = parts
-        layout, rank = self.layout, weights.shape[2]
-        heads = layout.heads, layout.kv_heads
-        blocks = zip(weights.split([n * layout.head_size for n in heads], dim=1), heads)
-        query, value = (block.unflatten(1, (n, layout.head_size)) for block, n in blocks)
+        layout, rank, size = self.layout, weights.shape[2], self.layout.head_size
+        heads = updated_heads(layout, self.keys)
+        blocks = weights.split([n * size for n in heads], dim=1)
+        places: Sequence[torch.Tensor]
         if layout.order == "parts":
-            rows = matrices.unflatten(1, (-1, layout.head_size))
-            first, last = rows[:, : layout.heads], rows[:, -layout.kv_heads :]
+            rows = matrices.unflatten(1, (-1, size))
+            places = rows.split([layout.heads, layout.kv_heads, layout.kv_heads], dim=1)
         else:
-            rows = matrices.unflatten(1, (layout.heads, -1, layout.head_size))
-            first, last = rows[:, :, 0], rows[:, :, -1]
-        return [(first[..., :rank], query), (last[..., rank:], value)]
+            places = matrices.unflatten(1, (layout.heads, -1, size)).unbind(2)
+        places = places if self.keys else (places[0], places[2])
+        return [
+            (place[..., i * rank : (i + 1) * rank], block.unflatten(1, (n, size)))
+            for i, (place, block, n) in enumerate(zip(places, blocks, heads))
+        ]
 
 
 class FusedUpdate(nn.Module):
-    """B of a fused projection of queries, keys and values, [..., 2R] → [..., rows].
+    """B of a fused projection of queries, keys and values, [..., 2R or 3R] → [..., rows].
 
-    The first R inputs are for the queries, the others for the values; keys get no update. It does
-    what two LoRA layers would do, with one pass through the frozen weights.
+    The first R inputs are for the queries and the last R for the values. Those in between are for
+    the keys, which get no update without them. It does what two or three LoRA layers would do, with
+    one pass through the frozen weights.
     """
 
-    def __init__(self, rank: int, layout: FusedQKVLayout):
+    def __init__(self, rank: int, layout: FusedQKVLayout, keys: bool):
         super().__init__()
-        self.layout = layout
-        self.sizes = [layout.heads * layout.head_size, layout.kv_heads * layout.head_size]
+        self.layout, self.keys = layout, keys
+        self.sizes = [n * layout.head_size for n in updated_heads(layout, keys)]
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), rank))
 
     @property
     def rows(self) -> int:
         """The number of outputs of the projection."""
-        return self.sizes[0] + 2 * self.sizes[1]
+        return self.sizes[0] + 2 * self.sizes[-1]
+
+    @property
+    def columns(self) -> int:
+        """The number of inputs."""
+        return len(self.sizes) * self.weight.shape[1]
 
     def forward(self, low_rank: torch.Tensor) -> torch.Tensor:
-        low_q, low_v = low_rank.chunk(2, dim=-1)
-        weight_q, weight_v = self.weight.split(self.sizes)
-        update_q = nn.functional.linear(low_q, weight_q)
-        update_v = nn.functional.linear(low_v, weight_v)
-        keys = update_v.new_zeros(()).expand_as(update_v)
-        parts = [update_q, keys, update_v]
+        lows, weights = low_rank.chunk(len(self.sizes), dim=-1), self.weight.split(self.sizes)
+        parts = [nn.functional.linear(low, weight) for low, weight in zip(lows, weights)]
+        if not self.keys:
+            parts.insert(1, parts[1].new_zeros(()).expand_as(parts[1]))
         if self.layout.order == "parts":
             return torch.cat(parts, dim=-1)
         heads = (self.layout.heads, self.layout.head_size)

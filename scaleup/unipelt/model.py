@@ -57,7 +57,7 @@ class UniPeltModel(LoraModel):
         targets: list[str] = []
         for submodule in chosen(config):
             submodule.prepare(model, attentions, blocks)
-            targets += submodule.lora_targets(attentions)
+            targets += submodule.lora_targets(config, attentions, blocks)
         to_save = [*(config.modules_to_save or []), *head_names(model)]
         config.modules_to_save = list(dict.fromkeys(to_save)) or None
         _wrap_heads(model, config, adapter_name)

@@ -26,6 +26,7 @@ from torch import nn
 from .forward_pass import ForwardPass
 from .kernels import Decoding, Plan, begin, collect_sites, fast_path, mode
 from .pooling import find_cache, kept_beside, mean_within, running_totals, text_starts, totals_layer
+from .site_types import TOKEN_ARGUMENTS
 
 # The dictionary of passes is replaced, never changed. No subclass of threading.local: torch.compile
 # loses what is assigned to its attributes.
@@ -104,6 +105,8 @@ class Passes(nn.Module):
         if self.positions is not None:
             new.mask_BT = self._padding("attention_mask", args, kwargs)
             new.encoder_mask_BS = self._padding("encoder_attention_mask", args, kwargs)
+            tokens = (self._argument(name, args, kwargs) for name in TOKEN_ARGUMENTS)
+            new.examples = next((len(given) for given in tokens if given is not None), None)
             positions_BT = self._argument("position_ids", args, kwargs)
             if positions_BT is not None and new.mask_BT is None and positions_BT.shape[1] > 1:
                 new.starts_BT = text_starts(positions_BT)

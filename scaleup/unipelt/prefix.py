@@ -283,7 +283,9 @@ class PrefixSubmodule(Submodule):
     options = PrefixOptions
     parameters = (".unipelt_prefix.",)
 
-    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+    def paths(
+        self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> list[str]:
         return [site.name for site in attentions]
 
     def check(self, attentions: list[AttentionSite]) -> None:

@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_MAPPING, PreTrainedModel
 
 from .attention import PROBE, Call, models_with_own_config, probing
+from .linears import is_linear
 from .site_types import ENCODER_ARGUMENTS
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TOKENS = 4
 
 
 @dataclasses.dataclass
@@ -27,12 +29,14 @@ class Run:
     Attributes:
         modules: all modules of the copy.
         outputs: first output of each module that ran, in the order in which they finished.
+        inputs: what each linear layer read when it ran first.
         cross: the modules that got the output of an encoder.
         calls: what each attention asked of its attention function.
     """
 
     modules: dict[str, nn.Module]
     outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     cross: set[str] = dataclasses.field(default_factory=set)
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)
 
@@ -42,6 +46,8 @@ class Run:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(kwargs.get(argument) is not None for argument in ENCODER_ARGUMENTS):
                 self.cross.add(name)
+            if is_linear(module):
+                self.inputs.setdefault(name, args[0] if args else kwargs["input"])
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.outputs[name] = output[0] if isinstance(output, (tuple, list)) else output
@@ -51,7 +57,7 @@ class Run:
 
 
 def probe(model: PreTrainedModel) -> Run:
-    """Run an empty copy of a model on four tokens, without its head.
+    """Run an empty copy of a model on TOKENS tokens, without its head.
 
     Raises:
         ValueError: for a model that does not run so, or that reads something else than text.
@@ -62,7 +68,7 @@ def probe(model: PreTrainedModel) -> Run:
     run = Run(dict(empty.named_modules()))
     for name, module in run.modules.items():
         run.watch(name, module)
-    tokens = torch.ones(1, 4, dtype=torch.long, device="meta")
+    tokens = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
     # Without a mask, decoders look at the values of positions to find packed sequences.
     mask = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(tokens)
     inputs: dict[str, torch.Tensor] = {"input_ids": tokens, "attention_mask": mask}

@@ -7,6 +7,7 @@ from torch import nn
 
 # Where a cross attention gets the encoder's output: BART and T5, BERT.
 ENCODER_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")  # [B, T] or [B, T, D]; a pass has one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class AttentionSite:
         parent: path of the smallest model around it, which gets the padding mask.
         cross: whether it attends to the encoder.
         layer: its number among the attentions of the same parent model and kind.
-        query, value: paths of the projections; equal if they are fused.
+        query, key, value: paths of the projections; equal if they are fused.
         layout: of a fused projection, else None.
         hidden_size: width of its input.
         heads: number of query heads.
@@ -49,6 +50,7 @@ class AttentionSite:
     cross: bool
     layer: int
     query: str
+    key: str
     value: str
     layout: FusedQKVLayout | None
     hidden_size: int
@@ -67,6 +69,26 @@ class AttentionSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearSite:
+    """Linear layers of a block that read the same input, apart from queries, keys and values.
+
+    Attributes:
+        linears: their paths in the model, in the order in which they run.
+        hidden_size: width of the input.
+        attention_output: whether this is the output projection of an attention.
+    """
+
+    linears: tuple[str, ...]
+    hidden_size: int
+    attention_output: bool
+
+    @property
+    def name(self) -> str:
+        """The path of the first layer, by which the site is reported."""
+        return self.linears[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockSite:
     """One layer of the stack. Names are paths in the model.
 
@@ -80,6 +102,7 @@ class BlockSite:
         causal: whether nothing in it may depend on later tokens.
         flat: whether the feed-forward sublayer gets the tokens of all examples as one matrix
             [B·T, D].
+        linears: its linear layers that are no projections of queries, keys or values.
     """
 
     name: str
@@ -89,15 +112,16 @@ class BlockSite:
     hidden_size: int
     causal: bool
     flat: bool = False
+    linears: tuple[LinearSite, ...] = ()
 
 
 def mask_arguments(parent: nn.Module) -> dict[str, int]:
-    """Return the positions of the arguments from which pooling learns about tokens.
+    """Return the positions of the arguments from which pooling learns about examples and tokens.
 
     Empty for a model that takes no attention mask.
     """
     names = list(inspect.signature(parent.forward).parameters)
-    wanted = ("attention_mask", "encoder_attention_mask", "position_ids")
+    wanted = ("attention_mask", "encoder_attention_mask", "position_ids", *TOKEN_ARGUMENTS)
     if "attention_mask" not in names:
         return {}
     return {name: names.index(name) for name in wanted if name in names}

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .attention import ATTENTION, Call
-from .probe import has_experts, probe, unsupported
+from .linear_sites import feed_forward, linear_sites
+from .linears import is_linear, sizes
+from .probe import probe, unsupported
 from .site_types import AttentionSite, BlockSite, FusedQKVLayout, mask_arguments
 from .softmax_prefix import BY_SOFTMAX
 
@@ -153,7 +154,7 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        run = probe(model)
+        run = self.run = probe(model)
         self.modules, self.outputs, self.cross = run.modules, run.outputs, run.cross
         self.calls: dict[str, Call | None] = dict(run.calls)
         if not model._can_set_attn_implementation():
@@ -190,7 +191,7 @@ class _Search:
             in_causal_block = _enclosing(name, self.lists) in causal_blocks
             attentions.append(self._attention(name, parent, layer, name in causal, in_causal_block))
         return attentions, [
-            self._block(name, _enclosing(name, parents), name in causal_blocks)
+            self._block(name, _enclosing(name, parents), name in causal_blocks, attentions)
             for name in self.blocks
         ]
 
@@ -205,7 +206,7 @@ class _Search:
         for name in self.attentions:
             module = self.modules[name]
             if _projections(module) is None:
-                linear = ", ".join(n for n, m in module.named_children() if _is_linear(m))
+                linear = ", ".join(n for n, m in module.named_children() if is_linear(m))
                 raise ValueError(
                     f"{unsupported(self.model)}: looked for one query, one key and one value "
                     f"projection in {type(module).__name__}, found {linear}"
@@ -253,7 +254,7 @@ class _Search:
         kind = type(module).__name__
         projections, call = _projections(module), self.calls[name]
         assert projections is not None
-        query, _, value = projections
+        query, key, value = projections
         own = BY_SOFTMAX.get(kind) if call is None else None
         if call is None:
             heads, size = (
@@ -269,9 +270,10 @@ class _Search:
             cross=name in self.cross,
             layer=layer,
             query=f"{name}.{query}",
+            key=f"{name}.{key}",
             value=f"{name}.{value}",
             layout=layout,
-            hidden_size=_sizes(self.modules[f"{name}.{query}"])[0],
+            hidden_size=sizes(self.modules[f"{name}.{query}"])[0],
             heads=call.heads,
             kv_heads=call.kv_heads,
             head_size=call.head_size,
@@ -282,7 +284,9 @@ class _Search:
             projects_positions=own is not None and own.projects_positions,
         )
 
-    def _block(self, name: str, parent: str, causal: bool) -> BlockSite:
+    def _block(
+        self, name: str, parent: str, causal: bool, attentions: list[AttentionSite]
+    ) -> BlockSite:
         inside = [path for path in self.outputs if path.startswith(name + ".")]
         output = self.outputs[name]
         closing = [
@@ -290,45 +294,19 @@ class _Search:
             for path in inside
             if "Norm" in type(self.modules[path]).__name__ and self.outputs[path] is output
         ]
-        feed_forward = self._feed_forward(name, inside, output.shape[-1])
+        attending = [site for site in attentions if site.name.startswith(name + ".")]
+        names, width = [site.name for site in attending], output.shape[-1]
+        sublayer = feed_forward(self.run, name, names, width)
         return BlockSite(
             name=name,
             parent=parent,
             norm=closing[-1] if closing else None,
-            feed_forward=feed_forward,
-            hidden_size=output.shape[-1],
+            feed_forward=sublayer,
+            hidden_size=width,
             causal=causal,
-            flat=feed_forward is not None and self.outputs[feed_forward[1]].dim() == 2,
+            flat=sublayer is not None and self.outputs[sublayer[1]].dim() == 2,
+            linears=linear_sites(self.run, name, attending, width),
         )
-
-    def _feed_forward(
-        self, block: str, inside: list[str], hidden_size: int
-    ) -> tuple[str, str] | None:
-        """Find the modules at which the feed-forward sublayer of a block begins and ends.
-
-        A mixture of experts is one module, which is both. Otherwise they are projections: the last
-        one returns to the hidden size, and the first one is the first projection after the
-        attentions that leads from the hidden size to as many units, or twice as many if it is
-        gated. In a block without attention, both are in the same child of the block.
-        """
-        attentions = [name for name in self.attentions if name in inside]
-        for name in (f"{block}.{child}" for child, _ in self.modules[block].named_children()):
-            attends = any(path == name or path.startswith(name + ".") for path in attentions)
-            if name in inside and not attends and has_experts(self.modules[name]):
-                return name, name
-        start = max(map(inside.index, attentions), default=0)
-        after = [path for path in inside[start:] if _is_linear(self.modules[path])]
-        sizes = {path: _sizes(self.modules[path]) for path in after}
-        last = next((path for path in reversed(after) if sizes[path][1] == hidden_size), None)
-        if last is None:
-            return None
-        if not attentions:
-            child = last.removeprefix(block + ".").partition(".")[0]
-            after = [path for path in after if path.startswith(f"{block}.{child}.")]
-        units = sizes[last][0]
-        wanted = {(hidden_size, units), (hidden_size, 2 * units)}
-        first = next((path for path in after if sizes[path] in wanted and path != last), None)
-        return None if first is None else (first, last)
 
 
 def _computes_attention(module: nn.Module) -> bool:
@@ -336,17 +314,6 @@ def _computes_attention(module: nn.Module) -> bool:
     projections = _projections(module)
     separate = projections is not None and len(set(projections)) == 3
     return separate or type(module).__name__ in BY_SOFTMAX
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _sizes(projection: Any) -> tuple[int, int]:
-    """Return the numbers of inputs and outputs of a projection."""
-    if isinstance(projection, Conv1D):
-        return projection.nx, projection.nf
-    return projection.in_features, projection.out_features
 
 
 def _projections(module: nn.Module) -> tuple[str, str, str] | None:

@@ -62,6 +62,8 @@ def invalid_option(field: dataclasses.Field[Any], value: Any) -> str | None:
     texts = rule["accepts"] or rule["choices"]
     if texts and value not in texts:
         return f"{field.name} must be one of {', '.join(texts)}; got {value!r}"
+    if isinstance(field.default, bool) and not isinstance(value, bool):
+        return f"{field.name} must be true or false; got {value!r}"
     numeric = [name for name in ("at_least", "above", "below", "at_most") if name in rule]
     if not numeric:
         return None
@@ -152,7 +154,9 @@ class Submodule:
     prunable: ClassVar[bool] = True
     """Whether a site can be left out of an export; LoRA folds into the weights instead."""
 
-    def paths(self, attentions: list[AttentionSite], blocks: list[BlockSite]) -> list[str]:
+    def paths(
+        self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> list[str]:
         """Return the paths of the sites where it sits, by which its gates are reported."""
         raise NotImplementedError
 
@@ -172,8 +176,10 @@ class Submodule:
     ) -> None:
         """Change the model before anything is attached, or raise ValueError if it cannot be."""
 
-    def lora_targets(self, attentions: list[AttentionSite]) -> list[str]:
-        """Return the paths of the projections that PEFT shall turn into its LoRA layers."""
+    def lora_targets(
+        self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
+    ) -> list[str]:
+        """Return the paths of the linear layers that PEFT shall turn into its LoRA layers."""
         return []
 
     def attach(self, attachment: Attachment) -> None:

@@ -39,7 +39,7 @@ def site_gates(config: Any, attentions: list[AttentionSite], blocks: list[BlockS
     gates: SiteGates = {}
     for submodule in chosen(config):
         value = None if config.gates == "learned" else submodule.constant_gate(config)
-        for path in submodule.paths(attentions, blocks):
+        for path in submodule.paths(config, attentions, blocks):
             gates.setdefault(path, {})[submodule.name] = value
     return gates
 
