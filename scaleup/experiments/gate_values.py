@@ -253,10 +253,10 @@ def _values(
     split: str,
 ) -> dict[Site, np.ndarray]:
     """Return the values of each gate, one per example, in the order of the examples."""
-    gates: dict[str, LearnedGate] = GateStatistics(model).gates
-    recorders = {module: _Recorder() for module in gates}
-    for module, gate in gates.items():
-        gate.statistics = recorders[module]  # type: ignore[assignment]
+    gates: list[tuple[str, LearnedGate]] = GateStatistics(model).gates
+    recorders = {gate: _Recorder() for _, gate in gates}
+    for gate, recorder in recorders.items():
+        gate.statistics = recorder  # type: ignore[assignment]
     tokens = getattr(data.tokenize(examples, tokenizer, settings.data), split)
     order = np.argsort(tokens["length"], kind="stable").tolist()  # less padding
     loader = DataLoader(
@@ -264,7 +264,7 @@ def _values(
         batch_size=settings.train.per_device_eval_batch_size,
         collate_fn=data.collator(tokenizer, settings.data),
     )
-    sites = [(module, part) for module, gate in gates.items() for part in gate.names]
+    sites = [(module, part) for module, gate in gates for part in gate.names]
     values = {site: np.empty(len(order)) for site in sites}
     device, start = model.device, 0
     half = device_half_dtype(settings, device)
@@ -274,10 +274,10 @@ def _values(
         with torch.no_grad(), autocast:
             model(**inputs)
         end = start + len(batch["input_ids"])
-        for module, gate in gates.items():
+        for module, gate in gates:
             # A layer that is called many times, as in ALBERT, has the mean over its calls.
-            mean = torch.stack(recorders[module].calls).mean(dim=0).numpy()
-            recorders[module].calls.clear()
+            mean = torch.stack(recorders[gate].calls).mean(dim=0).numpy()
+            recorders[gate].calls.clear()
             for i, part in enumerate(gate.names):
                 values[module, part][order[start:end]] = mean[:, i]
         start = end

@@ -28,38 +28,40 @@ class GateStatistics:
     """Mean and standard deviation of every gate of a model, over all processes."""
 
     def __init__(self, model: nn.Module, compiled: bool = False):
-        self.gates: dict[str, LearnedGate] = {}  # by site
+        self.gates: list[tuple[str, LearnedGate]] = []  # with the paths of their sites
         self.last: Means = {}  # what the last `drain` returned
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
                 module.statistics = GateMoments(len(module.names), module.bias.device)
                 if compiled:  # CUDA graphs write only to tensors whose addresses are fixed
                     torch._dynamo.mark_static_address(module.statistics.sums_3N)
-                self.gates[site_of(name)] = module
+                self.gates.append((site_of(name), module))
 
     def drain(self) -> Means:
         """Return the statistics since the last call, and start anew. Every process must call this.
 
         It is the only point that waits for the device.
         """
-        sums = [g.statistics.take() for g in self.gates.values() if g.statistics is not None]
+        sums = [g.statistics.take() for _, g in self.gates if g.statistics is not None]
         if sums and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             joined_3N = torch.cat(sums, 1)
             torch.distributed.all_reduce(joined_3N)
             sums = joined_3N.split([part.shape[1] for part in sums], 1)
-        self.last = {
-            site: {
-                submodule: {"mean": round(mean, 6), "std": round(std, 6)}
-                for submodule, (mean, std) in zip(gate.names, GateMoments.moments(sums_3N))
-            }
-            for (site, gate), sums_3N in zip(self.gates.items(), sums)
-        }
+        self.last = {}
+        for (site, gate), sums_3N in zip(self.gates, sums):
+            # A linear layer may have a gate of LoRA and one of an adapter beside it.
+            self.last.setdefault(site, {}).update(
+                {
+                    submodule: {"mean": round(mean, 6), "std": round(std, 6)}
+                    for submodule, (mean, std) in zip(gate.names, GateMoments.moments(sums_3N))
+                }
+            )
         return self.last
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Collect nothing inside the block. Each step of `generate` would count as an example."""
-        kept = {gate: gate.statistics for gate in self.gates.values()}
+        kept = {gate: gate.statistics for _, gate in self.gates}
         for gate in kept:
             gate.statistics = None
         try:

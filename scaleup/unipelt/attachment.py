@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .attention import ATTENTION_CHILD
-from .attention_gates import AttentionGates
+from .attention_gates import AttentionGates, AttentionMember
 from .gate import ConstantGate, LearnedGate, resolve_pooling
 from .layers import SiteLayer
 from .passes import Passes
@@ -21,6 +21,32 @@ PASSES_CHILD = "unipelt_passes"
 
 # Path of a site → submodule → constant in place of its gate, None for a learned gate.
 SiteGates = dict[str, dict[str, float | None]]
+
+
+def move_up(inner: nn.Module, outer: nn.Module) -> None:
+    """Move UniPELT's children and hooks from a module to the one that PEFT has put around it.
+
+    There they see what the whole layer reads and returns, also with the LoRA of another adapter.
+    """
+    for name in [name for name in inner._modules if name.startswith("unipelt_")]:
+        outer.add_module(name, inner._modules.pop(name))
+    for key, hook in list(inner._forward_pre_hooks.items()):
+        layer = _owner(hook)
+        if layer is not None:
+            del inner._forward_pre_hooks[key], inner._forward_pre_hooks_with_kwargs[key]
+            layer.handles.append(outer.register_forward_pre_hook(hook, with_kwargs=True))
+    for key, hook in list(inner._forward_hooks.items()):
+        layer = _owner(hook)
+        if layer is not None:
+            del inner._forward_hooks[key]
+            layer.handles.append(outer.register_forward_hook(hook))
+
+
+def _owner(hook: Any) -> SiteLayer | None:
+    """Return the layer to which a hook belongs, or to a member of which."""
+    owner = getattr(hook, "__self__", None)
+    owner = owner.layer if isinstance(owner, AttentionMember) else owner
+    return owner if isinstance(owner, SiteLayer) else None
 
 
 class Attachment:

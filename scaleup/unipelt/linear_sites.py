@@ -51,7 +51,8 @@ def linear_sites(
     The projections of queries, keys and values are left out, because they share the gate of their
     attention. A layer is also left out if it did not read one row per token, because a gate is a
     mean over the tokens of an example: position embeddings belong to no example, and tokens that
-    are routed to experts have lost theirs.
+    are routed to experts have lost theirs. In a state space model of Mamba only the first
+    projection stays, because fused kernels read the weights of the others without calling them.
 
     Args:
         run: the run of an empty copy.
@@ -61,6 +62,7 @@ def linear_sites(
     """
     ran = [path for path in run.inputs if path.startswith(block + ".")]
     ran = [path for path in ran if run.inputs[path].shape[:-1] in ((1, TOKENS), (TOKENS,))]
+    ran = [path for path in ran if not _is_bypassed(run, path)]
     projections: set[str] = set()
     outputs: set[str | None] = set()
     for site in attentions:
@@ -75,6 +77,12 @@ def linear_sites(
         LinearSite(tuple(paths), sizes(run.modules[paths[0]])[0], is_output)
         for (_, is_output), paths in groups.items()
     )
+
+
+def _is_bypassed(run: Run, path: str) -> bool:
+    """Tell whether fused kernels of a state space model may leave out the call of a layer."""
+    mixer, _, name = path.rpartition(".")
+    return {"A_log", "D"} <= run.modules[mixer]._parameters.keys() and name != "in_proj"
 
 
 def _attention_output(

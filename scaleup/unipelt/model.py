@@ -21,7 +21,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attachment import Attachment
+from .attachment import Attachment, move_up
 from .attention import restore_attention
 from .config import UniPeltConfig
 from .layers import AuxiliaryLayer
@@ -67,6 +67,8 @@ class UniPeltModel(LoraModel):
         base_layer = first.get_base_layer() if isinstance(first, LoraLayer) else first
         config.fan_in_fan_out = isinstance(base_layer, Conv1D)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            move_up(layer.get_base_layer(), layer)
         # Loading finds both again by structure.
         config.target_modules, config.fan_in_fan_out = None, False
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -91,11 +93,14 @@ class UniPeltModel(LoraModel):
                 "the softmax, and the adapter is nonlinear. Save the adapter with "
                 "save_pretrained, or call unload() for the bare backbone"
             )
+        for module in self.model.modules():  # with those inside of PEFT's layers
+            for name in [name for name in module._modules if name.startswith("unipelt_")]:
+                for handle in getattr(module._modules[name], "handles", ()):
+                    handle.remove()
         unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for module in list(unloaded.modules()):
             for name in [name for name in module._modules if name.startswith("unipelt_")]:
-                for handle in getattr(module._modules.pop(name), "handles", ()):
-                    handle.remove()
+                del module._modules[name]
         restore_attention(unloaded)
         unwrap_checkpointing(unloaded)
         return unloaded

@@ -101,22 +101,40 @@ PLACES = {
     **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "glm4_moe"), _LLAMA),
     **dict.fromkeys(("qwen3_5_text", "qwen3_next", "falcon_h1", "lfm2"), _LLAMA),
 }
-# Query and value projection. Fused ones: the rows of queries and values with 4 heads of size 8
-# (phi3: 2 key-value heads).
+# Query, key and value projection. Fused ones: the rows of queries, keys and values with 4 heads of
+# size 8 (phi3: 2 key-value heads).
 _HEADS = [
-    list(range(h * 24 + part * 8, h * 24 + part * 8 + 8)) for part in (0, 2) for h in range(4)
+    [row for h in range(4) for row in range(h * 24 + part * 8, h * 24 + part * 8 + 8)]
+    for part in range(3)
 ]
 FUSED = {
-    "modernbert": ("Wqkv", range(32), range(64, 96)),
-    "gpt2": ("c_attn", range(32), range(64, 96)),
-    "phi3": ("qkv_proj", range(32), range(48, 64)),
-    "gpt_neox": ("query_key_value", sum(_HEADS[:4], []), sum(_HEADS[4:], [])),
+    "modernbert": ("Wqkv", range(32), range(32, 64), range(64, 96)),
+    "gpt2": ("c_attn", range(32), range(32, 64), range(64, 96)),
+    "phi3": ("qkv_proj", range(32), range(32, 48), range(48, 64)),
+    "gpt_neox": ("query_key_value", *_HEADS),
 }
 NAMES = {
-    "distilbert": ("q_lin", "v_lin"),
-    "deberta-v2": ("query_proj", "value_proj"),
-} | dict.fromkeys(("t5", "mt5", "umt5", "mpnet"), ("q", "v"))
-NAMES |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "albert"), ("query", "value"))
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj"),
+} | dict.fromkeys(("t5", "mt5", "umt5", "mpnet"), ("q", "k", "v"))
+NAMES |= dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "electra", "albert"), ("query", "key", "value")
+)
+# The other linear layers of a block, those that read the same input together
+_BERT = ["attention.output.dense", "intermediate.dense", "output.dense"]
+LINEARS = {
+    "bert": _BERT,
+    "deberta-v2": _BERT,
+    "mpnet": ["attention.attn.o", "intermediate.dense", "output.dense"],
+    "bart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"],
+    "t5": ["layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"]
+    + [f"layer.{i}.DenseReluDense.{name}" for name in ("wi", "wo") for i in (1, 2)],
+    "gpt2": ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "gpt_neox": ["attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "opt": ["self_attn.out_proj", "fc1", "fc2"],
+    "phi3": ["self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "llama": ["self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"],
+}
 BANKS = {}  # attention module → its Site, for the attention function below
 
 
@@ -209,13 +227,16 @@ AttentionMaskInterface.register("reference", ALL_MASK_ATTENTION_FUNCTIONS["eager
 
 
 class Plain:
-    """UniPELT on `bare`, the backbone without adapter, with the weights of `adapted`."""
+    """UniPELT on `bare`, the backbone without adapter, with the weights of `adapted`.
 
-    def __init__(self, bare, adapted, family: str):
+    The weights are in `w`. With `trains`, those of the submodules get gradients.
+    """
+
+    def __init__(self, bare, adapted, family: str, trains: bool = False):
         self.model, self.w, self.family = bare.double(), {}, family
         self.encoder_decoder = bare.config.is_encoder_decoder
         for name, tensor in adapted.get_base_model().state_dict().items():
-            self.w[name] = tensor.detach().double()
+            self.w[name] = tensor.detach().double().requires_grad_(trains and ".default." in name)
         for name, parameter in bare.named_parameters():  # the trained head
             saved = self.w.get(re.sub(r"^(\w+)\.", r"\1.modules_to_save.default.", name))
             if saved is not None:
@@ -257,6 +278,28 @@ class Plain:
                 if stack["norm"]
                 else self._pre(f"{where}.unipelt_block", stack)
             )
+            for group in LINEARS.get(self.family, ()):
+                self._linears([f"{name}.{linear}" for linear in group.split()], stack)
+
+    def _linears(self, names: list[str], stack: dict) -> None:
+        """Add LoRA to layers that read the same input, if it has weights there."""
+        gate = f"{names[0]}.unipelt_linear.unipelt_gate.default"
+        mask = lambda: None if stack["causal"] and self.encoder_decoder else self.mask  # noqa: E731
+
+        def add(name: str):
+            def hook(module, args, output):
+                x = args[0]
+                if x.dim() == 2:
+                    x = x.unflatten(0, (self.examples, -1))
+                g = self.gate(x, gate, 0, mask(), stack["causal"])
+                a, b = (self.w[f"{name}.lora_{part}.default.weight"] for part in "AB")
+                return output + (g * (x @ a.T @ b.T)).view_as(output)
+
+            self.modules[name].register_forward_hook(hook)
+
+        for name in names:
+            if f"{name}.lora_A.default.weight" in self.w:
+                add(name)
 
     def _lora(self, name: str, site: Site) -> None:
         def add(where, rows_a, rows_b, columns, gate):
@@ -277,14 +320,22 @@ class Plain:
 
         query, value = lambda: site.g_query, lambda: site.g_value
         if self.family in FUSED:
-            projection, rows_q, rows_v = FUSED[self.family]
-            rank, split = self.w[f"{name}.{projection}.lora_B.default.weight"].shape[1], len(rows_q)
-            add(f"{name}.{projection}", slice(0, rank), slice(0, split), list(rows_q), query)
-            add(f"{name}.{projection}", slice(rank, None), slice(split, None), list(rows_v), value)
+            projection, *rows = FUSED[self.family]
+            rows_b, rank = self.w[f"{name}.{projection}.lora_B.default.weight"].shape
+            if rows_b < sum(map(len, rows)):
+                del rows[1]  # the keys
+            at = 0
+            for i, columns in enumerate(rows):
+                rows_a = slice(i * rank, (i + 1) * rank)
+                part = slice(at, at + len(columns))
+                add(f"{name}.{projection}", rows_a, part, list(columns), query)
+                at += len(columns)
         else:
-            q, v = NAMES.get(self.family, ("q_proj", "v_proj"))
-            add(f"{name}.{q}", slice(None), slice(None), slice(None), query)
-            add(f"{name}.{v}", slice(None), slice(None), slice(None), value)
+            names = NAMES.get(self.family, ("q_proj", "k_proj", "v_proj"))
+            for projection, gate in zip(names, (query, value, value)):
+                if f"{name}.{projection}.lora_A.default.weight" in self.w:
+                    everything = slice(None)
+                    add(f"{name}.{projection}", everything, everything, everything, gate)
 
     def _adapter(self, n, where: str, stack: dict):
         mask = None if stack["causal"] and self.encoder_decoder else self.mask
@@ -320,7 +371,7 @@ class Plain:
         return torch.stack(rows).unsqueeze(-1)
 
     def __call__(self, given: dict) -> torch.Tensor:
-        self.mask = given.get("attention_mask")
+        self.mask, self.examples = given.get("attention_mask"), len(given["input_ids"])
         return self.model(**given).logits
 
 

@@ -83,7 +83,7 @@ class Exported:
         draw = torch.Generator().manual_seed(0)
         places = [
             (site.name, part) for site in self.attentions for part in ("prefix", "lora", "value")
-        ] + [(path, "adapter") for path in SUBMODULES["adapter"].paths([], self.blocks)]
+        ] + [(path, "adapter") for path in SUBMODULES["adapter"].paths(None, [], self.blocks)]
         return {key: torch.rand((), generator=draw).item() for key in places}
 
 
@@ -121,7 +121,7 @@ def test_constants_folded_into_weights_equal_constants_in_the_gates(family, tmp_
     gates, before = exported.random_gates(), logits(exported.model)
     dropped = {
         (exported.attentions[0].name, "prefix"),
-        (SUBMODULES["adapter"].paths([], exported.blocks)[-1], "adapter"),
+        (SUBMODULES["adapter"].paths(None, [], exported.blocks)[-1], "adapter"),
     }
     calibrate.freeze(exported.model, gates, dropped)
     expected = logits(exported.model)

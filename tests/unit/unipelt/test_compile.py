@@ -30,7 +30,7 @@ def test_a_run_that_logs_gates_is_one_graph_too_and_compiled_once():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     addresses, graphs = (
-        [gate.statistics.sums_3N.data_ptr() for gate in log.gates.values()],
+        [gate.statistics.sums_3N.data_ptr() for _, gate in log.gates],
         counters["stats"]["unique_graphs"],
     )
     for _ in range(3):
@@ -39,7 +39,7 @@ def test_a_run_that_logs_gates_is_one_graph_too_and_compiled_once():
     compiled(**given)
     assert counters["stats"]["unique_graphs"] == graphs + 1
     # CUDA graphs go on with the memory that they have seen.
-    assert addresses == [gate.statistics.sums_3N.data_ptr() for gate in log.gates.values()]
+    assert addresses == [gate.statistics.sums_3N.data_ptr() for _, gate in log.gates]
     assert found.keys() == expected.keys()
     for site, parts in expected.items():
         for part, values in parts.items():

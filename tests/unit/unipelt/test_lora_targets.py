@@ -1,0 +1,160 @@
+"""LoRA on attentions and on all linear layers, with one gate per input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,
+    _maybe_include_all_linear_layers,
+)
+
+from scaleup import UniPeltConfig, parameter_counts
+from scaleup.unipelt.gate import ConstantGate, LearnedGate
+from scaleup.unipelt.model import site_of
+from scaleup.unipelt.sites import find_sites
+from tests.utils.plain_any import LINEARS, Plain
+from tests.utils.tiny import FAMILIES, adapt, backbone, inputs, logits, same, task_type
+
+TARGETS = ("qv", "attention", "all-linear")
+targets = pytest.mark.parametrize("targets", TARGETS)
+wider = pytest.mark.parametrize("targets", TARGETS[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_finds_what_peft_finds_inside_the_blocks(family):
+    model = backbone(family)
+    config = LoraConfig(target_modules="all-linear", task_type=task_type(model))
+    found = _maybe_include_all_linear_layers(config, model).target_modules
+    attentions, blocks = find_sites(model)
+    inside = tuple(f"{block.name}." for block in blocks)
+    expected = set()
+    for name in (name for name in found if name.startswith(inside)):
+        try:
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        except ValueError:  # PEFT refuses it, but an attention has a layer of that name, too
+            if ".mamba." in name:
+                continue
+        expected.add(name)
+    projections = [path for site in attentions for path in (site.query, site.key, site.value)]
+    others = [path for block in blocks for site in block.linears for path in site.linears]
+    assert len(set(others)) == len(others) and set(others).isdisjoint(projections)
+    assert {*projections, *others} == expected
+    outputs = [site for block in blocks for site in block.linears if site.attention_output]
+    assert len(outputs) == len(attentions) and all(len(site.linears) == 1 for site in outputs)
+
+
+@targets
+@pytest.mark.parametrize("family", LINEARS)
+def test_logits_and_gradients_equal_the_plain_reference(family, targets):
+    bare = backbone(family)
+    model = adapt(copy.deepcopy(bare), lora_targets=targets).double()
+    plain = Plain(bare, model, family, trains=True)
+    given = inputs(model)
+    found, expected = model(**given).logits, plain(given)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).double()
+    if found.dim() == 3 and "decoder_input_ids" not in given:
+        weights = weights * given["attention_mask"].unsqueeze(2)
+    assert ((found - expected) * (weights != 0)).abs().max() < 1e-5 * max(1, expected.abs().max())
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, parameter in model.get_base_model().named_parameters():
+        if parameter.requires_grad and ".modules_to_save." not in name:
+            wanted = plain.w[name].grad
+            assert wanted is not None and wanted.abs().max() > 0, name
+            assert (parameter.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+
+
+@wider
+@pytest.mark.parametrize("family", ("bert", "bart", "t5", "gpt2", "llama"))
+def test_parameters_are_as_many_as_counted_by_hand(family, targets):
+    """Width 32, rank 4; keys and values of Llama have 16 columns."""
+    units = {"gpt2": 128}.get(family, 64)
+    kv, gated = (16, 2) if family == "llama" else (32, 1)
+    blocks, cross = (4, 2) if family in ("bart", "t5") else (3, 0)
+    attentions = blocks + cross
+    lora = attentions * 4 * (2 * (32 + 32) + 2 * (32 + kv))
+    gates = attentions * 33
+    if targets == "all-linear":
+        lora += blocks * 4 * (gated + 1) * (32 + units)
+        gates += blocks * (33 + units + 1)
+    counts = parameter_counts(adapt(backbone(family), lora_targets=targets))
+    without = parameter_counts(adapt(backbone(family)))
+    assert counts["submodules"]["lora"] == lora
+    assert counts["submodules"]["gates"] == without["submodules"]["gates"] + gates
+
+
+@targets
+@pytest.mark.parametrize("family", ("bert", "t5"))
+def test_ungated_lora_is_that_of_peft(family, targets):
+    options = {"r": 4, "lora_alpha": 24, "use_rslora": True}
+    model = adapt(backbone(family), submodules=["lora"], lora_targets=targets, **options)
+    kept = ("lora_", "modules_to_save")
+    state = {n: p for n, p in model.state_dict().items() if any(mark in n for mark in kept)}
+    paths = {n.split(".lora_")[0].removeprefix("base_model.model.") for n in state if "lora_" in n}
+    config = LoraConfig(target_modules=paths, task_type=task_type(model.get_base_model()), **options)
+    other = get_peft_model(backbone(family), config).eval()
+    assert not other.load_state_dict(state, strict=False).unexpected_keys
+    assert same(logits(model), logits(other))
+
+
+def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
+    for rslora, factor in ((False, 24 / 4), (True, 24 / math.sqrt(4))):
+        options = {"lora_alpha": 24, "use_rslora": rslora, "lora_targets": "attention"}
+        constant = adapt(backbone("bert"), submodules=["lora"], **options)
+        values = [m.values["lora"] for m in constant.modules() if isinstance(m, ConstantGate)]
+        assert values == [factor] * 6
+        learned = adapt(backbone("bert"), lora_gate="scale", **options)
+        scales = {s for m in learned.modules() if isinstance(m, LearnedGate) for s in m.scales}
+        assert scales == {1.0, factor}
+    with pytest.raises(ValueError, match="use_rslora must be true or false"):
+        UniPeltConfig(use_rslora="yes")
+
+
+@wider
+@pytest.mark.parametrize("family", ("bert", "opt", "mpnet", "llama"))
+def test_adapters_with_different_targets_keep_their_logits(family, targets, tmp_path):
+    """The second adapter wraps layers that carry modules and hooks of the first."""
+    submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
+    first = adapt(backbone(family), submodules=submodules)
+    second = adapt(backbone(family), submodules=submodules, lora_targets=targets, gate_bias=1.0)
+    alone = logits(first), logits(second)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    for order in (("first", "second"), ("second", "first")):
+        model = PeftModel.from_pretrained(
+            backbone(family), tmp_path / order[0], adapter_name=order[0]
+        ).eval()
+        model.load_adapter(tmp_path / order[1], adapter_name=order[1])
+        for name, expected in zip(("first", "second"), alone):
+            model.set_adapter(name)
+            assert same(logits(model), expected)
+        model.save_pretrained(tmp_path / "again")
+        for name, expected in zip(("first", "second"), alone):
+            again = PeftModel.from_pretrained(backbone(family), tmp_path / "again" / name).eval()
+            assert same(logits(again), expected)
+        unloaded = model.unload()
+        assert not [n for n, _ in unloaded.named_modules() if "unipelt" in n or "lora" in n]
+        given, bare = inputs(unloaded), backbone(family)
+        with torch.no_grad():
+            hidden = [m.base_model(**given)[0] for m in (unloaded.eval(), bare)]
+        assert same(*hidden)
+
+
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_layers_of_one_input_share_one_gate_that_runs_once(family):
+    model = adapt(backbone(family), lora_targets="all-linear")
+    calls = []
+    for name, module in model.named_modules():
+        if isinstance(module, LearnedGate):
+            module.register_forward_hook(lambda *_, name=name: calls.append(site_of(name)))
+    logits(model)
+    assert len(calls) == len(set(calls)) == 3 * 5  # attention, its output, up, down, adapter
+
+
+def test_experts_and_layers_that_kernels_bypass_are_left_out():
+    for family, left_out in (("mixtral", "mlp.experts"), ("falcon_h1", "mamba.out_proj")):
+        model = adapt(backbone(family), lora_targets="all-linear")
+        assert not [n for n, _ in model.named_parameters() if left_out in n and "lora_" in n]
