@@ -90,6 +90,7 @@ class Lora(Submodule):
         layer = attachment.attention(site)
         member = layer.members.setdefault(self.name, LoraMember(layer))
         assert isinstance(member, LoraMember)
+        member.holders.start(attachment.adapter_name)
         fused = _fused(attachment.config, site)
         for role, path in _projections(attachment.config, site).items():
             _attach(attachment, path, fused, member, role)
@@ -101,6 +102,7 @@ class Lora(Submodule):
                 width, names = linear.hidden_size, (self.name,)
                 gate = attachment.gate(layer, linear.name, names, width, site.causal)
                 layer.add(attachment.adapter_name, unipelt_gate=gate)
+                layer.holders.start(attachment.adapter_name)
                 for path in linear.linears:
                     _attach(attachment, path, None, layer, path)
 

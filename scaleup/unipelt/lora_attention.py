@@ -27,7 +27,7 @@ from .kernels import (
     parameter,
     scaled,
 )
-from .lora_layers import may_overwrite
+from .lora_layers import Holders, may_overwrite
 from .site_types import ENCODER_ARGUMENTS
 
 VALUE = "value"  # the gate of a cross attention's keys and values, where constants replace gates
@@ -58,16 +58,7 @@ class LoraMember(AttentionMember):
 
     def __init__(self, layer: AttentionGates):
         self.layer = layer
-        self.projections: dict[str, Any] = {}  # "query", "key", "value" → what holds its A and B
-
-    def register(self, role: str, holder: Any) -> None:
-        self.projections[role] = holder
-        self.layer.passes.forget_layers()
-
-    def _active(self) -> dict[str, Any]:
-        """Return the projections that the active adapter updates."""
-        active = self.layer.active_entry
-        return {r: p for r, p in self.projections.items() if active(p.lora_A) is not None}
+        self.holders = Holders(layer)  # roles: "query", "key", "value"
 
     def _reads_input(self, role: str) -> bool:
         """Return whether a projection reads the same input as the gates."""
@@ -75,36 +66,23 @@ class LoraMember(AttentionMember):
 
     def _roles(self) -> list[str]:
         """Return the active projections whose A joins the product with the gates."""
-        return [role for role in self._active() if self._reads_input(role)]
+        return [role for role in self.holders.active() if self._reads_input(role)]
 
     def maps(self) -> list[nn.Linear]:
-        active = self.layer.active_entry
-        linears = []
-        for projection in map(self.projections.__getitem__, self._roles()):
-            linear, dropout = active(projection.lora_A), active(projection.lora_dropout)
-            idle = isinstance(dropout, nn.Identity) or not dropout.training
-            if linear is None or not idle:
-                return []
-            linears.append(linear)
-        return linears
-
-    def _entry(self, projection: Any, container: str) -> Entry:
-        return projection, f"{self.layer.path(container, projection)}.weight"
+        return self.holders.maps(self._roles())
 
     def narrow(self) -> list[Entry]:
         if self.layer.site.projects_positions:
             raise PlainPath("positions pass through the projections of an attention")
-        dropouts = [self.layer.active_entry(p.lora_dropout) for p in self._active().values()]
-        if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
-            raise PlainPath("lora_dropout changes what LoRA reads")
-        return [self._entry(self.projections[role], "lora_A") for role in self._roles()]
+        self.holders.require_no_dropout()
+        active = self.holders.active()
+        return [self.holders.entry(active[role], "lora_A") for role in self._roles()]
 
     def declare(self) -> Sites:
         """Return B of each projection, and A and the gates of a cross attention's other input."""
         sites: Sites = {}
-        for role, projection in self._active().items():
-            up = self.layer.active_entry(projection.lora_B)
-            entry = self._entry(projection, "lora_B")
+        for role, holder in self.holders.active().items():
+            up, entry = self.layer.active_entry(holder.lora_B), self.holders.entry(holder, "lora_B")
             if isinstance(up, FusedUpdate):
                 blocks = FusedBlocks(up.layout, up.keys)
                 wide = Wide([entry], up.rows, up.columns, blocks)
@@ -112,7 +90,7 @@ class LoraMember(AttentionMember):
                 wide = Wide([entry], *up.weight.shape)
             site = sites[self, role] = Site(wide=wide)
             if not self._reads_input(role):
-                down = self._entry(projection, "lora_A")
+                down = self.holders.entry(holder, "lora_A")
                 rank = len(parameter(down))
                 site.narrow = self.layer.declare_narrow([down], [rank])
                 site.narrow.selected = self.layer.learned_gate().names.index("lora")

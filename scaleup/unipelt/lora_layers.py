@@ -7,6 +7,7 @@ Shapes: T tokens, R rank.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .fused_qkv import FusedUpdate, updated_heads
-from .kernels import add_lora
+from .kernels import Entry, PlainPath, add_lora
+from .layers import SiteLayer
 from .linears import sizes
 from .peft_names import LoraLayer, LoraVariant
 from .site_types import FusedQKVLayout
@@ -22,12 +24,61 @@ from .site_types import FusedQKVLayout
 LORA_CHILD = "unipelt_lora"  # the child of a linear layer in an exported folder
 
 
+class Holders:
+    """What holds A and B of the layers that share a gate, by adapter and role.
+
+    The roles of an adapter have the order in which they are added.
+
+    Args:
+        site: the layer with the gate.
+    """
+
+    def __init__(self, site: SiteLayer):
+        self.site = site
+        self._by_adapter: dict[str | None, dict[str, Any]] = {}
+
+    def start(self, adapter_name: str | None) -> None:
+        """Forget what an earlier adapter of this name had."""
+        self._by_adapter[adapter_name] = {}
+        self.site.passes.forget_layers()
+
+    def add(self, adapter_name: str | None, role: str, holder: Any) -> None:
+        """Note what holds A and B of a layer."""
+        self._by_adapter[adapter_name][role] = holder
+
+    def active(self) -> dict[str, Any]:
+        """Return what the active adapter, which has this gate, has by role."""
+        by_adapter = self._by_adapter
+        if len(by_adapter) == 1:
+            return next(iter(by_adapter.values()))
+        return next(by_adapter[name] for name in self.site.active_adapters if name in by_adapter)
+
+    def entry(self, holder: Any, container: str) -> Entry:
+        """Return the active adapter's A ("lora_A") or B ("lora_B") for the fast path."""
+        return holder, f"{self.site.path(container, holder)}.weight"
+
+    def require_no_dropout(self) -> None:
+        """Raise PlainPath if LoRA reads something else than its gate does."""
+        dropouts = (self.site.active_entry(h.lora_dropout) for h in self.active().values())
+        if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
+            raise PlainPath("lora_dropout changes what LoRA reads")
+
+    def maps(self, roles: Iterable[str]) -> list[nn.Linear]:
+        """Return A of layers, none of them while LoRA reads something else than its gate does."""
+        active, holders, linears = self.site.active_entry, self.active(), []
+        for holder in (holders[role] for role in roles):
+            linear, dropout = active(holder.lora_A), active(holder.lora_dropout)
+            idle = isinstance(dropout, nn.Identity) or not dropout.training
+            if linear is None or not idle:
+                return []
+            linears.append(linear)
+        return linears
+
+
 class GatedProducts(Protocol):
     """What the layers that share a gate ask for. `role` says which of them asks."""
 
-    def register(self, role: str, holder: Any) -> None:
-        """Note what holds A and B of a layer."""
-        ...
+    holders: Holders
 
     def fast_update(
         self, role: str, x: torch.Tensor, result: torch.Tensor, layer: nn.Module
@@ -125,7 +176,7 @@ class LoraUpdate(nn.Module):
             self.lora_B = FusedUpdate(rank, *fused)
         self._source, self.role = (source,), role
         self.lora_dropout = nn.Identity()
-        source.register(role, self)
+        source.holders.add(None, role, self)
 
     def after_projection(
         self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -166,7 +217,7 @@ def attach_variant(
     layer.lora_variant[adapter_name] = GatedLora(source, role)
     # A cast would copy x, and A x was computed from the original.
     layer.cast_input_dtype_enabled = False
-    source.register(role, layer)
+    source.holders.add(adapter_name, role, layer)
 
 
 def weight_update(

@@ -13,19 +13,9 @@ import torch
 from torch import nn
 
 from .gate import GateValue, cast_to_weight
-from .kernels import (
-    Entry,
-    PlainPath,
-    Site,
-    Sites,
-    Wide,
-    add_product,
-    narrow_site,
-    parameter,
-    scaled,
-)
+from .kernels import Site, Sites, Wide, add_product, narrow_site, parameter, scaled
 from .layers import SiteLayer
-from .lora_layers import may_overwrite
+from .lora_layers import Holders, may_overwrite
 from .passes import Passes
 
 LINEAR_CHILD = "unipelt_linear"  # the child of the first of the layers
@@ -52,43 +42,28 @@ class LinearGate(SiteLayer):
 
     def __init__(self, reference_module: nn.Module, passes: Passes):
         super().__init__(reference_module, passes)
-        # Path → what holds A and B, in the order in which the layers run. No registered children.
-        self.projections: dict[str, Any] = {}
-
-    def register(self, role: str, holder: Any) -> None:
-        self.projections[role] = holder
-        self.passes.forget_layers()
-
-    def _active(self) -> dict[str, Any]:
-        """Return the layers that the active adapter updates."""
-        entries = self.projections.items()
-        return {role: p for role, p in entries if self.active_entry(p.lora_A) is not None}
-
-    def _entry(self, projection: Any, container: str) -> Entry:
-        return projection, f"{self.path(container, projection)}.weight"
+        self.holders = Holders(self)  # roles: the paths, in the order in which the layers run
 
     def declare(self) -> Sites:
-        active = self._active()
-        if not active:
+        if self.active_entry(self.unipelt_gate) is None:
             return {}
-        dropouts = [self.active_entry(p.lora_dropout) for p in active.values()]
-        if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
-            raise PlainPath("lora_dropout changes what LoRA reads")
         self.learned_gate()
-        downs = [self._entry(projection, "lora_A") for projection in active.values()]
+        self.holders.require_no_dropout()
+        active = self.holders.active()
+        downs = [self.holders.entry(holder, "lora_A") for holder in active.values()]
         ranks = [len(parameter(down)) for down in downs]
         sites: Sites = {self: Site(self.declare_narrow(downs, [sum(ranks)]), details=ranks)}
-        for role, projection in active.items():
-            up = self._entry(projection, "lora_B")
+        for role, holder in active.items():
+            up = self.holders.entry(holder, "lora_B")
             sites[self, role] = Site(wide=Wide([up], *parameter(up).shape))
         return sites
 
     def fast_update(
         self, role: str, x: torch.Tensor, result: torch.Tensor, layer: nn.Module
     ) -> torch.Tensor | None:
-        current, active = self.passes.current, list(self._active())
+        current = self.passes.current
         call: LinearCall | None = current.calls.get(self)
-        if call is None or role == active[0]:
+        if call is None or role == next(iter(self.holders.active())):
             call = current.calls[self] = self._begin(x)
         if call.gate is not None:
             return None
@@ -112,7 +87,7 @@ class LinearGate(SiteLayer):
 
     def _finish(self, role: str) -> None:
         """Drop the input behind the last layer that reads it, which may be wide."""
-        if role == list(self._active())[-1]:
+        if role == next(reversed(self.holders.active())):
             del self.passes.current.calls[self]
 
     def _begin(self, x: torch.Tensor) -> LinearCall:
@@ -120,7 +95,7 @@ class LinearGate(SiteLayer):
 
         The tokens of all examples may come as one matrix [M, D].
         """
-        current, active = self.passes.current, self._active()
+        current, active = self.passes.current, self.holders.active()
         x_BTD = x if x.dim() == 3 else x.unflatten(0, (current.examples, -1))
         step = current.step(self, x_BTD)
         if step is not None:
@@ -139,10 +114,7 @@ class LinearGate(SiteLayer):
                 self.note(gate, current, *sink)
             return LinearCall(x_BTD, dict(zip(active, products)))
         self.active("unipelt_gate")  # of the adapters that the pass began with
-        maps = [self.active_entry(projection.lora_A) for projection in active.values()]
-        dropouts = [self.active_entry(projection.lora_dropout) for projection in active.values()]
-        if not all(isinstance(d, nn.Identity) or not d.training for d in dropouts):
-            maps = []
+        maps = self.holders.maps(active)
         gates, (product_BTR,) = self.evaluate(x_BTD, [maps], joined=True)
         call = LinearCall(x_BTD, {}, gates["lora"])
         if maps and product_BTR is not None:

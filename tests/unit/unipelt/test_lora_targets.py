@@ -60,11 +60,13 @@ def test_logits_and_gradients_equal_the_plain_reference(family, targets):
     assert ((found - expected) * (weights != 0)).abs().max() < 1e-5 * max(1, expected.abs().max())
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
+    largest = max(w.grad.abs().max() for w in plain.w.values() if w.grad is not None)
     for name, parameter in model.get_base_model().named_parameters():
         if parameter.requires_grad and ".modules_to_save." not in name:
             wanted = plain.w[name].grad
             assert wanted is not None and wanted.abs().max() > 0, name
-            assert (parameter.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+            tolerance = 1e-4 * wanted.abs().max() + 1e-7 * largest  # gates are float32
+            assert (parameter.grad - wanted).abs().max() < tolerance, name
 
 
 @wider
@@ -94,8 +96,9 @@ def test_ungated_lora_is_that_of_peft(family, targets):
     kept = ("lora_", "modules_to_save")
     state = {n: p for n, p in model.state_dict().items() if any(mark in n for mark in kept)}
     paths = {n.split(".lora_")[0].removeprefix("base_model.model.") for n in state if "lora_" in n}
-    config = LoraConfig(target_modules=paths, task_type=task_type(model.get_base_model()), **options)
-    other = get_peft_model(backbone(family), config).eval()
+    bare = backbone(family)
+    config = LoraConfig(target_modules=paths, task_type=task_type(bare), **options)
+    other = get_peft_model(bare, config).eval()
     assert not other.load_state_dict(state, strict=False).unexpected_keys
     assert same(logits(model), logits(other))
 

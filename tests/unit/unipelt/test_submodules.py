@@ -104,7 +104,11 @@ def test_measured_gates_and_effects_cover_every_site_and_pruning_leaves_sites_ou
     batch = inputs(model, labels=True)
     observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"))
     gates = {key: mean for key, (mean, _) in observer.gates().items()}
-    expected = {(path, name) for name in submodules for path in SUBMODULES[name].paths(model.peft_config["default"], *sites)}
+    expected = {
+        (path, name)
+        for name in submodules
+        for path in SUBMODULES[name].paths(model.peft_config["default"], *sites)
+    }
     assert {key for key in gates if key[1] != "value"} == expected
     prunable = {key for key in expected if SUBMODULES[key[1]].prunable}
     effects = observer.effects()
