@@ -1,6 +1,7 @@
 """LoRA on attentions and on all linear layers, with one gate per input."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -12,14 +13,29 @@ from peft.tuners.tuners_utils import (
 )
 
 from scaleup import UniPeltConfig, parameter_counts
+from scaleup.export import calibrate
+from scaleup.unipelt.fast_path import plain_parts
 from scaleup.unipelt.gate import ConstantGate, LearnedGate
 from scaleup.unipelt.model import site_of
 from scaleup.unipelt.sites import find_sites
+from tests.utils.exports import exported
 from tests.utils.plain_any import LINEARS, Plain
 from tests.utils.tiny import FAMILIES, adapt, backbone, inputs, logits, same, task_type
 
 TARGETS = ("qv", "attention", "all-linear")
+# Families that differ in what matters here; the tests of the others are slow ones.
+FEW = ("bert", "bart", "t5", "gpt2", "llama")
 targets = pytest.mark.parametrize("targets", TARGETS)
+
+
+def few_of(families, settings) -> list:
+    """Return all pairs; those of other families than FEW are slow, and so are those of `qv`."""
+    return [
+        pytest.param(*pair, marks=[] if pair[0] in FEW and pair[1] != "qv" else pytest.mark.slow)
+        for pair in itertools.product(families, settings)
+    ]
+
+
 wider = pytest.mark.parametrize("targets", TARGETS[1:])
 
 
@@ -46,8 +62,7 @@ def test_all_linear_finds_what_peft_finds_inside_the_blocks(family):
     assert len(outputs) == len(attentions) and all(len(site.linears) == 1 for site in outputs)
 
 
-@targets
-@pytest.mark.parametrize("family", LINEARS)
+@pytest.mark.parametrize("family, targets", few_of(LINEARS, TARGETS))
 def test_logits_and_gradients_equal_the_plain_reference(family, targets):
     bare = backbone(family)
     model = adapt(copy.deepcopy(bare), lora_targets=targets).double()
@@ -70,7 +85,7 @@ def test_logits_and_gradients_equal_the_plain_reference(family, targets):
 
 
 @wider
-@pytest.mark.parametrize("family", ("bert", "bart", "t5", "gpt2", "llama"))
+@pytest.mark.parametrize("family", FEW)
 def test_parameters_are_as_many_as_counted_by_hand(family, targets):
     """Width 32, rank 4; keys and values of Llama have 16 columns."""
     units = {"gpt2": 128}.get(family, 64)
@@ -116,8 +131,17 @@ def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
         UniPeltConfig(use_rslora="yes")
 
 
-@wider
-@pytest.mark.parametrize("family", ("bert", "opt", "mpnet", "llama"))
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        ("mpnet", "attention"),
+        ("opt", "all-linear"),
+        *(
+            pytest.param(family, "all-linear", marks=pytest.mark.slow)
+            for family in ("bert", "deberta-v2", "mpnet", "gpt2", "llama", "glm4_moe")
+        ),
+    ],
+)
 def test_adapters_with_different_targets_keep_their_logits(family, targets, tmp_path):
     """The second adapter wraps layers that carry modules and hooks of the first."""
     submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
@@ -161,3 +185,101 @@ def test_experts_and_layers_that_kernels_bypass_are_left_out():
     for family, left_out in (("mixtral", "mlp.experts"), ("falcon_h1", "mamba.out_proj")):
         model = adapt(backbone(family), lora_targets="all-linear")
         assert not [n for n, _ in model.named_parameters() if left_out in n and "lora_" in n]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model(**inputs(model, labels=True)).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        tolerance = 1e-4 * grad.abs().max() + 1e-6 * largest
+        assert (found[name] - grad).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("family, targets", few_of((*FEW, "gpt_neox", "phi3"), TARGETS[1:]))
+def test_the_fast_path_covers_every_layer_with_the_same_gradients(family, targets, monkeypatch):
+    def run(kernels: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("SCALEUP_KERNELS", kernels)
+        model = adapt(backbone(family), lora_targets=targets)
+        assert plain_parts(model) == []
+        return gradients(model)
+
+    assert_close(run("reference"), run("off"))
+
+
+@pytest.mark.parametrize("family, targets", few_of((*FEW, "opt", "glm4_moe"), ["all-linear"]))
+def test_gradient_checkpointing_gives_the_same_gradients(family, targets):
+    dropout = {"dropout_rate": 0.0} if family == "t5" else {}
+    model = adapt(backbone(family, **dropout), lora_targets=targets)
+    expected = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    chances = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    model.train().gradient_checkpointing_enable()
+    for module in chances:
+        module.p = 0.0
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize(
+    "family, kernels",
+    [
+        ("llama", "auto"),
+        ("llama", "reference"),
+        ("gpt2", "reference"),
+        ("t5", "auto"),
+        *(
+            pytest.param(family, kernels, marks=pytest.mark.slow)
+            for family in ("bart", "opt", "glm4_moe", "qwen3_next", "falcon_h1", "lfm2")
+            for kernels in ("auto", "reference")
+        ),
+    ],
+)
+def test_generating_with_a_cache_gives_the_logits_of_the_whole_text(family, kernels, monkeypatch):
+    monkeypatch.setenv("SCALEUP_KERNELS", kernels)
+    model = adapt(backbone(family), lora_targets="all-linear")
+    given = inputs(model)
+    name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    ids, cache = given.pop(name)[:2], None
+    rest = {key: value[:2] for key, value in given.items()} if name != "input_ids" else {}
+    with torch.no_grad():
+        expected, found = model(**{name: ids}, **rest).logits, []
+        for part in (ids[:, :3], *ids[:, 3:].split(1, dim=1)):
+            out = model(**{name: part}, **rest, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    assert same(torch.cat(found, dim=1), expected)
+
+
+@pytest.mark.parametrize(
+    "family, targets", few_of((*FEW, "deberta-v2", "mpnet", "phi3", "glm4_moe"), TARGETS[1:])
+)
+def test_exports_with_learned_and_with_constant_gates_have_the_same_logits(
+    family, targets, tmp_path
+):
+    submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
+    model = adapt(backbone(family), lora_targets=targets, submodules=submodules)
+    (tmp_path / "learned").mkdir()
+    assert same(logits(exported(model, family, tmp_path / "learned", None)), logits(model))
+    batch = inputs(model, labels=True)
+    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"))
+    gates = {key: mean for key, (mean, _) in observer.gates().items()}
+    (tmp_path / "constant").mkdir()
+    loaded = exported(model, family, tmp_path / "constant", gates)
+    calibrate.freeze(model, gates, set())
+    assert same(logits(loaded), logits(model))
+    if family != "deberta-v2":  # where positions pass through the projections
+        assert not [name for name, _ in loaded.named_modules() if "lora" in name]
+
+
+@wider
+@pytest.mark.parametrize("family", ("bert", "t5", "gpt2"))
+def test_a_bf16_backbone_trains_with_float32_adapters(family, targets):
+    model = adapt(backbone(family).to(torch.bfloat16), lora_targets=targets)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    assert all(torch.isfinite(grad).all() for grad in gradients(model).values())

@@ -6,19 +6,17 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig
 
 from scaleup import UniPeltConfig, parameter_counts
-from scaleup.backbone.loading import empty_model
 from scaleup.export import calibrate, fold
-from scaleup.export.folder import FolderWriter
 from scaleup.unipelt.layers import SiteLayer
 from scaleup.unipelt.model import submodule_of
 from scaleup.unipelt.site_types import BlockSite
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodule import Submodule
 from scaleup.unipelt.submodules import SUBMODULES, register
-from tests.utils.tiny import adapt, auto_class, backbone, implementation, inputs, logits, same
+from tests.utils.exports import exported
+from tests.utils.tiny import adapt, backbone, inputs, logits, same
 
 FAMILIES = ("bert", "bart", "t5", "llama", "gpt2")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -59,28 +57,6 @@ def test_unloading_gives_the_bare_backbone_back(family, submodules):
     assert names == [] and type(unloaded) is type(bare)
     hidden = [m.base_model(**inputs(m))[0] for m in (unloaded.eval(), bare)]
     assert same(*hidden)
-
-
-def exported(model, family, tmp_path, gates, dropped=frozenset()):
-    """Write the adapted model as a folder and load it."""
-    backbone(family).save_pretrained(tmp_path / "base")
-    model.save_pretrained(str(tmp_path / "adapter"))
-    auto, attention = auto_class(family), implementation(family)
-    config = AutoConfig.from_pretrained(tmp_path / "base")
-    empty = empty_model(config, attention, torch.float32, auto)
-    method, tensors = fold.read_checkpoint(tmp_path / "adapter")
-    folded = fold.fold(method, tensors, *find_sites(empty), gates, dropped)
-    out, dtype = tmp_path / "out", torch.float32
-    out.mkdir()
-    writer = FolderWriter(empty, folded, dtype, out)
-    writer.write_config(auto.__name__)
-    writer.write_weights(tmp_path / "base", 10**9)
-    code = folded.specification is not None
-    loaded, info = auto.from_pretrained(
-        out, trust_remote_code=code, attn_implementation=attention, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    return loaded.eval()
 
 
 @families
