@@ -88,6 +88,11 @@ class Figure:
     beside: tuple[str, ...] = ()
 
 
+def _divisor(method: dict[str, Any]) -> float:
+    """Return what LoRA's alpha is divided by. Earlier runs have no use_rslora in their results."""
+    return method["r"] ** 0.5 if method.get("use_rslora") else method["r"]
+
+
 FIGURES = {
     "figure2": Figure(
         method="adapter",
@@ -100,7 +105,7 @@ FIGURES = {
     "figure3": Figure(
         method="lora",
         x="scaling factor (alpha / r)",
-        value=lambda method: method["lora_alpha"] / method["r"],
+        value=lambda method: method["lora_alpha"] / _divisor(method),
         usual=2,
         shown=("method.lora_alpha", "method.r"),
     ),

@@ -19,6 +19,8 @@ SYNONYMS = {
     "lora_r": "r",
     "lora_rank": "r",
     "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "target_modules": "lora_targets",
     "epochs": "num_train_epochs",
     "num_epochs": "num_train_epochs",
     "steps": "max_steps",

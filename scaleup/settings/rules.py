@@ -153,7 +153,7 @@ def _idle_method(method: Any) -> dict[str, str]:
         of_gates = ("gate_pooling", "gate_bias", "lora_gate")
         idle |= dict.fromkeys(of_gates, "there are no learned gates")
     elif method.lora_gate == "replace":
-        idle["lora_alpha"] = "a learned gate replaces alpha/r"
+        idle |= dict.fromkeys(("lora_alpha", "use_rslora"), "a learned gate replaces alpha/r")
     for name, submodule in SUBMODULES.items():
         if name not in method.submodules:
             keys = [field.name for field in dataclasses.fields(submodule.options)]

@@ -119,6 +119,8 @@ def test_a_setting_with_alternatives_is_one_problem():
         ["method.submodules=[prefix]", "method.gate_pooling=paper"],
         ["method.prefix_reparameterization=none", "method.prefix_hidden_size=64"],
         ["method.lora_alpha=4"],
+        ["method.use_rslora=true"],
+        ["method.submodules=[prefix]", "method.lora_targets=attention"],
         ["data.train_file=mine.csv"],
         ["data.prompt_template='{text} '"],
         ["data.dev_size=5"],
