@@ -39,8 +39,10 @@ def settings(workspace: pathlib.Path, *more: str, family: str = "bert") -> confi
     return config.load(None, overrides(workspace, *more, family=family), checks=CHECKS)
 
 
-def adapted(workspace: pathlib.Path, family: str, device: str, shape=None) -> nn.Module:
-    chosen = settings(workspace, family=family)
+def adapted(
+    workspace: pathlib.Path, family: str, device: str, shape=None, more: tuple[str, ...] = ()
+) -> nn.Module:
+    chosen = settings(workspace, *more, family=family)
     shape = shape or AutoConfig.from_pretrained(workspace / family)
     with torch.device(device):
         model = AutoModelForSequenceClassification.from_config(shape, attn_implementation="sdpa")

@@ -13,18 +13,22 @@ from tests.utils.tiny import adapt, backbone
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("family", ["bert", "bart"])
-def test_activations_are_those_of_a_real_step(workspace, family, checkpointing):
+@pytest.mark.parametrize(
+    "family, more",
+    [("bert", ()), ("bart", ()), ("bert", ("method.lora_targets=all-linear",))],
+    ids=["bert", "bart", "bert-all-linear"],
+)
+def test_activations_are_those_of_a_real_step(workspace, family, more, checkpointing):
     """Hooks count what autograd saves in a real pass, and the CPU allocator records its peak."""
     kernels = Kernels("cpu", None, "plain", checkpointing)
     planned = trace(
-        lambda shape: adapted(workspace, family, "meta", shape),
+        lambda shape: adapted(workspace, family, "meta", shape, more),
         AutoConfig.from_pretrained(workspace / family),
         kernels,
         8,
         64,
     )
-    model = adapted(workspace, family, "cpu").train()
+    model = adapted(workspace, family, "cpu", more=more).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(0)

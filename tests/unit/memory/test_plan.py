@@ -18,7 +18,8 @@ from scaleup.memory.activations import Kernels, trace
 from scaleup.memory.plan import make_plan
 from scaleup.memory.report import as_json, table
 from scaleup.settings import schema as config
-from tests.utils.planning import overrides, settings
+from scaleup.unipelt.model import parameter_counts
+from tests.utils.planning import adapted, overrides, settings
 from tests.utils.tiny import FAMILIES
 from tests.utils.workspace import ROOT, environment
 
@@ -258,6 +259,15 @@ def test_the_plan_is_within_a_tenth_of_the_gpus_peak():
         optimizer.zero_grad()
     total = state.resident + max(planned.peak, state.gradients)
     assert total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+@pytest.mark.parametrize("targets", ["qv", "attention", "all-linear"])
+def test_planned_parameters_are_those_of_the_real_model(workspace, family, targets):
+    more = (f"method.lora_targets={targets}",)
+    chosen = settings(workspace, *more, family=family)
+    planned = make_plan(chosen, 1, "cpu", configured=True).counts
+    assert planned == parameter_counts(adapted(workspace, family, "cpu", more=more))
 
 
 def test_flash_attention_is_planned_for_a_gpu_only(workspace):

@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import (
 )
 
 from scaleup import UniPeltConfig, parameter_counts
+from scaleup.backbone import quantization
 from scaleup.export import calibrate
 from scaleup.unipelt.fast_path import plain_parts
 from scaleup.unipelt.gate import ConstantGate, LearnedGate
 from scaleup.unipelt.model import site_of
-from scaleup.unipelt.sites import find_sites
+from scaleup.unipelt.sites import find_sites, head_names
 from tests.utils.exports import exported
 from tests.utils.plain_any import LINEARS, Plain
 from tests.utils.tiny import FAMILIES, adapt, backbone, inputs, logits, same, task_type
@@ -80,7 +81,7 @@ def test_logits_and_gradients_equal_the_plain_reference(family, targets):
         if parameter.requires_grad and ".modules_to_save." not in name:
             wanted = plain.w[name].grad
             assert wanted is not None and wanted.abs().max() > 0, name
-            tolerance = 1e-4 * wanted.abs().max() + 1e-7 * largest  # gates are float32
+            tolerance = 1e-4 * wanted.abs().max() + 1e-6 * largest  # gates are float32
             assert (parameter.grad - wanted).abs().max() < tolerance, name
 
 
@@ -195,7 +196,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
-        tolerance = 1e-4 * grad.abs().max() + 1e-6 * largest
+        tolerance = 1e-4 * grad.abs().max() + 5e-6 * largest
         assert (found[name] - grad).abs().max() < tolerance, name
 
 
@@ -235,7 +236,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, targets):
         ("t5", "auto"),
         *(
             pytest.param(family, kernels, marks=pytest.mark.slow)
-            for family in ("bart", "opt", "glm4_moe", "qwen3_next", "falcon_h1", "lfm2")
+            for family in ("mt5", "opt", "glm4_moe", "qwen3_next", "falcon_h1", "lfm2")
             for kernels in ("auto", "reference")
         ),
     ],
@@ -253,7 +254,7 @@ def test_generating_with_a_cache_gives_the_logits_of_the_whole_text(family, kern
             out = model(**{name: part}, **rest, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             found.append(out.logits)
-    assert same(torch.cat(found, dim=1), expected)
+    assert (torch.cat(found, dim=1) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -283,3 +284,20 @@ def test_a_bf16_backbone_trains_with_float32_adapters(family, targets):
     model = adapt(backbone(family).to(torch.bfloat16), lora_targets=targets)
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("8bit", "nf4"))
+@pytest.mark.parametrize("family", ("bert", "gpt2", "llama", "t5"))
+def test_a_quantised_backbone_trains_and_is_close(family, kind, tmp_path):
+    plain = backbone(family)
+    plain.save_pretrained(tmp_path)
+    output = plain.get_output_embeddings()
+    whole = (*head_names(plain), *(n for n, m in plain.named_modules() if m is output))
+    arguments = quantization.loading_arguments(kind, whole, torch.float32, torch.device("cpu"))
+    loaded = type(plain).from_pretrained(tmp_path, dtype=torch.float32, **arguments)
+    model = adapt(loaded, lora_targets="all-linear")
+    exact = logits(adapt(plain, lora_targets="all-linear"))
+    assert (exact - logits(model)).abs().max() < exact.abs().max()
+    for name, grad in gradients(model).items():
+        assert grad is not None and torch.isfinite(grad).all(), name
