@@ -142,7 +142,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, list[str]]:
     This works on an adapted model too. Experts whose weights are one tensor are no linear layers.
     """
     run = probe(model)
-    linear = [name for name in run.outputs if _is_linear(run.modules[name])]
+    linear = [name for name in run.outputs if is_linear(run.modules[name])]
     return {
         site.name: [name for name in linear if name.startswith(site.name + ".")]
         for site in find_sites(model)[1]
