@@ -7,6 +7,8 @@ all sites together.
 """
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ class ForwardPass:
         means: of the gates that single tokens have, by slot, to be stored when the pass ends.
         calls: what a layer keeps from one of its hooks to the next, by the object that keeps it.
         adapters: whether the adapters are disabled, and the names of the active ones.
+        switch: returns a context in which layers use the adapter of this pass, if its rows are part
+            of a batch with several adapters.
         outer: the pass of the same model that this one interrupts, as in a hook that calls the
             model.
         recomputed: whether this is the recomputation of a block in the backward pass.
@@ -58,6 +62,7 @@ class ForwardPass:
     means: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     adapters: tuple[bool, tuple[str, ...]] | None = None
+    switch: Callable[[], AbstractContextManager[None]] = nullcontext
     outer: "ForwardPass | None" = None
     recomputed: bool = False
     _counts: tuple[torch.Tensor | None, torch.Tensor] | None = None

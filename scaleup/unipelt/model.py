@@ -9,7 +9,8 @@ private methods.
 """
 
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attachment import Attachment, move_up
+from .attachment import PASSES_CHILD, Attachment, move_up
 from .attention import restore_attention
 from .config import UniPeltConfig
+from .entry_points import extend
 from .layers import AuxiliaryLayer
 from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
+from .rows import BASE, adapters_of_rows
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, attach, chosen, site_gates
 
@@ -37,9 +40,6 @@ GATES = ".unipelt_gate."  # marks the parameters of gates
 class UniPeltModel(LoraModel):
     """A model with UniPELT. Create it through `get_peft_model`."""
 
-    # inject_adapter_in_model and model.add_adapter would skip the shared prefixes; PEFT refuses
-    # them because of this flag.
-    uses_shared_state = True
     tuner_layer_cls = (LoraLayer, AuxiliaryLayer)
 
     def inject_adapter(
@@ -85,6 +85,22 @@ class UniPeltModel(LoraModel):
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"UniPELT runs one adapter at a time; got {', '.join(adapter_name)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Give the rows of a batch their adapters if the caller has named them."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ValueError(
+                f"adapter_names contains {', '.join(unknown)}; the model has "
+                f"{', '.join(self.peft_config)}, and {BASE} stands for the backbone alone"
+            )
+        with adapters_of_rows(self.model, names, lambda m: PASSES_CHILD in m._modules):
+            yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
@@ -244,6 +260,7 @@ def _register() -> None:
     register_peft_method(
         name="unipelt", config_cls=UniPeltConfig, model_cls=UniPeltModel, prefix=UniPeltModel.prefix
     )
+    extend(member, UniPeltModel.prefix, SavedHead)
 
 
 _register()

@@ -15,6 +15,7 @@ This is the only file that uses transformers' private name of that function.
 Shapes: B examples, T tokens of the pass, S encoder tokens, N gates in one projection.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import nn
 from .forward_pass import ForwardPass
 from .kernels import Decoding, Plan, begin, collect_sites, fast_path, mode
 from .pooling import find_cache, kept_beside, mean_within, running_totals, text_starts, totals_layer
+from .rows import undivided
 from .site_types import TOKEN_ARGUMENTS
 
 # The dictionary of passes is replaced, never changed. No subclass of threading.local: torch.compile
@@ -101,6 +103,13 @@ class Passes(nn.Module):
         Raises:
             ValueError: for a mask that does not tell which tokens are real.
         """
+        if undivided():
+            return
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                "adapter_names is an argument of PeftModel; load the adapters with "
+                "PeftModel.from_pretrained and load_adapter"
+            )
         new = ForwardPass(outer=self.find())
         if self.positions is not None:
             new.mask_BT = self._padding("attention_mask", args, kwargs)
@@ -119,7 +128,7 @@ class Passes(nn.Module):
 
     def end(self, parent: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """End the pass. This is a forward hook of the parent model, also after an exception."""
-        ended = self.find()
+        ended = None if undivided() else self.find()
         if ended is None:
             return
         remaining = {key: value for key, value in _running().items() if key is not self}
@@ -250,7 +259,10 @@ def _run_in(passes: dict[Passes, ForwardPass], function: Callable[..., Any], *ar
         return function(*args)
     _thread.passes = {owner: of_model.again() for owner, of_model in passes.items()}
     try:
-        return function(*args)
+        with contextlib.ExitStack() as adapters:
+            for of_model in passes.values():
+                adapters.enter_context(of_model.switch())
+            return function(*args)
     finally:
         _thread.passes = before
 

@@ -9,11 +9,20 @@ try:
     from peft import PrefixEncoder, PrefixTuningConfig
     from peft.tuners.lora.layer import LoraLayer, LoraVariant
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 except ImportError:
+    AuxiliaryTrainingWrapper = type("AuxiliaryTrainingWrapper", (), {})
     BaseTunerLayer = type("BaseTunerLayer", (), {})
     LoraLayer = type("LoraLayer", (), {})
     LoraVariant = type("LoraVariant", (), {})
     PrefixEncoder = type("PrefixEncoder", (), {})
     PrefixTuningConfig = type("PrefixTuningConfig", (), {})
 
-__all__ = ["BaseTunerLayer", "LoraLayer", "LoraVariant", "PrefixEncoder", "PrefixTuningConfig"]
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "LoraVariant",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+]

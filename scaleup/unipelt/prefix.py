@@ -24,6 +24,7 @@ from .masks import PassMasks
 from .passes import Passes
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .pooling import find_cache, kept_beside
+from .rows import undivided
 from .site_types import AttentionSite, BlockSite
 from .softmax_prefix import SoftmaxPrefix
 from .submodule import LARGEST, Folding, Submodule, option
@@ -145,7 +146,7 @@ class PrefixTuning(AuxiliaryLayer):
 
         During generation they are evaluated once, not for each token.
         """
-        entry = self.active("unipelt_prefix")
+        entry = None if undivided() else self.active("unipelt_prefix")
         if entry is None:
             return
         if isinstance(entry, nn.Parameter):  # an exported folder holds [N, 2, G, L, E]

@@ -1,0 +1,87 @@
+"""What the entry points of transformers need to know about UNIPELT adapters.
+
+    AutoModel….from_pretrained(folder)     model.load_adapter(folder)     model.add_adapter(config)
+    model.delete_adapter(name)             model.enable_adapters()        pipeline(model=folder)
+
+transformers injects an adapter without a `PeftModel` around the model, and reads its weights by
+rules of its own. These rules put the adapter's name behind `lora_A` and `lora_B` only, and leave a
+trained head out, whatever the method is.
+
+This is the only file that replaces functions of PEFT and transformers. Other methods than UNIPELT
+get what the replaced function gives.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import peft.functional
+import peft.utils.transformers_weight_conversion as conversion
+from peft import PeftType
+from peft.utils import AuxiliaryTrainingWrapper
+from transformers.core_model_loading import WeightRenaming
+from transformers.integrations import PeftAdapterMixin
+
+# The last component of a name that begins with unipelt_, behind which the adapter's name stands.
+CONTAINER = r"(unipelt_\w+)(?=\.(?!.*unipelt_))"
+
+
+def extend(peft_type: PeftType, prefix: str, head: type[AuxiliaryTrainingWrapper]) -> None:
+    """Let the entry points of transformers load, enable and delete adapters of a method.
+
+    Args:
+        peft_type: the method.
+        prefix: part of the names of modules inside tuner layers, as PEFT's `BaseTuner.prefix`.
+        head: the class of the wrappers of trained heads.
+    """
+    named: Any = conversion.build_peft_weight_mapping
+    conversion.build_peft_weight_mapping = _with_names(named, peft_type)
+    # transformers calls it with the name of the method, which is part of the names of the layers.
+    delete: Any = peft.functional.delete_adapter
+    peft.functional.delete_adapter = _with_prefix(delete, f"{peft_type.value.lower()}_", prefix)
+    # transformers disables heads with the adapters and leaves them disabled.
+    PeftAdapterMixin.enable_adapters = _with_heads(PeftAdapterMixin.enable_adapters, head)
+
+
+def _with_names(mapping: Callable[..., list[Any]], peft_type: PeftType) -> Callable[..., list[Any]]:
+    @functools.wraps(mapping)
+    def build_peft_weight_mapping(
+        weight_conversions: Any, adapter_name: str, peft_config: Any = None
+    ) -> list[Any]:
+        built = mapping(weight_conversions, adapter_name, peft_config=peft_config)
+        if getattr(peft_config, "peft_type", None) != peft_type:
+            return built
+        if not built:  # PEFT leaves out its own rules for a model without conversions
+            built = [
+                WeightRenaming("base_model.model.", ""),
+                WeightRenaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"),
+            ]
+        built.append(WeightRenaming(CONTAINER, rf"\1.{adapter_name}"))
+        for name in peft_config.modules_to_save or []:
+            saved = rf"^((?:.*\.)?{re.escape(name)})\.(?!modules_to_save\.|original_module\.)"
+            built.append(WeightRenaming(saved, rf"\1.modules_to_save.{adapter_name}."))
+        return built
+
+    return build_peft_weight_mapping
+
+
+def _with_prefix(delete: Callable[..., Any], wrong: str, right: str) -> Callable[..., Any]:
+    @functools.wraps(delete)
+    def delete_adapter(model: Any, adapter_name: str, prefix: str, **kwargs: Any) -> Any:
+        return delete(model, adapter_name, prefix=right if prefix == wrong else prefix, **kwargs)
+
+    return delete_adapter
+
+
+def _with_heads(
+    enable: Callable[[Any], None], head: type[AuxiliaryTrainingWrapper]
+) -> Callable[[Any], None]:
+    @functools.wraps(enable)
+    def enable_adapters(self: Any) -> None:
+        enable(self)
+        for module in self.modules():
+            if isinstance(module, head):
+                module.enable_adapters(True)
+
+    return enable_adapters
