@@ -250,6 +250,8 @@ class BottleneckSubmodule(Submodule):
     Its settings are `<name>_size` and `<name>_activation`.
     """
 
+    unmergeable = "a bottleneck is nonlinear"
+
     def path(self, site: BlockSite) -> str:
         """Return the path under which the gate of a block is reported."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .forward_pass import ForwardPass
-from .gate import GateValue, LearnedGate
+from .gate import ConstantGate, GateValue, LearnedGate
 from .kernels import (
     Entry,
     Narrow,
@@ -31,6 +31,14 @@ from .kernels import (
 )
 from .passes import Passes, RunningMean
 from .peft_names import BaseTunerLayer
+
+
+def one_at_a_time(adapter_names: Sequence[str]) -> str:
+    """Return why several adapters are not made active together."""
+    return (
+        f"UniPELT runs one adapter at a time; got {', '.join(adapter_names)}. A PeftModel takes "
+        "adapter_names, one for each row of a batch"
+    )
 
 
 class AuxiliaryLayer(nn.Module, BaseTunerLayer):
@@ -118,11 +126,28 @@ class AuxiliaryLayer(nn.Module, BaseTunerLayer):
             return container
         return f"{container}.{next(n for n in self.active_adapters if n in entries)}"
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ValueError: for several adapters, whose gates would each expect to be alone.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(one_at_a_time(adapter_names))
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError: a gated submodule cannot be merged into weights."""
-        raise ValueError(
-            "UniPELT cannot be merged into the weights exactly; keep the adapter, or unload() it"
-        )
+        """Do nothing for constant gates, which are part of what LoRA adds to the weights.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            entries = [getattr(self, container) for container in self.adapter_layer_names]
+            if not all(isinstance(e[name], ConstantGate) for e in entries if name in e):
+                raise ValueError(
+                    f"the adapter {name} cannot be merged exactly; unload() removes it"
+                )
 
     def unmerge(self) -> None:
         assert not self.merged_adapters

@@ -58,6 +58,7 @@ class LoraMember(AttentionMember):
 
     def __init__(self, layer: AttentionGates):
         self.layer = layer
+        self.mergeable = not layer.site.projects_positions
         self.holders = Holders(layer)  # roles: "query", "key", "value"
 
     def _reads_input(self, role: str) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .fused_qkv import FusedUpdate, updated_heads
+from .gate import ConstantGate
 from .kernels import Entry, PlainPath, add_lora
 from .layers import SiteLayer
 from .linears import sizes
@@ -79,6 +80,7 @@ class GatedProducts(Protocol):
     """What the layers that share a gate ask for. `role` says which of them asks."""
 
     holders: Holders
+    mergeable: bool  # whether ungated LoRA can be added to the weights
 
     def fast_update(
         self, role: str, x: torch.Tensor, result: torch.Tensor, layer: nn.Module
@@ -138,12 +140,35 @@ class GatedLora(LoraVariant):
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing: the gate's weights belong to the site."""
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> Any:
-        raise ValueError("a gated LoRA depends on the input and cannot be merged into a weight")
+    def _merged(self, module: Any, active_adapter: str) -> torch.Tensor:
+        """Return what ungated LoRA adds to the weight of a linear layer."""
+        gates: Any = self.source.holders.site.unipelt_gate
+        gate = gates[active_adapter]
+        if not isinstance(gate, ConstantGate) or not self.source.mergeable:
+            reason = "position embeddings pass through the projection without LoRA"
+            reason = reason if isinstance(gate, ConstantGate) else "its gate depends on the input"
+            raise ValueError(f"LoRA of {self.role} cannot be merged exactly: {reason}")
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        fused = (b.layout, b.keys) if isinstance(b, FusedUpdate) else None
+        scaled_b = gate.values["lora"] * b.weight.detach().float()
+        rank = module.r[active_adapter]
+        update = weight_update(a.weight.detach().float(), scaled_b, fused, rank)()
+        return update.t() if module.fan_in_fan_out else update
 
-    merge_unsafe = merge_safe
-    unmerge = merge_safe
+    def merge_safe(
+        self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
+    ) -> torch.Tensor:
+        return orig_weight + self._merged(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(
+        self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
+    ) -> None:
+        orig_weight.data += self._merged(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(
+        self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor
+    ) -> torch.Tensor:
+        return orig_weight.data - self._merged(module, active_adapter).to(orig_weight.dtype)
 
 
 class LoraUpdate(nn.Module):

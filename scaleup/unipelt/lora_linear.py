@@ -40,6 +40,8 @@ class LinearCall:
 class LinearGate(SiteLayer):
     """The gate of linear layers that read one input. The first of them evaluates it."""
 
+    mergeable = True
+
     def __init__(self, reference_module: nn.Module, passes: Passes):
         super().__init__(reference_module, passes)
         self.holders = Holders(self)  # roles: the paths, in the order in which the layers run

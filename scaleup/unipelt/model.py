@@ -26,7 +26,7 @@ from .attachment import PASSES_CHILD, Attachment, move_up
 from .attention import restore_attention
 from .config import UniPeltConfig
 from .entry_points import extend
-from .layers import AuxiliaryLayer
+from .layers import AuxiliaryLayer, one_at_a_time
 from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
 from .rows import BASE, adapters_of_rows
@@ -83,7 +83,7 @@ class UniPeltModel(LoraModel):
             ValueError: for several adapters, whose gates would each expect to be alone.
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
-            raise ValueError(f"UniPELT runs one adapter at a time; got {', '.join(adapter_name)}")
+            raise ValueError(one_at_a_time(adapter_name))
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextmanager
@@ -102,18 +102,53 @@ class UniPeltModel(LoraModel):
         with adapters_of_rows(self.model, names, lambda m: PASSES_CHILD in m._modules):
             yield
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: adapters are not combined."""
+        raise ValueError(
+            "UniPELT adapters are not combined by their weights; train one adapter on all the data,"
+            " or pass adapter_names, one for each row of a batch"
+        )
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Add ungated LoRA to the weights of the backbone.
+
+        Raises:
+            ValueError: for adapters with anything else.
+        """
+        self._require_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config[name]
+            reasons = [s.unmergeable for s in chosen(config) if s.unmergeable]
+            if config.gates == "learned":
+                reasons.append("gates depend on the input")
+            if reasons:
+                raise ValueError(
+                    f"the adapter {name} cannot be merged exactly: {', '.join(reasons)}. Keep it "
+                    "beside the backbone, call unload() for the bare backbone, or see `scaleup "
+                    "export --kind merged`"
+                )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
-            raise ValueError(
-                "UniPELT cannot be merged exactly: gates depend on the input, the prefix changes "
-                "the softmax, and the adapter is nonlinear. Save the adapter with "
-                "save_pretrained, or call unload() for the bare backbone"
-            )
+            self._require_mergeable(adapter_names)
         for module in self.model.modules():  # with those inside of PEFT's layers
             for name in [name for name in module._modules if name.startswith("unipelt_")]:
                 for handle in getattr(module._modules[name], "handles", ()):
                     handle.remove()
-        unloaded = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
         for module in list(unloaded.modules()):
             for name in [name for name in module._modules if name.startswith("unipelt_")]:
                 del module._modules[name]

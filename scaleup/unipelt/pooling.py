@@ -209,8 +209,8 @@ def join_caches(
     order = torch.cat(list(groups)).argsort()
     counts = [len(rows) for rows in groups]
     layers = []
-    for of_parts in zip_longest(*(part.layers for part in parts)):
-        of_parts = _with_totals(of_parts, counts)
+    for at_depth in zip_longest(*(part.layers for part in parts)):
+        of_parts = _with_totals(at_depth, counts)
         layer = copy.copy(of_parts[0])
         layer.__dict__ = _join_states([vars(part) for part in of_parts], counts, order)
         layers.append(layer)

@@ -283,6 +283,7 @@ class PrefixSubmodule(Submodule):
     in_paper = True
     options = PrefixOptions
     parameters = (".unipelt_prefix.",)
+    unmergeable = "a prefix changes the softmax"
 
     def paths(
         self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]

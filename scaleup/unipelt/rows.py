@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from .peft_names import AuxiliaryTrainingWrapper, BaseTunerLayer
-from .pooling import Cache, join_caches, select_rows
+from .pooling import join_caches, select_rows
 
 BASE = "__base__"  # PEFT's name for the bare backbone
 
@@ -111,7 +112,7 @@ def _divide(
         for name in dict.fromkeys(of_rows)
     }
     parts = []
-    caches = [(value, []) for value in values if isinstance(value, Cache)]
+    caches: list[tuple[Cache, list[Cache]]] = [(v, []) for v in values if isinstance(v, Cache)]
     for name, rows in groups.items():
         part_args, part_kwargs = _select((args, kwargs), rows, size)
         with using(layers, name):
@@ -142,8 +143,9 @@ def _run(
     passes.current.switch = functools.partial(using, layers, name)
     try:
         for child in module.children():
-            if hasattr(child, "before_forward"):  # evaluates prefixes
-                child.before_forward(module, args, kwargs)
+            evaluate_prefixes: Any = getattr(child, "before_forward", None)
+            if evaluate_prefixes is not None:
+                evaluate_prefixes(module, args, kwargs)
         output = forward(*args, **kwargs)
     finally:
         passes.end(module, args, output)

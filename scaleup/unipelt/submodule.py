@@ -154,6 +154,9 @@ class Submodule:
     prunable: ClassVar[bool] = True
     """Whether a site can be left out of an export; LoRA folds into the weights instead."""
 
+    unmergeable: ClassVar[str] = ""
+    """Why it cannot be merged into weights exactly without a learned gate, empty if it can."""
+
     def paths(
         self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
     ) -> list[str]:
