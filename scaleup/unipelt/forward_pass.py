@@ -42,6 +42,7 @@ class ForwardPass:
         adapters: whether the adapters are disabled, and the names of the active ones.
         switch: returns a context in which layers use the adapter of this pass, if its rows are part
             of a batch with several adapters.
+        entered: whether the forward of the model has begun, where `DirectForward` looks at it.
         outer: the pass of the same model that this one interrupts, as in a hook that calls the
             model.
         recomputed: whether this is the recomputation of a block in the backward pass.
@@ -63,6 +64,7 @@ class ForwardPass:
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     adapters: tuple[bool, tuple[str, ...]] | None = None
     switch: Callable[[], AbstractContextManager[None]] = nullcontext
+    entered: bool = False
     outer: "ForwardPass | None" = None
     recomputed: bool = False
     _counts: tuple[torch.Tensor | None, torch.Tensor] | None = None

@@ -27,7 +27,7 @@ from .attention import restore_attention
 from .config import UniPeltConfig
 from .entry_points import extend
 from .layers import AuxiliaryLayer, one_at_a_time
-from .passes import unwrap_checkpointing
+from .passes import DirectForward, unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
 from .rows import BASE, adapters_of_rows
 from .sites import find_sites, head_names
@@ -74,6 +74,8 @@ class UniPeltModel(LoraModel):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             gates = site_gates(config, attentions, blocks)
             attach(Attachment(model, config, attentions, blocks, gates, adapter_name))
+        if PASSES_CHILD in model._modules:
+            DirectForward.attach(model, model.get_submodule(PASSES_CHILD))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -152,6 +154,7 @@ class UniPeltModel(LoraModel):
         for module in list(unloaded.modules()):
             for name in [name for name in module._modules if name.startswith("unipelt_")]:
                 del module._modules[name]
+        DirectForward.detach(unloaded)
         restore_attention(unloaded)
         unwrap_checkpointing(unloaded)
         return unloaded

@@ -138,18 +138,7 @@ def _run(
     passes: Any = module._modules.get("unipelt_passes")
     if passes is None:  # a head
         return forward(*args, **kwargs)
-    output = None
-    passes.begin(module, args, kwargs)
-    passes.current.switch = functools.partial(using, layers, name)
-    try:
-        for child in module.children():
-            evaluate_prefixes: Any = getattr(child, "before_forward", None)
-            if evaluate_prefixes is not None:
-                evaluate_prefixes(module, args, kwargs)
-        output = forward(*args, **kwargs)
-    finally:
-        passes.end(module, args, output)
-    return output
+    return passes.run(module, forward, args, kwargs, functools.partial(using, layers, name))
 
 
 def switchable(module: nn.Module) -> list[Any]:

@@ -1,5 +1,7 @@
 """The entry points of transformers and PEFT that work without a `PeftModel`."""
 
+import copy
+import inspect
 import json
 import pathlib
 import shutil
@@ -10,7 +12,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
 from transformers.core_model_loading import WeightRenaming
 
 from scaleup.unipelt.config import UniPeltConfig
@@ -112,6 +114,33 @@ def test_injection_without_a_peft_model_gives_the_same_model():
     torch.manual_seed(1)
     injected = inject_adapter_in_model(config, backbone("bert")).eval()
     assert same(logits(injected), logits(wrapped))
+
+
+def test_a_caller_of_forward_gets_what_a_caller_of_the_model_gets(tmp_path):
+    model = backbone("bert", cls=BertModel)
+    bare = model(**batch())[0]
+    model.add_adapter(UniPeltConfig(**SMALL))
+    randomise(model)
+    expected = model(**batch())[0]
+    assert not same(bare, expected)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (
+        model,
+        copy.deepcopy(model),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert same(other.forward(**batch())[0], expected)
+        assert same(other(**batch())[0], expected)
+    assert "attention_mask" in inspect.signature(model.forward).parameters
+    wrapped = peft.get_peft_model(backbone("bert", cls=BertModel), UniPeltConfig(**SMALL))
+    assert "forward" not in vars(wrapped.unload())
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3, generator=generator)
 
 
 def test_several_active_adapters_are_refused():
