@@ -25,9 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from .attachment import PASSES_CHILD, Attachment, move_up
 from .attention import restore_attention
 from .config import UniPeltConfig
+from .direct_forward import DirectForward
 from .entry_points import extend
 from .layers import AuxiliaryLayer, one_at_a_time
-from .passes import DirectForward, unwrap_checkpointing
+from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
 from .rows import BASE, adapters_of_rows
 from .sites import find_sites, head_names

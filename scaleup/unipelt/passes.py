@@ -17,7 +17,6 @@ Shapes: B examples, T tokens of the pass, S encoder tokens, N gates in one proje
 
 import contextlib
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -269,50 +268,6 @@ class Passes(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer would otherwise contain copies of all blocks.
         return self.__dict__ | {"_checkpointing": None, "_layers": None, "_plans": {}}
-
-
-class DirectForward:
-    """The forward of a model that is a parent model itself, for callers of `model.forward`.
-
-    They go around the hooks of the model. Sentence Transformers does so.
-    """
-
-    def __init__(self, parent: nn.Module, passes: Passes):
-        self._parent, self._passes = parent, passes
-        self._replaced = parent.__dict__.get("forward")  # of Accelerate
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The arguments of the model, for which generation and Trainer look."""
-        return inspect.signature(self._forward)
-
-    @property
-    def _forward(self) -> Any:
-        if self._replaced is not None:
-            return self._replaced
-        return functools.partial(type(self._parent).forward, self._parent)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        current = self._passes.find()
-        if current is not None and not current.entered:  # the model's hooks have begun it
-            current.entered = True
-            return self._forward(*args, **kwargs)
-        return self._passes.run(self._parent, self._forward, args, kwargs)
-
-    @classmethod
-    def attach(cls, parent: nn.Module, passes: Any) -> None:
-        """Let `parent.forward` begin a pass."""
-        if not isinstance(parent.__dict__.get("forward"), cls):
-            parent.__dict__["forward"] = cls(parent, passes)
-
-    @classmethod
-    def detach(cls, parent: nn.Module) -> None:
-        """Undo `attach`."""
-        attached = parent.__dict__.get("forward")
-        if isinstance(attached, cls):
-            del parent.__dict__["forward"]
-            if attached._replaced is not None:
-                parent.__dict__["forward"] = attached._replaced
 
 
 def unwrap_checkpointing(model: nn.Module) -> None:

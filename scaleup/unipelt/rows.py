@@ -15,7 +15,6 @@ Shapes: B rows of the batch, which are repeated in beam search.
 """
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,7 +100,8 @@ def _divide(
     kwargs: dict[str, Any],
 ) -> Any:
     values = (*args, *kwargs.values())
-    size = next(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
+    # Positions may be the same for all rows, [1, T].
+    size = max(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
     repeats, rest = divmod(size, len(names))
     if rest or not repeats:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {size} rows")
@@ -188,7 +188,7 @@ def _join(parts: list[Any], groups: list[torch.Tensor], cache: Cache | None) -> 
         return type(first)(**joined)
     if isinstance(first, (list, tuple)):
         return type(first)(_join(list(entries), groups, cache) for entries in zip(*parts))
-    return copy.copy(first)
+    return first
 
 
 def join_rows(parts: list[torch.Tensor], groups: list[torch.Tensor]) -> torch.Tensor:
