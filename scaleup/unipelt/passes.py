@@ -27,19 +27,31 @@ from torch import nn
 from .forward_pass import ForwardPass
 from .kernels import Decoding, Plan, begin, collect_sites, fast_path, mode
 from .pooling import find_cache, kept_beside, mean_within, running_totals, text_starts, totals_layer
-from .rows import undivided
 from .site_types import TOKEN_ARGUMENTS
 
 # The dictionary of passes is replaced, never changed. No subclass of threading.local: torch.compile
 # loses what is assigned to its attributes.
 _thread = threading.local()
 _thread.passes = {}  # now, because a compiler would start again when it appears
+_thread.rows = None  # the adapters of rows that are to be divided, see `rows.py`
 
 
 def _running() -> "dict[Passes, ForwardPass]":
     """Return the passes that run in this thread."""
     passes: dict[Passes, ForwardPass] = getattr(_thread, "passes", {})
     return passes
+
+
+def undivided() -> bool:
+    """Return whether the call that runs is for rows with different adapters."""
+    return getattr(_thread, "rows", None) is not None
+
+
+def exchange_rows(names: list[str] | None) -> list[str] | None:
+    """Set the adapters of the rows of this thread's calls, and return those set before."""
+    before: list[str] | None = getattr(_thread, "rows", None)
+    _thread.rows = names
+    return before
 
 
 class Passes(nn.Module):

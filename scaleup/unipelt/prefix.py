@@ -21,10 +21,9 @@ from .attention_gates import AttentionGates, AttentionInputs, AttentionMember
 from .kernels import Entry, PlainPath, fast_path, few_rows, state_of
 from .layers import AuxiliaryLayer
 from .masks import PassMasks
-from .passes import Passes
+from .passes import Passes, undivided
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .pooling import find_cache, kept_beside
-from .rows import undivided
 from .site_types import AttentionSite, BlockSite
 from .softmax_prefix import SoftmaxPrefix
 from .submodule import LARGEST, Folding, Submodule, option

@@ -16,7 +16,6 @@ Shapes: B rows of the batch, which are repeated in beam search.
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,19 +23,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .cache_rows import join_caches, select_rows
+from .passes import exchange_rows, undivided
 from .peft_names import AuxiliaryTrainingWrapper, BaseTunerLayer
-from .pooling import join_caches, select_rows
 
 BASE = "__base__"  # PEFT's name for the bare backbone
-
-# The names of the rows while a batch is to be divided, None inside of a part.
-_thread = threading.local()
-_thread.names = None  # now, because a compiler would start again when it appears
-
-
-def undivided() -> bool:
-    """Return whether the running call of a parent model is for rows with different adapters."""
-    return getattr(_thread, "names", None) is not None
 
 
 @contextlib.contextmanager
@@ -59,13 +50,13 @@ def adapters_of_rows(
     ]
     divided: list[nn.Module] = [*parents, *heads]
     before = [module.__dict__.get("forward") for module in divided]
-    outer, _thread.names = getattr(_thread, "names", None), list(names)
+    outer = exchange_rows(list(names))
     try:
         for module in divided:
             module.forward = _dividing(module)
         yield
     finally:
-        _thread.names = outer
+        exchange_rows(outer)
         for module, forward in zip(divided, before):
             if forward is None:
                 del module.__dict__["forward"]
@@ -82,11 +73,12 @@ def _dividing(module: nn.Module) -> Callable[..., Any]:
     def divide(*args: Any, **kwargs: Any) -> Any:
         if not undivided():  # in another thread
             return forward(*args, **kwargs)
-        names, _thread.names = _thread.names, None
+        names = exchange_rows(None)
+        assert names is not None
         try:
             return _divide(module, forward, layers, names, args, kwargs)
         finally:
-            _thread.names = names
+            exchange_rows(names)
 
     return divide
 
