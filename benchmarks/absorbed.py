@@ -18,9 +18,9 @@ from benchmarks.exports import export, train
 MPNET = ["--config", "configs/mpnet.yaml", "data.k=100", "data.seed=0"]
 SOURCES = {
     "MiniLM, film reviews": ["--config", "configs/quickstart.yaml"],
-    "MPNet, QQP, K = 100": [*MPNET, "data.name=qqp"],
-    "MPNet, MRPC, K = 100": [*MPNET, "data.name=mrpc"],
-    "SmolLM2, E2E, K = 500": ["--config", "configs/smollm2.yaml"],
+    "MPNet, QQP, 100 examples": [*MPNET, "data.name=qqp"],
+    "MPNet, MRPC, 100 examples": [*MPNET, "data.name=mrpc"],
+    "SmolLM2, E2E, 500 examples": ["--config", "configs/smollm2.yaml"],
 }
 KINDS = {
     "plain, least squares only": ["--kind", "plain", "--epochs", "0"],

@@ -12,6 +12,7 @@ Shapes: B examples, T tokens, V words or classes.
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from scaleup.export import least_squares
 from scaleup.export.calibrate import MODEL_INPUTS, TrainedJob, load
 from scaleup.export.least_squares import Batch
 from scaleup.export.low_rank import Student
+from scaleup.settings import schema
 from scaleup.unipelt.sites import linear_layers
 
 LEARNING_RATE = 1e-4
 WARMUP = 0.1  # share of the steps
+OUTSIDE = -1e4  # logit of a token that no answer can start at
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,42 +66,76 @@ class Fit:
         return cls(**torch.load(path))
 
 
-def model_batch(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Which outputs of a model are its predictions.
+
+    Attributes:
+        writes: the model generates text.
+        outputs: names of the outputs that are scored.
+        several: each class is predicted on its own (multi-label classification).
+    """
+
+    writes: bool
+    outputs: Sequence[str] = ("logits",)
+    several: bool = False
+
+    def of(self, model: Any, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, V] of distributions, or of a regression values [B, 1].
+
+        Args:
+            labels: of the batch; only those of text are read, to find the tokens that are written.
+        """
+        found = model(**batch.inputs)
+        scored = [found[name].float() for name in self.outputs]
+        logits = scored[0]
+        if self.writes:
+            labels = labels.to(logits.device)
+            if not model.config.is_encoder_decoder:  # the logits at a token predict the next one
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            return logits[labels != IGNORED]
+        mask_BT = batch.mask_BT
+        if len(scored) > 1:  # the token where an answer starts, and that where it ends
+            outside = None if mask_BT is None else ~mask_BT.repeat(len(scored), 1)
+            rows = torch.cat(scored)
+            return rows if outside is None else rows.masked_fill(outside, OUTSIDE)
+        if logits.dim() == 3:  # of each token
+            return logits.flatten(0, 1) if mask_BT is None else logits[mask_BT]
+        if self.several:
+            return torch.stack([logits, torch.zeros_like(logits)], dim=-1).flatten(0, 1)
+        return logits
+
+
+def model_batch(
+    model: Any, batch: dict[str, torch.Tensor], writes: bool, device: torch.device
+) -> Batch:
     """Return what a model gets of a batch, without labels where they are no text."""
-    is_text = batch["labels"].dim() > 1
     inputs: dict[str, Any] = {n: batch[n].to(device) for n in MODEL_INPUTS if n in batch}
     mask_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     decoder_mask_BT = None
-    if is_text:
+    if writes:
         inputs["use_cache"] = False
-    if is_text and model.config.is_encoder_decoder:
+    if writes and model.config.is_encoder_decoder:
         inputs["labels"] = batch["labels"].to(device)
         decoder_mask_BT = inputs["labels"] != IGNORED
         inputs["decoder_attention_mask"] = decoder_mask_BT.long()
     return Batch(inputs, mask_BT, decoder_mask_BT)
 
 
-def predictions(model: Any, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, V], or of text those of its label tokens [tokens, V]."""
-    logits = model(**batch.inputs).logits.float()
-    if labels.dim() == 1 or logits.dim() == 2:
-        return logits
-    labels = labels.to(logits.device)
-    if not model.config.is_encoder_decoder:  # the logits at a token predict the next one
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return logits[labels != IGNORED]
-
-
-def distance(wanted_BV: torch.Tensor, given_BV: torch.Tensor) -> torch.Tensor:
+def distance(wanted_NV: torch.Tensor, given_NV: torch.Tensor) -> torch.Tensor:
     """Return the mean KL divergence, or the mean squared error of a regression."""
-    if wanted_BV.shape[-1] == 1:
-        return nn.functional.mse_loss(given_BV, wanted_BV)
-    given, wanted = given_BV.log_softmax(-1), wanted_BV.log_softmax(-1)
+    if wanted_NV.shape[-1] == 1:
+        return nn.functional.mse_loss(given_NV, wanted_NV)
+    given, wanted = given_NV.log_softmax(-1), wanted_NV.log_softmax(-1)
     return nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
 
 
 def train(
-    student: Student, batches: list[dict[str, torch.Tensor]], epochs: int, device: torch.device
+    student: Student,
+    batches: list[dict[str, torch.Tensor]],
+    predictions: Predictions,
+    epochs: int,
+    device: torch.device,
 ) -> list[float]:
     """Bring the student's predictions to those of the trained model.
 
@@ -118,11 +155,12 @@ def train(
     for _ in range(epochs):
         total = 0.0
         for i in torch.randperm(len(batches), generator=generator).tolist():
-            batch, labels = model_batch(model, batches[i], device), batches[i]["labels"]
+            batch = model_batch(model, batches[i], predictions.writes, device)
+            labels = batches[i]["labels"]
             with torch.no_grad():
-                wanted = predictions(model, batch, labels)
+                wanted = predictions.of(model, batch, labels)
             with student.active():
-                loss = distance(wanted, predictions(model, batch, labels))
+                loss = distance(wanted, predictions.of(model, batch, labels))
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -143,9 +181,11 @@ def main() -> None:
     names = [name for group in linear_layers(model.get_base_model()).values() for name in group]
     student = Student.untrained(model, names, job.rank, device)
     batches = torch.load(job.batches)
-    texts = [model_batch(model, batch, device) for batch in batches]
+    task = schema.load(job.config).data.resolved_task
+    predictions = Predictions(job.writes, job.outputs, task == "multi_label_classification")
+    texts = [model_batch(model, batch, job.writes, device) for batch in batches]
     unexplained = least_squares.fit(student, texts, job.rank, device)
-    losses = train(student, batches, job.epochs, device)
+    losses = train(student, batches, predictions, job.epochs, device)
     assert job.updates is not None
     student.save(pathlib.Path(job.updates))
     Fit(unexplained=unexplained, losses=losses).save(job.output)

@@ -64,8 +64,6 @@ from scaleup.training.run_settings import load_trained
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES
 
-# Tasks whose predictions no update of the weights can be fitted to (scaleup.export.distill).
-WITHOUT_FIT = ("multi_label_classification", "token_classification", "question_answering")
 TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)[\w.-]*"
 )
@@ -139,11 +137,6 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
             "test"
         )
     task = settings.data.resolved_task
-    if options.kind in ("plain", "lora") and task in WITHOUT_FIT:
-        raise ConfigError(
-            f"--kind: {options.kind} cannot be fitted for data.task {task}; use standalone or "
-            "merged"
-        )
     if options.metric is not None and options.metric not in METRICS[task]:
         raise ConfigError(
             f"--metric: {options.metric} does not fit data.task {task}; it takes "

@@ -180,8 +180,14 @@ def test_a_plan_counts_the_head(workspace, tmp_path, task):
 
 
 def _export(checkpoint: pathlib.Path, kind: str, output: pathlib.Path):
+    fields = {"rank": 8, "epochs": 1} if kind in ("plain", "lora") else {}
     options = ExportOptions(
-        checkpoint=checkpoint, kind=kind, output=output, calibrate="test", max_metric_drop=100
+        checkpoint=checkpoint,
+        kind=kind,
+        output=output,
+        calibrate="test",
+        max_metric_drop=100,
+        **fields,
     )
     return export.run(options, lambda line: None)
 
@@ -199,10 +205,10 @@ PIPELINE = {
 @every_task
 def test_exports_are_verified_and_a_pipeline_takes_them(workspace, tmp_path, task):
     run(workspace, tmp_path / "run", task, *SHORT)
-    for kind in ("exact", "standalone", "merged"):
+    for kind in ("exact", "standalone", "merged", "plain", "lora"):
         report = _export(tmp_path / "run" / "best", kind, tmp_path / kind)
-        assert report.proof.reload_difference < 1e-5
-        if kind != "merged":
+        assert report.proof.reload_difference < 1e-4
+        if kind in ("exact", "standalone"):
             assert report.proof.agreement == 1 and report.proof.metric.drop == 0
         pipeline, inputs = PIPELINE[task]
         card = (tmp_path / kind / "README.md").read_text()

@@ -29,6 +29,15 @@ def data(model, count: int = 4) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
+def predictions_of(model) -> distill.Predictions:
+    return distill.Predictions(task_type(model.get_base_model()) != "SEQ_CLS")
+
+
+def texts_of(model, batches) -> list[least_squares.Batch]:
+    writes = predictions_of(model).writes
+    return [distill.model_batch(model, one, writes, CPU) for one in batches]
+
+
 def student_of(model, rank: int) -> Student:
     model.requires_grad_(False)
     names = [name for group in linear_layers(model.get_base_model()).values() for name in group]
@@ -40,11 +49,12 @@ def distance(student: Student, batches) -> float:
     """Mean difference between the predictions of the trained model and of its student."""
     total = 0.0
     for one in batches:
-        inputs, labels = distill.model_batch(student.model, one, CPU), one["labels"]
+        predictions = predictions_of(student.model)
+        inputs = distill.model_batch(student.model, one, predictions.writes, CPU)
         with torch.no_grad():
-            wanted = distill.predictions(student.model, inputs, labels)
+            wanted = predictions.of(student.model, inputs, one["labels"])
             with student.active():
-                given = distill.predictions(student.model, inputs, labels)
+                given = predictions.of(student.model, inputs, one["labels"])
         total += (wanted - given).abs().mean().item()
     return total / len(batches)
 
@@ -86,7 +96,7 @@ def test_least_squares_finds_an_ungated_lora_exactly(family, monkeypatch):
     model = adapt(backbone(family), submodules=["lora"], gates="none").eval()
     student, batches = student_of(model, 8), data(model, 8)
     before = distance(student, batches)
-    texts = [distill.model_batch(model, one, CPU) for one in batches]
+    texts = texts_of(model, batches)
     left = least_squares.fit(student, texts, 8, CPU)
     assert max(left.values()) < 1e-4, left
     assert before > 1e-3 and distance(student, batches) < 0.01 * before
@@ -97,19 +107,19 @@ def test_least_squares_and_predictions_bring_the_student_closer(family):
     model = adapt(backbone(family), submodules=APL).eval()
     student, batches = student_of(model, 16), data(model, 8)
     before = distance(student, batches)
-    texts = [distill.model_batch(model, one, CPU) for one in batches]
+    texts = texts_of(model, batches)
     left = least_squares.fit(student, texts, 16, CPU)
     assert sum(left.values()) / len(left) < 0.5, left
     fitted = distance(student, batches)
     assert fitted < 0.7 * before
-    losses = distill.train(student, batches, 20, CPU)
+    losses = distill.train(student, batches, predictions_of(model), 20, CPU)
     assert losses[-1] < losses[0] and distance(student, batches) < fitted
 
 
 def test_the_student_is_gone_outside_its_block_and_the_hooks_of_the_fit_after_it():
     model = adapt(backbone("bert"), submodules=APL).eval()
     batches = data(model, 2)
-    texts = [distill.model_batch(model, one, CPU) for one in batches]
+    texts = texts_of(model, batches)
     with torch.no_grad():
         expected = model(**texts[0].inputs).logits
     student = student_of(model, 4)
@@ -126,7 +136,7 @@ def test_few_sums_at_a_time_give_the_same_updates(monkeypatch):
         monkeypatch.setattr(least_squares, "SUMS_BYTES", limit)
         model = adapt(backbone("llama"), submodules=["adapter"], gates="none").eval()
         student = student_of(model, 4)
-        texts = [distill.model_batch(model, one, CPU) for one in data(model, 2)]
+        texts = texts_of(model, data(model, 2))
         least_squares.fit(student, texts, 4, CPU)
         found.append({name: u.B_OR @ u.A_RI for name, u in student.updates.items()})
     for name, product in found[0].items():
@@ -145,3 +155,33 @@ def test_target_modules_are_the_shortest_endings_that_match_no_other_layer():
     assert target_modules(model, {"layers.0.q", "layers.1.q"}) == ["q"]
     names = {"layers.0.dense", "layers.1.dense"}
     assert target_modules(model, names) == ["0.dense", "1.dense"]
+
+
+def test_predictions_are_distributions_of_every_task():
+    """Answers are places among real tokens, and each of several labels is a yes or a no."""
+
+    class Model:
+        config = None
+
+        def __call__(self, **inputs):
+            return {
+                "start": torch.tensor([[1.0, 2, 3]]),
+                "end": torch.tensor([[4.0, 5, 6]]),
+                "tags": torch.arange(6.0).reshape(1, 3, 2),
+                "labels": torch.tensor([[2.0, -1]]),
+            }
+
+    batch = least_squares.Batch({}, torch.tensor([[True, True, False]]))
+    unused = torch.zeros(1)
+
+    def found(**fields):
+        return distill.Predictions(False, **fields).of(Model(), batch, unused).softmax(-1)
+
+    answers = found(outputs=("start", "end"))
+    assert answers[:, 2].tolist() == [0, 0]
+    expected = torch.tensor([[1.0, 2], [4, 5]]).softmax(-1)
+    torch.testing.assert_close(answers[:, :2], expected)
+    expected = torch.tensor([[0.0, 1], [2, 3]]).softmax(-1)
+    torch.testing.assert_close(found(outputs=("tags",)), expected)
+    several = found(outputs=("labels",), several=True)
+    torch.testing.assert_close(several[:, 0], torch.tensor([2.0, -1]).sigmoid())
