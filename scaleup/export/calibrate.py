@@ -163,23 +163,32 @@ class GateObserver:
 
 
 def observe_gates(
-    model: Any, batches: list[dict[str, torch.Tensor]], job: TrainedJob, device: torch.device
+    model: Any,
+    batches: list[dict[str, torch.Tensor]],
+    examples: int,
+    device: torch.device,
+    *,
+    writes: bool,
 ) -> GateObserver:
-    """Run a model over the first examples of the batches and observe its gates."""
-    observer, remaining = GateObserver(model), job.examples
+    """Run a model over the first examples of the batches and observe its gates.
+
+    Args:
+        writes: the model generates text.
+    """
+    observer, remaining = GateObserver(model), examples
     with torch.inference_mode():
         for batch in batches:
             if remaining <= 0:
                 break
             labels = batch["labels"]
             names = [name for name in MODEL_INPUTS if name in batch]
-            if job.writes and model.config.is_encoder_decoder:
+            if writes and model.config.is_encoder_decoder:
                 names.append("labels")
             inputs = {name: batch[name][:remaining].to(device) for name in names}
             if "labels" in inputs:  # the padding of targets belongs to no example
                 inputs["decoder_attention_mask"] = (inputs["labels"] != IGNORED).long()
             remaining -= len(labels)
-            model(**inputs, **({"use_cache": False} if job.writes else {}))
+            model(**inputs, **({"use_cache": False} if writes else {}))
     for handle in observer.handles:
         handle.remove()
     return observer
@@ -202,7 +211,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(job, device)
     batches = torch.load(job.batches)
-    observer = observe_gates(model, batches, job, device) if job.examples else None
+    observer = None
+    if job.examples:
+        observer = observe_gates(model, batches, job.examples, device, writes=job.writes)
     if job.gates is not None:
         constants = {(site, part): value for site, part, value in job.gates}
         freeze(model, constants, {(site, part) for site, part in job.dropped})

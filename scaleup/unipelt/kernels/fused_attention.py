@@ -65,11 +65,11 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     keys = mask.shape[-1]
     shape = (*mask.shape[:-1], keys + -keys % MASK_ALIGNMENT)
-    hidden = torch.full(shape, HIDDEN.get(dtype, -1e30), dtype=dtype, device=mask.device)
-    hidden = hidden[..., :keys]
+    lowest = HIDDEN.get(dtype, -1e30)
+    hidden = torch.full(shape, lowest, dtype=dtype, device=mask.device)[..., :keys]
     if mask.dtype == torch.bool:
         return hidden.masked_fill_(mask, 0.0)
-    return torch.maximum(hidden, mask.to(dtype), out=hidden)
+    return hidden.copy_(mask).clamp_(min=lowest)
 
 
 @torch.compiler.assume_constant_result

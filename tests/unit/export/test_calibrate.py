@@ -5,7 +5,7 @@ import torch
 from transformers import BartForConditionalGeneration
 
 from scaleup.data.metrics import IGNORED
-from scaleup.export.calibrate import TrainedJob, observe_gates
+from scaleup.export.calibrate import observe_gates
 from tests.utils.tiny import TARGETS, adapt, backbone, batch
 
 CPU = torch.device("cpu")
@@ -16,21 +16,8 @@ def test_the_padding_of_targets_changes_no_measured_gate(family):
     cls = BartForConditionalGeneration if family == "bart" else None
     model = adapt(backbone(family, cls=cls), submodules=["adapter", "prefix", "lora"])
     wider = torch.nn.functional.pad(TARGETS, (0, 5), value=IGNORED)
-    job = TrainedJob(
-        batches="",
-        output="",
-        writes=True,
-        outputs=["logits"],
-        generate=None,
-        offload="",
-        memory=None,
-        config="",
-        checkpoint="",
-        labels=None,
-        examples=3,
-    )
     one, other = (
-        observe_gates(model, [batch() | {"labels": labels}], job, CPU)
+        observe_gates(model, [batch() | {"labels": labels}], 3, CPU, writes=True)
         for labels in (TARGETS, wider)
     )
     assert any(abs(mean - 0.5) > 0.01 for mean, _ in one.gates().values())

@@ -268,7 +268,8 @@ def test_exports_with_learned_and_with_constant_gates_have_the_same_logits(
     (tmp_path / "learned").mkdir()
     assert same(logits(exported(model, family, tmp_path / "learned", None)), logits(model))
     batch = inputs(model, labels=True)
-    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"))
+    writes = batch["labels"].dim() > 1
+    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"), writes=writes)
     gates = {key: mean for key, (mean, _) in observer.gates().items()}
     (tmp_path / "constant").mkdir()
     loaded = exported(model, family, tmp_path / "constant", gates)
@@ -298,6 +299,6 @@ def test_a_quantised_backbone_trains_and_is_close(family, kind, tmp_path):
     loaded = type(plain).from_pretrained(tmp_path, dtype=torch.float32, **arguments)
     model = adapt(loaded, lora_targets="all-linear")
     exact = logits(adapt(plain, lora_targets="all-linear"))
-    assert (exact - logits(model)).abs().max() < exact.abs().max()
+    assert (exact - logits(model)).abs().mean() < exact.abs().mean()
     for name, grad in gradients(model).items():
         assert grad is not None and torch.isfinite(grad).all(), name

@@ -359,14 +359,18 @@ def test_torch_compile_has_no_graph_break(family):
 @pytest.mark.parametrize("family", ["bert", "bart", "llama", "gpt2", "deberta-v2"])
 def test_lora_reads_what_one_product_made_with_the_gates(family, monkeypatch):
     """But in cross attention, whose values come from elsewhere; and not with dropout before A."""
-    seen, plain = [], LoraMember.product
+    seen, plain = [], LoraMember.low_rank
 
-    def product(self, projection, x_BTD):
-        low_rank = plain(self, projection, x_BTD)
-        seen.append((self.layer.site.cross and projection == "value") == (low_rank is None))
-        return low_rank
+    def low_rank(self, role, x, lora_a, dropout):
+        calls = []
+        handle = lora_a.register_forward_hook(lambda *_: calls.append(role))
+        found = plain(self, role, x, lora_a, dropout)
+        handle.remove()
+        of_encoder = self.layer.site.cross and role == "value"
+        seen.append(of_encoder == bool(calls))
+        return found
 
-    monkeypatch.setattr(LoraMember, "product", product)
+    monkeypatch.setattr(LoraMember, "low_rank", low_rank)
     model = adapt(backbone(family), lora_dropout=0.5)
     model.eval()(**inputs(model))
     assert seen and all(seen)

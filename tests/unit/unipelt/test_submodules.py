@@ -78,7 +78,8 @@ def test_measured_gates_and_effects_cover_every_site_and_pruning_leaves_sites_ou
     model = adapt(backbone(family), submodules=submodules, gates="learned")
     sites = find_sites(backbone(family))
     batch = inputs(model, labels=True)
-    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"))
+    writes = batch["labels"].dim() > 1
+    observer = calibrate.observe_gates(model, [batch], 3, torch.device("cpu"), writes=writes)
     gates = {key: mean for key, (mean, _) in observer.gates().items()}
     expected = {
         (path, name)
