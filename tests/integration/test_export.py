@@ -94,7 +94,8 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "lora"])
 def test_an_export_that_absorbs_unipelt_needs_no_code_of_its_own(workspace, kind):
     """The stand-in for other people's engines: transformers and PEFT as they are."""
     chosen = options(workspace, kind, examples=64, epochs=1, rank=8, max_metric_drop=100.0)
@@ -122,7 +123,7 @@ def test_an_export_that_absorbs_unipelt_needs_no_code_of_its_own(workspace, kind
     assert "import scaleup" not in card and "trust_remote_code" not in card
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_run_in_bfloat16_is_exported_and_verified_as_stored_or_in_float32(
     workspace, tmp_path, dtype
 ):

@@ -45,7 +45,7 @@ def folder(tmp_path):
 def load(folder, labels=("a", "b")):
     settings = ModelSettings(name=str(folder))
     config = load_config(settings)
-    set_labels(config, list(labels))
+    set_labels(config, "sequence_classification", list(labels))
     return load_model(
         settings, config, AutoModelForSequenceClassification, torch.float32, torch.device("cpu")
     )[0]
@@ -70,7 +70,7 @@ def test_a_pooler_without_pretrained_weights_trains_and_is_saved(folder, tmp_pat
     backbone("bert").save_pretrained(folder, state_dict=state)
     settings = ModelSettings(name=str(folder))
     config = load_config(settings)
-    set_labels(config, ["a", "b"])
+    set_labels(config, "sequence_classification", ["a", "b"])
     arguments = (
         settings,
         config,
@@ -197,7 +197,7 @@ def test_the_bias_of_a_fresh_head_starts_at_the_prior(family, quantization, tmp_
     backbone(family).save_pretrained(tmp_path)
     settings = ModelSettings(name=str(tmp_path), quantization=quantization)
     config = load_config(settings)
-    set_labels(config, ["a", "b"])
+    set_labels(config, "sequence_classification", ["a", "b"])
     model, _ = load_model(
         settings,
         config,
@@ -225,7 +225,7 @@ def test_a_head_without_a_fresh_bias_takes_no_prior(family, labels, why, tmp_pat
     backbone(family).save_pretrained(tmp_path)
     settings = ModelSettings(name=str(tmp_path))
     config = load_config(settings)
-    set_labels(config, labels)
+    set_labels(config, "sequence_classification" if labels else "regression", labels)
     with pytest.raises(
         ConfigError, match=f"model.head_bias: the head of .* {why}; leave the setting out"
     ):

@@ -261,8 +261,17 @@ def test_the_plan_is_within_a_tenth_of_the_gpus_peak():
     assert total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["bert", "bart"])
-@pytest.mark.parametrize("targets", ["qv", "attention", "all-linear"])
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        ("bert", "qv"),
+        ("bart", "all-linear"),
+        pytest.param("bart", "qv", marks=pytest.mark.slow),
+        pytest.param("bert", "attention", marks=pytest.mark.slow),
+        pytest.param("bart", "attention", marks=pytest.mark.slow),
+        pytest.param("bert", "all-linear", marks=pytest.mark.slow),
+    ],
+)
 def test_planned_parameters_are_those_of_the_real_model(workspace, family, targets):
     more = (f"method.lora_targets={targets}",)
     chosen = settings(workspace, *more, family=family)

@@ -16,13 +16,14 @@ def lines(trained: int, *words: str) -> list[str]:
     train = {"labels": [1.0, 2.0, 4.5]}
     examples = types.SimpleNamespace(
         train=train, train_rows=3, dev=[], test=None, test_is_dev=False, references=None,
-        metric="spearman", shared={}, task="regression",
+        metric="spearman", shared={}, task="regression", count=lambda split: 0,
     )  # fmt: skip
     world = types.SimpleNamespace(size=1, deepspeed=False, device=torch.device("cpu"))
     run = types.SimpleNamespace(
         settings=load(None, ["data.name=stsb", *words]),
         examples=examples,
         world=world,
+        task=types.SimpleNamespace(notes=None),
         args=types.SimpleNamespace(
             bf16=False, per_device_train_batch_size=16, gradient_accumulation_steps=1
         ),
