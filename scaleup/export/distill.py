@@ -177,6 +177,11 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(job, device)
+    if job.epochs and hasattr(model, "hf_device_map"):
+        sys.exit(
+            "the model does not fit on the device, and a backward pass needs it whole; use "
+            "--epochs 0 for least squares alone, or a device with more memory"
+        )
     model.requires_grad_(False)
     names = [name for group in linear_layers(model.get_base_model()).values() for name in group]
     student = Student.untrained(model, names, job.rank, device)
