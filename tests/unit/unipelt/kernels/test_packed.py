@@ -76,9 +76,9 @@ def test_weights_are_cast_and_lie_in_one_matrix_per_side():
 
 @pytest.mark.parametrize("order, kv_heads", [("parts", 2), ("heads", 4)])
 def test_b_of_a_fused_projection_is_one_matrix_with_blocks_of_zeros(order, kv_heads):
-    update = FusedUpdate(3, FusedQKVLayout(order, 4, kv_heads, 8))
+    update = FusedUpdate(3, FusedQKVLayout(order, 4, kv_heads, 8), keys=False)
     nn.init.normal_(update.weight)
-    wide = Wide([(update, "weight")], update.rows, 6, FusedBlocks(update.layout))
+    wide = Wide([(update, "weight")], update.rows, 6, FusedBlocks(update.layout, update.keys))
     gate = nn.Linear(D, 1)
     narrow = Narrow([(gate, "weight")], [(gate, "bias")], 0, (1.0,), True, False)
     plan = Plan({"gate": Site(narrow), "b": Site(wide=wide)}, torch.float32, False)
