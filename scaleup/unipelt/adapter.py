@@ -8,7 +8,7 @@
 A post-LN block uses its closing LayerNorm LN twice; `PostNormAdapter` replaces that norm. In a
 pre-LN block `PreNormAdapter` changes the block's output, and norm() normalises to mean 0 and
 variance 1 without parameters: the residual stream grows with depth, and gate and adapter should see
-the same scale in every layer.
+the same scale in every layer. With `adapter_input: raw`, norm() does nothing there.
 
 Shapes: B examples, T tokens, D hidden size, M bottleneck size.
 """
@@ -56,16 +56,26 @@ class AdapterOptions:
         choices=("relu", "gelu", "silu", "tanh"),
         accepts=tuple(ACT2FN),
     )
+    adapter_input: str = option(
+        "normalised",
+        "What adapter and gate read in a pre-LN block (T5, Llama): its output, normalised or raw. "
+        "raw is what the library adapters does.",
+        choices=("normalised", "raw"),
+    )
 
 
 class Bottleneck(nn.Module):
     """A projection to `size` units and back, which the caller adds to something.
 
     As in BERT, weights are drawn from N(0, 0.02) and biases start at 0.
+
+    Attributes:
+        normalised: whether a pre-LN block normalises the input before it calls this.
     """
 
-    def __init__(self, hidden_size: int, size: int, activation: str):
+    def __init__(self, hidden_size: int, size: int, activation: str, normalised: bool = True):
         super().__init__()
+        self.normalised = normalised
         self.down = nn.Linear(hidden_size, size)
         self.activation_name = activation
         self.activation = ACT2FN[activation]
@@ -235,10 +245,12 @@ class PreNormAdapter(BottleneckLayer):
     ) -> torch.Tensor | tuple[Any, ...]:
         """Add the gated adapter to the first output of the block, as its forward hook."""
         z_BTD = output[0] if isinstance(output, tuple) else output
-        updated_BTD = self.fast(z_BTD, None, (1e-5, False))
+        adapter: Bottleneck | None = self.active_entry(self.unipelt_adapter)
+        raw = adapter is not None and not adapter.normalised
+        updated_BTD = None if raw else self.fast(z_BTD, None, (1e-5, False))
         if updated_BTD is None:
-            normalised_BTD = nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:])
-            updated_BTD = self.updated(z_BTD, normalised_BTD)
+            n_BTD = z_BTD if raw else nn.functional.layer_norm(z_BTD, z_BTD.shape[-1:])
+            updated_BTD = self.updated(z_BTD, n_BTD)
         if updated_BTD is None:
             return output
         return (updated_BTD, *output[1:]) if isinstance(output, tuple) else updated_BTD
@@ -276,8 +288,13 @@ class BottleneckSubmodule(Submodule):
         if attachment.has(path, self.name):
             layer = self.layer(attachment, site)
             gate = attachment.gate(layer, path, (self.name,), width, site.causal)
-            entries = {layer.entry: Bottleneck(width, size, activation), "unipelt_gate": gate}
-            layer.add(attachment.adapter_name, **entries)
+            normalised = self.normalises(attachment.config)
+            entry = Bottleneck(width, size, activation, normalised)
+            layer.add(attachment.adapter_name, **{layer.entry: entry, "unipelt_gate": gate})
+
+    def normalises(self, config: Any) -> bool:
+        """Return whether a pre-LN block normalises its input."""
+        return True
 
     def fold(
         self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
@@ -304,6 +321,9 @@ class Adapter(BottleneckSubmodule):
     in_paper = True
     options = AdapterOptions
     parameters = (".unipelt_adapter.",)
+
+    def normalises(self, config: Any) -> bool:
+        return bool(config.adapter_input == "normalised")
 
     def path(self, site: BlockSite) -> str:
         return site.norm or site.name

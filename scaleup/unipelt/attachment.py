@@ -124,7 +124,13 @@ class Attachment:
         return submodule in self.gates.get(path, {})
 
     def gate(
-        self, layer: SiteLayer, path: str, names: tuple[str, ...], hidden_size: int, causal: bool
+        self,
+        layer: SiteLayer,
+        path: str,
+        names: tuple[str, ...],
+        hidden_size: int,
+        causal: bool,
+        whole: bool = False,
     ) -> nn.Module:
         """Return the gate of submodules that share a layer.
 
@@ -134,12 +140,14 @@ class Attachment:
             names: the submodules.
             hidden_size: width of the input that the gate reads.
             causal: whether the gate must not depend on later tokens.
+            whole: whether its input is an encoder's, of which every token may always be seen.
         """
         constants = {name: self.gates[path][name] for name in names}
         known = {name: value for name, value in constants.items() if value is not None}
         if len(known) == len(names):
             return ConstantGate(known)
         pooling = resolve_pooling(self.config.gate_pooling, causal)
+        pooling = "masked" if whole and pooling == "causal" else pooling
         scales = tuple(self.gate_scales[name] for name in names)
         bias = 0.0 if self.adapter_name is None else self.config.gate_bias  # a folder has its own
         gate = LearnedGate(hidden_size, names, pooling, scales, bias)

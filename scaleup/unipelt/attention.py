@@ -209,7 +209,8 @@ def _join(
     if plain is plain_flash:
         visible = flash_visible(module, query, key, attention_mask, dropout, kwargs)
         return lse_attention(query, key, value, *prefix, visible, scaling, dropout), None
-    if sdpa and masks.fast and (out := by_log_sum_exp()) is not None:
+    joins = sdpa and masks.relative is None  # a bias that counts the prefix cannot be split
+    if joins and masks.fast and (out := by_log_sum_exp()) is not None:
         return out, None
     length, gate = prefix[0].shape[2], _of_one_head(prefix[1], query)
     prefix = prefix[0], gate
@@ -218,13 +219,17 @@ def _join(
     if sdpa and few:
         mask = masks.widened(attention_mask, length, query, key, causal)
         return attend(*qkv, *prefix, mask, scaling, dropout), None
-    if sdpa and is_fast_on_cpu(query, per_token, dropout) and (out := by_log_sum_exp()) is not None:
+    if (
+        joins
+        and is_fast_on_cpu(query, per_token, dropout)
+        and (out := by_log_sum_exp()) is not None
+    ):
         return out, None
     padding = alignment_padding(query, key, length, dropout) if sdpa and not per_token else 0
     mask = masks.widened(attention_mask, length, query, key, causal, padding)
     kwargs = kwargs | {"is_causal": False, "scaling": scaling}  # the mask contains the causal part
-    if bias is not None:  # T5's depends on the distance between tokens, which a prefix lacks
-        kwargs["position_bias"] = nn.functional.pad(bias, (padding + length, 0))
+    if bias is not None:
+        kwargs["position_bias"] = masks.widened_bias(bias, length, padding)
     if per_token:
         return _attend_per_token(plain, module, qkv, mask, prefix, **kwargs)
     key, value = _join_scaled(prefix, key, value, padding)

@@ -17,6 +17,8 @@ def plain_parts(model: nn.Module) -> list[str]:
         for part in models_with_own_config(model)
     ):
         reasons.append("eager attention takes no prefix in a kernel")
+    if any(isinstance(m, PrefixTuning) and m.relative is not None for m in modules):
+        reasons.append("the position bias of attentions counts the prefix")
     if any(m.head_size % 8 for m in modules if isinstance(m, PrefixTuning)):
         reasons.append("the columns of heads are no multiple of 8")
     return reasons

@@ -157,6 +157,7 @@ class SiteLayer(AuxiliaryLayer):
     """An auxiliary layer with gates that read the input of its site."""
 
     adapter_layer_names: tuple[str, ...] = ("unipelt_gate",)
+    of_encoder = False  # whether the input consists of the encoder's tokens, in a decoder
 
     def __init__(self, reference_module: nn.Module, passes: Passes):
         super().__init__(reference_module, passes)
@@ -169,6 +170,11 @@ class SiteLayer(AuxiliaryLayer):
             PlainPath: if the layer cannot take it.
         """
         raise NotImplementedError
+
+    def real(self, x_BTD: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask [B, T] of an input, None if all of its tokens are real."""
+        current = self.passes.current
+        return current.encoder_mask_BS if self.of_encoder else current.real(x_BTD.shape[1])
 
     def learned_gate(self) -> LearnedGate:
         """Return the gate of the active adapter.
@@ -243,5 +249,5 @@ class SiteLayer(AuxiliaryLayer):
                 results = results[0].split_with_sizes([*widths, gate.out_features], dim=-1)
             if results is not None:
                 *products, logits = results
-        mask_BT = self.passes.current.real(x_BTD.shape[1])
-        return gate(x_BTD, mask_BT, running=self.running, logits_BTN=logits), products
+        running = None if self.of_encoder else self.running  # all of an encoder's tokens are known
+        return gate(x_BTD, self.real(x_BTD), running=running, logits_BTN=logits), products

@@ -10,7 +10,9 @@ For training this is a variant of PEFT's LoRA layers: `Linear`, `bnb.Linear8bitL
 frozen weight. In an exported folder it is a hook on the layer, or folded into the weight.
 
 There is one gate per input. Queries, keys and values share the gate of their attention
-(`lora_attention.py`); other layers share one if they read the same tensor (`lora_linear.py`).
+(`lora_attention.py`); other layers share one if they read the same tensor (`lora_linear.py`). With
+`lora_gate_scope: projection` only queries use that of the attention; all other layers have a gate
+each, of the second kind.
 
 Shapes: R rank.
 """
@@ -53,6 +55,13 @@ class LoraOptions:
         "scale: it multiplies it, so that an open gate gives the LoRA that is used alone.",
         choices=("replace", "scale"),
     )
+    lora_gate_scope: str = option(
+        "attention",
+        "Which layers share a learned gate. attention: query, key and value of an attention "
+        "(paper), and other layers that read the same input. projection: none, as in the library "
+        "adapters.",
+        choices=("attention", "projection"),
+    )
     lora_dropout: float = option(
         0.0, "Dropout on the input of LoRA, probability.", at_least=0, below=1
     )
@@ -70,8 +79,8 @@ class Lora(Submodule):
     def paths(
         self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
     ) -> list[str]:
-        linears = [linear.name for block in blocks for linear in _linears(config, block)]
-        return [site.name for site in attentions] + linears
+        linears = _all_linears(config, attentions, blocks)
+        return [site.name for site in attentions] + [linear.name for linear in linears]
 
     def constant_gate(self, config: Any) -> float:
         return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
@@ -83,7 +92,7 @@ class Lora(Submodule):
         self, config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
     ) -> list[str]:
         projections = [path for site in attentions for path in _projections(config, site).values()]
-        linears = [linear for block in blocks for linear in _linears(config, block)]
+        linears = _all_linears(config, attentions, blocks)
         return projections + [path for linear in linears for path in linear.linears]
 
     def attach_to_attention(self, attachment: Attachment, site: AttentionSite) -> None:
@@ -94,17 +103,29 @@ class Lora(Submodule):
         fused = _fused(attachment.config, site)
         for role, path in _projections(attachment.config, site).items():
             _attach(attachment, path, fused, member, role)
+        for linear in _own_gates(attachment.config, site):
+            self._attach_linear(attachment, linear, site.parent, site.causal_block, site.cross)
 
     def attach_to_block(self, attachment: Attachment, site: BlockSite) -> None:
         for linear in _linears(attachment.config, site):
-            if attachment.has(linear.name, self.name):
-                layer = _linear_gate(attachment, linear, site.parent)
-                width, names = linear.hidden_size, (self.name,)
-                gate = attachment.gate(layer, linear.name, names, width, site.causal)
-                layer.add(attachment.adapter_name, unipelt_gate=gate)
-                layer.holders.start(attachment.adapter_name)
-                for path in linear.linears:
-                    _attach(attachment, path, None, layer, path)
+            self._attach_linear(attachment, linear, site.parent, site.causal)
+
+    def _attach_linear(
+        self,
+        attachment: Attachment,
+        linear: LinearSite,
+        parent: str,
+        causal: bool,
+        of_encoder: bool = False,
+    ) -> None:
+        if attachment.has(linear.name, self.name):
+            layer = _linear_gate(attachment, linear, parent, of_encoder)
+            place = linear.name, (self.name,), linear.hidden_size
+            gate = attachment.gate(layer, *place, causal, of_encoder)
+            layer.add(attachment.adapter_name, unipelt_gate=gate)
+            layer.holders.start(attachment.adapter_name)
+            for path in linear.linears:
+                _attach(attachment, path, None, layer, path)
 
     def fold(
         self, folding: Folding, attentions: list[AttentionSite], blocks: list[BlockSite]
@@ -125,7 +146,7 @@ class Lora(Submodule):
                 of_encoder = measured and site.cross and role != "query"
                 factor = folding.factor(site.name, VALUE if of_encoder else self.name)
                 _fold_layer(folding, path, factor, _fused(config, site), update)
-        for linear in (linear for block in blocks for linear in _linears(config, block)):
+        for linear in _all_linears(config, attentions, blocks):
             if not constant:
                 gate = f"{linear.name}.{LINEAR_CHILD}.unipelt_gate."
                 folding.keep_gate(linear.name, gate, self.name)
@@ -135,17 +156,57 @@ class Lora(Submodule):
 
 
 def _projections(config: Any, site: AttentionSite) -> dict[str, str]:
-    """Return the paths of the projections of an attention that get LoRA, by their roles."""
-    if site.layout is not None:
+    """Return the paths of the projections that share the gate of an attention, by their roles."""
+    if site.layout is not None or config.lora_gate_scope == "projection":
         return {"query": site.query}
+    return {"query": site.query, **_keys_and_values(config, site)}
+
+
+def _keys_and_values(config: Any, site: AttentionSite) -> dict[str, str]:
     keys = {} if config.lora_targets == "qv" else {"key": site.key}
-    return {"query": site.query, **keys, "value": site.value}
+    return {**keys, "value": site.value}
+
+
+def _own_gates(config: Any, site: AttentionSite) -> list[LinearSite]:
+    """Return the keys and values of an attention if they have a gate each.
+
+    Raises:
+        ValueError: if they cannot have one.
+    """
+    if config.lora_gate_scope == "attention":
+        return []
+    if site.layout is not None:
+        raise ValueError(
+            f"lora_gate_scope: query and value of {site.name} are one projection; use attention"
+        )
+    if site.projects_positions and config.lora_targets != "qv":
+        raise ValueError(
+            f"lora_gate_scope: positions pass through the key projection of {site.name}, too; use "
+            "attention, or lora_targets qv"
+        )
+    paths = _keys_and_values(config, site).values()
+    return [LinearSite((path,), site.hidden_size, attention_output=False) for path in paths]
 
 
 def _linears(config: Any, block: BlockSite) -> list[LinearSite]:
     """Return the other linear layers of a block that get LoRA."""
     wanted = {"qv": (), "attention": (True,), "all-linear": (True, False)}[config.lora_targets]
-    return [linear for linear in block.linears if linear.attention_output in wanted]
+    linears = [linear for linear in block.linears if linear.attention_output in wanted]
+    if config.lora_gate_scope == "attention":
+        return linears
+    return [
+        dataclasses.replace(linear, linears=(path,))
+        for linear in linears
+        for path in linear.linears
+    ]
+
+
+def _all_linears(
+    config: Any, attentions: list[AttentionSite], blocks: list[BlockSite]
+) -> list[LinearSite]:
+    """Return the layers that get LoRA without sharing the gate of an attention."""
+    own = [linear for site in attentions for linear in _own_gates(config, site)]
+    return own + [linear for block in blocks for linear in _linears(config, block)]
 
 
 def _fused(config: Any, site: AttentionSite) -> tuple[FusedQKVLayout, bool] | None:
@@ -172,10 +233,14 @@ def _attach(
         )
 
 
-def _linear_gate(attachment: Attachment, linear: LinearSite, parent: str) -> LinearGate:
+def _linear_gate(
+    attachment: Attachment, linear: LinearSite, parent: str, of_encoder: bool
+) -> LinearGate:
     """Return the layer with the gate of linear layers, made the first time."""
     first, passes = attachment.model.get_submodule(linear.name), attachment.passes[parent]
-    layer: LinearGate = attachment.child(first, LINEAR_CHILD, lambda: LinearGate(first, passes), {})
+    layer: LinearGate = attachment.child(
+        first, LINEAR_CHILD, lambda: LinearGate(first, passes, of_encoder), {}
+    )
     return layer
 
 

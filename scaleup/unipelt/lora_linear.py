@@ -1,7 +1,8 @@
-"""LoRA's gate at linear layers outside of queries, keys and values, which read one input.
+"""LoRA's gate at linear layers that read one input and share no gate of an attention.
 
 The output projection of an attention has its own gate, computed from its own input. So has the last
-projection of a feed-forward sublayer, and its first projections share one.
+projection of a feed-forward sublayer, and its first projections share one. Keys and values have one
+each if `lora_gate_scope` is projection.
 
 Shapes: B examples, T tokens, D width of the input, R rank, M = B·T.
 """
@@ -38,12 +39,18 @@ class LinearCall:
 
 
 class LinearGate(SiteLayer):
-    """The gate of linear layers that read one input. The first of them evaluates it."""
+    """The gate of linear layers that read one input. The first of them evaluates it.
+
+    Args:
+        of_encoder: whether they are keys or values of a cross attention, which read the encoder's
+            tokens.
+    """
 
     mergeable = True
 
-    def __init__(self, reference_module: nn.Module, passes: Passes):
+    def __init__(self, reference_module: nn.Module, passes: Passes, of_encoder: bool = False):
         super().__init__(reference_module, passes)
+        self.of_encoder = of_encoder
         self.holders = Holders(self)  # roles: the paths, in the order in which the layers run
 
     def declare(self) -> Sites:
@@ -99,7 +106,7 @@ class LinearGate(SiteLayer):
         """
         current, active = self.passes.current, self.holders.active()
         x_BTD = x if x.dim() == 3 else x.unflatten(0, (current.examples, -1))
-        step = current.step(self, x_BTD)
+        step = None if self.of_encoder else current.step(self, x_BTD)
         if step is not None:
             z_BC, gates_BN = self.step_gates(step, x_BTD[:, 0], current)
             gated = step.gated(z_BC, gates_BN).split_with_sizes(step.details, dim=1)
@@ -107,7 +114,7 @@ class LinearGate(SiteLayer):
         packed = current.packed(self, x_BTD)
         if packed is not None:
             self.require_adapters(current)
-            gate, mask_BT = self.learned_gate(), current.real(x_BTD.shape[1])
+            gate, mask_BT = self.learned_gate(), self.real(x_BTD)
             sink, lease = self.sink(gate, current), current.lease
             assert lease is not None
             ranks = packed.details

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from .kernels import additive_mask, target_device
 
@@ -60,16 +61,32 @@ def widen_mask(
     return visible[None, None]
 
 
+def with_position_bias(attention: nn.Module) -> nn.Module:
+    """Return an attention that computes a bias by relative position, as the first of T5 does.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not getattr(attention, "has_relative_attention_bias", False):
+        raise ValueError(
+            "prefix_positions: only T5 can count them, which adds a bias to scores by relative "
+            "position; leave the setting out"
+        )
+    return attention
+
+
 class PassMasks:
     """The masks of one forward pass. Layers with the same mask share what is made of it.
 
     Args:
         fast: whether the attentions of the pass take the fast path. It is decided once, because
             blocks that are recomputed in the backward pass must keep the same tensors.
+        relative: the attention whose position bias counts the positions of the prefix, None if
+            they have none.
     """
 
-    def __init__(self, fast: bool = False) -> None:
-        self.fast = fast
+    def __init__(self, fast: bool = False, relative: Any = None) -> None:
+        self.fast, self.relative = fast, relative
         self.known: list[tuple[tuple[Any, ...], tuple[Any, ...], torch.Tensor | None]] = []
 
     def widened(
@@ -86,6 +103,26 @@ class PassMasks:
         return self._once(
             (mask,), sizes, lambda: widen_mask(mask, length, query_BHTE, key_BGSE, causal, padding)
         )
+
+    def widened_bias(self, bias: torch.Tensor, length: int, padding: int) -> torch.Tensor:
+        """Return a position bias [1, H, T, S] with columns for padding and a prefix in front.
+
+        The bias of a prefix is 0, because it has no distance to the tokens, unless its positions
+        are counted. Then the tokens behind it are farther away from the queries, too.
+        """
+        if self.relative is None:
+            return nn.functional.pad(bias, (padding + length, 0))
+        queries, keys = bias.shape[2:]
+
+        def counted() -> torch.Tensor:
+            wide: torch.Tensor = self.relative.compute_bias(
+                queries, length + keys, device=bias.device, past_seen_tokens=keys - queries
+            )
+            return nn.functional.pad(wide.to(bias.dtype), (padding, 0))
+
+        wide = self._once((bias,), (length, padding), counted)
+        assert wide is not None
+        return wide
 
     def additive(
         self, mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype

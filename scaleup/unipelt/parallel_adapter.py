@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .adapter import BottleneckLayer, BottleneckSubmodule, first_linear
 from .attachment import Attachment
@@ -31,7 +32,10 @@ class ParallelAdapterOptions:
         48, "Bottleneck size of the parallel adapter, units.", at_least=1, at_most=LARGEST
     )
     parallel_adapter_activation: str = option(
-        "relu", "Nonlinearity of the parallel adapter.", choices=("relu", "gelu", "silu", "tanh")
+        "relu",
+        "Nonlinearity of the parallel adapter.",
+        choices=("relu", "gelu", "silu", "tanh"),
+        accepts=tuple(ACT2FN),
     )
 
 

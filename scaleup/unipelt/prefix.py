@@ -20,7 +20,7 @@ from .attention import ATTENTION_CHILD, Prefix, use_prefix_attention
 from .attention_gates import AttentionGates, AttentionInputs, AttentionMember
 from .kernels import Entry, PlainPath, fast_path, few_rows, state_of
 from .layers import AuxiliaryLayer
-from .masks import PassMasks
+from .masks import PassMasks, with_position_bias
 from .passes import Passes, undivided
 from .peft_names import PrefixEncoder, PrefixTuningConfig
 from .pooling import find_cache, kept_beside
@@ -49,6 +49,13 @@ class PrefixOptions:
         "mlp",
         "Train the prefix through an MLP (paper; ~10M more weights while training), or directly.",
         choices=("mlp", "none"),
+    )
+    prefix_positions: str = option(
+        "none",
+        "Positions of the prefix in T5, which adds a bias to scores by relative position. none: "
+        "the prefix has none, and no bias. counted: it precedes the tokens and moves them away "
+        "from the queries, as in the library adapters; this is slower.",
+        choices=("none", "counted"),
     )
 
 
@@ -96,6 +103,15 @@ class PrefixTuning(AuxiliaryLayer):
     ):
         super().__init__(reference_module, passes)
         self.layers, self.kv_heads, self.head_size = layers, kv_heads, head_size
+        # Adapter → the attention whose position bias counts its prefix, in a tuple, because it is
+        # no child.
+        self.counted: dict[str | None, tuple[nn.Module]] = {}
+
+    @property
+    def relative(self) -> nn.Module | None:
+        """The attention whose position bias counts the active adapter's prefix, if one does."""
+        names = self.active_names() or (None,)  # None in an exported folder
+        return next((self.counted[name][0] for name in names if name in self.counted), None)
 
     def encoder(self, length: int, hidden_size: int, reparameterization: str) -> nn.Module:
         """Return PEFT's prefix encoder: an MLP ("mlp") or the keys and values themselves ("none").
@@ -152,8 +168,9 @@ class PrefixTuning(AuxiliaryLayer):
             kv = entry.detach()
         else:
             kv = self._kept(entry, kept_beside(find_cache((*kwargs.values(), *args))))
+        masks = PassMasks(fast_path(kv), self.relative)
         # unbind: one index per layer would each create a gradient of the size of all layers.
-        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), PassMasks(fast_path(kv)))
+        self.passes.current.shared[self] = PassPrefixes(kv.unbind(), masks)
 
     def _kept(self, entry: nn.Module, kept: dict[Any, Any] | None) -> torch.Tensor:
         """Return `keys_values`, from what is kept beside a KV cache if the weights are the same."""
@@ -315,6 +332,11 @@ class PrefixSubmodule(Submodule):
                 {"before": "before_forward"},
             )
             bank.add(attachment.adapter_name, unipelt_prefix=self._entry(attachment, bank))
+            bank.counted.pop(attachment.adapter_name, None)  # of an earlier adapter of this name
+            if attachment.config.prefix_positions == "counted" and not cross:
+                path = _banks(attachment.attentions)[parent, cross][0].name
+                relative = with_position_bias(attachment.model.get_submodule(path))
+                bank.counted[attachment.adapter_name] = (relative,)
 
     def _attached_banks(
         self, attachment: Attachment

@@ -279,19 +279,27 @@ class Plain:
                 else self._pre(f"{where}.unipelt_block", stack)
             )
             for group in LINEARS.get(self.family, ()):
-                self._linears([f"{name}.{linear}" for linear in group.split()], stack)
+                names = [f"{name}.{linear}" for linear in group.split()]
+                separate = all(self.own_gate(linear) for linear in names)
+                for linears in [[linear] for linear in names] if separate else [names]:
+                    self._linears(linears, stack["causal"])
 
-    def _linears(self, names: list[str], stack: dict) -> None:
+    def own_gate(self, linear: str) -> str | None:
+        """Return the path of the gate that a linear layer has, None if it has none."""
+        gate = f"{linear}.unipelt_linear.unipelt_gate.default"
+        return gate if f"{gate}.weight" in self.w else None
+
+    def _linears(self, names: list[str], causal: bool) -> None:
         """Add LoRA to layers that read the same input, if it has weights there."""
-        gate = f"{names[0]}.unipelt_linear.unipelt_gate.default"
-        mask = lambda: None if stack["causal"] and self.encoder_decoder else self.mask  # noqa: E731
+        gate = self.own_gate(names[0])
+        mask = lambda: None if causal and self.encoder_decoder else self.mask  # noqa: E731
 
         def add(name: str):
             def hook(module, args, output):
                 x = args[0]
                 if x.dim() == 2:
                     x = x.unflatten(0, (self.examples, -1))
-                g = self.gate(x, gate, 0, mask(), stack["causal"])
+                g = self.gate(x, gate, 0, mask(), causal)
                 a, b = (self.w[f"{name}.lora_{part}.default.weight"] for part in "AB")
                 return output + (g * (x @ a.T @ b.T)).view_as(output)
 
@@ -333,7 +341,9 @@ class Plain:
         else:
             names = NAMES.get(self.family, ("q_proj", "k_proj", "v_proj"))
             for projection, gate in zip(names, (query, value, value)):
-                if f"{name}.{projection}.lora_A.default.weight" in self.w:
+                if self.own_gate(f"{name}.{projection}"):
+                    self._linears([f"{name}.{projection}"], site.stack["causal"] and not site.cross)
+                elif f"{name}.{projection}.lora_A.default.weight" in self.w:
                     everything = slice(None)
                     add(f"{name}.{projection}", everything, everything, everything, gate)
 

@@ -154,6 +154,32 @@ def test_a_folder_keeps_the_scale_of_lora_that_its_gate_multiplies(family, tmp_p
     assert same(logits(exported.load(None)), logits(exported.model))
 
 
+VARIANTS = {
+    "bert": {"lora_gate_scope": "projection"},
+    "bart": {"lora_gate_scope": "projection"},
+    "t5": {"lora_gate_scope": "projection", "adapter_input": "raw", "prefix_positions": "counted"},
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_a_folder_keeps_the_settings_of_submodules(family, tmp_path):
+    exported = Exported(family, tmp_path, **VARIANTS[family])
+    assert same(logits(exported.load(None)), logits(exported.model))
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_a_value_projection_absorbs_the_constant_of_its_own_gate(family, tmp_path):
+    exported = Exported(family, tmp_path, **VARIANTS[family])
+    gates = exported.random_gates()
+    for i, site in enumerate(exported.attentions):
+        gates[site.value, "lora"] = 0.1 * i
+        gates.pop((site.name, "value"))
+    dropped = {(exported.attentions[0].name, "prefix")}
+    calibrate.freeze(exported.model, gates, dropped)
+    expected = logits(exported.model)
+    assert (logits(exported.load(gates, dropped)) - expected).abs().max() < 1e-5
+
+
 def test_dropping_everything_but_lora_leaves_plain_weights(tmp_path):
     exported = Exported("bert", tmp_path)
     gates = exported.random_gates()

@@ -138,6 +138,8 @@ def test_gradients_of_single_submodules_equal_those_of_the_plain_path(family, su
         {"gate_pooling": "masked"},
         {"gate_pooling": "causal"},
         {"lora_gate": "scale"},
+        {"lora_gate_scope": "projection"},
+        {"adapter_input": "raw"},
         {"gate_bias": 3.0},
         {"gates": "none"},
         {"lora_dropout": 0.5},

@@ -29,11 +29,11 @@ FEW = ("bert", "bart", "t5", "gpt2", "llama")
 targets = pytest.mark.parametrize("targets", TARGETS)
 
 
-def few_of(families, settings) -> list:
-    """Return all pairs; those of other families than FEW are slow, and so are those of `qv`."""
+def few_of(families, *settings) -> list:
+    """Return all cases; those of other families than FEW are slow, and so are those of `qv`."""
     return [
-        pytest.param(*pair, marks=[] if pair[0] in FEW and pair[1] != "qv" else pytest.mark.slow)
-        for pair in itertools.product(families, settings)
+        pytest.param(*case, marks=[] if case[0] in FEW and case[1] != "qv" else pytest.mark.slow)
+        for case in itertools.product(families, *settings)
     ]
 
 
@@ -63,10 +63,10 @@ def test_all_linear_finds_what_peft_finds_inside_the_blocks(family):
     assert len(outputs) == len(attentions) and all(len(site.linears) == 1 for site in outputs)
 
 
-@pytest.mark.parametrize("family, targets", few_of(LINEARS, TARGETS))
-def test_logits_and_gradients_equal_the_plain_reference(family, targets):
+def assert_equals_the_plain_reference(family: str, **options) -> None:
+    """Compare logits and gradients with those of the reference."""
     bare = backbone(family)
-    model = adapt(copy.deepcopy(bare), lora_targets=targets).double()
+    model = adapt(copy.deepcopy(bare), **options).double()
     plain = Plain(bare, model, family, trains=True)
     given = inputs(model)
     found, expected = model(**given).logits, plain(given)
@@ -83,6 +83,35 @@ def test_logits_and_gradients_equal_the_plain_reference(family, targets):
             assert wanted is not None and wanted.abs().max() > 0, name
             tolerance = 1e-4 * wanted.abs().max() + 1e-6 * largest  # gates are float32
             assert (parameter.grad - wanted).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("family, targets", few_of(LINEARS, TARGETS))
+def test_logits_and_gradients_equal_the_plain_reference(family, targets):
+    assert_equals_the_plain_reference(family, lora_targets=targets)
+
+
+PROJECTION = {"lora_gate_scope": "projection"}
+UNFUSED = ("bert", "bart", "t5", "llama")
+
+
+@pytest.mark.parametrize(
+    "family, targets",
+    [*itertools.product(UNFUSED, TARGETS), ("deberta-v2", "qv"), ("mpnet", "all-linear")],
+)
+def test_gates_of_projections_equal_the_plain_reference(family, targets):
+    assert_equals_the_plain_reference(family, lora_targets=targets, **PROJECTION)
+
+
+@pytest.mark.parametrize(
+    "family, targets, problem",
+    [
+        ("gpt2", "qv", "query and value of .* are one projection; use attention"),
+        ("deberta-v2", "attention", "positions pass through the key projection of .*; use"),
+    ],
+)
+def test_projections_that_cannot_have_gates_are_refused_in_one_line(family, targets, problem):
+    with pytest.raises(ValueError, match=f"^lora_gate_scope: {problem}"):
+        adapt(backbone(family), lora_targets=targets, **PROJECTION)
 
 
 @wider
@@ -133,21 +162,24 @@ def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
 
 
 @pytest.mark.parametrize(
-    "family, targets",
+    "family, targets, scope",
     [
-        ("mpnet", "attention"),
-        ("opt", "all-linear"),
+        ("mpnet", "attention", "attention"),
+        ("opt", "all-linear", "attention"),
+        ("bart", "all-linear", "projection"),
+        pytest.param("llama", "all-linear", "projection", marks=pytest.mark.slow),
         *(
-            pytest.param(family, "all-linear", marks=pytest.mark.slow)
+            pytest.param(family, "all-linear", "attention", marks=pytest.mark.slow)
             for family in ("bert", "deberta-v2", "mpnet", "gpt2", "llama", "glm4_moe")
         ),
     ],
 )
-def test_adapters_with_different_targets_keep_their_logits(family, targets, tmp_path):
+def test_adapters_with_different_targets_keep_their_logits(family, targets, scope, tmp_path):
     """The second adapter wraps layers that carry modules and hooks of the first."""
     submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
     first = adapt(backbone(family), submodules=submodules)
-    second = adapt(backbone(family), submodules=submodules, lora_targets=targets, gate_bias=1.0)
+    options = {"lora_targets": targets, "lora_gate_scope": scope, "gate_bias": 1.0}
+    second = adapt(backbone(family), submodules=submodules, **options)
     alone = logits(first), logits(second)
     first.save_pretrained(tmp_path / "first")
     second.save_pretrained(tmp_path / "second")
@@ -200,11 +232,19 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert (found[name] - grad).abs().max() < tolerance, name
 
 
-@pytest.mark.parametrize("family, targets", few_of((*FEW, "gpt_neox", "phi3"), TARGETS[1:]))
-def test_the_fast_path_covers_every_layer_with_the_same_gradients(family, targets, monkeypatch):
+@pytest.mark.parametrize(
+    "family, targets, scope",
+    [
+        *few_of((*FEW, "gpt_neox", "phi3"), TARGETS[1:], ["attention"]),
+        *few_of(UNFUSED, ["qv", "all-linear"], ["projection"]),
+    ],
+)
+def test_the_fast_path_covers_every_layer_with_the_same_gradients(
+    family, targets, scope, monkeypatch
+):
     def run(kernels: str) -> dict[str, torch.Tensor]:
         monkeypatch.setenv("SCALEUP_KERNELS", kernels)
-        model = adapt(backbone(family), lora_targets=targets)
+        model = adapt(backbone(family), lora_targets=targets, lora_gate_scope=scope)
         assert plain_parts(model) == []
         return gradients(model)
 
@@ -228,22 +268,27 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, targets):
 
 
 @pytest.mark.parametrize(
-    "family, kernels",
+    "family, kernels, scope",
     [
-        ("llama", "auto"),
-        ("llama", "reference"),
-        ("gpt2", "reference"),
-        ("t5", "auto"),
+        ("llama", "auto", "attention"),
+        ("llama", "reference", "attention"),
+        ("llama", "reference", "projection"),
+        ("gpt2", "reference", "attention"),
+        ("t5", "auto", "attention"),
+        ("t5", "auto", "projection"),
+        ("t5", "reference", "projection"),
         *(
-            pytest.param(family, kernels, marks=pytest.mark.slow)
+            pytest.param(family, kernels, "attention", marks=pytest.mark.slow)
             for family in ("mt5", "opt", "glm4_moe", "qwen3_next", "falcon_h1", "lfm2")
             for kernels in ("auto", "reference")
         ),
     ],
 )
-def test_generating_with_a_cache_gives_the_logits_of_the_whole_text(family, kernels, monkeypatch):
+def test_generating_with_a_cache_gives_the_logits_of_the_whole_text(
+    family, kernels, scope, monkeypatch
+):
     monkeypatch.setenv("SCALEUP_KERNELS", kernels)
-    model = adapt(backbone(family), lora_targets="all-linear")
+    model = adapt(backbone(family), lora_targets="all-linear", lora_gate_scope=scope)
     given = inputs(model)
     name = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     ids, cache = given.pop(name)[:2], None
@@ -258,13 +303,19 @@ def test_generating_with_a_cache_gives_the_logits_of_the_whole_text(family, kern
 
 
 @pytest.mark.parametrize(
-    "family, targets", few_of((*FEW, "deberta-v2", "mpnet", "phi3", "glm4_moe"), TARGETS[1:])
+    "family, targets, scope",
+    [
+        *few_of((*FEW, "deberta-v2", "mpnet", "phi3", "glm4_moe"), TARGETS[1:], ["attention"]),
+        *few_of(UNFUSED, ["all-linear"], ["projection"]),
+        *few_of(["deberta-v2"], ["qv"], ["projection"]),
+    ],
 )
 def test_exports_with_learned_and_with_constant_gates_have_the_same_logits(
-    family, targets, tmp_path
+    family, targets, scope, tmp_path
 ):
+    options = {"lora_targets": targets, "lora_gate_scope": scope}
     submodules = ["adapter", "prefix", "lora", "parallel_adapter"]
-    model = adapt(backbone(family), lora_targets=targets, submodules=submodules)
+    model = adapt(backbone(family), submodules=submodules, **options)
     (tmp_path / "learned").mkdir()
     assert same(logits(exported(model, family, tmp_path / "learned", None)), logits(model))
     batch = inputs(model, labels=True)
