@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "examine hosts, network and folders before a run",
     "export": "turn a checkpoint into a folder for others to load",
     "push": "upload an export or a checkpoint to the Hugging Face hub",
+    "import-adapters": "convert a checkpoint of the library adapters",
     "sweep": "run a grid of methods, tasks, training set sizes and seeds",
     "report": "make tables and figures from finished runs",
     "bench": "compare the speed and memory of the methods",
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = _parser().parse_args(words[:1]).command
     finally:
         discard_lost_output()  # the help, into a pipe that is closed
-    command = importlib.import_module(f"scaleup.cli.{name}")
+    command = importlib.import_module(f"scaleup.cli.{name.replace('-', '_')}")
     parser = Parser(
         prog=f"scaleup {name}",
         description=command.__doc__,
@@ -119,10 +120,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
     parser = Parser(
         prog="scaleup",
         description=f"{scaleup.__doc__.splitlines()[0]}\n\ncommands:\n"
-        + "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items()),
+        + "\n".join(f"  {name:<{width}} {summary}" for name, summary in COMMANDS.items()),
         epilog="`scaleup COMMAND --help` describes a command.",
         formatter_class=HelpFormatter,
     )

@@ -130,7 +130,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, conflict_handler="resolve", exit_on_error=False
     )
-    importlib.import_module(f"scaleup.cli.{name}").configure(parser)
+    importlib.import_module(f"scaleup.cli.{name.replace('-', '_')}").configure(parser)
     return parser
 
 
