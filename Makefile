@@ -3,6 +3,7 @@
 # make check        formatting, lint, types, import law, generated pages and documentation
 # make test         every test that needs no GPU, except the slow ones
 # make test-all     the slow tests as well
+# make test-clients the examples of docs/clients.md, with TRL and other libraries in .venv-clients
 # make test-slurm   the launch scripts on a real Slurm on this machine (root; installs Debian packages)
 # make venv         .venv with exactly requirements.txt; rebuilt only when that file changes
 # make docs         the documentation as HTML in build/site
@@ -13,7 +14,7 @@
 # make bench-gpu    kernels and training steps on one GPU of over 80 GB: under 9 minutes
 # make evidence-gpu   the MPNet sweep on one GPU, MODEL and GLUE being folders: under 9 minutes
 # make bench-baseline   the same for the library adapters 1.3.0, in its own environment
-# make clean        removes .venv, quickstart/, build/ and caches; models/ and runs/ stay
+# make clean        removes .venv and other environments, quickstart/, build/ and caches; models/ and runs/ stay
 #
 # PYTHON=… chooses the interpreter (3.11 or newer), VENV=… the folder of the environment, MODELS=…
 # the folder of `make models`, and OUTPUT=… the folder of the quickstart's run.
@@ -29,7 +30,7 @@ ACCELERATE_FLAGS = --num_processes 1 --num_machines 1 --mixed_precision no --dyn
 SWEEP ?= configs/sweeps/minilm.yaml
 MODELS ?= models
 
-.PHONY: venv quickstart models check test test-all test-slurm docs docs-pages schema sweep bench bench-gpu evidence-gpu bench-baseline clean
+.PHONY: venv quickstart models check test test-all test-clients test-slurm docs docs-pages schema sweep bench bench-gpu evidence-gpu bench-baseline clean
 
 # Paths are quoted and compared in the shell, so they may contain spaces. requirements.txt is copied
 # last, so an interrupted installation is repeated. Only an environment made here is ever cleared.
@@ -68,6 +69,18 @@ test: venv
 
 test-all: venv
 	"$(VENV)/bin/python" -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile --durations=30
+
+# An environment of its own, because these libraries may demand other versions than scaleup does.
+CLIENTS = .venv-clients
+
+test-clients:
+	@if ! cat requirements.txt tests/clients/requirements.txt | cmp -s - $(CLIENTS)/requirements.txt; then \
+	  set -e; rm -rf $(CLIENTS); "$(PYTHON)" -m venv $(CLIENTS); \
+	  echo "installing tests/clients/requirements.txt into $(CLIENTS) (minutes, about 2 GB) …"; \
+	  $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt; \
+	  cat requirements.txt tests/clients/requirements.txt > $(CLIENTS)/requirements.txt; \
+	fi
+	$(CLIENTS)/bin/python -m pytest tests/clients --durations=10
 
 SLURM ?= results/slurm
 
@@ -137,6 +150,6 @@ schema: venv
 	"$(VENV)/bin/scaleup" schema --output configs/schema.json
 
 clean:
-	rm -rf .venv .venv-baseline quickstart build .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf .venv .venv-baseline $(CLIENTS) quickstart build .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache scaleup.egg-info
 	find scaleup tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,10 +70,14 @@ class GateStatistics:
             for gate, statistics in kept.items():
                 gate.statistics = statistics
 
-    def scalars(self) -> dict[str, float]:
-        """Return the means of the last `drain` under flat names, as experiment trackers want."""
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """Return the means of the last `drain` under flat names, as experiment trackers want.
+
+        Args:
+            prefix: "eval_" for examples of an evaluation, which trackers then show apart.
+        """
         return {
-            f"gates/{site}/{submodule}": value["mean"]
+            f"{prefix}gates/{site}/{submodule}": value["mean"]
             for site, submodules in self.last.items()
             for submodule, value in submodules.items()
         }
@@ -146,7 +150,8 @@ class JsonlLogger(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not self.writes:
             return
-        flat = {key: value for key, value in logs.items() if not key.startswith("gates/")}
+        gates = ("gates/", "eval_gates/")
+        flat = {key: value for key, value in logs.items() if not key.startswith(gates)}
         line = {"step": state.global_step, **flat}
         if "loss" in logs or "eval_loss" in logs:
             line["gates"] = self.gate_statistics.last

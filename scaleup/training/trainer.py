@@ -206,7 +206,7 @@ class RunTrainer(SavingTrainer):
         if "loss" in logs or any(key.startswith("eval_") for key in logs):
             self.since = time.perf_counter()  # evaluation does not count as training time
             self.gate_statistics.drain()
-            logs.update(self.gate_statistics.scalars())
+            logs.update(self.gate_statistics.scalars("" if "loss" in logs else "eval_"))
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:

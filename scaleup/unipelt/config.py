@@ -98,6 +98,13 @@ class UniPeltConfig(*dict.fromkeys(_BASES)):  # type: ignore[misc]
                 problem = invalid_option(field, getattr(self, field.name))
                 if problem is not None:
                     raise ValueError(problem)
+        self.require_supported()
+
+    def require_supported(self) -> None:
+        """Raise ValueError for fields of LoraConfig that have no meaning here.
+
+        Other libraries also set them after the config has been made.
+        """
         changed = [field for field, value in FIXED.items() if getattr(self, field) != value]
         changed += [field for field in ("rank_pattern", "alpha_pattern") if getattr(self, field)]
         if changed or not isinstance(self.init_lora_weights, bool):

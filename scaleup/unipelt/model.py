@@ -53,6 +53,7 @@ class UniPeltModel(LoraModel):
     ) -> None:
         """Let PEFT add its LoRA layers, attach gates and submodules, and save the head."""
         config = self.peft_config[adapter_name]
+        config.require_supported()
         keep_layout(model)
         attentions, blocks = find_sites(model)
         targets: list[str] = []

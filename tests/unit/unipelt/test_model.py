@@ -377,3 +377,10 @@ def test_lora_reads_what_one_product_made_with_the_gates(family, monkeypatch):
     seen.clear()
     model.train()(**inputs(model))
     assert seen and not all(seen)
+
+
+def test_a_field_that_is_set_after_the_config_was_made_is_refused():
+    config = UniPeltConfig(task_type="CAUSAL_LM")
+    config.trainable_token_indices = {"embed_tokens": [5]}  # as TRL does for new tokens
+    with pytest.raises(ValueError, match="leave out trainable_token_indices"):
+        get_peft_model(backbone("llama"), config)
