@@ -29,6 +29,8 @@ def _train(rank: int, folder: pathlib.Path, family: str, find_unused: bool) -> N
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         model.zero_grad()
     torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    del ddp  # before its process group, which its destructor may wait for
     dist.destroy_process_group()
 
 
