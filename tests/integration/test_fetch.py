@@ -22,6 +22,7 @@ def scaleup(command: str, words: list[str], **more: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_a_fetched_model_trains_without_internet_access(tmp_path):
     folder = make_workspace(tmp_path / "workspace")
     cache = tmp_path / "cache"

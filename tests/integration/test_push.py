@@ -81,6 +81,7 @@ def test_an_export_is_uploaded_as_it_is(trained, hub, tmp_path):
     assert hub.files["me/film", "main"] == stored
 
 
+@pytest.mark.slow
 def test_what_cannot_be_uploaded_is_refused_in_one_line(trained, hub, tmp_path):
     best = str(trained[0] / "best")
     access = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
