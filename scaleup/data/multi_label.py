@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from scaleup.data import classification, prepared, sources
+from scaleup.data import classification, sets, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.files import Table
@@ -108,18 +108,12 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     return reader.fields(sets, labels)
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    return prepared.texts(data, state, functools.partial(_read, data))
-
-
 def load(data: DataSettings) -> Examples:
     """Read the examples of a run and choose those to train and develop on.
 
     The ConfigError names every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources.of_user(data))))
+    return sets.load(data, _read)
 
 
 def tokenize(

@@ -12,7 +12,6 @@ among tokens, `words` is the index of the first token of each word, or -1.
 Shapes: N examples, T tokens, C tags.
 """
 
-import functools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from scaleup.data import prepared, sources
+from scaleup.data import prepared, sets, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.files import Table
@@ -139,18 +138,12 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     return reader.fields(reader.write(encode, TYPES), labels)
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    return prepared.texts(data, state, functools.partial(_read, data))
-
-
 def load(data: DataSettings) -> Examples:
     """Read the examples of a run and choose those to train and develop on.
 
     The ConfigError names every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources.of_user(data))))
+    return sets.load(data, _read)
 
 
 def first_tokens(

@@ -218,7 +218,7 @@ class Evaluation:
         if self.options.kind == "lora":
             model, config = self.settings.model, self.export.config
             settings = {"pad_token_id": config.pad_token_id}
-            if not tasks.of(self.settings.data).writes:
+            if not self.task.writes:
                 settings["num_labels"] = config.num_labels
             backbone = weights.checkpoint_folder(model.name, model.revision).resolve()
             fields = {"adapter": fields["folder"], "folder": str(backbone), "settings": settings}
