@@ -46,6 +46,7 @@ def tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["whole", "parts"])
 def test_a_frozen_head_is_saved_whole_and_unchanged(runs, stage, kind):
@@ -56,6 +57,7 @@ def test_a_frozen_head_is_saved_whole_and_unchanged(runs, stage, kind):
     assert max((one[name] - many[name]).abs().max().item() for name in one) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_equals_an_uninterrupted_one(runs, stage):
     whole, parts = (tensors(runs / f"{stage}-{kind}") for kind in ("whole", "parts"))

@@ -126,6 +126,7 @@ def test_zero3_with_a_disk_of_each_host_equals_one_process_and_resumes(
     assert not list((tmp_path / "disk").iterdir())  # nobody wrote past its own disk
 
 
+@pytest.mark.slow
 def test_a_link_that_goes_down_is_reported_by_both_sides_within_a_minute(both, workspace, tmp_path):
     words = overrides(
         workspace,

@@ -82,7 +82,7 @@ def end(process: subprocess.Popen, within: float = 60) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_refuses_its_configuration_ends_those_that_wait(ranks, failing):
     group = ranks(2)
     waiting = group.start(1 - failing)
@@ -111,6 +111,7 @@ def let_wait(*processes):
     time.sleep(8)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_while_another_is_missing_ends_those_that_wait(ranks):
     """Rank 2 never starts."""
     group = ranks(3)

@@ -64,6 +64,7 @@ def results(out: pathlib.Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_stop_in_the_same_batch_and_repeat_the_evaluation(tmp_path):
     workspace = make_workspace(tmp_path / "workspace")
     small = (

@@ -67,6 +67,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_the_second_pass_with_two_processes(runs):
     one, parts = runs / "one", runs / "parts"
     assert losses(one, "step") == losses(parts, "step")

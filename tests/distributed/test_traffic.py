@@ -100,6 +100,7 @@ def size(path: pathlib.Path) -> int:
         return sum(file.get_tensor(name).nbytes for name in names)
 
 
+@pytest.mark.slow
 def test_a_save_moves_what_is_trained_and_one_process_reads(tmp_path):
     workspace = make_workspace(tmp_path)
     backbone = AutoModel.from_pretrained(workspace / "bert")

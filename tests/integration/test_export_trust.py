@@ -225,7 +225,14 @@ def test_a_damaged_tokenizer_and_damaged_results_are_named(folder, capsys, damag
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_child_processes_and_removes_all_folders(folder, number):
     temporary = folder / "temporary"
     temporary.mkdir()

@@ -27,6 +27,11 @@ METHODS = {
     "full": ["method=full"],
 }
 FULL = ("bitfit", "full")  # saved as whole models
+# `apl` has the prefix and the adapter, too.
+CASES = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("prefix", "adapter") else ())
+    for name in METHODS
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def logits(folder: pathlib.Path, workspace: pathlib.Path, method: str) -> torch.
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_a_frozen_head_keeps_the_initial_values_that_a_trained_head_leaves(
     method, workspace, tmp_path
 ):
@@ -90,7 +95,7 @@ def test_a_frozen_head_keeps_the_initial_values_that_a_trained_head_leaves(
     assert frozen["test"] != trained["test"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_the_optimizer_of_a_frozen_head_holds_nothing_of_it(method, workspace, tmp_path):
     sizes = {}
     for head in ("trained", "frozen"):
@@ -100,7 +105,7 @@ def test_the_optimizer_of_a_frozen_head_holds_nothing_of_it(method, workspace, t
     assert sizes["trained"] - sizes["frozen"] == 32 * 2 + 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_a_resumed_run_with_a_frozen_head_equals_an_uninterrupted_one(method, workspace, tmp_path):
     shared = ("method.head=frozen", "train.lr_scheduler_type=constant", "train.warmup_steps=0")
     train(workspace, tmp_path / "whole", method, *shared)

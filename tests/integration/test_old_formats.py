@@ -121,7 +121,10 @@ def test_an_old_standalone_export_gives_the_same_logits(workspace, expected):
     assert_close(logits(load_standalone("standalone"), "standalone"), expected["standalone"])
 
 
-@pytest.mark.parametrize("kind, load", [("exact", load_adapter), ("standalone", load_standalone)])
+@pytest.mark.parametrize(
+    "kind, load",
+    [("exact", load_adapter), pytest.param("standalone", load_standalone, marks=pytest.mark.slow)],
+)
 def test_an_old_checkpoint_exports_to_the_same_logits(workspace, expected, kind, load):
     options = ExportOptions(
         pathlib.Path("best"), kind, pathlib.Path("out"), config=pathlib.Path("run/config.yaml")

@@ -176,6 +176,7 @@ def test_a_second_run_never_overwrites_the_first(finished, workspace):
     assert "Traceback" not in result.stderr and (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resume_continues_to_the_same_weights(workspace, tmp_path):
     """One epoch by max_steps, then two more, with a constant learning rate."""
     same = ("train.lr_scheduler_type=constant", "train.warmup_steps=0")
@@ -239,6 +240,7 @@ def test_bart_learns_and_is_restored_to_its_best(workspace, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_equal_one(workspace, tmp_path):
     """One process and DDP on two (gloo), with a global batch of 16 and without dropout.
 

@@ -128,6 +128,7 @@ def test_model_is_trained_under_zero2(trained):
     assert (trained / "best" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_trained_model_is_exported(installed, workspace, trained):
     arguments = ("--checkpoint", "run/best", "--kind", "standalone", "--output", "exported")
     scaleup(installed, workspace, "export", *arguments)

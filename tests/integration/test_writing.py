@@ -104,6 +104,7 @@ def test_what_was_written_for_the_test_set_is_kept(runs, name, count):
         )
 
 
+@pytest.mark.slow
 def test_accumulating_gradients_gives_the_same_language_model(runs, folder):
     """Batches of 8 and of 4 give the same loss: it is a mean over the tokens of a step."""
     shared = ["train.group_by_length=false", "train.max_steps=4", "train.num_train_epochs=1"]
@@ -161,6 +162,7 @@ def recipe(folder, name: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_recipes_run_on_tiny_models_of_their_classes_and_pass_the_plan(folder):
     """Each recipe keeps its ZeRO stage and runs as one process."""
     cases = {name: recipe(folder, name) for name in RECIPES}

@@ -74,6 +74,7 @@ def test_the_plan_is_within_a_tenth_of_what_two_processes_hold(
         assert row.total(False) == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_script_shows_writes_and_judges(workspace, tmp_path):
     out = tmp_path / "plan.json"
     common = (
