@@ -18,10 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scaleup.export.distill import DistillJob, Fit
+from scaleup.export.evaluation import BATCH, Evaluation
 from scaleup.export.fold import Folded
 from scaleup.export.low_rank import read_updates
 from scaleup.export.report import Absorption, Export
-from scaleup.export.verify import BATCH, Evaluation
 from scaleup.unipelt.model import PEFT_PREFIX, submodule_of
 
 

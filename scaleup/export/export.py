@@ -34,6 +34,7 @@ from scaleup.errors import CheckpointError, ConfigError, ExportError, Permission
 from scaleup.export import absorbed, fold
 from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
+from scaleup.export.evaluation import BATCH, Evaluation
 from scaleup.export.folder import FolderWriter
 from scaleup.export.measure import peak_mib
 from scaleup.export.report import (
@@ -44,7 +45,7 @@ from scaleup.export.report import (
     ExportReport,
     GateReport,
 )
-from scaleup.export.verify import BATCH, Evaluation, dtype_name, verify_export
+from scaleup.export.verify import dtype_name, verify_export
 from scaleup.machine import versions
 from scaleup.settings.data_rules import METRICS
 from scaleup.settings.loading import override

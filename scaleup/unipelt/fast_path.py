@@ -5,7 +5,7 @@ from torch import nn
 from .attention import ATTENTION, models_with_own_config
 from .kernels import collect_sites
 from .layers import SiteLayer
-from .prefix import PrefixTuning
+from .prefix_bank import PrefixTuning
 
 
 def plain_parts(model: nn.Module) -> list[str]:

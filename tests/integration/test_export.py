@@ -14,9 +14,9 @@ from scaleup import errors
 from scaleup.cli import main
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.export import calibrate, export
+from scaleup.export.evaluation import Evaluation
 from scaleup.export.folder import FolderWriter
 from scaleup.export.report import ExportOptions
-from scaleup.export.verify import Evaluation
 from scaleup.unipelt import submodules
 from scaleup.unipelt.submodule import Submodule
 from tests.utils.workspace import ROOT, environment, make_workspace, overrides

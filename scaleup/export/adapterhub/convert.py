@@ -32,7 +32,7 @@ from scaleup.unipelt.attention import ATTENTION_CHILD
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.lora_linear import LINEAR_CHILD
 from scaleup.unipelt.model import PEFT_PREFIX
-from scaleup.unipelt.prefix import PREFIX_CHILD
+from scaleup.unipelt.prefix_bank import PREFIX_CHILD
 from scaleup.unipelt.site_types import AttentionSite, BlockSite
 from scaleup.unipelt.sites import find_sites
 from scaleup.unipelt.submodules import SUBMODULES

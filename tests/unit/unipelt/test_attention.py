@@ -13,7 +13,7 @@ from scaleup.unipelt.attention import ATTENTION, ATTENTION_CHILD, unipelt_sdpa
 from scaleup.unipelt.kernels import fast_path
 from scaleup.unipelt.masks import PassMasks, alignment_padding, widen_mask
 from scaleup.unipelt.passes import Passes
-from scaleup.unipelt.prefix import PrefixTuning
+from scaleup.unipelt.prefix_bank import PrefixTuning
 
 B, T, S, H, E, L = 2, 4, 6, 4, 8, 3
 

@@ -10,7 +10,7 @@ from transformers import BartForConditionalGeneration, DynamicCache, MBartForCon
 
 from scaleup.unipelt.gate import LearnedGate
 from scaleup.unipelt.kernels import StepSite
-from scaleup.unipelt.prefix import PrefixTuning
+from scaleup.unipelt.prefix_bank import PrefixTuning
 from scaleup.unipelt.sites import PACKS
 from tests.utils.tiny import (
     CASES,
