@@ -142,6 +142,8 @@ def train(
     Returns:
         The mean loss of each epoch.
     """
+    if not epochs:
+        return []
     model = student.model
     parameters = [p for update in student.updates.values() for p in update.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)

@@ -116,6 +116,15 @@ def test_least_squares_and_predictions_bring_the_student_closer(family):
     assert losses[-1] < losses[0] and distance(student, batches) < fitted
 
 
+def test_without_epochs_least_squares_stays_as_it_is():
+    model = adapt(backbone("bert"), submodules=["lora"]).eval()
+    student, batches = student_of(model, 4), data(model, 1)
+    least_squares.fit(student, texts_of(model, batches), 4, CPU)
+    before = distance(student, batches)
+    assert distill.train(student, batches, predictions_of(model), 0, CPU) == []
+    assert distance(student, batches) == before
+
+
 def test_the_student_is_gone_outside_its_block_and_the_hooks_of_the_fit_after_it():
     model = adapt(backbone("bert"), submodules=APL).eval()
     batches = data(model, 2)
