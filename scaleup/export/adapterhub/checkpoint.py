@@ -123,6 +123,8 @@ def _tensors(folder: pathlib.Path, names: tuple[str, str]) -> Tensors:
         raise ConfigError(f"DIR: {path} cannot be read: {one_line(error, 200)}") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ConfigError(f"DIR: {path} holds something else than named tensors")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ConfigError(f"DIR: {path} has NaN or infinity in {bad[0]}; its training diverged")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

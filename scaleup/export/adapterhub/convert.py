@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 from scaleup.backbone import loading
 from scaleup.backbone.method import saved_parameters
-from scaleup.errors import ConfigError
+from scaleup.errors import ConfigError, one_line
 from scaleup.export.adapterhub import heads, methods
 from scaleup.export.adapterhub.checkpoint import Checkpoint, Tensors, read
 from scaleup.settings.schema import ModelSettings
@@ -108,7 +108,11 @@ def import_adapter(
     values = methods.options(checkpoint, conversion.bottleneck_sizes())
     to_save = heads.saved_modules(checkpoint) or None
     unipelt = UniPeltConfig(task_type=task.peft, modules_to_save=to_save, **values)
-    tensors = conversion.tensors() | head_tensors
+    try:
+        tensors = conversion.tensors() | head_tensors
+    except RuntimeError as error:
+        problem = f"the tensors of {folder} do not fit together: {one_line(error, 200)}"
+        raise ConfigError(f"DIR: {problem}") from None
     adapted: Any = get_peft_model(model, unipelt)
     unipelt.base_model_name_or_path, unipelt.inference_mode = backbone, True
     checked = _checked(checkpoint, adapted, tensors, bool(head_tensors))
@@ -286,6 +290,9 @@ def _evaluated(method: dict[str, Any], parts: list[torch.Tensor]) -> torch.Tenso
     if len(parts) == len(FLAT):
         return parts[0]
     embedding, first, first_bias, second, second_bias = parts
+    for weight, bias in ((first, first_bias), (second, second_bias)):
+        if bias.shape != weight.shape[:1]:  # torch would repeat a shorter bias
+            raise RuntimeError(f"a bias has the shape {tuple(bias.shape)}")
     hidden = ACT2FN[methods.activation(method)](nn.functional.linear(embedding, first, first_bias))
     return nn.functional.linear(hidden, second, second_bias)
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from scaleup.cli.entry import main
+from scaleup.errors import ConfigError
 from scaleup.export.adapterhub.convert import import_adapter
 from scaleup.unipelt.model import parameter_counts
 
@@ -308,3 +309,32 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert "--model: there is no folder tiny/bert here" in refused(FIXTURES / "bert-lora")
     (tmp_path / "OUT").mkdir()
     assert "--output:" in refused(FIXTURES / "bert-lora")
+
+
+def _not_finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * float("nan")
+
+
+def _short(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()[:1].clone()
+
+
+@pytest.mark.parametrize(
+    ("ending", "change", "problem"),
+    [
+        ("query.loras.task.lora_A", _not_finite, "NaN or infinity"),
+        ("prefix_gates.task.weight", _short, "do not fit together"),
+        ("self_prefix.control_trans.0.weight", _short, "do not fit together"),
+        ("self_prefix.control_trans.0.bias", _short, "do not fit together"),
+    ],
+)
+def test_damaged_tensors_are_refused(ending, change, problem, copied, tmp_path):
+    folder = copied("bert-unipelt")
+    path = folder / "pytorch_adapter.bin"
+    tensors = torch.load(path, weights_only=True)
+    names = [name for name in tensors if name.endswith(ending)]
+    assert names
+    torch.save(tensors | {name: change(tensors[name]) for name in names}, path)
+    with pytest.raises(ConfigError, match=problem):
+        convert("bert-unipelt", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
