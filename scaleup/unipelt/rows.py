@@ -94,7 +94,7 @@ def _divide(
     values = (*args, *kwargs.values())
     # Positions may be the same for all rows, [1, T].
     size = max(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
-    repeats, rest = divmod(size, len(names))
+    repeats, rest = divmod(size, len(names)) if names else (0, size)
     if rest or not repeats:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {size} rows")
     of_rows = [name for name in names for _ in range(repeats)]

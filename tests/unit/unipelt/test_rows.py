@@ -156,6 +156,8 @@ def test_wrong_names_are_refused(model, family):
     tensors = six_rows(model)
     with pytest.raises(ValueError, match="contains nobody; the model has default, long"):
         model(**tensors, adapter_names=["nobody"] * 6)
+    with pytest.raises(ValueError, match="0 names for a batch of 6 rows"):
+        model(**tensors, adapter_names=[])
     with pytest.raises(ValueError, match="4 names for a batch of 6 rows"):
         model(**tensors, adapter_names=["default"] * 4)
     model.get_base_model().set_attn_implementation("unipelt_eager")
