@@ -56,7 +56,8 @@ def _clean_cell(cell: Any, role: str, known: set[str], declared: list[str] | Non
         return None, f"{item!r:.40} is not the name of a label"
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        return None, f"names {twice!r:.40} twice"
+        advice = "; list the names of the labels" if set(names) <= {"0", "1"} else ""
+        return None, f"names {twice!r:.40} twice{advice}"
     valid = known or set(declared or ())
     unknown = [str(name) for name in names if valid and name not in valid]
     if unknown:

@@ -39,6 +39,7 @@ ANSWERS = pa.struct({"text": TEXTS, "answer_start": STARTS})
 CELLS = {"question": pa.string(), "context": pa.string(), "answers": ANSWERS}
 TYPES = {"text": pa.string(), "text_pair": pa.string(), "answers": TEXTS, "starts": STARTS}
 OUTPUTS = ("start_logits", "end_logits")  # of the model
+ANSWER = '{"text": ["…"], "answer_start": [7]}'  # how a cell looks
 OUTSIDE = -1  # place of a token that is not in the context
 
 sources_of = sources.of_user  # the interface of a task's module: see scaleup.data.tasks
@@ -47,14 +48,14 @@ sources_of = sources.of_user  # the interface of a task's module: see scaleup.da
 def _clean_answers(cell: Any) -> Cell:
     """Return {text, answer_start}, and the problem with the cell or None."""
     if isinstance(cell, str):
-        cell, problem = as_list(f"[{cell}]")
+        cell, _ = as_list(f"[{cell}]")
         if cell is None or len(cell) != 1:
-            return None, problem or "is not one object in JSON"
+            return None, f"is not JSON such as {ANSWER}"
         cell = cell[0]
     if cell is None or cell != cell:
         return None, "is missing; a question without an answer has {text: [], answer_start: []}"
     if not isinstance(cell, dict) or not {"text", "answer_start"} <= cell.keys():
-        return None, "is not an object with text and answer_start"
+        return None, f"is not an object such as {ANSWER}"
     texts, starts = cell["text"], cell["answer_start"]
     if isinstance(texts, str):  # one answer instead of a list
         texts, starts = [texts], [starts]

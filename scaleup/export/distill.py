@@ -168,7 +168,7 @@ def train(
             optimizer.zero_grad()
             schedule.step()
             total += loss.item()
-        losses.append(total / len(batches))
+        losses.append(max(0.0, total / len(batches)))  # rounding can make a divergence negative
     return losses
 
 

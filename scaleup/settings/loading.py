@@ -67,6 +67,8 @@ def validation_problem(error: Mapping[str, Any], valid: Iterable[str]) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown setting{nearest(str(error['loc'][-1]), valid)}"
     message = re.sub(r"^(Value error, |Input )", "", error["msg"])
+    if error["type"] == "string_type" and isinstance(error["input"], dict):
+        message += "; a text that begins with { needs quotes"
     return message if error["type"] == "missing" else f"{message} (got {shown(error['input'])})"
 
 
@@ -278,7 +280,10 @@ def read(
             try:
                 config.setdefault(section, {})[field] = parse(text, key)
             except ConfigError as error:
-                problems += error.problems
+                advice = ""
+                if text[:1] in ("{", "["):
+                    advice = f"; a text that begins with {text[0]} needs quotes: {key}='\"…\"'"
+                problems += [f"{problem}{advice}" for problem in error.problems]
     return config, problems
 
 

@@ -10,6 +10,8 @@ from scaleup.memory.states import States
 from scaleup.settings.schema import Settings
 from scaleup.training.context import Run
 
+SHOWN = 10  # names of classes
+
 
 def header(run: Run, counts: dict[str, Any]) -> list[str]:
     """Return the lines about backbone, method, counts, data, batch size and device.
@@ -49,6 +51,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
         lines += run.task.notes(examples)
     if examples.task == "regression":
         lines.append(_label_line(settings, examples))
+    if examples.labels is not None:
+        lines.append(_names_line(examples.labels))
     return [
         *lines,
         f"batch      {per_process * passes * world.size} = {per_process} per process x {processes}"
@@ -103,6 +107,13 @@ def _label_line(settings: Settings, examples: Examples) -> str:
         starts = "the mean is where the head starts"
     mean, std = statistics.fmean(labels), statistics.pstdev(labels)
     return f"labels     mean {mean:.4g}, standard deviation {std:.4g}; {starts}"
+
+
+def _names_line(labels: list[str]) -> str:
+    """Name the classes, of which a misspelt label would be one."""
+    shown = ", ".join(f"{label:.40}" for label in labels[:SHOWN])
+    more = f", and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
+    return f"labels     {len(labels)}: {shown}{more}"
 
 
 def placement(hosts: list[tuple[str, str]]) -> list[str]:

@@ -30,7 +30,7 @@ from .entry_points import extend
 from .layers import AuxiliaryLayer, one_at_a_time
 from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
-from .rows import BASE, adapters_of_rows
+from .rows import BASE, adapters_of_rows, require_count
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, attach, chosen, site_gates
 
@@ -103,7 +103,13 @@ class UniPeltModel(LoraModel):
                 f"adapter_names contains {', '.join(unknown)}; the model has "
                 f"{', '.join(self.peft_config)}, and {BASE} stands for the backbone alone"
             )
-        with adapters_of_rows(self.model, names, lambda m: PASSES_CHILD in m._modules):
+        # `generate` shows the batch here, of which beam search repeats the rows; a forward may not.
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        rows = max((v.shape[0] for v in tensors if v.dim() > 1), default=None)
+        if rows is not None:
+            require_count(names, rows)
+        repeated = rows is not None
+        with adapters_of_rows(self.model, names, lambda m: PASSES_CHILD in m._modules, repeated):
             yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -30,9 +30,22 @@ from .peft_names import AuxiliaryTrainingWrapper, BaseTunerLayer
 BASE = "__base__"  # PEFT's name for the bare backbone
 
 
+def require_count(names: Sequence[str], rows: int, repeated: bool = False) -> None:
+    """Raise ValueError if a batch has another number of rows than adapter names.
+
+    Args:
+        repeated: each row may stand several times.
+    """
+    if not names or rows % len(names) or (rows != len(names) and not repeated):
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows")
+
+
 @contextlib.contextmanager
 def adapters_of_rows(
-    model: nn.Module, names: Sequence[str], is_parent: Callable[[nn.Module], bool]
+    model: nn.Module,
+    names: Sequence[str],
+    is_parent: Callable[[nn.Module], bool],
+    repeated: bool = False,
 ) -> Iterator[None]:
     """Give each row of the batch its adapter while the context is open.
 
@@ -40,6 +53,7 @@ def adapters_of_rows(
         model: the backbone with its adapters.
         names: the adapter of each row.
         is_parent: whether a module is a parent model.
+        repeated: generation may repeat each row.
     """
     parents = [module for module in model.modules() if is_parent(module)]
     inside = {id(module) for parent in parents for module in parent.modules()}
@@ -53,7 +67,7 @@ def adapters_of_rows(
     outer = exchange_rows(list(names))
     try:
         for module in divided:
-            module.forward = _dividing(module)
+            module.forward = _dividing(module, repeated)
         yield
     finally:
         exchange_rows(outer)
@@ -64,7 +78,7 @@ def adapters_of_rows(
                 module.forward = forward
 
 
-def _dividing(module: nn.Module) -> Callable[..., Any]:
+def _dividing(module: nn.Module, repeated: bool) -> Callable[..., Any]:
     """Return the forward of a module for rows with different adapters."""
     forward: Any = module.forward
     layers = switchable(module)
@@ -76,7 +90,12 @@ def _dividing(module: nn.Module) -> Callable[..., Any]:
         names = exchange_rows(None)
         assert names is not None
         try:
-            return _divide(module, forward, layers, names, args, kwargs)
+            values = (*args, *kwargs.values())
+            # Positions may be the same for all rows, [1, T].
+            rows = max(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
+            require_count(names, rows, repeated)
+            of_rows = [name for name in names for _ in range(rows // len(names))]
+            return _divide(module, forward, layers, of_rows, args, kwargs)
         finally:
             exchange_rows(names)
 
@@ -87,17 +106,11 @@ def _divide(
     module: nn.Module,
     forward: Callable[..., Any],
     layers: list[Any],
-    names: list[str],
+    of_rows: list[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    values = (*args, *kwargs.values())
-    # Positions may be the same for all rows, [1, T].
-    size = max(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
-    repeats, rest = divmod(size, len(names)) if names else (0, size)
-    if rest or not repeats:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {size} rows")
-    of_rows = [name for name in names for _ in range(repeats)]
+    values, size = (*args, *kwargs.values()), len(of_rows)
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     groups = {
         name: torch.tensor([i for i, other in enumerate(of_rows) if other == name], device=device)

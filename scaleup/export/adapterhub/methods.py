@@ -69,13 +69,18 @@ PREFIX = (
     LAYERS,
 )
 
-# Submodule → fields that its config must have.
-FIELDS = {
-    "lora": ("r", "alpha", "dropout"),
-    "prefix": ("prefix_length", "flat", "non_linearity"),
-    "adapter": ("scaling", "non_linearity"),
-    "parallel_adapter": ("scaling", "non_linearity"),
+# Submodule → fields that its config must have, with the types that they may have.
+BOTTLENECK_FIELDS: dict[str, tuple[type, ...]] = {
+    "scaling": (int, float, str),
+    "non_linearity": (str,),
 }
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "lora": {"r": (int,), "alpha": (int, float), "dropout": (int, float)},
+    "prefix": {"prefix_length": (int,), "flat": (bool,), "non_linearity": (str,)},
+    "adapter": BOTTLENECK_FIELDS,
+    "parallel_adapter": BOTTLENECK_FIELDS,
+}
+FLAGS = ("is_parallel", "use_gating")  # fields that a config may have
 
 
 def kind(method: dict[str, Any]) -> str | None:
@@ -83,7 +88,7 @@ def kind(method: dict[str, Any]) -> str | None:
     architecture = method.get("architecture")
     if architecture is None:
         return "parallel_adapter" if method.get("is_parallel") else "adapter"
-    return {"lora": "lora", "prefix_tuning": "prefix"}.get(architecture)
+    return {"lora": "lora", "prefix_tuning": "prefix"}.get(str(architecture))
 
 
 def by_submodule(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -114,6 +119,8 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
             found.append(f"{method.get('architecture')} has no counterpart in scaleup")
         elif missing := [field for field in FIELDS[name] if field not in method]:
             found.append(f"adapter_config.json lacks {', '.join(missing)}")
+        elif wrong := _wrong_types(method, FIELDS[name]):
+            found.append(f"adapter_config.json is damaged: {', '.join(wrong)}")
         elif name == "lora":
             found += _broken(LORA, method)
             matrices = method.get("attn_matrices", [])
@@ -123,6 +130,9 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
                 )
         elif name == "prefix":
             found += _broken(PREFIX if encoder_decoder else PREFIX[2:], method)
+            found += [] if method["flat"] else _unknown_activation(method)
+            if method["prefix_length"] < 1:
+                found.append(f"prefix_length={method['prefix_length']}: there is no prefix")
         else:
             found += _broken(BOTTLENECK, method)
             found += _unknown_activation(method)
@@ -143,6 +153,16 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
             "trained with attn_implementation='eager', add --attention eager"
         )
     return list(dict.fromkeys(found))
+
+
+def _wrong_types(method: dict[str, Any], fields: dict[str, tuple[type, ...]]) -> list[str]:
+    """Return the fields of a config that have values of another type, as `field=value`."""
+    flags = {name: (bool,) for name in FLAGS if name in method}
+    return [
+        f"{name}={method[name]!r:.40}"
+        for name, types in (fields | flags).items()
+        if type(method[name]) not in types
+    ]
 
 
 def _broken(rules: tuple[Rule, ...], method: dict[str, Any]) -> list[str]:

@@ -284,6 +284,10 @@ MISTAKES = {
         LABELS | {"labels": ["good", "good"]},
         "row 2 (line 2), column labels: names 'good' twice",
     ),
+    "labels: by position": (
+        LABELS | {"labels": [0, 1, 0]},
+        "row 2 (line 2), column labels: names '0' twice; list the names of the labels",
+    ),
     "labels: spellings": (
         LABELS | {"labels": ["true", "True"]},
         "data.labels_column: one class has several spellings (True, true); write it in one way",
@@ -304,7 +308,12 @@ MISTAKES = {
     ),
     "answers: no object": (
         ANSWER | {"answers": ["Ann"]},
-        "row 2 (line 2), column answers: is not an object with text and answer_start",
+        "row 2 (line 2), column answers: is not an object such as "
+        '{"text": ["…"], "answer_start": [7]}',
+    ),
+    "answers: a word": (
+        ANSWER | {"answers": "Ann"},
+        'row 2 (line 2), column answers: is not JSON such as {"text": ["…"], "answer_start": [7]}',
     ),
     "answers: empty context": (
         ANSWER | {"context": " "},

@@ -172,6 +172,12 @@ def test_a_model_has_the_labels_of_the_head(case, copied, tmp_path):
         ("bert-unipelt", 0, {"shared_gating": False}, "shared_gating=False: keys and values"),
         ("bart-unipelt", 0, {"encoder_prefix": False}, "encoder_prefix=False: the encoder has no"),
         ("bert-unipelt", 2, {"use_gating": False}, "use_gating: only some of the methods"),
+        ("bert-unipelt", 0, {"non_linearity": "zz"}, "non_linearity=zz: transformers has no"),
+        ("bert-unipelt", 0, {"prefix_length": None}, "is damaged: prefix_length=None"),
+        ("bert-unipelt", 0, {"prefix_length": 0}, "prefix_length=0: there is no prefix"),
+        ("bert-bottleneck", None, {"is_parallel": "zz"}, "is damaged: is_parallel='zz'"),
+        ("bert-lora", None, {"r": True}, "adapter_config.json is damaged: r=True"),
+        ("bert-lora", None, {"architecture": [1]}, "[1] has no counterpart in scaleup"),
         ("bert-lora", None, {"version": "adapters.1.0.1"}, "not written by adapters 1.1 to 1.3"),
         ("bert-lora", None, {"model_type": "gpt2"}, "--model: "),
         (

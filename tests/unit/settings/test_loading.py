@@ -84,3 +84,10 @@ def test_an_unreadable_file_is_one_plain_problem(tmp_path):
 
 def test_an_empty_section_means_its_defaults(tmp_path):
     assert load(write(tmp_path, "model:\ndata: {name: rte}\ntrain:\n")).train.seed == 42
+
+
+@pytest.mark.parametrize("text", ["{text} :", "{text}"])
+def test_a_text_that_begins_with_a_brace_is_asked_to_be_quoted(text):
+    (problem,) = problems(GLUE, f"model.name={text}")
+    assert "a text that begins with { needs quotes" in problem
+    assert load(None, [GLUE, f"model.name='{text}'"]).model.name == text

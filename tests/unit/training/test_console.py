@@ -9,14 +9,15 @@ from scaleup.settings.schema import load
 from scaleup.training.console import header
 
 
-def lines(trained: int, *words: str) -> list[str]:
-    """Return the header of a regression run that stores 100 parameters."""
+def lines(trained: int, *words: str, labels: list[str] | None = None) -> list[str]:
+    """Return the header of a regression run that stores 100 parameters, or of a classification."""
     counts = {"backbone": 1000, "head": 5, "submodules": {"prefix": 100}, "trained": trained}
     counts |= {"stored": 100, "trained_percent": trained / 11, "stored_percent": 100 / 11}
     train = {"labels": [1.0, 2.0, 4.5]}
     examples = types.SimpleNamespace(
         train=train, train_rows=3, dev=[], test=None, test_is_dev=False, references=None,
-        metric="spearman", shared={}, task="regression", count=lambda split: 0,
+        metric="spearman", shared={}, labels=labels,
+        task="regression" if labels is None else "classification", count=lambda split: 0,
     )  # fmt: skip
     world = types.SimpleNamespace(size=1, deepspeed=False, device=torch.device("cpu"))
     run = types.SimpleNamespace(
@@ -47,3 +48,11 @@ def test_the_mlp_of_the_prefix_is_named_only_if_it_is_trained():
 )
 def test_the_labels_of_a_regression_are_described_in_words(words, start):
     assert f"labels     mean 2.5, standard deviation 1.472; {start}" in lines(100, *words)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(3, "3: c0, c1, c2"), (12, f"12: {', '.join(f'c{i}' for i in range(10))}, and 2 more")],
+)
+def test_the_classes_are_named(count, expected):
+    assert f"labels     {expected}" in lines(100, labels=[f"c{i}" for i in range(count)])

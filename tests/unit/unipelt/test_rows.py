@@ -160,6 +160,8 @@ def test_wrong_names_are_refused(model, family):
         model(**tensors, adapter_names=[])
     with pytest.raises(ValueError, match="4 names for a batch of 6 rows"):
         model(**tensors, adapter_names=["default"] * 4)
+    with pytest.raises(ValueError, match="3 names for a batch of 6 rows"):
+        model(**tensors, adapter_names=["default"] * 3)
     model.get_base_model().set_attn_implementation("unipelt_eager")
     with pytest.raises(ValueError, match="leave output_attentions out"):
         model(**tensors, adapter_names=NAMES, output_attentions=True)
