@@ -187,10 +187,12 @@ def _summary(report: "ExportReport", output: Path) -> list[str]:
         lines.append(line)
     if (absorption := report.absorption) is not None:
         shares = absorption.unexplained.values()
-        line = (
-            f"updates    rank {absorption.rank}, fitted to {absorption.examples} examples; least "
+        line = f"updates    rank {absorption.rank}, fitted to {absorption.examples} examples"
+        if absorption.unused:
+            line += f" ({absorption.unused} of them left out by data.k)"
+        line += (
+            f"; least squares left {100 * sum(shares) / len(shares):.1f}% of what UniPELT changes"
         )
-        line += f"squares left {100 * sum(shares) / len(shares):.1f}% of what UniPELT changes"
         if absorption.losses:
             line += f"; difference of the predictions {absorption.losses[-1]:.2g}"
         lines.append(line)

@@ -32,6 +32,9 @@ def fit_updates(evaluation: Evaluation, path: pathlib.Path) -> Absorption:
     if isinstance(rows, datasets.Dataset) and len(rows) > count:
         rows = rows.shuffle(seed=0)
     rows = list(itertools.islice(iter(rows), count))
+    trained = len(rows)
+    if trained < count:
+        rows += list(evaluation.unused_rows(count - trained) or [])
     collate = evaluation.module.collator(evaluation.tokenizer, evaluation.data)
     batches = [dict(collate(rows[start : start + BATCH])) for start in range(0, len(rows), BATCH)]
     batches_file = evaluation.work / "training.pt"
@@ -48,6 +51,7 @@ def fit_updates(evaluation: Evaluation, path: pathlib.Path) -> Absorption:
     return Absorption(
         rank=options.rank,
         examples=len(rows),
+        unused=len(rows) - trained,
         unexplained={name: round(share, 6) for name, share in fit.unexplained.items()},
         losses=[float(f"{loss:.4g}") for loss in fit.losses],
     )

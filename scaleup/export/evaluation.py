@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol, Self, TypeVar
 
+import datasets
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -107,6 +108,27 @@ class Evaluation:
     def size(self) -> int:
         """Return the number of examples."""
         return self.examples.count("test" if self.options.calibrate == "test" else "dev")
+
+    def unused_rows(self, most: int) -> datasets.Dataset | None:
+        """Return at most this many rows of the training data that data.k left out, as tokens.
+
+        None of them is in the development set. Nothing is returned for data in which a row is not
+        one example.
+        """
+        data = self.data
+        counts = [s.get("rows") for s in self.examples.sources if s["split"] == "train"]
+        mixed = any(source.weight != 1 for source in data.sources or [])
+        if data.k == "all" or data.streaming or data.packing or mixed or None in counts:
+            return None
+        has_dev = data.name is None and data.has_validation
+        first = data.k + (0 if has_dev else data.dev_size)
+        last = min(sum(counts) - (0 if has_dev else 1), first + most)
+        if last <= first:
+            return None
+        # The rows of a run are the first ones of one order, whatever their number.
+        larger = data.model_copy(update={"k": last} | ({} if has_dev else {"dev_size": 1}))
+        rows = self.module.tokenize(self._load_texts(larger), self.tokenizer, larger).train
+        return rows.select(range(first, last)) if len(rows) == last else None
 
     def _load_texts(self, data: DataSettings) -> Examples:
         try:

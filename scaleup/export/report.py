@@ -145,6 +145,7 @@ class Absorption:
 
     Attributes:
         examples: number of training examples that they were fitted to.
+        unused: how many of them the run did not train on, because data.k left them out.
         unexplained: share of the squared change of each block's output that least squares left.
         losses: mean difference of the predictions in each epoch after that: KL divergence, or the
             squared error of a regression.
@@ -152,6 +153,7 @@ class Absorption:
 
     rank: int
     examples: int
+    unused: int
     unexplained: dict[str, float]
     losses: list[float]
 

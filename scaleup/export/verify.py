@@ -13,9 +13,10 @@ from scaleup.export.report import ExportOptions, Metric, Proof
 from scaleup.unipelt.submodule import Gates
 
 SAME_SCORE = 2.0  # points by which another device or data type may change the run's score
-# Largest difference that rounding explains, by the data type of the weights, if the largest logit
-# is 1. It grows with larger logits.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Difference that rounding explains, by the data type of the weights, if the largest logit is 1. It
+# grows with larger logits. In 16 bits the mean difference is compared, because merged weights are
+# rounded again, which moves single logits further.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -64,11 +65,13 @@ def verify_export(
                 updates=None if updates is None else str(updates),
             )
         after = evaluation.measure_export(folder)
-    reload_difference = (after.logits - expected.logits).abs().max().item()
-    if not reload_difference <= ROUNDING[dtype] * max(1.0, expected.logits.abs().max().item()):
+    reloaded = (after.logits - expected.logits).abs()
+    reload_difference = reloaded.max().item()
+    rounded = reload_difference if dtype == torch.float32 else reloaded.mean().item()
+    if not rounded <= ROUNDING[dtype] * max(1.0, expected.logits.abs().max().item()):
         raise ExportError(
             "the export gives other logits in a new process than it should, by "
-            f"{reload_difference:.2g}; nothing was kept. Please report this"
+            f"{rounded:.2g}; nothing was kept. Please report this"
         )
     name = evaluation.examples.metric
     scores = evaluation.score(before), evaluation.score(after)

@@ -1,10 +1,12 @@
 """Exports of a run are verified, and what fails is not kept."""
 
+import csv
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -51,6 +53,34 @@ def workspace(tmp_path_factory) -> pathlib.Path:
 def options(workspace: pathlib.Path, kind: str, **changes) -> ExportOptions:
     fields = {"checkpoint": workspace / "run" / "best", "output": workspace / f"out-{kind}"}
     return ExportOptions(kind=kind, **(fields | changes))
+
+
+class Reached(Exception):
+    """Ends an export before its processes start."""
+
+
+def test_updates_are_also_fitted_to_rows_that_the_run_left_out(workspace, monkeypatch):
+    found: list[Evaluation] = []
+
+    def stop(evaluation, *args, **kwargs):
+        found.append(evaluation)
+        raise Reached
+
+    monkeypatch.setattr(Evaluation, "measure_trained", stop)
+    with pytest.raises(Reached):
+        export.run(options(workspace, "plain"), print)
+    (evaluation,) = found
+
+    def counted(rows) -> Counter:
+        return Counter(evaluation.tokenizer.decode(ids) for ids in rows["input_ids"])
+
+    few, unused = evaluation.unused_rows(5), evaluation.unused_rows(1000)
+    used = counted(evaluation.examples.train) + counted(evaluation.examples.dev)
+    with (workspace / "train.csv").open(newline="") as file:
+        texts = [evaluation.tokenizer(row["text"])["input_ids"] for row in csv.DictReader(file)]
+    left = counted({"input_ids": texts}) - used
+    assert counted(few) <= counted(unused) <= left and len(few) == 5
+    assert unused.num_rows == left.total() - 1 == 120 - 64 - 32 - 1
 
 
 @pytest.mark.parametrize("kind", ["exact", "standalone", "merged"])
