@@ -62,8 +62,8 @@ def table(reports: dict[str, dict[str, dict]]) -> str:
         "scaleup cannot be imported. Least squares left: the mean share of the squared change of "
         "a block's output.",
         "",
-        "| source | kind | rank | fitted to examples (not trained on) | least squares left | metric before | after "
-        "| same predictions | of test examples | MB |",
+        "| source | kind | rank | fitted to examples (not trained on) | least squares left "
+        "| metric before | after | same predictions | of test examples | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [

@@ -73,7 +73,12 @@ def card(export: Export, report: ExportReport) -> str:
     changes = f", num_labels={outputs}" if outputs else ""
     if manifest.task == "multi_label_classification":
         changes += f', problem_type="{manifest.task}"'
-    if outputs and not pad_tokens(load_config(settings.model)):
+    config = load_config(settings.model)
+    head = export.auto.__name__.removeprefix("AutoModel")
+    has_head = any(name.endswith(head) for name in config.architectures or [])
+    if outputs and has_head and config.num_labels != outputs:  # the adapter has the right one
+        changes += ", ignore_mismatched_sizes=True"
+    if outputs and not pad_tokens(config):
         changes += f", pad_token_id={export.tokenizer.pad_token_id}"
     code = LOAD_REMOTE_CODE if report.remote_code else LOAD_PLAIN
     code = {"exact": LOAD_ADAPTER, "lora": LOAD_LORA}.get(report.kind, code)

@@ -232,6 +232,7 @@ class Evaluation:
             settings = {"pad_token_id": config.pad_token_id}
             if not self.task.writes:
                 settings["num_labels"] = config.num_labels
+                settings["ignore_mismatched_sizes"] = True  # the adapter has the head
             backbone = weights.checkpoint_folder(model.name, model.revision).resolve()
             fields = {"adapter": fields["folder"], "folder": str(backbone), "settings": settings}
         job = FolderJob(

@@ -255,18 +255,22 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
             dropped = {key for key, effect in before.effects.items() if effect < options.prune}
             calibration = _calibration(options, before, dropped, examples)
     writer = None
-    if options.kind == "exact":
-        size = _write_adapter(export, staging)
-    elif options.kind == "lora":
-        assert updates is not None
-        size = absorbed.write_lora(export, empty, updates, staging)
-    else:
-        if updates is not None:
-            folded = absorbed.folded(export, updates)
+    try:
+        if options.kind == "exact":
+            size = _write_adapter(export, staging)
+        elif options.kind == "lora":
+            assert updates is not None
+            size = absorbed.write_lora(export, empty, updates, staging)
         else:
-            folded = fold.fold(export.adapter, export.tensors, *sites, gates, frozenset(dropped))
-        writer = FolderWriter(empty, folded, export.dtype, staging)
-        size = _write_folder(export, writer)
+            if updates is not None:
+                folded = absorbed.folded(export, updates)
+            else:
+                places = frozenset(dropped)
+                folded = fold.fold(export.adapter, export.tensors, *sites, gates, places)
+            writer = FolderWriter(empty, folded, export.dtype, staging)
+            size = _write_folder(export, writer)
+    except SafetensorError as error:  # raised if the disk is full
+        raise ExportError(f"{options.output} could not be written: {error}") from None
     _copy_tokenizer(options.checkpoint, staging, manifest)
     report = _report(export, size, writer, calibration, absorption)
     if options.verify and evaluation is not None and before is not None:
@@ -319,7 +323,7 @@ def _write_folder(export: Export, writer: FolderWriter) -> int:
     export.say(f"writing {output} from {files}, shard by shard")
     try:
         return writer.write_weights(files, export.options.max_shard_bytes)
-    except (ValueError, SafetensorError) as error:  # safetensors raises it if the disk is full
+    except ValueError as error:
         raise ExportError(f"{output} could not be written: {error}") from None
 
 

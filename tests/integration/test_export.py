@@ -1,6 +1,7 @@
 """Exports of a run are verified, and what fails is not kept."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -151,6 +152,23 @@ def test_an_export_that_absorbs_unipelt_needs_no_code_of_its_own(workspace, kind
     assert len(logits) == 2 and logits[0] != logits[1]
     card = (folder / "README.md").read_text()
     assert "import scaleup" not in card and "trust_remote_code" not in card
+
+
+@pytest.mark.slow
+def test_an_adapter_loads_on_a_backbone_with_a_head_of_another_size(workspace):
+    """The files of this BART have a head for three classes, and the run has two."""
+    words = overrides(workspace, workspace / "bart-run", "train.max_steps=2", family="bart")
+    assert main(["train", *words]) == 0
+    folder = workspace / "out-bart"
+    chosen = options(workspace, "lora", examples=8, epochs=0, rank=2, max_metric_drop=100.0)
+    best = workspace / "bart-run" / "best"
+    export.run(dataclasses.replace(chosen, checkpoint=best, output=folder), print)
+    code = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    exec(code.replace("THIS FOLDER", str(folder)), loaded := {})
+    head = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.classification_head.out_proj.weight"
+    used = loaded["model"].get_base_model().classification_head.modules_to_save["default"]
+    assert torch.equal(used.out_proj.weight, head[name])
 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param("float32", marks=pytest.mark.slow)])

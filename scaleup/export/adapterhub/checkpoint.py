@@ -121,7 +121,8 @@ def _tensors(folder: pathlib.Path, names: tuple[str, str]) -> Tensors:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ConfigError(f"DIR: {path} cannot be read: {one_line(error, 200)}") from None
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(map(torch.is_tensor, tensors.values())):
         raise ConfigError(f"DIR: {path} holds something else than named tensors")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ConfigError(f"DIR: {path} has NaN or infinity in {bad[0]}; its training diverged")
@@ -148,8 +149,18 @@ def _head(folder: pathlib.Path) -> Head | None:
     content = _json(folder / HEAD_CONFIG)
     config = content.get("config")
     about = config or content
-    ids = about.get("label2id")
-    if not ids:
-        ids = {f"LABEL_{i}": i for i in range(int(about.get("num_labels") or 0))}
-    labels = sorted(ids, key=lambda label: int(ids[label]))
+    try:
+        ids = about.get("label2id")
+        if not ids:
+            ids = {f"LABEL_{i}": i for i in range(int(about.get("num_labels") or 0))}
+        numbers = {label: int(number) for label, number in ids.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(
+            f"DIR: {folder / HEAD_CONFIG} has no valid label2id or num_labels"
+        ) from None
+    labels = sorted(numbers, key=lambda label: numbers[label])
+    if [numbers[label] for label in labels] != list(range(len(labels))):
+        raise ConfigError(
+            f"DIR: {folder / HEAD_CONFIG} does not number its labels 0, 1, 2, … in label2id"
+        )
     return Head(config, labels, _tensors(folder, HEAD_WEIGHTS))

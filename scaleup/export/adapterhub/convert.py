@@ -160,9 +160,7 @@ class _Conversion:
         """Return a path below the backbone, whatever class is around it."""
         return path.removeprefix(self.prefix)
 
-    def _take(
-        self, container: str, path: str, *names: str, optional: tuple[str, ...] = ()
-    ) -> Tensors:
+    def _take(self, container: str, path: str, *names: str) -> Tensors:
         """Return tensors of a module, which must have no others.
 
         Raises:
@@ -173,7 +171,7 @@ class _Conversion:
         missing = [name for name in names if name not in parts]
         if missing:
             raise ConfigError(f"DIR: {folder} has no {missing[0]} of the {place}; is it complete?")
-        if others := parts.keys() - {*names, *optional}:
+        if others := parts.keys() - set(names):
             raise ConfigError(f"DIR: scaleup has no {min(others)} of the {place} in {folder}")
         return parts
 
@@ -219,14 +217,15 @@ class _Conversion:
             f"adapter_{end}" for end in ("down.0.weight", "down.0.bias", "up.weight", "up.bias")
         ]
         names += GATE if self.gated else ()
-        path = self._bottleneck_path(site)
-        parts = self._take("adapters", path, *names, optional=("scaling",))
+        scaling = self.methods[name]["scaling"]
+        names += ["scaling"] if scaling in methods.SCALES else []
+        parts = self._take("adapters", self._bottleneck_path(site), *names)
         submodule: Any = SUBMODULES[name]
         layer = submodule.layer_path(site)
         entry = f"{layer}{submodule.parameters[0]}"
         scale = parts.get("scaling")
         if scale is None:
-            scale = torch.tensor(float(self.methods[name]["scaling"]))
+            scale = torch.tensor(float(scaling))
         tensors = {
             f"{entry}down.weight": parts["adapter_down.0.weight"],
             f"{entry}down.bias": parts["adapter_down.0.bias"],

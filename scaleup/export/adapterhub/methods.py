@@ -1,6 +1,7 @@
 """Translates configs of the library `adapters` to UniPeltConfig, or says why that is impossible."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,18 +70,42 @@ PREFIX = (
     LAYERS,
 )
 
-# Submodule → fields that its config must have, with the types that they may have.
-BOTTLENECK_FIELDS: dict[str, tuple[type, ...]] = {
-    "scaling": (int, float, str),
-    "non_linearity": (str,),
+# Submodule → fields that its config must have.
+FIELDS = {
+    "lora": ("r", "alpha", "dropout"),
+    "prefix": ("prefix_length", "flat", "non_linearity"),
+    "adapter": ("scaling", "non_linearity"),
+    "parallel_adapter": ("scaling", "non_linearity"),
 }
-FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "lora": {"r": (int,), "alpha": (int, float), "dropout": (int, float)},
-    "prefix": {"prefix_length": (int,), "flat": (bool,), "non_linearity": (str,)},
-    "adapter": BOTTLENECK_FIELDS,
-    "parallel_adapter": BOTTLENECK_FIELDS,
+SCALES = ("learned", "channel")  # scaling factors that are parameters
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 65_536
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+# Field → whether a value is one that the library could have meant. Others would be taken for true,
+# or become NaN.
+VALUES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("is_parallel", "use_gating", "flat", "shared_gating"),
+        lambda value: isinstance(value, bool),
+    ),
+    **dict.fromkeys(("r", "prefix_length"), _is_count),
+    "alpha": lambda value: _is_number(value) and 0 < value <= 1e6,
+    "scaling": lambda value: value in SCALES or _is_number(value),
+    "attn_matrices": lambda value: (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ),
 }
-FLAGS = ("is_parallel", "use_gating")  # fields that a config may have
 
 
 def kind(method: dict[str, Any]) -> str | None:
@@ -119,8 +144,8 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
             found.append(f"{method.get('architecture')} has no counterpart in scaleup")
         elif missing := [field for field in FIELDS[name] if field not in method]:
             found.append(f"adapter_config.json lacks {', '.join(missing)}")
-        elif wrong := _wrong_types(method, FIELDS[name]):
-            found.append(f"adapter_config.json is damaged: {', '.join(wrong)}")
+        elif odd := _odd_values(name, method):
+            found += odd
         elif name == "lora":
             found += _broken(LORA, method)
             matrices = method.get("attn_matrices", [])
@@ -131,8 +156,6 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
         elif name == "prefix":
             found += _broken(PREFIX if encoder_decoder else PREFIX[2:], method)
             found += [] if method["flat"] else _unknown_activation(method)
-            if method["prefix_length"] < 1:
-                found.append(f"prefix_length={method['prefix_length']}: there is no prefix")
         else:
             found += _broken(BOTTLENECK, method)
             found += _unknown_activation(method)
@@ -155,13 +178,13 @@ def problems(checkpoint: Checkpoint, encoder_decoder: bool, attention: str | Non
     return list(dict.fromkeys(found))
 
 
-def _wrong_types(method: dict[str, Any], fields: dict[str, tuple[type, ...]]) -> list[str]:
-    """Return the fields of a config that have values of another type, as `field=value`."""
-    flags = {name: (bool,) for name in FLAGS if name in method}
+def _odd_values(name: str, method: dict[str, Any]) -> list[str]:
+    """Return one sentence for each field of a method that becomes `name` and has no valid value."""
+    valid = VALUES | ({"dropout": _is_share} if name == "lora" else {})
     return [
-        f"{name}={method[name]!r:.40}"
-        for name, types in (fields | flags).items()
-        if type(method[name]) not in types
+        f"{field}={method[field]!r:.40} is no value of this field"
+        for field, is_valid in valid.items()
+        if field in method and not is_valid(method[field])
     ]
 
 

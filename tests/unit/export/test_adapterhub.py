@@ -173,10 +173,15 @@ def test_a_model_has_the_labels_of_the_head(case, copied, tmp_path):
         ("bart-unipelt", 0, {"encoder_prefix": False}, "encoder_prefix=False: the encoder has no"),
         ("bert-unipelt", 2, {"use_gating": False}, "use_gating: only some of the methods"),
         ("bert-unipelt", 0, {"non_linearity": "zz"}, "non_linearity=zz: transformers has no"),
-        ("bert-unipelt", 0, {"prefix_length": None}, "is damaged: prefix_length=None"),
-        ("bert-unipelt", 0, {"prefix_length": 0}, "prefix_length=0: there is no prefix"),
-        ("bert-bottleneck", None, {"is_parallel": "zz"}, "is damaged: is_parallel='zz'"),
-        ("bert-lora", None, {"r": True}, "adapter_config.json is damaged: r=True"),
+        (
+            "bert-unipelt",
+            0,
+            {"prefix_length": None},
+            "prefix_length=None is no value of this field",
+        ),
+        ("bert-unipelt", 0, {"prefix_length": 0}, "prefix_length=0 is no value of this field"),
+        ("bert-bottleneck", None, {"is_parallel": "zz"}, "is_parallel='zz' is no value"),
+        ("bert-lora", None, {"r": True}, "r=True is no value of this field"),
         ("bert-lora", None, {"architecture": [1]}, "[1] has no counterpart in scaleup"),
         ("bert-lora", None, {"version": "adapters.1.0.1"}, "not written by adapters 1.1 to 1.3"),
         ("bert-lora", None, {"model_type": "gpt2"}, "--model: "),
@@ -192,6 +197,61 @@ def test_a_model_has_the_labels_of_the_head(case, copied, tmp_path):
 )
 def test_what_has_no_counterpart_is_refused(case, method, changes, problem, copied, tmp_path):
     assert problem in reasons(case, copied(case, method, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "case, changes",
+    [
+        ("bert-bottleneck", {"is_parallel": "zz"}),
+        ("bert-bottleneck", {"is_parallel": "false"}),
+        ("bert-bottleneck", {"use_gating": "false"}),
+        ("bert-bottleneck", {"scaling": "zz"}),
+        ("bert-bottleneck", {"scaling": float("nan")}),
+        ("bert-lora", {"r": "3"}),
+        ("bert-lora", {"alpha": None}),
+        ("bert-lora", {"dropout": 1}),
+        ("bert-lora", {"attn_matrices": None}),
+        ("bert-prefix", {"prefix_length": 2.5}),
+        ("bert-prefix", {"flat": "false"}),
+        ("bert-prefix", {"non_linearity": "zz"}),
+    ],
+    ids=str,
+)
+def test_values_that_the_library_never_writes_are_refused(case, changes, copied, tmp_path):
+    assert next(iter(changes)) in reasons(case, copied(case, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "case, scaling, problem",
+    [
+        ("bert-parallel", 2.0, "scaleup has no scaling of the adapters"),
+        ("bert-bottleneck", "learned", "has no scaling of the adapters"),
+    ],
+)
+def test_a_learned_scale_is_there_exactly_if_the_config_says_so(
+    case, scaling, problem, copied, tmp_path
+):
+    assert problem in reasons(case, copied(case, scaling=scaling), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ids, problem",
+    [
+        ("zz", "no valid label2id"),
+        (["a", "b", "c"], "no valid label2id"),
+        ({"a": 0, "b": "one", "c": 2}, "no valid label2id"),
+        ({"a": 1, "b": 2, "c": 3}, "does not number its labels"),
+        ({"a": 0, "b": 0, "c": 2}, "does not number its labels"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["bert-lora", "bert-unipelt-flex"])
+def test_a_head_with_odd_numbers_of_labels_is_refused(case, ids, problem, copied, tmp_path):
+    folder = copied(case)
+    content = json.loads((folder / "head_config.json").read_text())
+    (content["config"] or content)["label2id"] = ids
+    (folder / "head_config.json").write_text(json.dumps(content))
+    assert problem in reasons(case, folder, tmp_path)
 
 
 def test_every_reason_is_named_at_once(copied, tmp_path):
