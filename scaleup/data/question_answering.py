@@ -13,6 +13,7 @@ Shapes: N windows, T tokens.
 """
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -143,14 +144,24 @@ def _null(ids: list[int], special: int | None) -> int:
     return ids.index(special) if special in ids else 0
 
 
-def _label(window: dict[str, Any], answers: list[str], starts: list[int]) -> list[int]:
-    """Return the first and the last token of the first answer, or twice `null` without it."""
+def _label(
+    window: dict[str, Any], answers: list[str], starts: list[int], visible: tuple[int, int]
+) -> list[int]:
+    """Return the first and the last token of the first answer, or twice `null` without it.
+
+    Args:
+        window: the window.
+        answers: texts of the answers.
+        starts: their places in the context.
+        visible: begin and end of what the tokens of all windows cover. Invisible characters around
+            it belong to no window, and their absence does not cut an answer.
+    """
     begins, ends, null = window["begins"], window["ends"], window["null"]
     if not answers:
         return [null, null]
     text = answers[0]
-    start = starts[0] + len(text) - len(text.lstrip())
-    end = starts[0] + len(text.rstrip())
+    start = max(starts[0] + len(text) - len(text.lstrip()), visible[0])
+    end = min(starts[0] + len(text.rstrip()), visible[1])
     inside = [i for i, begin in enumerate(begins) if begin != OUTSIDE]
     if not inside or begins[inside[0]] > start or ends[inside[-1]] < end:
         return [null, null]
@@ -192,10 +203,17 @@ def tokenize(
         columns: dict[str, list] = {key: list(values) for key, values in encoded.items()}
         columns |= {"labels": [], "length": []}
         columns |= {"example": [], "begins": [], "ends": [], "null": []} if scored else {}
-        for number, (owner, places) in enumerate(zip(owners, offsets)):
+        masks = [
+            [part == 1 and begin < end for part, (begin, end) in zip(parts, places)]
+            for parts, places in zip(map(encoded.sequence_ids, range(len(owners))), offsets)
+        ]
+        visible: dict[int, tuple[int, int]] = {}
+        for owner, places, inside in zip(owners, offsets, masks):
+            for begin, end in itertools.compress(places, inside):
+                first, last = visible.get(owner, (begin, end))
+                visible[owner] = min(first, begin), max(last, end)
+        for number, (owner, places, inside) in enumerate(zip(owners, offsets, masks)):
             ids = columns["input_ids"][number]
-            parts = encoded.sequence_ids(number)
-            inside = [p == 1 and b < e for p, (b, e) in zip(parts, places)]
             window = {
                 "example": rows[owner],
                 "begins": [b if i else OUTSIDE for i, (b, _) in zip(inside, places)],
@@ -203,7 +221,8 @@ def tokenize(
                 "null": _null(ids, tokenizer.cls_token_id),
                 "length": len(ids),
             }
-            window["labels"] = _label(window, batch["answers"][owner], batch["starts"][owner])
+            answers, starts = batch["answers"][owner], batch["starts"][owner]
+            window["labels"] = _label(window, answers, starts, visible.get(owner, (0, 0)))
             for name, values in columns.items():
                 if name in window:
                     values.append(window[name])

@@ -229,6 +229,27 @@ def test_answers_are_compared_as_in_squad():
     assert found["f1"] == pytest.approx((1 + 2 / 3 + 1 + 0 + 2 / 3) / 5)
 
 
+@pytest.mark.parametrize(
+    "words, answer", [(3, "~ann"), (40, "~ann"), (3, "sings~"), (40, "sings~")]
+)
+def test_an_answer_with_an_invisible_end_at_an_end_of_the_context_is_learned(
+    in_tmp, tokenizer, words, answer
+):
+    context = " ".join(["~ann", *["so"] * words, "sings~"])
+    answers = {"text": [answer], "answer_start": [context.index(answer)]}
+    rows = [ANSWER | {"context": context, "answers": answers}] * 2
+    examples, chosen = loaded(
+        *(question_answering, "question_answering", rows, [ANSWER]), max_length=24
+    )
+    tokens = question_answering.tokenize(examples, tokenizer, chosen)
+    found = {
+        tokenizer.decode(row["input_ids"][first : last + 1]).replace(" ##", "")
+        for row in tokens.train
+        for first, last in [row["labels"]]
+    }
+    assert found == {answer.strip("~")} | ({"[CLS]"} if words > 9 else set())
+
+
 def test_a_question_is_cut_to_half_of_a_window(in_tmp, tokenizer):
     rows = [ANSWER, ANSWER | {"question": "why " * 50}]
     examples, chosen = loaded(question_answering, "question_answering", rows, rows, max_length=24)
