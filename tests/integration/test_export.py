@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scaleup import errors
@@ -244,6 +245,17 @@ def test_an_export_that_loses_too_much_keeps_nothing(workspace, monkeypatch, dro
     assert [path.name for path in workspace.glob("*lost*")] == (
         [] if drop > allowed else [f"lost-{allowed:g}"]
     )
+
+
+def test_a_full_disk_is_one_sentence(workspace, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    chosen = options(workspace, "exact", output=workspace / "full", verify=False)
+    with pytest.raises(errors.ExportError, match="full could not be written: No space left"):
+        export.run(chosen, print)
+    assert not list(workspace.glob("*full*"))
 
 
 def test_an_export_whose_logits_differ_after_loading_is_not_kept(workspace, monkeypatch):
