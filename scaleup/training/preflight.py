@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from scaleup.backbone.folder import (
 )
 from scaleup.backbone.kernels import check_kernels
 from scaleup.backbone.lengths import length_problems
-from scaleup.backbone.method import checkpointing_problems
+from scaleup.backbone.method import apply_method, checkpointing_problems
 from scaleup.backbone.tokenizer import load_tokenizer
 from scaleup.data import tasks
 from scaleup.errors import ConfigError, one_line
@@ -48,6 +49,10 @@ def packing_problems(data: DataSettings, config: PretrainedConfig) -> list[str]:
     return [f"data.packing: {problem} (known: {', '.join(PACKS)}); leave it out"]
 
 
+# Settings of the method that not every supported model can have, and the value that all can.
+UNEVEN = {"lora_gate_scope": "attention", "prefix_positions": "none"}
+
+
 def hub_structure(settings: Settings, config: PretrainedConfig) -> list[str]:
     """Check a model of the hub, once its config is loaded, as `model_config` checks a folder."""
     model = settings.model
@@ -64,7 +69,7 @@ def _structure_problems(
     known = config.model_type in TESTED
     eager_only = model.attention != "eager" and config.model_type in EAGER_ONLY
     if not completes and known and not eager_only and model.attention != "flash":
-        return []
+        return _attaching_problems(model, method, config, auto)
     attentions, problem = backbone.find_attentions(config, model.attention, auto)
     if problem is not None and problem.startswith("model.attention"):
         return [problem]
@@ -88,7 +93,23 @@ def _structure_problems(
             SUBMODULES[name].check(attentions)
         except ValueError as error:
             problems.append(str(error))
+    if not problems:
+        return _attaching_problems(model, method, config, auto)
     return [f"model.name: {model.name}: {problem}" for problem in problems]
+
+
+def _attaching_problems(
+    model: ModelSettings, method: MethodSettings, config: PretrainedConfig, auto: Any
+) -> list[str]:
+    """Attach the method to an empty model, if a setting of it may not suit this model."""
+    if method.name != "unipelt" or UNEVEN.items() <= method.model_dump().items():
+        return []
+    empty = backbone.empty_model(copy.deepcopy(config), model.attention, None, auto)
+    try:
+        apply_method(empty, method)
+    except ValueError as error:
+        return [f"method.{one_line(error, 300)}"]
+    return []
 
 
 def _head_problems(model: ModelSettings, data: DataSettings, config: PretrainedConfig) -> list[str]:

@@ -26,6 +26,32 @@ def problems(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    "model_type, setting, words",
+    [
+        ("bert", "prefix_positions=counted", "method.prefix_positions: only T5 can count them"),
+        ("bert", "lora_gate_scope=projection", None),
+        ("t5", "prefix_positions=counted", None),
+        (
+            "gpt2",
+            "lora_gate_scope=projection",
+            "method.lora_gate_scope: query and value of transformer.h.0.attn are one projection",
+        ),
+    ],
+)
+def test_a_setting_that_does_not_suit_the_model_is_refused_before_the_run(
+    workspace, tmp_path, model_type, setting, words
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "pad_token_id": 0}))
+    sparse_weights(tmp_path)
+    own = [
+        f"model.name={tmp_path}" if o.startswith("model.name") else o
+        for o in overrides(workspace, tmp_path / "out", f"method.{setting}")
+    ]
+    found = problems(*own)
+    assert found == [] if words is None else [p.startswith(words) for p in found] == [True], found
+
+
+@pytest.mark.parametrize(
     "content, words",
     [
         ({"model_type": "mpnet"}, "set model.attention=eager"),
