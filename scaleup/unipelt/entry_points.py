@@ -42,6 +42,7 @@ def extend(peft_type: PeftType, prefix: str, head: type[AuxiliaryTrainingWrapper
     peft.functional.delete_adapter = _with_prefix(delete, f"{peft_type.value.lower()}_", prefix)
     # transformers disables heads with the adapters and leaves them disabled.
     PeftAdapterMixin.enable_adapters = _with_heads(PeftAdapterMixin.enable_adapters, head)
+    PeftAdapterMixin.load_adapter = _with_advice(PeftAdapterMixin.load_adapter, head)
 
 
 def _with_names(mapping: Callable[..., list[Any]], peft_type: PeftType) -> Callable[..., list[Any]]:
@@ -85,3 +86,22 @@ def _with_heads(
                 module.enable_adapters(True)
 
     return enable_adapters
+
+
+def _with_advice(
+    load: Callable[..., Any], head: type[AuxiliaryTrainingWrapper]
+) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, *args, **kwargs)
+        except RuntimeError as error:
+            has_head = any(isinstance(module, head) for module in self.modules())
+            if "ignore_mismatched_sizes" not in str(error) or not has_head:
+                raise
+            raise ValueError(
+                "the adapter has a head for another number of classes than the model; load the "
+                "model with num_labels=…, the first number of `ckpt` in the report above"
+            ) from error
+
+    return load_adapter

@@ -66,6 +66,16 @@ def test_adapters_are_loaded_switched_disabled_and_deleted(folders):
 
 
 @bert
+def test_a_head_for_another_number_of_classes_is_one_sentence(folders):
+    _, base, adapter, expected = folders
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=expected.shape[-1] + 1, ignore_mismatched_sizes=True
+    )
+    with pytest.raises(ValueError, match="load the model with num_labels=…"):
+        model.load_adapter(adapter)
+
+
+@bert
 def test_an_added_adapter_trains_saves_and_loads(folders, tmp_path):
     _, base, _, _ = folders
     model = AutoModelForSequenceClassification.from_pretrained(base)
