@@ -62,7 +62,7 @@ def _clean_answers(cell: Any) -> Cell:
         texts, starts = [texts], [starts]
     valid = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
     if not valid:
-        return None, "has not as many answer_start as text"
+        return None, "has lists answer_start and text of different lengths"
     for text, start in zip(texts, starts):
         if not isinstance(text, str) or not text.strip():
             return None, f"the answer {text!r:.40} is not text"
@@ -135,7 +135,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, question: str, most: int) -> str:
         )
         if len(encoded["input_ids"]) <= most:
             return question
-        # Another end may have more tokens, so this may need more than one step.
+        # The shorter question may be tokenized differently, so this may need more than one step.
         question = question[: min(encoded["offset_mapping"][most][0], len(question) - 1)]
 
 
@@ -147,7 +147,7 @@ def _null(ids: list[int], special: int | None) -> int:
 def _label(
     window: dict[str, Any], answers: list[str], starts: list[int], visible: tuple[int, int]
 ) -> list[int]:
-    """Return the first and the last token of the first answer, or twice `null` without it.
+    """Return the first and the last token of the first answer, or `null` twice if it is not whole.
 
     Args:
         window: the window.
@@ -247,8 +247,8 @@ def collator(
 def loss(outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean cross-entropy of the start and the end over the tokens of each window.
 
-    The models of transformers also choose among the padding, so that their loss of an example
-    depends on the others in its batch.
+    The models of transformers include the padding in the softmax, so their loss of an example
+    depends on the other examples of its batch.
     """
     padding_NT = batch["attention_mask"] == 0
     losses = [
@@ -292,9 +292,10 @@ def _answers(
 ) -> tuple[datasets.Dataset, list[str]]:
     """Return the texts of a set, and the answer to each of its questions.
 
-    It is the best part of all windows that is no longer than the longest answer of the training
-    set. If that has questions without an answer, the answer is "" where the sum at the tokens for
-    "no answer" is larger in every window. NaN counts as the lowest output.
+    An answer is the span with the highest sum in any window, among spans that are no longer than
+    the longest answer of the training set. If the training set has questions without an answer, the
+    answer is "" where the sum at the token for "no answer" is larger in every window. NaN counts as
+    the lowest output.
 
     Args:
         outputs: start and end logits [N, T, 2].
@@ -322,7 +323,7 @@ def _answers(
 def compute_metrics(
     examples: Examples, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function that computes exact match and F1 of answers as SQuAD, as shares of 1."""
+    """Return a function that computes SQuAD's exact match and F1 of answers, as shares of 1."""
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
         numbers = np.asarray(prediction.label_ids).reshape(-1)

@@ -160,7 +160,7 @@ def named(item: Any, declared: list[str] | None) -> str | None:
 
 
 def number_scored(tokens: Examples, texts: Examples) -> Examples:
-    """Give the rows of dev, and then those of test, numbers by which their scores find them.
+    """Number the rows of dev, and then those of test, so that scoring can find them.
 
     The numbers are the column `reference`. The texts of both sets stay with the examples.
     """
@@ -188,10 +188,10 @@ def fast_tokenizer(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> No
     """Check that a tokenizer says where its tokens are in a text.
 
     Raises:
-        ConfigError: it is written in Python.
+        ConfigError: the tokenizer is written in Python.
     """
     if not tokenizer.is_fast:
-        problem = f"the tokenizer of {tokenizer.name_or_path} does not tell where its tokens are"
+        problem = f"the tokenizer of {tokenizer.name_or_path} does not say where its tokens are"
         raise ConfigError(
             f"model.name: {problem} in a text, which data.task {data.resolved_task} needs; use a "
             "model with a tokenizer.json"

@@ -74,7 +74,7 @@ def _clean_tags(cell: Any, known: set[str], declared: list[str] | None) -> Cell:
     tags = [named(item, declared) for item in items]
     for item, tag in zip(items, tags):
         if tag is None or not IOB2.fullmatch(tag):
-            return None, f"{item!r:.40} is no tag of the IOB2 scheme (O, B-<type> or I-<type>)"
+            return None, f"{item!r:.40} is not a tag of the IOB2 scheme (O, B-<type> or I-<type>)"
         if known and tag not in known:
             return None, f"the tag {tag[:40]!r} is none of {', '.join(sorted(known)[:10])}"
     for before, tag in zip(["O", *tags], tags):
@@ -171,9 +171,9 @@ def first_tokens(
 def tokenize(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, data: DataSettings
 ) -> Examples:
-    """Replace texts by tokens, labels at the first token of each word, words and length (tokens).
+    """Replace texts by tokens, labels, words and length (number of tokens).
 
-    Inputs are cut to `max_length` tokens.
+    A label is at the first token of its word. Inputs are cut to `max_length` tokens.
     """
     fast_tokenizer(tokenizer, data)
     filler = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -259,8 +259,10 @@ def _tags(
 def compute_metrics(
     examples: Examples, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function that computes precision, recall and F1 of entities, and the accuracy of
-    words, as shares of 1."""
+    """Return a function that scores entities and words, as shares of 1.
+
+    The scores are precision, recall and F1 of entities, and the accuracy of words.
+    """
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
         numbers = np.asarray(prediction.label_ids).reshape(-1)

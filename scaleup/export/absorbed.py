@@ -81,7 +81,7 @@ def write_lora(export: Export, empty: nn.Module, path: pathlib.Path, folder: pat
         task_type=export.adapter.task_type,
         base_model_name_or_path=str(export.manifest.backbone["name"]),
         r=rank,
-        lora_alpha=rank,  # so that the update is B A as it is
+        lora_alpha=rank,  # so that the update is exactly B A
         rank_pattern=narrow,
         alpha_pattern=narrow,
         target_modules=target_modules(empty, set(updates)),
@@ -105,7 +105,7 @@ def _has(tensors: dict[str, torch.Tensor], module: str) -> bool:
 
 
 def target_modules(model: nn.Module, names: set[str]) -> list[str]:
-    """Return short endings that match these linear layers of a model and no other.
+    """Return short endings that match these linear layers of a model and no others.
 
     PEFT compares the end of a path with them. Serving engines know the short ones, such as q_proj.
     """

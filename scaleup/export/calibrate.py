@@ -1,4 +1,4 @@
-"""Measures a trained model over prepared batches, and its gates, in its own process.
+"""Measure a trained model and its gates over prepared batches, in a separate process.
 
     python -m scaleup.export.calibrate JOB.json
 

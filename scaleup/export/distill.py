@@ -1,10 +1,11 @@
-"""Fits low-rank updates of a backbone's linear layers to a trained model, in its own process.
+"""Fit low-rank updates of a backbone's linear layers to a trained model, in a separate process.
 
     python -m scaleup.export.distill JOB.json
 
-First by least squares on the outputs of layers (`least_squares.py`). Then a few epochs bring the
-predictions of the student to those of the trained model: KL divergence, or squared error for a
-regression. Both take training texts without their labels.
+The updates are first fitted by least squares to the outputs of layers (`least_squares.py`). Then
+they are trained for a few epochs, so that the student's predictions approach those of the trained
+model. The loss is the KL divergence, or the squared error for a regression. Neither step learns
+from the labels of the training texts.
 
 Shapes: B examples, T tokens, V words or classes.
 """
@@ -81,10 +82,10 @@ class Predictions:
     several: bool = False
 
     def of(self, model: Any, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
-        """Return logits [N, V] of distributions, or of a regression values [B, 1].
+        """Return the logits [N, V] of the predictions, or the values [B, 1] of a regression.
 
         Args:
-            labels: of the batch; only those of text are read, to find the tokens that are written.
+            labels: labels of the batch; only read for text, to find the tokens that are generated.
         """
         found = model(**batch.inputs)
         scored = [found[name].float() for name in self.outputs]
@@ -109,7 +110,7 @@ class Predictions:
 def model_batch(
     model: Any, batch: dict[str, torch.Tensor], writes: bool, device: torch.device
 ) -> Batch:
-    """Return what a model gets of a batch, without labels where they are no text."""
+    """Return the inputs of a model for a batch; they include the labels only if these are text."""
     inputs: dict[str, Any] = {n: batch[n].to(device) for n in MODEL_INPUTS if n in batch}
     mask_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     decoder_mask_BT = None

@@ -110,10 +110,10 @@ class Evaluation:
         return self.examples.count("test" if self.options.calibrate == "test" else "dev")
 
     def unused_rows(self, most: int) -> datasets.Dataset | None:
-        """Return at most this many rows of the training data that data.k left out, as tokens.
+        """Return at most `most` tokenized rows of the training data that data.k left out.
 
-        None of them is in the development set. Nothing is returned for data in which a row is not
-        one example.
+        None of them is in the development set. Returns None if there are no such rows, or if a row
+        of the data is not exactly one example.
         """
         data = self.data
         counts = [s.get("rows") for s in self.examples.sources if s["split"] == "train"]
@@ -156,8 +156,8 @@ class Evaluation:
             replaced = split == "validation" and self.options.calibrate not in ("dev", "test")
             if current.get(split) != source.get("sha256") and not replaced:
                 raise ConfigError(
-                    f"--calibrate: the run's {split} data has changed since, so that dev would be "
-                    "other examples; restore it, or name a file"
+                    f"--calibrate: the run's {split} data has changed since training, so dev would "
+                    "not be the same examples; restore it, or name a file"
                 )
 
     def _files(self, name: str) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class Evaluation:
         return self.run_process(name, command, job, TrainedMeasurements)
 
     def measure_export(self, folder: pathlib.Path) -> Measurements:
-        """Measure an exported folder where scaleup does not exist, nor PEFT if it is no adapter."""
+        """Measure an exported folder in a process without scaleup and, unless it is lora, PEFT."""
         fields: dict[str, Any] = {"folder": str(folder.resolve())}
         if self.options.kind == "lora":
             model, config = self.settings.model, self.export.config

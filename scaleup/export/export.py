@@ -84,7 +84,7 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
     """
     settings, manifest, config = _read_run(options)
     staging = staging_folder(options.output)
-    if staging.is_dir():  # of an export that is still running, or was killed
+    if staging.is_dir():  # left by an export that is still running or was killed
         io.hold(staging, "--output: another export", lock="")
     try:
         staging = create_staging_folder(options.output)

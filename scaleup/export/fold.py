@@ -1,11 +1,11 @@
-"""What becomes of UniPELT's weights in an exported folder.
+"""Convert the weights of UniPELT to those of an exported folder.
 
 A gate that is replaced by a constant g disappears into the weights that it scales:
 
     W ← W + g_L B A        W_up, b_up ← g_A W_up, g_A b_up        P_K, P_V ← g_P P_K, g_P P_V
 
-Each submodule's file has its own formula. The MLP that produces a prefix is evaluated once and left
-out of every kind of export. Nothing here needs the backbone's weights.
+The formula of each submodule is in its own file. The MLP that produces a prefix is evaluated once
+and is not part of any export. Nothing here needs the backbone's weights.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Folded:
     Attributes:
         specification: the `unipelt` entry of config.json, None if only plain weights remain.
         tensors: tensors that are added to the backbone's or replace them.
-        updates: functions that return what is added to the weight of that name, [out, in].
+        updates: name of a weight → function that returns what is added to it, [out, in].
         renamed: modules whose parameters move into another module.
     """
 

@@ -1,4 +1,4 @@
-"""Writes a transformers folder that contains UniPELT: modelling code, config and weights.
+"""Write a transformers folder that contains UniPELT: modelling code, config and weights.
 
 The modelling code is a short generated file beside unchanged copies of files of `scaleup/unipelt/`.
 The weights are streamed from the backbone's files, one shard at a time.
@@ -200,7 +200,7 @@ class FolderWriter:
                 continue  # the model creates it
             if tensor is None:
                 raise ValueError(
-                    f"{name} is neither in {source} nor in the checkpoint, so that is not the "
+                    f"{name} is neither in {source} nor in the checkpoint, so this is not the "
                     "backbone that was trained on"
                 )
             if name in self.tensors and tensor.shape != self.tensors[name].shape:

@@ -1,9 +1,9 @@
-"""Fits the updates of a student to the outputs of the trained model's layers.
+"""Fit the updates of a student to the outputs of the trained model's layers.
 
 Every block of the student gets the arguments that it has in the trained model. Layers that read the
-same input are fitted together, in the order in which they run, each to the difference that is left
-in its output. The last layer of a block's feed-forward sublayer stands for the adapter and all that
-is left of the block's output.
+same input are fitted together, in the order in which they run, each to the difference that remains
+in its output. The last layer of a block's feed-forward sublayer absorbs the adapter and everything
+else that still differs in the block's output.
 
 Shapes: B examples, T tokens, N real tokens, D width.
 """
@@ -245,7 +245,7 @@ def fit(
     sites = find_sites(base)[1]
     blocks = linear_layers(base)
     forcing = Forcing(student, blocks, sites)
-    # Layers that lead to the units of a feed-forward sublayer have nothing of their own to learn.
+    # The layers before the last one of a feed-forward sublayer have nothing of their own to learn.
     idle = {name for site in sites for name in _inner(site, blocks[site.name])}
     before: dict[str, float] = {}
     for group in list(forcing.groups(batches[0], blocks)):

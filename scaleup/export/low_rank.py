@@ -38,7 +38,7 @@ class LowRank(nn.Module):
         return nn.functional.linear(low_rank, self.B_OR)
 
     def set(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
-        """Set the product B A. Both factors get the same size, so that both can be trained on."""
+        """Set the product B A, with both factors scaled to the same size for further training."""
         sizes_R = A_RI.norm(dim=1), B_OR.norm(dim=0)
         if not (sizes_R[0] * sizes_R[1]).sum() > 0:
             return  # nothing to add

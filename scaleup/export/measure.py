@@ -1,9 +1,9 @@
-"""Measures a model over prepared batches: logits, generated text, loss, time and memory.
+"""Measure a model over prepared batches: logits, generated text, loss, time and memory.
 
     python -I scaleup/export/measure.py JOB.json
 
-loads an exported folder as its user does, in a process without scaleup and PEFT. This file
-therefore imports nothing of scaleup.
+This command loads an exported folder as its user does, in a process without scaleup, and without
+PEFT unless the export is a LoRA adapter. This file therefore imports nothing of scaleup.
 
 Shapes: B examples, T tokens, V words of the vocabulary.
 """
@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 ROOM = 0.8  # share of the free memory that weights may take
 COMPARED = 16  # number of examples whose logits are kept if every token has logits
-FOR_SCORES = ("prompt", "prompt_mask", "reference")  # entries of a batch that are no model inputs
+FOR_SCORES = ("prompt", "prompt_mask", "reference")  # entries of a batch that are not model inputs
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,8 +81,8 @@ class Measurements:
     """What a process measured.
 
     Attributes:
-        logits: float32, [examples, classes]; for text [label tokens of the first examples, V]; of
-            tasks with outputs for each token [tokens without padding, classes].
+        logits: float32, [examples, classes]; for text, [label tokens of the first examples, V]; for
+            tasks with outputs for each token, [tokens without padding, classes].
         written: generated tokens of each example; empty if nothing is generated.
         loss: mean over label tokens, None for tasks without text.
         seconds: duration of the forward pass of each batch.

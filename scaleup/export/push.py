@@ -19,7 +19,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @contextmanager
 def _explained(repo: str, key: str) -> Iterator[None]:
-    """Turn what the hub answers into one line that says what to change."""
+    """Turn errors of the hub into one line that says what to change."""
     try:
         yield
     except HFValidationError as error:

@@ -203,7 +203,7 @@ class ExportReport:
     """What an export is and what was measured of it.
 
     Attributes:
-        gates: "learned", "frozen" if constants replace them, "absorbed" if updates stand for all.
+        gates: "learned"; "frozen" if constants replace them; "absorbed" if updates replace UniPELT.
         remote_code: whether the folder contains modelling code.
         dtype: data type of the backbone's weights, None for an exact export.
         calibration: None if nothing depends on data.

@@ -1,4 +1,4 @@
-"""Compares a trained model with its export, over the same batches."""
+"""Compare a trained model with its export, over the same batches."""
 
 import pathlib
 import statistics
@@ -70,7 +70,7 @@ def verify_export(
     rounded = reload_difference if dtype == torch.float32 else reloaded.mean().item()
     if not rounded <= ROUNDING[dtype] * max(1.0, expected.logits.abs().max().item()):
         raise ExportError(
-            "the export gives other logits in a new process than it should, by "
+            "in a new process, the logits of the export differ from the expected ones by "
             f"{rounded:.2g}; nothing was kept. Please report this"
         )
     name = evaluation.examples.metric

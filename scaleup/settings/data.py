@@ -141,8 +141,8 @@ class DataSettings(Section):
     """Number of training examples: the first K of the shuffled training set (low-resource
     protocol), or all."""
     dev_size: Count = 1000
-    """Number of development examples that are cut from the training set: after the first K, or
-    with k all if there is no validation set."""
+    """Number of development examples that are cut from the training set, after the first K. Has no
+    effect with a validation set of your own, or with k all in a GLUE task."""
     test_size: Count | None = None
     """Largest number of test examples (seq2seq and causal_lm: of distinct sources). A larger test
     set is sampled, always to the same examples. Default: all."""

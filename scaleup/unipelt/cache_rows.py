@@ -12,7 +12,7 @@ from .pooling import GateTotals, StaticGateTotals, kept_beside
 
 
 def select_rows(cache: Cache, rows: torch.Tensor, size: int) -> Cache:
-    """Return a cache with some rows of another one of `size` rows, which is left as it is."""
+    """Return a cache with some of the `size` rows of another cache, which does not change."""
 
     def select(tensor: torch.Tensor) -> torch.Tensor:
         of_rows = tensor.dim() > 1 and tensor.shape[0] == size
@@ -42,7 +42,7 @@ def _map_tensors(state: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
 def join_caches(
     parts: Sequence[Cache], groups: Sequence[torch.Tensor], into: Cache | None = None
 ) -> Cache:
-    """Join caches of several rows each in the order of the rows.
+    """Join caches that hold several rows each, in the order of the rows.
 
     Args:
         parts: the caches.
@@ -69,7 +69,7 @@ def join_caches(
 
 
 def _with_totals(layers: Sequence[Any], counts: Sequence[int]) -> Sequence[Any]:
-    """Let totals be 0 in parts whose gates have none, because they are constant or disabled."""
+    """Add totals of 0 to parts whose gates have none, because they are constant or disabled."""
     totals = [layer for layer in layers if isinstance(layer, GateTotals | StaticGateTotals)]
     if not any(layer.is_initialized for layer in totals):
         return layers

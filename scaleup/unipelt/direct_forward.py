@@ -1,7 +1,7 @@
-"""A forward pass for callers of `model.forward`, who go around the hooks of the model.
+"""Begin a forward pass where a caller uses `model.forward`, which bypasses the model's hooks.
 
-Sentence Transformers is such a caller. The hooks of a parent model begin and end its passes, so the
-forward of a model that is a parent model itself has to do so where they have not.
+Sentence Transformers is such a caller. Normally the hooks of a parent model begin and end its
+passes. If the model is itself a parent model and its hooks have not run, its forward does so.
 """
 
 import functools
@@ -22,7 +22,7 @@ class DirectForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The arguments of the model, for which generation and Trainer look."""
+        """The arguments of the model, which generation and Trainer inspect."""
         return inspect.signature(self._forward)
 
     @property

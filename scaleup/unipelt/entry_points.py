@@ -1,14 +1,14 @@
-"""What the entry points of transformers need to know about UNIPELT adapters.
+"""Make the entry points of transformers handle UNIPELT adapters.
 
     AutoModel….from_pretrained(folder)     model.load_adapter(folder)     model.add_adapter(config)
     model.delete_adapter(name)             model.enable_adapters()        pipeline(model=folder)
 
 transformers injects an adapter without a `PeftModel` around the model, and reads its weights by
-rules of its own. These rules put the adapter's name behind `lora_A` and `lora_B` only, and leave a
-trained head out, whatever the method is.
+rules of its own. Whatever the method is, these rules insert the adapter's name only after `lora_A`
+and `lora_B`, and they leave out a trained head.
 
-This is the only file that replaces functions of PEFT and transformers. Other methods than UNIPELT
-get what the replaced function gives.
+This is the only file that replaces functions of PEFT and transformers. For methods other than
+UNIPELT, the replaced functions do what they did before.
 """
 
 import functools
@@ -23,7 +23,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import PeftAdapterMixin
 
-# The last component of a name that begins with unipelt_, behind which the adapter's name stands.
+# The last component of a name that begins with unipelt_. The adapter's name follows it.
 CONTAINER = r"(unipelt_\w+)(?=\.(?!.*unipelt_))"
 
 
@@ -37,7 +37,7 @@ def extend(peft_type: PeftType, prefix: str, head: type[AuxiliaryTrainingWrapper
     """
     named: Any = conversion.build_peft_weight_mapping
     conversion.build_peft_weight_mapping = _with_names(named, peft_type)
-    # transformers calls it with the name of the method, which is part of the names of the layers.
+    # transformers passes the name of the method as the prefix, which names of layers contain too.
     delete: Any = peft.functional.delete_adapter
     peft.functional.delete_adapter = _with_prefix(delete, f"{peft_type.value.lower()}_", prefix)
     # transformers disables heads with the adapters and leaves them disabled.
@@ -100,8 +100,8 @@ def _with_advice(
             if "ignore_mismatched_sizes" not in str(error) or not has_head:
                 raise
             raise ValueError(
-                "the adapter has a head for another number of classes than the model; load the "
-                "model with num_labels=…, the first number of `ckpt` in the report above"
+                "the adapter's head has a different number of classes than the model; load the "
+                "model with num_labels=…, the first number under `ckpt` in the report above"
             ) from error
 
     return load_adapter

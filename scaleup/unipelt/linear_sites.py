@@ -1,4 +1,4 @@
-"""The linear layers of a block, found by what the run of an empty copy shows (`probe.py`)."""
+"""Find the linear layers of a block from the run of an empty copy of the model (`probe.py`)."""
 
 from collections.abc import Sequence
 
@@ -90,8 +90,8 @@ def _attention_output(
 ) -> str | None:
     """Return the output projection of an attention.
 
-    It is the first layer to run after the attention's projections that reads something else than
-    they do. In BERT it lies outside of the attention.
+    It is the first layer to run after the attention's projections that does not read their input.
+    In BERT it lies outside of the attention.
     """
     read = {id(run.inputs[path]) for path in projections}
     after = ran[max(map(ran.index, projections)) + 1 :]

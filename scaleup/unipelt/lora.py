@@ -11,8 +11,8 @@ frozen weight. In an exported folder it is a hook on the layer, or folded into t
 
 There is one gate per input. Queries, keys and values share the gate of their attention
 (`lora_attention.py`); other layers share one if they read the same tensor (`lora_linear.py`). With
-`lora_gate_scope: projection` only queries use that of the attention; all other layers have a gate
-each, of the second kind.
+`lora_gate_scope: projection`, only queries use the gate of the attention, and every other layer has
+its own gate, of the second kind.
 
 Shapes: R rank.
 """
@@ -32,7 +32,7 @@ from .submodule import LARGEST, Folding, Submodule, option
 
 @dataclasses.dataclass
 class LoraOptions:
-    """Settings of LoRA. Except for the gate and the targets, the fields are PEFT's LoraConfig's."""
+    """Settings of LoRA. Except for gate and targets, the fields are those of PEFT's LoraConfig."""
 
     r: int = option(8, "Rank of the LoRA update.", at_least=1, at_most=LARGEST)
     lora_alpha: float = option(
@@ -58,12 +58,12 @@ class LoraOptions:
     lora_gate_scope: str = option(
         "attention",
         "Which layers share a learned gate. attention: query, key and value of an attention "
-        "(paper), and other layers that read the same input. projection: none, as in the library "
-        "adapters.",
+        "(paper), and other layers that read the same input. projection: every layer has its own "
+        "gate, as in the library adapters.",
         choices=("attention", "projection"),
     )
     lora_dropout: float = option(
-        0.0, "Dropout on the input of LoRA, probability.", at_least=0, below=1
+        0.0, "Dropout probability on the input of LoRA.", at_least=0, below=1
     )
 
 

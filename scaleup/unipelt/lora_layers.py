@@ -1,7 +1,7 @@
 """LoRA's update of one linear layer: a variant of PEFT's layer, and a hook in exported folders.
 
-Where the gated narrow product G · A x of a layer comes from is the matter of a `GatedProducts`:
-of an attention (`lora_attention.py`) or of other layers that read one input (`lora_linear.py`).
+The gated narrow product G · A x of a layer comes from a `GatedProducts`: that of an attention
+(`lora_attention.py`) or that of other layers that read one input (`lora_linear.py`).
 
 Shapes: T tokens, R rank.
 """
@@ -26,7 +26,7 @@ LORA_CHILD = "unipelt_lora"  # the child of a linear layer in an exported folder
 
 
 class Holders:
-    """What holds A and B of the layers that share a gate, by adapter and role.
+    """The modules that hold A and B of the layers that share a gate, by adapter and role.
 
     The roles of an adapter have the order in which they are added.
 
@@ -44,11 +44,11 @@ class Holders:
         self.site.passes.forget_layers()
 
     def add(self, adapter_name: str | None, role: str, holder: Any) -> None:
-        """Note what holds A and B of a layer."""
+        """Add the module that holds A and B of a layer."""
         self._by_adapter[adapter_name][role] = holder
 
     def active(self) -> dict[str, Any]:
-        """Return what the active adapter, which has this gate, has by role."""
+        """Return the modules of the active adapter that has this gate, by role."""
         by_adapter = self._by_adapter
         if len(by_adapter) == 1:
             return next(iter(by_adapter.values()))
@@ -59,13 +59,13 @@ class Holders:
         return holder, f"{self.site.path(container, holder)}.weight"
 
     def require_no_dropout(self) -> None:
-        """Raise PlainPath if LoRA reads something else than its gate does."""
+        """Raise PlainPath if LoRA and its gate read different inputs."""
         dropouts = (self.site.active_entry(h.lora_dropout) for h in self.active().values())
         if not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
             raise PlainPath("lora_dropout changes what LoRA reads")
 
     def maps(self, roles: Iterable[str]) -> list[nn.Linear]:
-        """Return A of layers, none of them while LoRA reads something else than its gate does."""
+        """Return A of layers, or none while LoRA and its gate read different inputs."""
         active, holders, linears = self.site.active_entry, self.active(), []
         for holder in (holders[role] for role in roles):
             linear, dropout = active(holder.lora_A), active(holder.lora_dropout)
@@ -77,7 +77,7 @@ class Holders:
 
 
 class GatedProducts(Protocol):
-    """What the layers that share a gate ask for. `role` says which of them asks."""
+    """What layers with a shared gate ask for. `role` identifies the layer that asks."""
 
     holders: Holders
     mergeable: bool  # whether ungated LoRA can be added to the weights

@@ -1,8 +1,8 @@
 """LoRA's gate at linear layers that read one input and share no gate of an attention.
 
-The output projection of an attention has its own gate, computed from its own input. So has the last
-projection of a feed-forward sublayer, and its first projections share one. Keys and values have one
-each if `lora_gate_scope` is projection.
+The output projection of an attention has its own gate, computed from its own input, and so does the
+last projection of a feed-forward sublayer, whose first projections share a gate. Keys and values
+each have a gate if `lora_gate_scope` is projection.
 
 Shapes: B examples, T tokens, D width of the input, R rank, M = B·T.
 """
@@ -95,7 +95,7 @@ class LinearGate(SiteLayer):
         return low_rank.flatten(0, 1) if x.dim() == 2 else low_rank
 
     def _finish(self, role: str) -> None:
-        """Drop the input behind the last layer that reads it, which may be wide."""
+        """Drop the input, which may be wide, after the last layer that reads it."""
         if role == next(reversed(self.holders.active())):
             del self.passes.current.calls[self]
 

@@ -32,7 +32,7 @@ class PrefixOptions:
 
     prefix_length: int = option(
         10,
-        "Learned keys and values in front of each attention, positions.",
+        "Number of learned positions (keys and values) in front of each attention.",
         at_least=1,
         at_most=LARGEST,
     )
@@ -90,7 +90,7 @@ class PrefixMember(AttentionMember):
         """Keep the prefix until the attention function takes it.
 
         Raises:
-            ValueError: where gradients would be lost.
+            ValueError: gradients would be lost.
         """
         prefixes: PassPrefixes | None = self.layer.passes.current.shared.get(self.bank)
         if prefixes is None:

@@ -4,9 +4,10 @@
     model.generate(**batch, adapter_names=[...])
 
 The rows of each adapter pass through each parent model by themselves, and the results are joined
-in the order of the batch. A row therefore gets what it gets alone, whatever submodules, gates and
-prefix lengths the adapters of other rows have. What the model computes around its parent models
-(the loss, the choice of a token) sees the whole batch. Trained heads are divided likewise.
+in the order of the batch. A row therefore gets the same result as on its own, whatever submodules,
+gates and prefix lengths the adapters of other rows have. The rows pass through trained heads in the
+same way. What the model computes around its parent models (the loss, the choice of a token) sees
+the whole batch.
 
 This is the only file that sets PEFT's private names for the active adapter of a layer, because
 `set_adapter` would also freeze the adapters of the other rows.
@@ -154,7 +155,7 @@ def switchable(module: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def using(layers: Iterable[Any], name: str) -> Iterator[None]:
-    """Let layers use an adapter, or none, without a change of what is trained."""
+    """Let layers use one adapter, or none, without changing which parameters are trained."""
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer, active, _ in before:
@@ -200,13 +201,13 @@ def join_rows(parts: list[torch.Tensor], groups: list[torch.Tensor]) -> torch.Te
     """Put the rows of several tensors in the order of the batch.
 
     Raises:
-        ValueError: for tensors of other shapes, such as the attention weights of prefixes.
+        ValueError: the shapes differ, as those of attention weights do if prefix lengths differ.
     """
     per_row = {divmod(len(part), len(rows)) for part, rows in zip(parts, groups) if part.dim()}
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) > 1 or len(per_row) != 1 or any(rest for _, rest in per_row):
         raise ValueError(
-            "an output has another shape for each adapter of the batch, "
+            "the adapters of the batch give an output different shapes, "
             f"{', '.join(str(tuple(part.shape)) for part in parts)}; leave output_attentions out, "
             "or call the model once for each adapter"
         )

@@ -272,7 +272,9 @@ def test_an_export_whose_logits_differ_after_loading_is_not_kept(workspace, monk
         return size
 
     monkeypatch.setattr(FolderWriter, "write_weights", damaged)
-    with pytest.raises(errors.ExportError, match="other logits in a new process"):
+    with pytest.raises(
+        errors.ExportError, match="in a new process, the logits of the export differ"
+    ):
         export.run(options(workspace, "standalone", output=workspace / "differs"), print)
     assert not list(workspace.glob("*differs*"))
 

@@ -22,7 +22,7 @@ from scaleup.io import read_json
 CONFIG, HEAD_CONFIG = "adapter_config.json", "head_config.json"
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
-VERSIONS = ("adapters.1.1.", "adapters.1.2.", "adapters.1.3.")  # 1.0 scaled LoRA otherwise
+VERSIONS = ("adapters.1.1.", "adapters.1.2.", "adapters.1.3.")  # 1.0 scaled LoRA differently
 # Containers of the modules of an adapter, by which its tensors are named: PATH.CONTAINER.NAME.PART
 CONTAINERS = ("adapters", "loras", "prefix_gates", "prefix_tunings")
 
@@ -71,7 +71,7 @@ def read(folder: pathlib.Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        ConfigError: if it is none, is damaged, or comes from another version of the library.
+        ConfigError: the folder is not a checkpoint, is damaged, or comes from another version.
     """
     if not (folder / CONFIG).is_file():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
@@ -123,7 +123,7 @@ def _tensors(folder: pathlib.Path, names: tuple[str, str]) -> Tensors:
         raise ConfigError(f"DIR: {path} cannot be read: {one_line(error, 200)}") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(map(torch.is_tensor, tensors.values())):
-        raise ConfigError(f"DIR: {path} holds something else than named tensors")
+        raise ConfigError(f"DIR: {path} holds something other than named tensors")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ConfigError(f"DIR: {path} has NaN or infinity in {bad[0]}; its training diverged")
     return {name: tensor.float() for name, tensor in tensors.items()}
@@ -138,7 +138,7 @@ def _modules(folder: pathlib.Path, name: str, tensors: Tensors) -> dict[str, dic
         if match is None:
             raise ConfigError(f"DIR: {folder} holds {key}, which has no counterpart in scaleup")
         path, container, part = match.groups("")
-        if not path.endswith(".pool"):  # every layer has the prefixes once more
+        if not path.endswith(".pool"):  # every layer contains the prefixes again
             modules[container].setdefault(path, {})[part] = tensor
     return modules
 

@@ -1,4 +1,4 @@
-"""Converts an adapter of the library `adapters` to an adapter checkpoint of scaleup.
+"""Convert an adapter of the library `adapters` to an adapter checkpoint of scaleup.
 
     UniPELT there                                    here
     Adapter(n) behind LN, residual before it         adapter, with adapter_input=raw in T5
@@ -6,8 +6,8 @@
     loras at query and value, one gate each          lora with lora_gate_scope=projection
     mean of the sigmoids over all positions          gate_pooling=paper
 
-Scaling factors of bottlenecks become part of W_up and b_up. Dropout other than LoRA's, and
-stochastic depth, have no effect after training and are left out.
+Scaling factors of bottlenecks become part of W_up and b_up. Stochastic depth, and dropout other
+than LoRA's, have no effect after training and are left out.
 """
 
 import dataclasses
@@ -297,7 +297,7 @@ def _evaluated(method: dict[str, Any], parts: list[torch.Tensor]) -> torch.Tenso
 
 
 def _checked(checkpoint: Checkpoint, adapted: Any, tensors: Tensors, with_head: bool) -> Tensors:
-    """Return the tensors by their names in a checkpoint, if they are all that a model needs.
+    """Return the tensors by their names in a checkpoint, if they match those of the model.
 
     Args:
         checkpoint: the checkpoint.
@@ -314,8 +314,10 @@ def _checked(checkpoint: Checkpoint, adapted: Any, tensors: Tensors, with_head: 
     folder = checkpoint.folder
     if different := sorted(result.keys() ^ expected.keys()):
         name = different[0].removeprefix(PEFT_PREFIX)
-        problem = "does not have" if different[0] in expected else "has, and the model does not,"
-        raise ConfigError(f"DIR: {folder} {problem} {name}")
+        problem = f"has no {name}"
+        if different[0] not in expected:
+            problem = f"has {name}, which the model does not have"
+        raise ConfigError(f"DIR: {folder} {problem}")
     for name, tensor in result.items():
         if tensor.shape != expected[name].shape:
             raise ConfigError(

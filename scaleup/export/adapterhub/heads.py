@@ -1,8 +1,8 @@
 """The heads of the library `adapters`, and the transformers classes that have the same ones.
 
 A checkpoint comes from a transformers class (BertForSequenceClassification) or from an AdapterModel
-(BertAdapterModel), whose heads are lists of layers. Those of the default settings are the heads of
-transformers classes under other names.
+(BertAdapterModel), whose heads are lists of layers. With the default settings, these are the heads
+of transformers classes under other names.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ FLEXIBLE = {  # head_type of an AdapterModel → the end of a class's name
     "question_answering": "QuestionAnswering",
     "seq2seq_lm": GENERATION,
 }
-# Numbers of linear layers, with Tanh between them → their modules in transformers, by model type
-# and the end of the class's name. BERT's pooler is the first layer of such a head.
+# Heads with two linear layers and Tanh between them: model type and end of the class's name → the
+# modules of the layers in transformers. BERT's pooler is the first layer of such a head.
 TWO_LAYERS = {
     ("bert", "SequenceClassification"): ("bert.pooler.dense", "classifier"),
     ("roberta", "SequenceClassification"): ("classifier.dense", "classifier.out_proj"),

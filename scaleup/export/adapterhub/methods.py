@@ -1,4 +1,4 @@
-"""Translates configs of the library `adapters` to UniPeltConfig, or says why that is impossible."""
+"""Translate configs of the library `adapters` to UniPeltConfig, or say why that is impossible."""
 
 import dataclasses
 import math
@@ -92,8 +92,8 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1
 
 
-# Field → whether a value is one that the library could have meant. Others would be taken for true,
-# or become NaN.
+# Field → whether a value of it is valid. Without this check, other values would count as true or
+# become NaN.
 VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("is_parallel", "use_gating", "flat", "shared_gating"),
@@ -182,7 +182,7 @@ def _odd_values(name: str, method: dict[str, Any]) -> list[str]:
     """Return one sentence for each field of a method that becomes `name` and has no valid value."""
     valid = VALUES | ({"dropout": _is_share} if name == "lora" else {})
     return [
-        f"{field}={method[field]!r:.40} is no value of this field"
+        f"{field}={method[field]!r:.40} is not a valid value of this field"
         for field, is_valid in valid.items()
         if field in method and not is_valid(method[field])
     ]

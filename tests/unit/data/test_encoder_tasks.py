@@ -287,7 +287,7 @@ MISTAKES = {
     "tags: missing": ({"tokens": ["a"]}, "row 2 (line 2), column tags: is missing"),
     "tags: another scheme": (
         TAGS | {"tags": ["O", "S-LOC", "O"]},
-        "column tags: 'S-LOC' is no tag of the IOB2 scheme (O, B-<type> or I-<type>)",
+        "column tags: 'S-LOC' is not a tag of the IOB2 scheme (O, B-<type> or I-<type>)",
     ),
     "tags: IOB1": (
         TAGS | {"tags": ["O", "I-LOC", "I-LOC"]},
@@ -320,7 +320,7 @@ MISTAKES = {
     ),
     "answers: not as many": (
         ANSWER | {"answers": {"text": ["Ann"], "answer_start": []}},
-        "row 2 (line 2), column answers: has not as many answer_start as text",
+        "row 2 (line 2), column answers: has lists answer_start and text of different lengths",
     ),
     "answers: missing": (
         {k: v for k, v in ANSWER.items() if k != "answers"},
