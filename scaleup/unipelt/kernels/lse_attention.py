@@ -172,8 +172,7 @@ class _LseAttention(HandWritten):
         """
         if torch.is_grad_enabled():  # torch's once_differentiable misses some of these cases
             raise RuntimeError(
-                "attention with a prefix has no second derivatives; load the model with "
-                "attn_implementation='eager'"
+                "attention with a prefix has no second derivatives; leave out create_graph=True"
             )
         query, key, value, prefix, gate, mask, out, lse, keep, *dropped = ctx.saved_tensors
         visible, scale, dropout = ctx.arguments

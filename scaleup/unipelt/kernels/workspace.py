@@ -225,8 +225,7 @@ def refuse_double_backward() -> None:
     """Raise RuntimeError in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the fast path of UniPELT has no second derivatives; set SCALEUP_KERNELS=off to use "
-            "create_graph=True"
+            "UniPELT's layers have no second derivatives; leave out create_graph=True"
         )
 
 
