@@ -9,7 +9,7 @@ import pytest
 from benchmarks.cases import start_cases
 from tests.utils.workspace import ROOT, add_writer, environment, losses, writing
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 # 12 steps of 16 rows take more than one pass over the 120 rows.
 SHARED = (
     "data.streaming=true",
@@ -67,7 +67,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_continues_in_the_second_pass_with_two_processes(runs):
     one, parts = runs / "one", runs / "parts"
     assert losses(one, "step") == losses(parts, "step")

@@ -12,15 +12,12 @@ from tests.utils.workspace import ROOT, environment, losses, make_workspace, ove
 pytestmark = pytest.mark.distributed
 VARIANTS = {
     "plain": ["train.per_device_train_batch_size=8"],
-    "accumulation": ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"],
-    "checkpointing": ["train.per_device_train_batch_size=8", "train.gradient_checkpointing=true"],
-    "both": [
+    "both": [  # accumulation and checkpointing
         "train.per_device_train_batch_size=4",
         "train.gradient_accumulation_steps=2",
         "train.gradient_checkpointing=true",
     ],
 }
-# One at a time only where weights are shared out, too.
 CASES = [
     ("zero1", "plain"),
     ("zero2", "both"),
