@@ -19,7 +19,7 @@ MPNET = ["--config", "configs/mpnet.yaml", "data.k=100", "data.seed=0"]
 SOURCES = {
     "MiniLM, film reviews": ["--config", "configs/quickstart.yaml"],
     "MPNet, QQP, 100 examples": [*MPNET, "data.name=qqp"],
-    "MPNet, MRPC, 100 examples": [*MPNET, "data.name=mrpc"],
+    "MPNet, STS-B, 100 examples": [*MPNET, "data.name=stsb"],
     "SmolLM2, E2E, 500 examples": ["--config", "configs/smollm2.yaml"],
 }
 KINDS = {
@@ -28,7 +28,7 @@ KINDS = {
     "lora": ["--kind", "lora"],
 }
 # The larger models have one kind, and two of the sources fewer examples, to save time.
-SHORTER = ("MPNet, MRPC, 100 examples", "SmolLM2, E2E, 500 examples")
+SHORTER = ("MPNet, STS-B, 100 examples", "SmolLM2, E2E, 500 examples")
 FEWER = {"MPNet": ("plain",), "SmolLM2": ("plain",)}
 MEASURED = ["--calibrate", "test", "--max-metric-drop", "100"]
 
