@@ -4,7 +4,7 @@
 
 Each source is one run of launch/train.py on two cores or fewer, and each export is one call of
 `scaleup export`, scored on test data. OUTPUT/exports.json keeps their export.json, and
-OUTPUT/table.md has one row per export. Only what is missing is run: about 90 minutes of one core.
+OUTPUT/table.md has one row per export. Only what is missing is run: about three hours of one core.
 It needs `make quickstart` and `make models`.
 """
 
