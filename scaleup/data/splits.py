@@ -36,13 +36,17 @@ def _same_content(file: str, other: str) -> bool:
         return False
 
 
+def has_own_dev(data: DataSettings) -> bool:
+    """Return whether the development set is not cut from the training set."""
+    return data.k == "all" if data.name is not None else data.has_validation
+
+
 def choose_rows(data: DataSettings, rows: int, file: str) -> tuple[Sequence[int], Sequence[int]]:
     """Choose the rows of a training set to train on and to develop on.
 
     The second sequence is empty if the config provides a separate development set.
     """
-    has_dev = data.k == "all" if data.name is not None else data.has_validation
-    dev = 0 if has_dev else data.dev_size
+    dev = 0 if has_own_dev(data) else data.dev_size
     k = max(rows - dev, 1) if data.k == "all" else data.k
     if k + dev > rows:
         fits, request = [], f"data.dev_size: {dev}"

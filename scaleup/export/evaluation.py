@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 
 from scaleup.backbone import weights
 from scaleup.backbone.lengths import fit_length
-from scaleup.data import tasks
+from scaleup.data import splits, tasks
 from scaleup.data.examples import Examples
 from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, ExportError
@@ -120,7 +120,7 @@ class Evaluation:
         mixed = any(source.weight != 1 for source in data.sources or [])
         if data.k == "all" or data.streaming or data.packing or mixed or None in counts:
             return None
-        has_dev = data.name is None and data.has_validation
+        has_dev = splits.has_own_dev(data)
         first = data.k + (0 if has_dev else data.dev_size)
         last = min(sum(counts) - (0 if has_dev else 1), first + most)
         if last <= first:

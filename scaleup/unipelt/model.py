@@ -30,7 +30,7 @@ from .entry_points import extend
 from .layers import AuxiliaryLayer, one_at_a_time
 from .passes import unwrap_checkpointing
 from .quantized import keep_layout, unpacked_numel
-from .rows import BASE, adapters_of_rows, require_count
+from .rows import BASE, adapters_of_rows, count_rows, require_count
 from .sites import find_sites, head_names
 from .submodules import SUBMODULES, attach, chosen, site_gates
 
@@ -104,8 +104,7 @@ class UniPeltModel(LoraModel):
                 f"{', '.join(self.peft_config)}, and {BASE} stands for the backbone alone"
             )
         # `generate` shows the batch here, of which beam search repeats the rows; a forward may not.
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        rows = max((v.shape[0] for v in tensors if v.dim() > 1), default=None)
+        rows = count_rows(args, kwargs)
         if rows is not None:
             require_count(names, rows)
         repeated = rows is not None

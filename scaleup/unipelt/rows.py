@@ -31,6 +31,14 @@ from .peft_names import AuxiliaryTrainingWrapper, BaseTunerLayer
 BASE = "__base__"  # PEFT's name for the bare backbone
 
 
+def count_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Return the number of rows of the batch among arguments, or None if none shows it."""
+    values = (*args, *kwargs.values())
+    # Positions may be the same for all rows, [1, T].
+    counts = (v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
+    return max(counts, default=None)
+
+
 def require_count(names: Sequence[str], rows: int, repeated: bool = False) -> None:
     """Raise ValueError if a batch has another number of rows than adapter names.
 
@@ -91,9 +99,8 @@ def _dividing(module: nn.Module, repeated: bool) -> Callable[..., Any]:
         names = exchange_rows(None)
         assert names is not None
         try:
-            values = (*args, *kwargs.values())
-            # Positions may be the same for all rows, [1, T].
-            rows = max(v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
+            rows = count_rows(args, kwargs)
+            assert rows is not None
             require_count(names, rows, repeated)
             of_rows = [name for name in names for _ in range(rows // len(names))]
             return _divide(module, forward, layers, of_rows, args, kwargs)
