@@ -202,7 +202,8 @@ def differences(runs: Sequence[Run], shown: Sequence[str] = ()) -> list[str]:
     """
     known = [run for run in runs if run.settings]
     table = pd.DataFrame(
-        [{key: str(value) for key, value in run.settings.items()} for run in known], dtype=object
+        [{k: str(v) for k, v in run.settings.items() if v is not None} for run in known],
+        dtype=object,
     ).fillna("not set")
     table = table.drop(columns=[*AXES, *shown], errors="ignore").sort_index(axis="columns")
 

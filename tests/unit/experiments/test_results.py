@@ -221,6 +221,14 @@ def test_a_setting_that_only_some_runs_of_a_method_have_is_noted(small, tmp_path
     )
 
 
+def test_a_setting_of_null_is_the_same_as_one_that_is_not_set(small, tmp_path):
+    path = small / "cola-100-full-1" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["train"]["gate_learning_rate"] = None
+    path.write_text(yaml.safe_dump(settings))
+    assert "gate_learning_rate" not in report.report("table1", [str(small)], tmp_path / "out")
+
+
 def test_several_settings_of_one_method_have_the_names_of_the_sweep(tmp_path):
     for name, score in {"lora_slow": 0.3, "lora_fast": 0.6}.items():
         leave_run(tmp_path / "runs", "cola", 100, "lora", 0, score).rename(
