@@ -12,8 +12,9 @@ The import law: a package may import only packages to its right.
 
     cli > experiments > export > training > memory > data > backbone > settings > unipelt
 
-`errors` and `io` may be imported by all of them, except that `unipelt` imports only `errors`, so
-that a PEFT user can read and use that folder alone. `make check` enforces the law (import-linter).
+`errors`, `io` and `machine` may be imported by all of them, except that `unipelt` imports only
+`errors`, so that a PEFT user can read and use that folder alone. `make check` enforces the law
+(import-linter).
 """
 
 import importlib
