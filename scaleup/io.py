@@ -37,7 +37,7 @@ def expand_home(value: Any) -> Any:
     path = os.path.expanduser(value)
     if path == value:
         user = value.partition("/")[0]
-        raise ValueError(f"there is no home of {user} here; write the path out")
+        raise ValueError(f"{user} has no home folder here; write the full path")
     return path
 
 
@@ -242,5 +242,7 @@ def parse_bytes(text: str, key: str) -> int:
     """
     match = re.fullmatch(r"(?a)(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e15:
-        raise ConfigError(f"{key}: {text} is no amount of memory; write 24GiB, 80GB or 512MiB")
+        raise ConfigError(
+            f"{key}: {text} is not an amount of memory; write, for example, 24GiB, 80GB or 512MiB"
+        )
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -105,7 +105,7 @@ def _index_problems(folder: pathlib.Path) -> list[str]:
         except OSError:  # a pipe, which is reported already
             continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            problems.append(f"model.name: {path} is no index of weights")
+            problems.append(f"model.name: {path} is not a valid index of weights")
             continue
         if missing:
             problems.append(

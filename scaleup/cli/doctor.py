@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the report. Returns the exit code."""
     if not 1 <= options.limit < math.inf:
-        raise ConfigError(f"--limit: {options.limit:g} seconds; it takes at least 1")
+        raise ConfigError(f"--limit: {options.limit:g} seconds; the minimum is 1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are part of the report
     with without_garbage_collection():
         import torch

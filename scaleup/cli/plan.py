@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
     problems, limit = [], None
     if options.world < 1:
-        problems.append(f"--world: {options.world} processes; it takes at least 1")
+        problems.append(f"--world: {options.world} processes; the minimum is 1")
     if options.per_host < 1 or options.world % min(options.per_host, max(options.world, 1)):
         problems.append(f"--per-host: {options.per_host} must divide --world {options.world}")
     if options.json == "":

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
     screen = Screen()
     if options.jobs < 1:
-        raise ConfigError(f"--jobs: {options.jobs} runs at once; it takes at least 1")
+        raise ConfigError(f"--jobs: {options.jobs} runs at once; the minimum is 1")
     checked = grid.load(options.file, options.overrides)
     trials = grid.select(checked.trials, options.only, options.shard)
     earlier = sweep.recorded(checked, options.done)

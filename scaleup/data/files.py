@@ -138,10 +138,11 @@ def _json_rows(stream: IO[str], place: str) -> Iterator[tuple[dict, int, int]]:
         try:
             row = json.loads(line, strict=False)  # not strict: control characters are text
             if not isinstance(row, dict):
-                raise ValueError(f"but a {type(row).__name__}")
+                raise ValueError(f"it is a {type(row).__name__}")
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(": line")[0]
-            raise ConfigError(f"{place}, line {number}: not one JSON object ({reason})") from None
+            problem = f"not one JSON object ({reason}); write one object per line"
+            raise ConfigError(f"{place}, line {number}: {problem}") from None
         yield row, number, len(line)
 
 

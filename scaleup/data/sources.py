@@ -125,7 +125,7 @@ def _hub_table(key: str, hub: HubSplit, stream: int | None) -> Table:
         )
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         raise ConfigError(
-            f"{key}: {hub.path} is no folder here and did not load from the hub "
+            f"{key}: there is no folder {hub.path} here, and it cannot be loaded from the hub "
             f"({one_line(error, 200)}); {hub.advice}"
         ) from None
     if isinstance(rows, datasets.IterableDataset):

@@ -44,7 +44,7 @@ def report(
         file = path if path.parent.is_file() else path / "results.json"
         if not path.parent.is_file() and not file.is_file():
             raise ConfigError(
-                f"--run: {path} has no results.json; it takes the folder of a finished run"
+                f"--run: {path} has no results.json; give the folder of a finished run"
             )
         runs.append(read(file))
     ambiguous = len({run.folder.name for run in runs}) < len(runs)

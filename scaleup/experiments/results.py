@@ -162,7 +162,7 @@ def _files(folder: pathlib.Path) -> list[Callable[[], Run]]:
     ] or sorted(folder.glob("*.json"))
     if not files:
         raise ConfigError(
-            f"--runs: {folder} has no results.json; it takes the output folder of a sweep or a "
+            f"--runs: {folder} has no results.json; give the output folder of a sweep or a "
             "run, or a table of runs"
         )
     return [functools.partial(read, path) for path in files]
@@ -209,7 +209,7 @@ def _check(run: Run, name: str) -> Run:
     results, settings = run.results, run.settings
     missing = [key for key in _Results.model_fields if key not in results]
     if missing:
-        raise ConfigError(f"{name} is no results file of a run: it has no {missing[0]}")
+        raise ConfigError(f"{name} is not the results.json of a run: it has no {missing[0]}")
     try:
         _Results.model_validate(results)
     except pydantic.ValidationError as error:

@@ -289,7 +289,9 @@ def recorded(sweep: Sweep, tables: Sequence[str]) -> dict[str, Run]:
         words = [override(key, value) for key, value in run.settings.items()]
         other = different(trials[name].settings, flat(stored(None, words)))
         if other:
-            problems.append(f"--done: {run.folder} has another {', '.join(other)}; leave it out")
+            problems.append(
+                f"--done: {run.folder} has a different {', '.join(other)}; leave it out"
+            )
     if problems:
         raise ConfigError(problems)
     return runs

@@ -140,7 +140,7 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     task = settings.data.resolved_task
     if options.metric is not None and options.metric not in METRICS[task]:
         raise ConfigError(
-            f"--metric: {options.metric} does not fit data.task {task}; it takes "
+            f"--metric: {options.metric} does not fit data.task {task}; choose from "
             f"{', '.join(METRICS[task])}"
         )
     config, trained_on = loading.load_config(settings.model), manifest.backbone

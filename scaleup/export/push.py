@@ -23,7 +23,7 @@ def _explained(repo: str, key: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ConfigError(f"{key}: {repo} is no name of a repository ({one_line(error)})") from None
+        raise ConfigError(f"{key}: {repo} is not a repository name ({one_line(error)})") from None
     except LocalTokenNotFoundError:
         raise ConfigError(f"{key}: no access to {constants.ENDPOINT}; {LOG_IN}") from None
     except OfflineModeIsEnabled:

@@ -95,7 +95,7 @@ def data_problems(data: Any, method: Any) -> list[str]:
     if data.metric is not None and data.metric not in METRICS[task]:
         subject, advice = f"data.name {data.name}", "leave it out"
         if data.name is None:
-            subject, advice = f"data.task {task}", f"it takes {', '.join(METRICS[task])}"
+            subject, advice = f"data.task {task}", f"choose from {', '.join(METRICS[task])}"
         problems.append(f"data.metric: {data.metric} does not fit {subject}; {advice}")
     if data.messages_column is not None and task == "seq2seq":
         problems.append(

@@ -157,7 +157,7 @@ class Loader(yaml.SafeLoader):
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key} stands twice", problem_mark=key_node.start_mark
+                    problem=f"the key {key} appears twice", problem_mark=key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=True)

@@ -56,7 +56,7 @@ def read_deepspeed(name: str, per_host: int = 1) -> dict[str, Any]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3) or type(stage) is not int:
         example = '{"zero_optimization": {"stage": 2}}'
-        raise ConfigError(f"{problem}: its ZeRO stage is none of 0, 1, 2, 3; write {example}")
+        raise ConfigError(f"{problem}: its ZeRO stage must be 0, 1, 2 or 3, as in {example}")
     for key in config:
         meant = difflib.get_close_matches(key, ["zero_optimization", *AUTOMATIC], n=1, cutoff=0.8)
         if meant and key not in ("zero_optimization", *AUTOMATIC):

@@ -218,11 +218,11 @@ def _check_adapter_config(path: pathlib.Path, manifest: Manifest) -> None:
         default = UniPeltConfig()
         for key, value in content.items():
             if key in known and not _is_same_kind(value, getattr(default, key)):
-                raise ValueError(f"{key} has another type than it needs")
+                raise ValueError(f"{key} has the wrong type")
         config = UniPeltConfig(**{key: value for key, value in content.items() if key in known})
         kept = config.modules_to_save
         if kept is not None and not _is_texts(kept):
-            raise ValueError("modules_to_save is no list of names")
+            raise ValueError("modules_to_save is not a list of names")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; {ALTERED}") from None
     except (TypeError, ValueError, AttributeError) as error:

@@ -174,7 +174,7 @@ class Manifest:
             different += [key for key in hashes if hashes[key] != then_hashes.get(key)]
         if different:
             raise ConfigError(
-                f"{path}: has another {', '.join(different)} than the checkpoint was trained with; "
+                f"{path}: the checkpoint was trained with a different {', '.join(different)}; "
                 "restore the config.yaml of the run"
             )
 

@@ -161,7 +161,7 @@ def changes(settings: Settings) -> list[str]:
     advice = "resume with that config, or choose another output_dir"
     if all(key.startswith("train.") for key in keys):
         advice += ", or use train.resume=weights_only, which starts a new optimizer"
-    return [f"train.resume: {path} has another {', '.join(keys)}; {advice}"]
+    return [f"train.resume: {path} has a different {', '.join(keys)}; {advice}"]
 
 
 def how_to_continue(out: pathlib.Path) -> str:

@@ -332,7 +332,7 @@ def _train(run: Run, trainer: RunTrainer, checkpoint: pathlib.Path | None) -> No
         )
     if not trainer.state.best_global_step:
         metric = run.examples.metric
-        raise RunError(f"no dev {metric} was a number, so that no checkpoint is the best one")
+        raise RunError(f"the dev {metric} was never a number, so there is no best checkpoint")
     if trainer.state.global_step < trainer.state.max_steps:
         reason = f"{patience} evaluations without a better dev {run.examples.metric}"
         _print(run.world, f"stopped early: {reason}")

@@ -69,7 +69,7 @@ class RunTrainer(SavingTrainer):
         if delay > end:
             problem = f"{delay:g} {unit}, but training ends after {end:g}"
             raise ConfigError(
-                f"train.eval_delay: {problem}, so that no model could be the best one"
+                f"train.eval_delay: {problem}, so there would be no evaluation; lower it"
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -20,5 +20,5 @@ def plain_parts(model: nn.Module) -> list[str]:
     if any(isinstance(m, PrefixTuning) and m.relative is not None for m in modules):
         reasons.append("the position bias of attentions counts the prefix")
     if any(m.head_size % 8 for m in modules if isinstance(m, PrefixTuning)):
-        reasons.append("the columns of heads are no multiple of 8")
+        reasons.append("the size of attention heads is not a multiple of 8")
     return reasons

@@ -129,4 +129,5 @@ def test_a_process_that_never_comes_is_named_within_the_time_limit(workspace, tm
         cwd=tmp_path,
     )
     assert result.returncode == 1
-    assert "1 of 2 processes have not come to 127.0.0.1:29534 within 10 s: rank 1;" in result.stdout
+    expected = "1 of 2 processes have not connected to 127.0.0.1:29534 within 10 s: rank 1;"
+    assert expected in result.stdout

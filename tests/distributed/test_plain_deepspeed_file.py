@@ -50,5 +50,5 @@ def test_a_file_that_is_refused_leaves_nothing(tmp_path):
     words = overrides(tmp_path, tmp_path / "run", f"train.deepspeed={tmp_path / 'zero.json'}")
     result = train(*words)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "its ZeRO stage is none of 0, 1, 2, 3" in result.stderr
+    assert "its ZeRO stage must be 0, 1, 2 or 3" in result.stderr
     assert not (tmp_path / "run").exists()

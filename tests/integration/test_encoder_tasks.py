@@ -159,7 +159,7 @@ def test_a_model_without_the_head_is_refused(workspace, tmp_path):
         ("question_answering", "data.window_overlap=12", "may share less than half of them"),
         ("question_answering", "data.labels_column=x", "has no effect here"),
         ("question_answering", "train.label_smoothing_factor=0.1", "takes the answers away"),
-        ("token_classification", "data.metric=macro_f1", "it takes f1, accuracy"),
+        ("token_classification", "data.metric=macro_f1", "choose from f1, accuracy"),
         ("token_classification", "model.head_bias=prior", "is for sequence_classification and"),
         ("token_classification", "data.packing=true", "has no effect here"),
     ],

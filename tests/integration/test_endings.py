@@ -108,7 +108,7 @@ def test_without_one_dev_score_that_is_a_number_no_model_is_the_best(
         return evaluate(self, *args, **kwargs) | {"eval_accuracy": math.nan}
 
     monkeypatch.setattr(RunTrainer, "evaluate", fail)
-    with pytest.raises(RunError, match="no dev accuracy was a number, so that no checkpoint"):
+    with pytest.raises(RunError, match="the dev accuracy was never a number, so there is no"):
         run(workspace, tmp_path / "run", "train.max_steps=4")
     assert not (tmp_path / "run" / "best").exists()
     assert not (tmp_path / "run" / "results.json").exists()

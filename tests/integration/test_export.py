@@ -343,7 +343,7 @@ def test_a_submodule_from_outside_of_the_package_is_refused(tmp_path, monkeypatc
         (["--calibrate", "nowhere.csv"], "neither dev, test nor a file"),
         (
             ["--kind", "merged", "--max-shard-size", "many"],
-            "--max-shard-size: many is no amount of memory",
+            "--max-shard-size: many is not an amount of memory",
         ),
     ],
 )

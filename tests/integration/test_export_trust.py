@@ -209,7 +209,7 @@ def test_a_config_that_was_changed_after_the_run_is_noticed(folder, capsys):
     rehash(folder / "run" / "best", config=setting_hashes(schema.load(str(path))))
     path.write_text(path.read_text().replace("max_length: 48", "max_length: 12"))
     assert main(command("exact", "--no-verify")) == 2
-    assert "run/config.yaml: has another data.max_length than" in capsys.readouterr().err
+    assert "trained with a different data.max_length;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [b"\xff", b"[]", b"{}", b'{"model": 3}'])

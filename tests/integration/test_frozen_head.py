@@ -159,5 +159,5 @@ def test_the_prior_stays_in_the_bias_of_a_frozen_head(workspace, tmp_path):
 
 def test_a_run_does_not_continue_with_another_head(workspace, tmp_path):
     train(workspace, tmp_path, "lora")
-    with pytest.raises(schema.ConfigError, match=r"has another method\.head"):
+    with pytest.raises(schema.ConfigError, match=r"has a different method\.head"):
         train(workspace, tmp_path, "lora", "method.head=frozen", "train.resume=auto")

@@ -92,7 +92,7 @@ def test_what_cannot_be_uploaded_is_refused_in_one_line(trained, hub, tmp_path):
         ([best, "--repo", "me/film"], access | {"HF_TOKEN": "wrong"}, 2, "hf auth login"),
         ([best, "--repo", "me/film"], {"HF_ENDPOINT": hub.address} | home, 2, "hf auth login"),
         ([best, "--repo", "me/locked"], access, 2, "may not write to me/locked"),
-        ([best, "--repo", "a//b"], access, 2, "no name of a repository"),
+        ([best, "--repo", "a//b"], access, 2, "not a repository name"),
         ([best, "--repo", "me/film"], access | {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE"),
     ]
     for words, more, code, message in cases:

@@ -189,7 +189,7 @@ def test_another_backbone_is_refused(workspace, copy, tmp_path):
 )
 def test_settings_with_which_it_would_be_another_run_are_refused(workspace, copy, change, words):
     with pytest.raises(
-        ConfigError, match=f"config.yaml has another .*{words}; resume with that config"
+        ConfigError, match=f"config.yaml has a different .*{words}; resume with that config"
     ):
         run(workspace, copy, "train.resume=auto", change)
 

@@ -377,7 +377,7 @@ def test_a_sweep_goes_on_elsewhere_from_the_table_of_an_earlier_one(workspace, t
     shutil.rmtree(tmp_path / "runs")
     capsys.readouterr()
     assert command(path, "--done", str(table), "train.max_steps=3") == 2
-    assert "earlier.csv/films-64-lora-0 has another train.max_steps" in capsys.readouterr().err
+    assert "earlier.csv/films-64-lora-0 has a different train.max_steps" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert command(path, "--done", str(table), quick) == 0
     assert "2 runs, 2 of them here, 1 done" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def test_resume_continues_to_the_same_weights(workspace, tmp_path):
     other = train(
         *overrides(workspace, tmp_path / "parts", *same, "train.resume=auto", "method.r=4")
     )
-    assert other.returncode == 2 and "has another method." in other.stderr
+    assert other.returncode == 2 and "has a different method." in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,10 @@ class Meeting:
                 names = ", ".join(map(str, missing[:8])) + ", …" * (len(missing) > 8)
                 plural = "s" * (len(missing) > 1)
                 raise RunError(
-                    f"{len(missing)} of {self.place.size} processes have not come to"
+                    f"{len(missing)} of {self.place.size} processes have not connected to"
                     f" {self.place.address}:{self.place.port} within {self.limit_s:g} s:"
-                    f" rank{plural} {names}; start them, or see why they end (each prints its own"
-                    " errors)"
+                    f" rank{plural} {names}; start them, or find out why they ended (each prints"
+                    " its own errors)"
                 )
             time.sleep(POLL_S)
         self.hosts = [self._store.get(f"host/{rank}").decode() for rank in ranks]

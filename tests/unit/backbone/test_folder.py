@@ -134,7 +134,7 @@ def test_a_missing_part_of_the_weights_is_named(workspace, model):
     for content in ("{", "[]", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "{}"):
         index.write_text(content)
         assert problems(workspace, model) == [
-            "model.name: FOLDER/model.safetensors.index.json is no index of weights"
+            "model.name: FOLDER/model.safetensors.index.json is not a valid index of weights"
         ]
 
 
@@ -155,7 +155,7 @@ def test_an_index_that_transformers_cannot_read_is_refused(workspace, model, ind
     content = {"weight_map": {"a": "model-00001-of-00001.safetensors"}} | index
     (model / "model.safetensors.index.json").write_text(json.dumps(content))
     assert problems(workspace, model) == [
-        "model.name: FOLDER/model.safetensors.index.json is no index of weights"
+        "model.name: FOLDER/model.safetensors.index.json is not a valid index of weights"
     ]
 
 

@@ -81,7 +81,7 @@ def test_the_environment(monkeypatch):
 
 
 def test_heads_that_no_kernel_takes():
-    assert "the columns of heads are no multiple of 8" in line(
+    assert "the size of attention heads is not a multiple of 8" in line(
         adapt(backbone("bert", num_attention_heads=8))
     )
 

@@ -211,7 +211,7 @@ def test_the_home_of_an_unknown_user_is_no_folder_to_write_to(tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         main(["schema", "--output", "~nobody-of-this-name/schema.json"])
     assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
-    assert "--output: there is no home of ~nobody-of-this-name here" in capsys.readouterr().err
+    assert "--output: ~nobody-of-this-name has no home folder here" in capsys.readouterr().err
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):

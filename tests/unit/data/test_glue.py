@@ -288,7 +288,7 @@ def test_a_hub_that_fails_gives_one_line_with_the_way_out(monkeypatch, error):
         data.load(settings(name="rte"))
     problem, _ = caught.value.problems  # of both splits
     assert problem.startswith(
-        "data.path: nyu-mll/glue is no folder here and did not load from the hub ("
+        "data.path: there is no folder nyu-mll/glue here, and it cannot be loaded from the hub ("
     )
     assert (
         problem.endswith("give data.path as a local folder with rte/train.parquet")

@@ -137,17 +137,20 @@ MISTAKES = {
     "JSON syntax": (
         "t.jsonl",
         '{"text": "x", "label": "a"}\n{"text": "y" "label": "b"}\n',
-        "data.train_file: t.jsonl, line 2: not one JSON object (Expecting ',' delimiter)",
+        "data.train_file: t.jsonl, line 2: not one JSON object (Expecting ',' delimiter); write "
+        "one object per line",
     ),
     "JSON array": (
         "t.json",
         '[{"text": "x", "label": "a"}]',
-        "data.train_file: t.json, line 1: not one JSON object (but a list)",
+        "data.train_file: t.json, line 1: not one JSON object (it is a list); write one "
+        "object per line",
     ),
     "two objects on a line": (
         "t.jsonl",
         '{"text": "x"} {"text": "y"}',
-        "data.train_file: t.jsonl, line 1: not one JSON object (Extra data)",
+        "data.train_file: t.jsonl, line 1: not one JSON object (Extra data); write one "
+        "object per line",
     ),
     "JSON nested beyond reason": (
         "t.jsonl",

@@ -96,7 +96,8 @@ def test_a_hub_that_has_no_such_data_set_is_one_line(hub, in_tmp):
     with pytest.raises(ConfigError) as caught:
         classification.load(settings(path="me/nothing", dev_size=1, cache_dir="cache"))
     assert caught.value.problems == [
-        "data.path: me/nothing is no folder here and did not load from the hub (no me/nothing); "
+        "data.path: there is no folder me/nothing here, and it cannot be loaded from the hub (no "
+        "me/nothing); "
         "correct it, or give files with data.train_file"
     ]
 

@@ -102,11 +102,11 @@ def test_problems_of_all_trials_are_reported_together_and_once(workspace, tmp_pa
         ({"threads": 0}, "threads: should be greater than 0"),
         (
             {"output": "~nobody-of-that-name/runs"},
-            "output: there is no home of ~nobody-of-that-name here; write the path out",
+            "output: ~nobody-of-that-name has no home folder here; write the full path",
         ),
         (
             {"base": "~nobody-of-that-name/run.yaml"},
-            "base: there is no home of ~nobody-of-that-name here; write the path out",
+            "base: ~nobody-of-that-name has no home folder here; write the full path",
         ),
         (
             {"k": [64], "seeds": {"0": ["seed=0"], "zero": ["seed=0"]}},

@@ -42,7 +42,7 @@ def test_runs_that_do_not_belong_together_are_refused(small, tmp_path):
         results.read(small / "cola-100-full-0" / "results.json")
     assert (
         "results.json is damaged" in reported
-        and "is no results file of a run: it has no task" in reported
+        and "is not the results.json of a run: it has no task" in reported
         and "none has no results.json" in reported
     )
     assert not (tmp_path / "out").exists()

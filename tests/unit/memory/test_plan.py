@@ -135,7 +135,7 @@ def test_everything_wrong_is_said_at_once_with_exit_code_2(workspace):
     assert result.returncode == 2 and "Traceback" not in result.stderr and not result.stdout
     said = (
         "--world: 0 processes",
-        "--gpu-memory: much is no amount",
+        "--gpu-memory: much is not an amount",
         "--json: no folder /no/such/folder",
         "did you mean learning_rate",
     )

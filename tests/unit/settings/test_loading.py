@@ -46,7 +46,7 @@ def test_a_method_may_be_named_in_short(tmp_path):
 )
 def test_a_key_given_twice_is_refused(tmp_path, text):
     (problem,) = problems(path=write(tmp_path, text))
-    assert "stands twice" in problem and "line" in problem
+    assert "appears twice" in problem and "line" in problem
 
 
 def test_anchors_and_merge_keys_work(tmp_path):

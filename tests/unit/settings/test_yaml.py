@@ -170,7 +170,7 @@ def test_in_arguments_of_libraries_such_words_are_refused(word):
 def test_the_home_of_an_unknown_user_is_refused(key):
     data = [] if key == "data.train_file" else ["data.train_file=a.csv"]
     assert problems(*data, f"{key}=~nobody-of-this-name/x.csv") == [
-        f"{key}: there is no home of ~nobody-of-this-name here; write the path out"
+        f"{key}: ~nobody-of-this-name has no home folder here; write the full path"
         " (got '~nobody-of-this-name/x.csv')"
     ]
 

@@ -51,7 +51,7 @@ def test_presets_are_complete(name):
     assert deepspeed_problems(name) == []
 
 
-STAGES = 'FILE is not a DeepSpeed config: its ZeRO stage is none of 0, 1, 2, 3; write {"zero'
+STAGES = 'FILE is not a DeepSpeed config: its ZeRO stage must be 0, 1, 2 or 3, as in {"zero'
 
 
 @pytest.mark.parametrize(

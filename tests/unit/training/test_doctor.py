@@ -70,7 +70,9 @@ def test_processes_that_do_not_come_are_named_and_the_reports_of_the_others_are_
     first, second, _missing = meetings(3)
     first.open()
     second.open()
-    with pytest.raises(RunError, match=r"1 of 3 processes have not come .*: rank 2; start them"):
+    with pytest.raises(
+        RunError, match=r"1 of 3 processes have not connected .*: rank 2; start them"
+    ):
         second.wait_for_all()
     second.note("disk")
     assert second.exchange({"rank": 1}) == []

@@ -56,7 +56,7 @@ def test_weights_only_is_offered_where_it_can_continue_the_run(tmp_path, change,
     words = [change, "train.resume=auto", f"train.output_dir={tmp_path}"]
     (problem,) = resume.changes(load(str(tmp_path / "config.yaml"), words))
     key = change.partition("=")[0]
-    assert f"config.yaml has another {key}; resume with that config" in problem
+    assert f"config.yaml has a different {key}; resume with that config" in problem
     assert ("use train.resume=weights_only" in problem) == offered
 
 

@@ -138,15 +138,15 @@ def test_a_manifest_or_adapter_config_that_is_no_mapping_is_refused(folder, name
         (lambda c: c.update(submodules=["lora"]), "submodules is .'lora'. here"),
         (lambda c: c.update(submodules=[["lora"]]), "submodules must name"),
         (lambda c: c.update(r=8), "r is 8 here and 4 in manifest.json"),
-        (lambda c: c.update(r="many"), "r has another type"),
+        (lambda c: c.update(r="many"), "r has the wrong type"),
         (lambda c: c.pop("r"), "r is 8 here and 4 in manifest.json"),
         (lambda c: c.update(gates="none"), "gates is 'none' here"),
-        (lambda c: c.update(modules_to_save=[1]), "modules_to_save is no list of names"),
-        (lambda c: c.update(modules_to_save="all"), "modules_to_save is no list of names"),
+        (lambda c: c.update(modules_to_save=[1]), "modules_to_save is not a list of names"),
+        (lambda c: c.update(modules_to_save="all"), "modules_to_save is not a list of names"),
         (lambda c: c.update(task_type="JAZZ"), "task type"),
         (lambda c: c.update(megatron_config={}, megatron_core="evil"), "megatron_config"),
-        (lambda c: c.update(loftq_config=3), "loftq_config has another type"),
-        (lambda c: c.update(runtime_config=3), "runtime_config has another type"),
+        (lambda c: c.update(loftq_config=3), "loftq_config has the wrong type"),
+        (lambda c: c.update(runtime_config=3), "runtime_config has the wrong type"),
     ],
 )
 def test_an_adapter_config_with_missing_or_wrong_entries_is_refused(folder, change, words):
@@ -210,7 +210,7 @@ def test_a_changed_config_is_noticed_and_the_setting_is_named(tmp_path, change):
     path.write_text(schema.to_yaml(settings))
     assert load_trained(path, manifest, [], trusted=False).dump() == settings.dump()
     path.write_text(schema.to_yaml(schema.load(None, [*words, change])))
-    with pytest.raises(ConfigError, match=f"has another {change.partition('=')[0]} than"):
+    with pytest.raises(ConfigError, match=f"with a different {change.partition('=')[0]};"):
         load_trained(path, manifest, [], trusted=True)
 
 
@@ -231,5 +231,5 @@ def test_a_setting_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_p
     path = tmp_path / "config.yaml"
     path.write_text(schema.to_yaml(settings))
     load_trained(path, manifest, [], trusted=False)
-    with pytest.raises(ConfigError, match="has another data.pad_to_max_length than"):
+    with pytest.raises(ConfigError, match="with a different data.pad_to_max_length;"):
         load_trained(path, manifest, ["data.pad_to_max_length=true"], trusted=False)
