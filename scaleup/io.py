@@ -62,7 +62,7 @@ def read_bytes(path: str | os.PathLike[str], most: int | None = None) -> bytes:
         most: largest size that is read, bytes.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than `most`.
+        OSError: it cannot be read, is not a regular file, or is larger than `most`.
     """
     check_regular_file(path)
     with open(path, "rb") as file:
@@ -160,7 +160,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it holds none. The message says why.
-        OSError: the file cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is not a regular file.
     """
     try:
         content = json.loads(read_bytes(path).decode("utf-8"))
@@ -190,7 +190,7 @@ def hold(
     """Lock an existing folder for this process until the process ends.
 
     Args:
-        folder: folder to lock. It is no error if this process holds it already.
+        folder: folder to lock. It is not an error if this process holds it already.
         holder: start of the error message, which names who holds the folder.
         lock: name of the lock file in the folder, which other hosts see over NFS too. If empty,
             the folder itself is locked, which leaves no file but only this host sees.

@@ -21,8 +21,8 @@ INTRODUCTION = """# Configuration
 
 A run is described by a YAML file with the four sections below. On the command line,
 `section.key=value` overrides the file, and the value is read as YAML. `null` stands for "not set".
-Plain words have the types of YAML 1.2: `0100` is no octal number, and `yes` is a text where a text
-is expected.
+Values have the types of YAML 1.2: `0100` is one hundred, not an octal number, and `yes` stays text
+where text is expected.
 Unknown keys, wrong types, combinations that cannot work and settings without effect are all
 reported at once, before a model is loaded.
 

@@ -97,7 +97,7 @@ def _index_problems(folder: pathlib.Path) -> list[str]:
         try:
             content = json.loads(read_bytes(path, MOST_BYTES))
             names = content["weight_map"].values()
-            # A file in another folder is none of the model's.
+            # The weights of a model are in its own folder.
             present = {file.name for file in folder.iterdir() if file.is_file()}
             missing = sorted(set(names) - present, key=len)
             if not missing and not (names and isinstance(content["metadata"], dict)):

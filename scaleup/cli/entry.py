@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     for word in words[1:]:
         if re.fullmatch(r"--[\w-]+=--", word):  # argparse makes an empty list of it
-            parser.error(f"{word}: -- is no value; write ./-- for a file of this name")
+            parser.error(f"{word}: -- is not a value; write ./-- for a file of this name")
 
     def parse_and_run(options: argparse.Namespace) -> int:
         parse(words[1:], options)  # prints the help, too

@@ -81,7 +81,7 @@ def _run_and_leave(options: argparse.Namespace, launcher: int) -> int:
             startup.fail()
     finally:
         startup.met()  # ends its thread, which would abort a process that leaves it in the store
-        # To the other processes, a process that was stopped and has saved is no failure.
+        # To the other processes, a process that was stopped and has saved is not a failure.
         watchdog.stop(DONE if code == stopped_code() else code)
     # After a failure other processes may be gone, and leaving the group could wait for them.
     if code in (DONE, stopped_code()):

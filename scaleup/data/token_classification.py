@@ -1,6 +1,6 @@
 """Prepare data for token classification: each word of a text has a tag in the IOB2 scheme.
 
-O is no entity, B-<type> the first word of an entity, and I-<type> each of its other words. The
+O is not an entity, B-<type> the first word of an entity, and I-<type> each of its other words. The
 words are joined by blanks and then tokenized, so that a word may have several tokens. Its tag
 belongs to the first of them; the others have no label. A word without a token of its own (it lies
 beyond `max_length`, or has no visible character) has no label either, and the scores count it as

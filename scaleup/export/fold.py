@@ -54,7 +54,7 @@ def read_checkpoint(folder: pathlib.Path) -> tuple[UniPeltConfig, dict[str, torc
     tensors: dict[str, torch.Tensor] = {}
     for path in tensor_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+            for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
                 tensors[name.removeprefix(PEFT_PREFIX)] = file.get_tensor(name)
     for submodule in chosen(config):
         config, tensors = submodule.collapse(config, tensors)

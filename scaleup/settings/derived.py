@@ -38,7 +38,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    """Base of the sections: no unknown keys, no infinities, and a truth value is no number."""
+    """Base of the sections: no unknown keys, no infinities, and a truth value is not a number."""
 
     model_config = ConfigDict(
         extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -168,7 +168,7 @@ class Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"a number has more than {MOST_DIGITS:,} digits")
         if not INTEGER.fullmatch(node.value):
             raise yaml.MarkedYAMLError(
-                problem=f"{node.value:.80} is no integer", problem_mark=node.start_mark
+                problem=f"{node.value:.80} is not an integer", problem_mark=node.start_mark
             )
         return int(node.value, 16 if "x" in node.value else 10)
 

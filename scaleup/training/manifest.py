@@ -180,7 +180,7 @@ class Manifest:
 
 
 def setting_hashes(settings: Settings) -> dict[str, str]:
-    """Return a hash of each setting that a checkpoint depends on and that is no path."""
+    """Return a hash of each setting that a checkpoint depends on and that is not a path."""
     fixed = [f"train.{key}" for key in FIXED_IN_TRAINING.split()]
     return {
         key: _hash(value)

@@ -156,7 +156,7 @@ def check_tensors_of_state(folder: pathlib.Path, model: nn.Module, keys: set[str
             raise damaged(folder / NUMBERS, "its groups have other parameters than the model")
         with safe_open(path, framework="pt") as file:
             found = set()
-            for entry in file.keys():  # noqa: SIM118 (it is no mapping)
+            for entry in file.keys():  # noqa: SIM118 (it is not a mapping)
                 key, _, name = entry.partition("/")
                 if key == RANDOM:
                     continue

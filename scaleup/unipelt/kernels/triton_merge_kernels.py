@@ -10,7 +10,7 @@ are examples, heads and queries.
 
 from .triton_launch import tl, triton
 
-# Another number of these is no reason to compile again.
+# Another number of these is not a reason to compile again.
 SIZES = ("queries", "heads", "repeats", "length")
 STRIDES = ("g_b", "g_h", "g_t", "k_b", "k_h", "k_t")
 

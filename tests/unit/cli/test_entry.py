@@ -253,4 +253,4 @@ def test_words_that_are_no_values_or_no_text_are_refused(capsys, words):
         main(words)
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "it is not UTF-8 text" in last or "-- is no value" in last
+    assert "it is not UTF-8 text" in last or "-- is not a value" in last

@@ -72,7 +72,7 @@ def test_padding_and_batch_neighbours_do_not_move_logits(family, attention):
 
 
 @families
-def test_the_papers_pooling_does_depend_on_padding(family):
+def test_pooling_as_in_the_paper_does_depend_on_padding(family):
     model = adapt(backbone(family), gate_pooling="paper")
     assert difference(logits(model), logits(model, inputs(model, width=20))) > 1e-4
 

@@ -247,7 +247,7 @@ def test_a_cache_without_the_gates_past_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
-def test_the_papers_pooling_generates_only_without_a_cache(family):
+def test_pooling_as_in_the_paper_generates_only_without_a_cache(family):
     model = decoder(family, gate_pooling="paper")
     with pytest.raises(ValueError, match="needs the whole sequence"):
         generate(model)
