@@ -150,11 +150,11 @@ class Evaluation:
 
     def _check_unchanged(self, texts: Examples) -> None:
         """Raise ConfigError if the run's data is not what it was trained with."""
-        current = {source["split"]: source.get("sha256") for source in texts.sources}
-        for source in self.export.manifest.data:
-            split = source["split"]
-            replaced = split == "validation" and self.options.calibrate not in ("dev", "test")
-            if current.get(split) != source.get("sha256") and not replaced:
+        before, now = _hashes(self.export.manifest.data), _hashes(texts.sources)
+        if self.options.calibrate not in ("dev", "test"):  # the file replaces it
+            before.pop("validation", None)
+        for split, hashes in before.items():
+            if now.get(split) != hashes:
                 raise ConfigError(
                     f"--calibrate: the run's {split} data has changed since training, so dev would "
                     "not be the same examples; restore it, or name a file"
@@ -287,6 +287,14 @@ class Evaluation:
         if self.examples.labels is None:
             return None
         return (before.logits.argmax(-1) == after.logits.argmax(-1)).float().mean().item()
+
+
+def _hashes(sources: list[dict[str, Any]]) -> dict[str, list[str | None]]:
+    """Return the hashes of the sources of each split, in their order."""
+    hashes: dict[str, list[str | None]] = {}
+    for source in sources:
+        hashes.setdefault(source["split"], []).append(source.get("sha256"))
+    return hashes
 
 
 def _run_score(options: ExportOptions, name: str) -> float | None:

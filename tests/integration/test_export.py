@@ -85,6 +85,29 @@ def test_updates_are_also_fitted_to_rows_that_the_run_left_out(workspace, monkey
     assert unused.num_rows == left.total() - 1 == 120 - 64 - 32 - 1
 
 
+def test_a_run_on_several_files_is_exported_unless_one_of_them_has_changed(
+    workspace, tmp_path, monkeypatch
+):
+    header, *lines = (workspace / "train.csv").read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:60]), ("b", lines[60:])):
+        (tmp_path / f"{name}.csv").write_text("".join([header, *part]))
+    sources = f"[{{file: {tmp_path}/a.csv}}, {{file: {tmp_path}/b.csv}}]"
+    words = overrides(workspace, tmp_path / "run", f"data.sources={sources}", "train.max_steps=2")
+    words = [word for word in words if not word.startswith("data.train_file")]
+    assert main(["train", *words]) == 0
+
+    def stop(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(Evaluation, "measure_trained", stop)
+    chosen = options(tmp_path, "merged")
+    with pytest.raises(Reached):
+        export.run(chosen, print)
+    (tmp_path / "a.csv").write_text("".join([header, *lines[:59], "warm film,good,1\n"]))
+    with pytest.raises(ConfigError, match="the run's train data has changed since training"):
+        export.run(chosen, print)
+
+
 @pytest.mark.parametrize("kind", ["exact", "standalone", "merged"])
 def test_an_export_equals_the_trained_model_in_a_new_process(workspace, kind):
     report = export.run(options(workspace, kind), print)
