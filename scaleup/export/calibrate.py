@@ -108,7 +108,8 @@ class GateObserver:
     def __init__(self, model: nn.Module):
         self.moments: dict[Place, Any] = {}  # [3, 1]: count, sum and sum of squares of a gate
         self.squares: dict[Place, Any] = {}  # [2]: sums of squares of the change and of the value
-        self.handles = []
+        self.handles: list[Any] = []
+        self.layers: list[SiteLayer] = []
         for name, module in model.named_modules():
             if isinstance(module, LearnedGate):
                 hook = functools.partial(self._add_gates, site_of(name))
@@ -116,6 +117,14 @@ class GateObserver:
             elif isinstance(module, SiteLayer):
                 site = site_of(f"{name}.unipelt_")
                 module.observer = functools.partial(self._add_effect, module, site)
+                self.layers.append(module)
+
+    def remove(self) -> None:
+        """Stop observing."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in self.layers:
+            layer.observer = None
 
     def _add_gates(
         self,
@@ -189,8 +198,7 @@ def observe_gates(
                 inputs["decoder_attention_mask"] = (inputs["labels"] != IGNORED).long()
             remaining -= len(labels)
             model(**inputs, **({"use_cache": False} if writes else {}))
-    for handle in observer.handles:
-        handle.remove()
+    observer.remove()
     return observer
 
 

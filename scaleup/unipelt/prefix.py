@@ -146,7 +146,14 @@ class PrefixMember(AttentionMember):
         softmax = None if call is None else call.softmax
         if softmax is None or softmax.share_BHTL is None:
             return None  # `end` reports it
-        return (args[0] + softmax.context(), *args[1:]), kwargs
+        return (self._joined(softmax, args[0]), *args[1:]), kwargs
+
+    def _joined(self, softmax: SoftmaxPrefix, real_BTD: torch.Tensor) -> torch.Tensor:
+        """Return the attention's output with the prefix's context."""
+        observer = self.observer()
+        if observer is not None:
+            observer(*softmax.change(real_BTD))
+        return real_BTD + softmax.context()
 
     def end(self, call: PrefixCall, output: Any) -> Any:
         """Finish the call, and add the prefix's context that no output projection has taken.
@@ -166,7 +173,7 @@ class PrefixMember(AttentionMember):
             )
         if softmax is None or self.layer.site.output is not None:
             return None
-        return (output[0] + softmax.context(), *output[1:])
+        return (self._joined(softmax, output[0]), *output[1:])
 
 
 class PrefixSubmodule(Submodule):

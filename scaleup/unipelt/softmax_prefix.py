@@ -82,6 +82,20 @@ class SoftmaxPrefix(TorchFunctionMode):
         out_BHTE = self.share_BHTL @ values_HLE.to(self.share_BHTL.dtype) * _per_head(gate)
         return out_BHTE.transpose(1, 2).flatten(2)
 
+    def change(self, real_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the change that the prefix makes to the attention's output, and that output.
+
+        Args:
+            real_BTD: the output without `context`, to which the real keys have contributed.
+        """
+        assert self.share_BHTL is not None
+        # Without the prefix, the weights of the real keys would sum to 1.
+        left_BTH1 = 1 - self.share_BHTL.float().sum(dim=-1).transpose(1, 2).unsqueeze(3)
+        real_BTHE = real_BTD.float().unflatten(2, (left_BTH1.shape[2], -1))
+        without_BTD = (real_BTHE / left_BTH1.clamp(min=1e-6)).flatten(2)
+        whole_BTD = real_BTD + self.context()
+        return whole_BTD - without_BTD, whole_BTD
+
 
 def _per_head(gate: GateValue) -> GateValue:
     """Shape a gate [B, 1 or T, 1] for scores [B, H, T, L]."""

@@ -6,7 +6,10 @@ from transformers import BartForConditionalGeneration
 
 from scaleup.data.metrics import IGNORED
 from scaleup.export.calibrate import observe_gates
-from tests.utils.tiny import TARGETS, adapt, backbone, batch
+from scaleup.export.measure import Job, measure
+from scaleup.unipelt.layers import SiteLayer
+from scaleup.unipelt.sites import find_sites
+from tests.utils.tiny import LABELS, TARGETS, adapt, backbone, batch
 
 CPU = torch.device("cpu")
 
@@ -24,3 +27,41 @@ def test_the_padding_of_targets_changes_no_measured_gate(family):
     for key, values in one.gates().items():
         assert other.gates()[key] == pytest.approx(values, abs=2e-5), key
     assert other.effects() == pytest.approx(one.effects(), rel=1e-4)
+
+
+def test_effects_are_those_on_the_examples_of_the_calibration_alone():
+    """What a process measures afterwards adds nothing to them, and is not slowed down."""
+    model = adapt(backbone("bert"), submodules=["adapter", "prefix", "lora"])
+    first, second = (batch(seed=seed) | {"labels": LABELS} for seed in (3, 4))
+    observer = observe_gates(model, [first, second], 3, CPU, writes=False)
+    effects = observer.effects()
+    assert all(m.observer is None for m in model.modules() if isinstance(m, SiteLayer))
+    fields = {"generate": None, "offload": "", "memory": None}
+    job = Job(batches="", output="", writes=False, outputs=["logits"], **fields)
+    measure(model, [first, second], job, CPU)
+    assert observer.effects() == effects
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "mpnet"])
+def test_the_effect_of_a_prefix_is_the_change_of_the_output_of_its_attention(family):
+    model = adapt(backbone(family), submodules=["prefix"], gates="learned")
+    inputs = batch()
+    effects = observe_gates(model, [inputs | {"labels": LABELS}], 3, CPU, writes=False).effects()
+    site = find_sites(model.get_base_model())[0][0]
+    assert len(effects) == len(find_sites(model.get_base_model())[0])
+    outputs = []
+    if site.output is None:
+        attention = model.get_base_model().get_submodule(site.name)
+        attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    else:
+        projection = model.get_base_model().get_submodule(site.output)
+        projection.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        with model.disable_adapter():
+            model(**inputs)
+    real = inputs["attention_mask"].bool()
+    # The first attention has the same input without the prefix.
+    whole, without = (output[real] for output in (outputs[0], outputs[len(outputs) // 2]))
+    expected = (whole - without).norm() / whole.norm()
+    assert effects[site.name, "prefix"] == pytest.approx(expected.item(), rel=1e-4)
