@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
-from scaleup.io import samples
+from scaleup.io import read_json, samples
 
 # The file of `checkpoint-N/` with the state of the optimizer. It holds nothing of a model.
 STATE = "training_state.safetensors"
@@ -166,8 +166,27 @@ def copy_of_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the weight files of a model folder; safetensors are preferred."""
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """Return the weight files of a model folder that transformers reads; safetensors are preferred.
+
+    Beside them, a folder may have others, such as copies of the weights in another type.
+    """
+    patterns = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+    for stem, ending in patterns:
+        whole = folder / f"{stem}{ending}"
+        found = [whole] if whole.exists() else _indexed(folder / f"{stem}{ending}.index.json")
+        if found:
+            return found
+    found = (sorted(folder.glob(f"{stem}*{ending}")) for stem, ending in patterns)
+    return next(filter(None, found), [])
+
+
+def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files beside an index of weights that it names, [] if it cannot be read."""
+    try:
+        names = set(read_json(index)["weight_map"].values())
+        return sorted(path for path in index.parent.iterdir() if path.name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
 
 
 def checkpoint_folder(name: str, revision: str | None) -> pathlib.Path:

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from scaleup.backbone.filling import Filler
-from scaleup.backbone.weights import Weights
+from scaleup.backbone.weights import Weights, weight_files
 from tests.utils.tiny import HYBRID, MIXED, backbone
 
 
@@ -57,3 +57,21 @@ def test_a_buffer_that_nothing_initialises_is_refused(tmp_path):
         loader.fill(prefix, module)
     with pytest.raises(ValueError, match=r"model\.shift is not in the checkpoint; use ZeRO-2"):
         loader.finish()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_only_the_files_that_transformers_reads_are_read(shards, tmp_path):
+    """People keep copies beside them, and files of another number of shards remain."""
+    model, other = backbone("llama"), backbone("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model_old.safetensors")
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "1GB")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    files = weight_files(tmp_path)
+    assert len(files) > 3 if shards else [file.name for file in files] == ["model.safetensors"]
+    weights, loaded = Weights(model, tmp_path), type(model).from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(weights.get([name]), parameter), name
