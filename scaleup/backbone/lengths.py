@@ -6,12 +6,19 @@ from scaleup.errors import ConfigError
 from scaleup.settings.data import DataSettings
 from scaleup.settings.schema import ModelSettings, Settings
 
+# Model types that count the positions of a text from their padding index + 1.
+FROM_PADDING = (
+    *("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
+)
+
 
 def position_limit(config: PretrainedConfig) -> int | None:
     """Return the number of tokens that learned positions allow; None without such a table."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        return positions - config.pad_token_id - 1  # they count positions from padding_idx + 1
+    if positions is not None and config.model_type in FROM_PADDING:
+        # The padding index of MPNet is 1, whatever its config says.
+        return positions - (1 if config.model_type == "mpnet" else config.pad_token_id) - 1
     return positions
 
 

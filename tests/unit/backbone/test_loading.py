@@ -27,10 +27,14 @@ def test_heads_are_found_without_their_names():
     assert head_names(backbone("bert").base_model) == []
 
 
-def test_position_limits_count_roberta_from_its_padding():
+def test_the_positions_of_bert_are_all_for_tokens():
     assert position_limit(backbone("bert").config) == 48
-    assert position_limit(backbone("roberta").config) == 46
-    model = backbone("roberta")
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mpnet"])
+def test_position_limits_count_from_the_padding(family):
+    model = backbone(family)
+    assert position_limit(model.config) == 46
     model(input_ids=torch.full((1, 46), 5))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(input_ids=torch.full((1, 47), 5))
