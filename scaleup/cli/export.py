@@ -31,19 +31,11 @@ from typing import TYPE_CHECKING
 from scaleup.cli.config import add_trust_argument
 from scaleup.cli.exit_codes import DONE, Stopped, print_line, raise_on
 from scaleup.errors import ConfigError
+from scaleup.export.kinds import KINDS
 from scaleup.io import parse_bytes
 
 if TYPE_CHECKING:
     from scaleup.export.report import ExportReport, Proof
-
-# Options without effect on an export of this kind.
-IDLE = {
-    "exact": ("examples", "prune", "dtype", "max_shard_size", "rank", "epochs"),
-    "standalone": ("examples", "prune", "rank", "epochs"),
-    "merged": ("rank", "epochs"),
-    "plain": ("prune",),
-    "lora": ("prune", "dtype", "max_shard_size"),
-}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     checkpoint = "adapter checkpoint: best/, final/ or checkpoint-N/ of a run"
     add("--checkpoint", type=Path, required=True, metavar="RUN/best", help=checkpoint)
-    add("--kind", choices=tuple(IDLE), default="exact", help="see above (default: exact)")
+    add("--kind", choices=tuple(KINDS), default="exact", help="see above (default: exact)")
     output = "folder to write, which must not exist"
     add("--output", type=Path, required=True, metavar="DIR", help=output)
     config = "config.yaml of the run (default: the one beside the checkpoint)"
@@ -140,7 +132,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
     """Return what is wrong with the arguments, without a look at the run."""
     problems = [
         f"--{name.replace('_', '-')}: has no effect with --kind {options.kind}; leave it out"
-        for name in IDLE[options.kind]
+        for name in KINDS[options.kind].idle
         if getattr(options, name) is not None
     ]
     if options.max_metric_drop is not None and not options.verify:
@@ -148,7 +140,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
             "--max-metric-drop: nothing is scored with --no-verify; leave one of them out"
         )
     for flag in ("metric", "max_memory"):
-        measures = options.verify or options.kind not in ("exact", "standalone")
+        measures = options.verify or KINDS[options.kind].needs_data
         if getattr(options, flag) is not None and not measures:
             name = flag.replace("_", "-")
             problems.append(f"--{name}: has no effect with --no-verify; leave one of them out")

@@ -9,6 +9,7 @@ from scaleup.backbone.loading import HEADS_WITHOUT_CLASSES, load_config
 from scaleup.backbone.tokenizer import pad_tokens
 from scaleup.data.classification import role_columns
 from scaleup.errors import ConfigError
+from scaleup.export.kinds import KINDS
 from scaleup.export.report import Export, ExportReport, Proof
 from scaleup.settings.loading import parse
 
@@ -62,7 +63,7 @@ def card(export: Export, report: ExportReport) -> str:
     licence = backbone_licence(settings.model.name)
     front: dict[str, Any] = {
         "base_model": None if pathlib.Path(settings.model.name).exists() else backbone["name"],
-        "library_name": "peft" if report.kind in ("exact", "lora") else "transformers",
+        "library_name": "peft" if KINDS[report.kind].with_peft else "transformers",
         "tags": ["unipelt", "scaleup"],
         "pipeline_tag": PIPELINES[manifest.task],
     } | ({"license": licence} if licence else {})

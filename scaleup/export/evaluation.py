@@ -25,6 +25,7 @@ from scaleup.data.pairs import separate_pairs
 from scaleup.errors import CheckpointError, ConfigError, ExportError
 from scaleup.export import measure
 from scaleup.export.calibrate import TrainedJob, TrainedMeasurements
+from scaleup.export.kinds import KINDS
 from scaleup.export.measure import FolderJob, Job, Measurements
 from scaleup.export.report import Export, ExportOptions
 from scaleup.io import read_json
@@ -135,7 +136,7 @@ class Evaluation:
             return self.module.load(data)
         except ConfigError as error:
             problem = "the run's data is needed to measure the export"
-            if self.options.kind in ("exact", "standalone"):
+            if not KINDS[self.options.kind].needs_data:
                 problem += "; --no-verify does without it"
             raise ConfigError([*error.problems, problem]) from None
 

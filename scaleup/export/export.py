@@ -36,6 +36,7 @@ from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
 from scaleup.export.evaluation import BATCH, Evaluation
 from scaleup.export.folder import FolderWriter
+from scaleup.export.kinds import KINDS
 from scaleup.export.measure import peak_mib
 from scaleup.export.report import (
     Absorption,
@@ -132,7 +133,7 @@ def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedCon
     settings = load_trained(path, manifest, overrides, options.trust_remote_code)
     _check_tokenizer_code(options)
     own_file = options.calibrate not in ("dev", "test")
-    if options.kind in ("merged", "plain", "lora") and own_file and settings.data.name:
+    if KINDS[options.kind].needs_data and own_file and settings.data.name:
         raise ConfigError(
             f"--calibrate: the run's data is {settings.data.name}, which is not a file; use dev or "
             "test"

@@ -9,6 +9,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleup.data import tasks
+from scaleup.errors import ConfigError
+from scaleup.export.kinds import KINDS
 from scaleup.settings.schema import Settings
 from scaleup.training.manifest import Manifest
 from scaleup.unipelt.config import UniPeltConfig
@@ -19,7 +21,7 @@ class ExportOptions:
     """What to export and how. `scaleup export --help` describes each option.
 
     Attributes:
-        kind: "exact", "standalone", "merged", "plain" or "lora".
+        kind: one of KINDS.
         examples: number of examples that the export depends on; None: the default of the kind.
         calibrate: "dev", "test" or a file with the columns of the run's data.
         max_shard_bytes: largest size of a weights file.
@@ -49,10 +51,14 @@ class ExportOptions:
     rank: int = 32
     epochs: int = 3
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"--kind: {self.kind} is none of {', '.join(KINDS)}")
+
     @property
     def absorbs(self) -> bool:
         """Return whether the effect of UniPELT is absorbed into low-rank updates."""
-        return self.kind in ("plain", "lora")
+        return KINDS[self.kind].absorbs
 
     @property
     def resolved_examples(self) -> int:

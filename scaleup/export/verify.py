@@ -8,6 +8,7 @@ import torch
 from scaleup.errors import ExportError
 from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.evaluation import Evaluation
+from scaleup.export.kinds import KINDS
 from scaleup.export.measure import Measurements
 from scaleup.export.report import ExportOptions, Metric, Proof
 from scaleup.unipelt.submodule import Gates
@@ -109,15 +110,9 @@ def _check_drop(options: ExportOptions, metric: Metric) -> None:
     if not metric.drop > options.max_metric_drop:
         return
     before, after = metric.shown
-    advice = {
-        "merged": "; --kind standalone keeps the learned gates",
-        "plain": "; more --rank, --examples or --epochs lose less, --kind standalone nothing",
-        "lora": "; more --rank, --examples or --epochs lose less, --kind exact nothing",
-        "standalone": "; the data type or the quantisation of the weights is the cause: "
-        "try --dtype float32",
-    }
+    advice = KINDS[options.kind].advice
     raise ExportError(
         f"{metric.name} on {options.calibrate} went from {before} to {after}, more than "
         f"--max-metric-drop {options.max_metric_drop:g} allows; nothing was kept"
-        + advice.get(options.kind, "")
+        + (f"; {advice}" if advice else "")
     )

@@ -1,7 +1,11 @@
-"""The scores in the report of an export."""
+"""The options of an export, and the scores in its report."""
+
+import pathlib
 
 import pytest
 
+import scaleup
+from scaleup.errors import ConfigError
 from scaleup.export.report import Metric
 
 
@@ -16,3 +20,9 @@ from scaleup.export.report import Metric
 def test_a_metric_is_in_points_and_a_loss_as_it_is(metric, drop, shown):
     assert metric.drop == pytest.approx(drop)
     assert metric.shown == shown
+
+
+def test_a_kind_that_does_not_exist_is_refused():
+    folder = pathlib.Path("missing")
+    with pytest.raises(ConfigError, match="--kind: mergd is none of exact, standalone, merged, "):
+        scaleup.export(folder, folder / "out", kind="mergd")
