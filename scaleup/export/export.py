@@ -97,8 +97,7 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
         share_pad_token(str(options.checkpoint), tokenizer, config, auto)
         adapter, tensors = fold.read_checkpoint(options.checkpoint)
         export = Export(options, settings, manifest, config, tokenizer, adapter, tensors, say)
-        with tempfile.TemporaryDirectory(prefix="scaleup-export-") as work:
-            return _export(export, staging, pathlib.Path(work))
+        return _export(export, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -228,8 +227,11 @@ def _load_tokenizer(options: ExportOptions) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: {problem}; {ALTERED}") from None
 
 
-def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> ExportReport:
+def _export(export: Export, staging: pathlib.Path) -> ExportReport:
     """Write an export into the staging folder, verify it and commit it."""
+    # If the export is killed, the next one to the same output removes the staging folder. A name of
+    # its own, because a process of the killed export may still write into this folder.
+    work = pathlib.Path(tempfile.mkdtemp(prefix=".work-", dir=staging))
     options, manifest = export.options, export.manifest
     empty = loading.empty_model(
         export.config, export.settings.model.attention, export.dtype, export.auto
@@ -284,6 +286,7 @@ def _export(export: Export, staging: pathlib.Path, work: pathlib.Path) -> Export
     if options.output.exists():
         raise ExportError(f"{options.output} has appeared in the meantime; nothing was kept")
     manifest = dataclasses.replace(manifest, export=options.kind)
+    shutil.rmtree(work)
     try:
         commit_checkpoint(staging, options.output, {}, manifest)
     except CheckpointError as error:

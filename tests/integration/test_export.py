@@ -270,6 +270,28 @@ def test_an_export_that_loses_too_much_keeps_nothing(workspace, monkeypatch, dro
     )
 
 
+def test_what_a_killed_export_leaves_is_removed_by_the_next_one(workspace, tmp_path):
+    temporary, output = tmp_path / "tmp", tmp_path / "out"
+    temporary.mkdir()
+    words = ["export", "--checkpoint", str(workspace / "run" / "best"), "--output", str(output)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scaleup", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(TMPDIR=str(temporary)),
+        cwd=ROOT,
+    )
+    assert process.stderr is not None
+    assert any("measuring" in line for line in process.stderr)
+    process.kill()
+    process.wait()
+    assert not list(temporary.glob("scaleup*")) and not output.exists()
+    assert [path.name for path in tmp_path.iterdir() if path != temporary] == [".out.draft"]
+    assert main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tmp"]
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
 def test_a_full_disk_is_one_sentence(workspace, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("No space left on device")
