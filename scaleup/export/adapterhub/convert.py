@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from scaleup.backbone.method import saved_parameters
 from scaleup.errors import ConfigError, one_line
 from scaleup.export.adapterhub import heads, methods
 from scaleup.export.adapterhub.checkpoint import Checkpoint, Tensors, read
+from scaleup.io import write_problem
 from scaleup.settings.schema import ModelSettings
 from scaleup.unipelt.attention import ATTENTION_CHILD
 from scaleup.unipelt.config import UniPeltConfig
@@ -117,7 +119,11 @@ def import_adapter(
     unipelt.base_model_name_or_path, unipelt.inference_mode = backbone, True
     checked = _checked(checkpoint, adapted, tensors, bool(head_tensors))
     labels = head.labels if head_tensors and head is not None and head.labels else None
-    _write(output, unipelt, checked, config if labels else None)
+    try:
+        _write(output, unipelt, checked, config if labels else None)
+    except (OSError, SafetensorError) as error:  # these name the temporary folder
+        problem = f"{output} cannot be written: {write_problem(error)}"
+        raise ConfigError(f"--output: {problem}") from None
     return Imported(output, backbone, task.auto, labels, unipelt)
 
 

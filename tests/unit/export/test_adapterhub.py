@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scaleup.cli.entry import main
@@ -409,3 +410,25 @@ def test_damaged_tensors_are_refused(ending, change, problem, copied, tmp_path):
     with pytest.raises(ConfigError, match=problem):
         convert("bert-unipelt", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x" * 248, "File name too long"), ("file/out", "File exists")]
+)
+def test_an_output_that_cannot_be_written_is_named_and_not_its_temporary_folder(
+    name, reason, tmp_path
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as error:
+        convert("bert-lora", FIXTURES / "bert-lora", tmp_path / name)
+    assert str(error.value) == f"--output: {tmp_path / name} cannot be written: {reason}"
+
+
+def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path, monkeypatch):
+    def save(tensors, path, metadata):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("scaleup.export.adapterhub.convert.save_file", save)
+    with pytest.raises(ConfigError, match="--output: .*/out cannot be written: No space left"):
+        convert("bert-lora", FIXTURES / "bert-lora", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
