@@ -176,8 +176,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         found = [whole] if whole.exists() else _indexed(folder / f"{stem}{ending}.index.json")
         if found:
             return found
-    found = (sorted(folder.glob(f"{stem}*{ending}")) for stem, ending in patterns)
-    return next(filter(None, found), [])
+    others = (sorted(folder.glob(f"{stem}*{ending}")) for stem, ending in patterns)
+    return next((files for files in others if files), [])
 
 
 def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
