@@ -19,7 +19,7 @@ from scaleup.backbone.placement import Offload, materialize_trained
 from scaleup.backbone.sharded import set_values, whole_shape
 from scaleup.backbone.tokenizer import load_tokenizer, pad_tokens
 from scaleup.backbone.weights import read_once, tensor_files
-from scaleup.errors import CheckpointError
+from scaleup.errors import CheckpointError, ConfigError
 from scaleup.settings.schema import MethodSettings, Settings, TrainSettings
 from scaleup.unipelt.config import UniPeltConfig
 from scaleup.unipelt.sites import head_names
@@ -57,6 +57,9 @@ def apply_method(
 
     Args:
         missing: modules of the backbone without pretrained weights. They are treated as the head.
+
+    Raises:
+        ConfigError: nothing would be trained.
     """
     if method.name == "unipelt":
         values = method.model_dump(exclude={"name", "gates"}) | {"gates": method.resolved_gates}
@@ -69,6 +72,9 @@ def apply_method(
             parameter.requires_grad_(method.head == "trained")
         else:
             parameter.requires_grad_(method.name == "full" or name.endswith(".bias"))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problem = f"bitfit trains biases, and {type(model).__name__} has none here"
+        raise ConfigError(f"method.name: {problem}; use unipelt")
     return model
 
 

@@ -163,6 +163,8 @@ class _Planner:
     def _first_model(self, deepspeed: bool) -> nn.Module:
         try:
             return self._make(self.config, deepspeed)
+        except ConfigError:
+            raise
         except (ValueError, KeyError, ImportError) as error:
             name = self.settings.model.name
             raise ConfigError(f"model.name: {name}: {one_line(error, 300)}") from error

@@ -64,8 +64,10 @@ def _structure_problems(
     model: ModelSettings, method: MethodSettings, data: DataSettings, config: PretrainedConfig
 ) -> list[str]:
     completes, auto = data.resolved_task == "causal_lm", tasks.of(data).auto
-    if (method.name != "unipelt" and not completes) or type(config) not in auto._model_mapping:
+    if type(config) not in auto._model_mapping:
         return []  # `model_config` reports a model that cannot do the task
+    if method.name != "unipelt" and not completes:
+        return _attaching_problems(model, method, config, auto)
     known = config.model_type in TESTED
     eager_only = model.attention != "eager" and config.model_type in EAGER_ONLY
     if not completes and known and not eager_only and model.attention != "flash":
@@ -86,7 +88,7 @@ def _structure_problems(
             " Llama or Qwen"
         ]
     if method.name != "unipelt":
-        return []
+        return [] if problem is not None else _attaching_problems(model, method, config, auto)
     problems = [] if problem is None else [problem[:300]]
     for name in method.submodules:
         try:
@@ -102,11 +104,15 @@ def _attaching_problems(
     model: ModelSettings, method: MethodSettings, config: PretrainedConfig, auto: Any
 ) -> list[str]:
     """Attach the method to an empty model, if a setting of it may not suit this model."""
-    if method.name != "unipelt" or UNEVEN.items() <= method.model_dump().items():
+    usual = method.name == "unipelt" and UNEVEN.items() <= method.model_dump().items()
+    if method.name == "full" or usual:
         return []
-    empty = backbone.empty_model(copy.deepcopy(config), model.attention, None, auto)
+    attention = model.attention if method.name == "unipelt" else "eager"
+    empty = backbone.empty_model(copy.deepcopy(config), attention, None, auto)
     try:
         apply_method(empty, method)
+    except ConfigError as error:
+        return error.problems
     except ValueError as error:
         return [f"method.{one_line(error, 300)}"]
     return []

@@ -9,7 +9,7 @@ from scaleup import errors
 from scaleup.settings import schema as config
 from scaleup.training.preflight import CHECKS
 from tests.utils.weights import sparse_weights
-from tests.utils.workspace import make_workspace, overrides
+from tests.utils.workspace import add_writer, make_workspace, overrides, writing
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,15 @@ def test_written_text_is_not_scored_where_weights_are_sharded(workspace, engine,
     assert "use data.metric=loss" in problem and "scaleup export --metric bleu" in problem
     assert not refusals(engine, "data.metric=loss")
     assert not refusals("train.deepspeed=zero2")
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("t5", "seq2seq")])
+def test_bitfit_is_refused_for_a_model_without_biases(tmp_path, family, task):
+    add_writer(tmp_path, family)
+    own = writing(tmp_path, tmp_path / "out", family, task, "method.name=bitfit")
+    own = [word for word in own if not word.startswith("method.prefix")]
+    (found,) = problems(*own)
+    assert found.startswith("method.name: bitfit trains biases, and ") and "none here" in found
 
 
 def test_gradient_checkpointing_that_a_model_does_not_have_is_refused(workspace, tmp_path):
