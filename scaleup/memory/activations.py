@@ -1,7 +1,5 @@
 """Predict the memory of a training step beside weights and states.
 
-    step = trace(make_model, config, Kernels(...), batch=16, length=128)
-
 The adapted model runs forward and backward under FakeTensorMode: no tensor holds data, but every
 operation reports which tensors it would make. Three numbers come out: what autograd keeps between
 the passes, the most that is allocated at once, and the floating-point operations.
@@ -13,7 +11,6 @@ DeepSpeed's linear layer under ZeRO-3, which keeps its input.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import gc
@@ -29,15 +26,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from scaleup.unipelt.kernels import planned_for
-from scaleup.unipelt.sites import RECURRENT
 
 functional = nn.functional
 PLAIN_LINEAR, PLAIN_RAND = functional.linear, torch.rand
-# The settings by which configs say how deep a model is.
-LAYERS = "num_hidden_layers encoder_layers decoder_layers num_layers num_decoder_layers n_layer"
 # CUDA's autocast computes these in float32, and their results stay float32. CPU's does not.
 FLOAT32 = ("layer_norm", "softmax")
 
@@ -306,60 +300,10 @@ def step(
     return Step(most_kept, counter.peak, counter.operations)
 
 
-def _fake_step(model: nn.Module, *args: Any) -> Step:
+def fake_step(model: nn.Module, *args: Any) -> Step:
+    """Run `step` with a model on the meta device and fake tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             return step(model.to_empty(device="cpu"), *args)
         finally:
             gc.collect()  # modules and their hooks refer to each other
-
-
-def trace(
-    make: Callable[[PretrainedConfig], nn.Module],
-    config: PretrainedConfig,
-    kernels: Kernels,
-    batch: int,
-    length: int,
-    target: int = 128,
-) -> Step:
-    """Predict one step of the model that `make(config)` builds on the meta device.
-
-    All layers of a stack are alike, so a deep model is extrapolated from copies with two and three
-    layers. In a hybrid model the pattern of layers is what repeats. Random skipping of layers
-    (BART's layerdrop) is off, which is the worst case.
-    """
-    names = config.to_dict()
-    depths = {
-        name: getattr(config, name)
-        for name in LAYERS.split()
-        if name in names and name not in config.attribute_map
-    }
-    if len(depths) > 1:  # BART's num_hidden_layers repeats its encoder_layers
-        depths.pop("num_hidden_layers", None)
-
-    def at(**changes: int) -> Step:
-        shallow = copy.deepcopy(config)
-        for name, depth in changes.items():
-            setattr(shallow, name, depth)
-        return _fake_step(make(shallow), kernels, batch, length, target)
-
-    unit = _repeated(config)
-    low = {name: min(depth, max(unit, 2)) for name, depth in depths.items()}
-    base = at(**low)
-    kept, peak, operations = base.kept, base.peak, base.operations
-    for name, depth in depths.items():
-        if depth > low[name]:
-            more = min(unit, depth - low[name])
-            deeper = at(**(low | {name: low[name] + more}))
-            kept += (depth - low[name]) * (deeper.kept - base.kept) // more
-            peak += (depth - low[name]) * (deeper.peak - base.peak) // more
-            operations += (depth - low[name]) * (deeper.operations - base.operations) // more
-    return Step(kept, peak, operations)
-
-
-def _repeated(config: PretrainedConfig) -> int:
-    """Return the length of the pattern of layers that a hybrid model repeats, 1 for others."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    if not set(kinds) & set(RECURRENT):
-        return 1
-    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])

@@ -35,9 +35,10 @@ from scaleup.backbone.tokenizer import pad_tokens, set_pad_token
 from scaleup.data import tasks
 from scaleup.data.glue import GLUE
 from scaleup.errors import ConfigError, one_line
-from scaleup.memory.activations import Kernels, Step, trace
+from scaleup.memory.activations import Kernels, Step
 from scaleup.memory.requirements import check_requirements
 from scaleup.memory.states import States, Zero, fsdp_states, read_zero, states
+from scaleup.memory.trace import trace
 from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import Settings, TrainSettings
 from scaleup.unipelt.model import parameter_counts
@@ -183,7 +184,8 @@ class _Planner:
             data, batch = self.settings.data, self.settings.train.per_device_train_batch_size
             lengths = data.max_length, data.max_target_length
             make = functools.partial(self._make, deepspeed=deepspeed)
-            self.steps[key] = trace(make, self.config, kernels, batch, *lengths)
+            whole = self.models[deepspeed]
+            self.steps[key] = trace(make, self.config, kernels, batch, *lengths, whole)
         return self.steps[key]
 
     def _states(self, stage: str, zero: Zero, weights: str) -> States:

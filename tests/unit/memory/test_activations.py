@@ -1,5 +1,7 @@
 """Predicted activations compared with those of real steps."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
 from scaleup.experiments.meter import allocated_peak
-from scaleup.memory.activations import Kernels, _fake_step, step, trace
+from scaleup.memory.activations import Kernels, fake_step, step
+from scaleup.memory.trace import trace
 from tests.utils.planning import adapted
 from tests.utils.tiny import adapt, backbone
 
@@ -82,7 +85,7 @@ def test_operations_are_those_that_torch_counts_in_a_real_step(workspace):
 def test_a_deep_model_follows_from_shallow_copies(workspace, family, linear):
     kernels = Kernels("cuda", torch.bfloat16, linear, False)
     shape = AutoConfig.from_pretrained(workspace / family)
-    whole = _fake_step(adapted(workspace, family, "meta"), kernels, 8, 64)
+    whole = fake_step(adapted(workspace, family, "meta"), kernels, 8, 64)
     shallow = trace(lambda shape: adapted(workspace, family, "meta", shape), shape, kernels, 8, 64)
     assert shallow.kept == pytest.approx(whole.kept, rel=0.02) and shallow.peak == pytest.approx(
         whole.peak, rel=0.02
@@ -132,7 +135,14 @@ PATTERN = ["linear_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
-    "family, changes", [("mixtral", {}), ("qwen3_next", {"layer_types": 4 * PATTERN})]
+    "family, changes",
+    [
+        ("mixtral", {}),
+        ("qwen3_next", {"layer_types": 4 * PATTERN}),
+        ("glm4_moe", {"first_k_dense_replace": 3}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}),
+        ("qwen3_moe", {"decoder_sparse_step": 3}),
+    ],
 )
 def test_experts_and_the_repeated_layers_of_a_hybrid_are_planned(family, changes):
     kernels = Kernels("cpu", None, "plain", False)
@@ -144,6 +154,8 @@ def test_experts_and_the_repeated_layers_of_a_hybrid_are_planned(family, changes
         return adapt(model, randomise=False)
 
     planned = trace(make, real.config, kernels, 4, 32)
+    whole = fake_step(make(real.config), kernels, 4, 32)
+    assert dataclasses.astuple(planned) == pytest.approx(dataclasses.astuple(whole), rel=0.02)
     model = adapt(real, randomise=False).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}

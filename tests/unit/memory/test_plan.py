@@ -14,9 +14,10 @@ from benchmarks.plan_memory import measure
 from scaleup import errors
 from scaleup.backbone.method import apply_method
 from scaleup.memory import states as memory
-from scaleup.memory.activations import Kernels, trace
+from scaleup.memory.activations import Kernels
 from scaleup.memory.plan import make_plan
 from scaleup.memory.report import as_json, table
+from scaleup.memory.trace import trace
 from scaleup.settings import schema as config
 from scaleup.unipelt.model import parameter_counts
 from tests.utils.planning import adapted, overrides, settings
