@@ -27,7 +27,7 @@ def trace(
 ) -> Step:
     """Predict one step of the model that `make(config)` builds on the meta device.
 
-    The layers of a stack are alike, or repeat a pattern after the first ones: hybrid models alternate
+    The layers of a stack are alike, or repeat a pattern after the first: hybrid models alternate
     attention with recurrent layers, and some models with experts have none in their first layers. A
     deep model is therefore extrapolated from two shallow copies that differ by one pattern. Random
     skipping of layers (BART's layerdrop) is off, which is the worst case.
