@@ -18,7 +18,7 @@ from scaleup.data import glue, prepared, sources, splits
 from scaleup.data.examples import Examples, shared_texts
 from scaleup.data.files import Table
 from scaleup.data.glue import GLUE
-from scaleup.data.labels import MISSING, NUMBER, Spellings, joined_problems
+from scaleup.data.labels import MISSING, NUMBER, Spellings, common_names, joined_problems
 from scaleup.data.metrics import label_metrics
 from scaleup.data.padding import padded_length
 from scaleup.data.pairs import separate_pairs
@@ -85,7 +85,7 @@ def _clean_cell(
 
 def _declared(table: Table, data: DataSettings) -> list[str] | None:
     """Return the class names in id order that a file or GLUE declares, if any."""
-    feature = table.features.get(role_columns(data)["label"])
+    feature = table.features.get(table.roles["label"])
     declared = None
     if isinstance(feature, datasets.ClassLabel) and data.resolved_task != "regression":
         declared = feature.names
@@ -145,14 +145,12 @@ class _Reader:
         data, columns, reading = self.data, role_columns(self.data), Reading(split, parts)
         counts_labels = split == "train" and self.known is not None
         spellings: list[Spellings] = []  # by source
-        declared: list[str] | None = None
+        declared: list[list[str] | None] = []  # by source
 
         def clean(table: Table) -> Callable[[Any, str], tuple[Any, str | None]]:
-            nonlocal declared
-            declared = _declared(table, data)
-            own = parts[len(spellings)].columns
-            spellings.append(Spellings(table, own.get("label", columns["label"])))
-            return functools.partial(_clean_cell, known=self.known, declared=declared)
+            declared.append(_declared(table, data))
+            spellings.append(Spellings(table, table.roles["label"]))
+            return functools.partial(_clean_cell, known=self.known, declared=declared[-1])
 
         def batches() -> Iterator[dict[str, list]]:
             for cleaned in reading.read(columns, clean, "data.path" if data.name else None):
@@ -167,10 +165,11 @@ class _Reader:
             return
         if counts_labels:
             self.known = set().union(*(found.labels for found in spellings))
-            if declared is None:
+            names = common_names(declared, self.known)
+            if names is None:
                 found = [problem for part in spellings for problem in part.problems()]
                 self.problems += found or joined_problems(self.known)
-            self.labels = _class_names(self.known, rows, declared, reading.name)
+            self.labels = _class_names(self.known, rows, names, reading.name)
         self.train, self.dev = splits.choose_rows(data, rows, reading.name)
         weights = [part.weight for part in parts]
         self.train = splits.weighted(data, self.train, reading.rows, weights)

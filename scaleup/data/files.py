@@ -43,6 +43,7 @@ class Table:
     batches: Callable[[], Iterator[Batch]]  # each call reads from the beginning
     source: dict[str, Any]  # file and sha256, or hub_id and name
     features: dict[str, Any] = dataclasses.field(default_factory=dict)  # declared by `datasets`
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)  # role → column in this table
 
     @property
     def place(self) -> str:

@@ -87,6 +87,20 @@ class Spellings:
         return problems[:5]
 
 
+def common_names(declared: list[list[str] | None], found: set[str]) -> list[str] | None:
+    """Return the names in id order for all sources of a training set; None if nothing tells it.
+
+    Args:
+        declared: the names that each source declares, or None.
+        found: the names that occur.
+    """
+    if declared[-1] is not None and found <= set(declared[-1]):
+        return declared[-1]
+    if None in declared:
+        return None
+    return list(dict.fromkeys(name for names in declared for name in names or ()))
+
+
 def joined_problems(labels: set[str], key: str = "data.sources") -> list[str]:
     """Return which labels together are one class in different spellings.
 

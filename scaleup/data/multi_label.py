@@ -17,7 +17,7 @@ from scaleup.data import classification, sets, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.files import Table
-from scaleup.data.labels import joined_problems
+from scaleup.data.labels import common_names, joined_problems
 from scaleup.data.sets import (
     Cell,
     Rows,
@@ -77,12 +77,11 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
             f"data.labels_column: {columns['labels']} is a text column, too; {advice}"
         )
     known: set[str] = set()
-    declared: list[str] | None = None
+    declared: list[list[str] | None] = []  # by source
 
     def clean(table: Table) -> Callable[[Any, str], Cell]:
-        nonlocal declared
-        declared = declared_names(table, columns["labels"])
-        return functools.partial(_clean_cell, known=known, declared=declared)
+        declared.append(declared_names(table, "labels"))
+        return functools.partial(_clean_cell, known=known, declared=declared[-1])
 
     labels: list[str] = []
     for split, parts in sources.of_user(data).items():
@@ -90,8 +89,9 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
         if split != "train" or split not in reader.counts:
             continue
         known = {name for names in reader.training_cells("labels", False) for name in names}
-        reader.problems += joined_problems(known, "data.labels_column") if declared is None else []
-        labels = declared or sorted(known)
+        names = common_names(declared, known)
+        reader.problems += joined_problems(known, "data.labels_column") if names is None else []
+        labels = names or sorted(known)
         known = set(labels)
         if not any(reader.training_cells("labels", True)):
             place = f"the {len(reader.train)} examples to train on"

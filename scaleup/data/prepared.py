@@ -4,8 +4,8 @@
     <data.cache_dir>/tokens-<hash>/    the same rows as tokens
 
 The hash of texts covers the settings that choose them and the state of the files (path, size, times
-and inode) or the commit on the hub. The hash of tokens covers the content of the files, the
-settings and the tokenizer. Both cover the code of this package, so a new version prepares anew.
+and inode), or data.revision on the hub. The hash of tokens covers the texts, the settings and the
+tokenizer. Both cover the code of this package, so a new version prepares anew.
 """
 
 import dataclasses
@@ -60,6 +60,11 @@ def _code() -> str:
     return hashed(hashes, transformers.__version__, tokenizers.__version__)
 
 
+def _file_hash(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_states(files: Iterable[str]) -> tuple:
     """Return what changes whenever a file is changed or replaced: size, times and inode."""
     states = [(os.path.abspath(file), os.stat(file)) for file in files if os.path.isfile(file)]
@@ -105,7 +110,10 @@ def texts(
     folder = cache_dir(data) / f"texts-{hashed(_code(), settings, state)}"
 
     def fill(part: pathlib.Path) -> None:
-        write_json(part / "examples.json", make(part))
+        fields = make(part)
+        # Of a folder of files, `sources` has samples only, and an edit may lie between them.
+        hashes = {path.name: _file_hash(path) for path in sorted(part.glob("*.arrow"))}
+        write_json(part / "examples.json", fields | {"hashes": hashes})
 
     fill_once(folder, fill)
     content = read_json(folder / "examples.json")
@@ -126,7 +134,7 @@ def texts(
         prompts=None if answers is None else answers["text"],
         shared={(name, other): count for name, other, count in content["shared"]},
         unanswerable=content.get("unanswerable", False),
-        content=hashed(_without_files(settings), sources),
+        content=hashed(_without_files(settings), sources, content["hashes"]),
     )
 
 

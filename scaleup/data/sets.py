@@ -143,9 +143,9 @@ class SetReader:
         }
 
 
-def declared_names(table: Table, column: str) -> list[str] | None:
+def declared_names(table: Table, role: str) -> list[str] | None:
     """Return the names in id order that a file declares for the lists of a column, if any."""
-    feature = table.features.get(column)
+    feature = table.features.get(table.roles[role])
     inner = getattr(feature, "feature", None)
     return inner.names if isinstance(inner, datasets.ClassLabel) else None
 

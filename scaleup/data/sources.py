@@ -175,10 +175,10 @@ class Reading:
         problems: list[str] = []
         for source in self.sources:
             try:
-                table = source.open()
+                chosen = columns | {r: c for r, c in source.columns.items() if r in columns}
+                table = dataclasses.replace(source.open(), roles=chosen)
                 self.tables.append(table)
                 self.rows.append(0)
-                chosen = columns | {r: c for r, c in source.columns.items() if r in columns}
                 at_once = source.stream is not None
                 for cleaned in clean_columns(
                     *(table, chosen, clean(table), column_key, at_once, check)

@@ -79,6 +79,9 @@ def weighted(
     Args:
         rows: the rows to train on, numbered over all sources.
         counts: rows of each source.
+
+    Raises:
+        ConfigError: a weight is so small that no row of its source, or no row at all, is seen.
     """
     if all(weight == 1 for weight in weights):
         return rows
@@ -88,6 +91,14 @@ def weighted(
         whole, part = divmod(weight, 1)
         chosen += [own] * int(whole)
         drawn = np.random.default_rng([data.seed, number]).permutation(len(own))
-        chosen.append(own[np.sort(drawn[: round(part * len(own))])])
+        some = round(part * len(own))
+        if data.k == "all" and len(own) and not whole and not some:
+            problem = f"{weight:g} of {len(own)} rows is less than one row"
+            raise ConfigError(
+                f"data.sources[{number}].weight: {problem}; raise it, or leave the source out"
+            )
+        chosen.append(own[np.sort(drawn[:some])])
         first += count
+    if not any(map(len, chosen)):
+        raise ConfigError("data.sources: the weights leave no row to train on; raise them")
     return np.concatenate(chosen)  # type: ignore[return-value]

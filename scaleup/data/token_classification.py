@@ -26,7 +26,7 @@ from scaleup.data import prepared, sets, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.files import Table
-from scaleup.data.labels import joined_problems
+from scaleup.data.labels import common_names, joined_problems
 from scaleup.data.metrics import IGNORED, entity_scores
 from scaleup.data.padding import EncoderCollator
 from scaleup.data.sets import (
@@ -37,7 +37,6 @@ from scaleup.data.sets import (
     fast_tokenizer,
     named,
     number_scored,
-    role_columns,
     scored_rows,
 )
 from scaleup.settings.data import DataSettings
@@ -97,17 +96,16 @@ def _all_tags(found: set[str], declared: list[str] | None) -> list[str]:
 
 def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     """Write the sets of a run into a folder. Return the other fields of `Examples`."""
-    column = role_columns(data)["tags"]
     cells = {"tokens": pa.list_(pa.string()), "tags": pa.list_(pa.string())}
     reader = SetReader(data, folder, cells)
     known: set[str] = set()
-    declared: list[str] | None = None
+    declared: list[list[str] | None] = []  # by source
 
     def clean(table: Table) -> Callable[[Any, str], Cell]:
-        nonlocal declared
-        declared = declared_names(table, column)
+        names = declared_names(table, "tags")
+        declared.append(names)
         return lambda cell, role: (
-            _clean_words(cell) if role == "tokens" else _clean_tags(cell, known, declared)
+            _clean_words(cell) if role == "tokens" else _clean_tags(cell, known, names)
         )
 
     labels: list[str] = []
@@ -117,7 +115,7 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
             continue
         found = {tag for tags in reader.training_cells("tags", False) for tag in tags}
         reader.problems += joined_problems({tag[2:] for tag in found}, "data.tags_column")
-        labels = _all_tags(found, declared)
+        labels = _all_tags(found, common_names(declared, found))
         known = set(labels)
         if not any(set(tags) - {"O"} for tags in reader.training_cells("tags", True)):
             place = f"the {len(reader.train)} examples to train on"

@@ -97,6 +97,7 @@ def data_problems(data: Any, method: Any) -> list[str]:
         if data.name is None:
             subject, advice = f"data.task {task}", f"choose from {', '.join(METRICS[task])}"
         problems.append(f"data.metric: {data.metric} does not fit {subject}; {advice}")
+    problems += source_problems(data)
     if data.messages_column is not None and task == "seq2seq":
         problems.append(
             "data.messages_column: chats are for data.task causal_lm; seq2seq takes text_column "
@@ -114,6 +115,35 @@ def data_problems(data: Any, method: Any) -> list[str]:
             "method.gate_pooling: with paper, the gates of a decoder see later tokens; use auto "
             f"for data.task {task}"
         )
+    return problems
+
+
+def source_problems(data: Any) -> list[str]:
+    """Return which settings of single sources nothing would read."""
+    task, problems = data.resolved_task, []
+    chats = data.messages_column is not None
+    unread = ("text", "target") if chats else ("messages",)
+    used = [role for role in COLUMNS[task] if task not in GENERATES or role not in unread]
+    for number, part in enumerate(data.sources or ()):
+        reasons: dict[str, str] = {}
+        for key in ("subset", "revision", "split"):
+            if part.file is not None and getattr(part, key) != type(part).model_fields[key].default:
+                reasons[key] = "the source is a file"
+        for role in ROLES:
+            key = f"{role}_column"
+            if getattr(part, key) is None:
+                continue
+            if role not in COLUMNS[task]:
+                reasons[key] = f"data.task is {task}"
+            elif role in used and getattr(data, key) is None:
+                reasons[key] = f"data.{key} is not set; set it, too"
+            elif role not in used:
+                state = "set" if chats else "not set"
+                reasons[key] = f"data.messages_column is {state}"
+        problems += [
+            f"data.sources[{number}].{key}: has no effect here ({reason})"
+            for key, reason in reasons.items()
+        ]
     return problems
 
 

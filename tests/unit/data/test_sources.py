@@ -1,12 +1,14 @@
 """Data sets of the hub by id, and several sources of training data with weights."""
 
 import collections
+import json
 
 import datasets
 import pytest
 
-from scaleup.data import classification, generation
+from scaleup.data import classification, generation, tasks
 from scaleup.errors import ConfigError
+from scaleup.io import SAMPLES, sample_hash
 from scaleup.settings.data import DataSettings
 from scaleup.settings.schema import load
 from tests.utils.examples import problems, settings, write_csv, write_jsonl
@@ -205,3 +207,123 @@ def test_a_local_folder_that_changed_is_read_anew(in_tmp):
     assert all(text.startswith("two") for text in found[1].train["text"])
     assert found[0].content != found[1].content
     assert classification.provenance(found[0]) != classification.provenance(found[1])
+
+
+def write_parquet(name: str, columns: dict, features: dict) -> str:
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows.to_parquet(name)
+    return name
+
+
+NAMES = datasets.ClassLabel(names=["neg", "pos"])
+LISTS = datasets.List(NAMES)
+TAGS = datasets.List(datasets.ClassLabel(names=["O", "B-x"]))
+TEXT = datasets.Value("string")
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "feature", "cells"),
+    [
+        ("sequence_classification", "label", NAMES, [0, 1]),
+        ("multi_label_classification", "labels", LISTS, [[0], [0, 1]]),
+        ("token_classification", "tags", TAGS, [[0], [1]]),
+    ],
+)
+@pytest.mark.parametrize("other_first", [False, True])
+def test_ids_are_names_in_a_source_with_its_own_column(
+    in_tmp, task, column, feature, cells, other_first
+):
+    words = task == "token_classification"
+    role, kind = ("tokens", datasets.List(TEXT)) if words else ("text", TEXT)
+    files = []
+    for name in ("a", "b"):
+        texts = [[f"{name}{i}"] if words else f"{name}{i}" for i in range(6)]
+        place = column if name == "a" else "other"
+        columns = {role: texts, place: cells * 3}
+        files.append(write_parquet(f"{name}.parquet", columns, {role: kind, place: feature}))
+    sources = [{"file": files[0]}, {"file": files[1], f"{column}_column": "other"}]
+    data = settings(
+        sources=sources[::-1] if other_first else sources, task=task, dev_size=2, cache_dir="cache"
+    )
+    names = ["O", "B-x"] if words else ["neg", "pos"]
+    assert tasks.of(data).module.load(data).labels == names
+
+
+def test_sources_that_declare_different_classes_have_all_of_them(in_tmp):
+    three = datasets.ClassLabel(names=["neg", "pos", "neu"])
+    rows = {"text": [f"a{i}" for i in range(6)], "label": [0, 1, 2] * 2}
+    wide = write_parquet("wide.parquet", rows, {"text": TEXT, "label": three})
+    rows = {"text": [f"b{i}" for i in range(6)], "label": [0, 1] * 3}
+    narrow = write_parquet("narrow.parquet", rows, {"text": TEXT, "label": NAMES})
+    named = write_csv("named.csv", [(f"c{i}", ["new", "pos"][i % 2]) for i in range(6)])
+    for files, labels in (
+        ((wide, narrow), ["neg", "pos", "neu"]),
+        ((named, narrow), ["neg", "new", "pos"]),
+    ):
+        parts = [{"file": file} for file in files]
+        examples = classification.load(settings(sources=parts, dev_size=2, cache_dir="cache"))
+        assert examples.labels == labels
+
+
+def test_a_source_that_is_missing_does_not_hide_the_others(in_tmp):
+    write_csv("t.csv", [(f"a{i}", "xy"[i % 2]) for i in range(6)])
+    parts = [{"file": "none.csv", "label_column": "kind"}, {"file": "t.csv"}]
+    with pytest.raises(ConfigError) as caught:
+        classification.load(settings(sources=parts, dev_size=2, cache_dir="cache"))
+    assert len(caught.value.problems) == 1 and "none.csv" in caught.value.problems[0]
+
+
+def test_weights_that_leave_nothing_of_a_source_are_refused(in_tmp):
+    write_csv("a.csv", [(f"a{i}", "xy"[i % 2]) for i in range(8)])
+    write_csv("b.csv", [(f"b{i}", "xy"[i % 2]) for i in range(8)])
+    parts = [{"file": "a.csv"}, {"file": "b.csv", "weight": 0.02}]
+    with pytest.raises(ConfigError, match=r"data.sources\[1\].weight: 0.02 of \d rows is less"):
+        classification.load(settings(sources=parts, dev_size=2, cache_dir="cache"))
+    parts[0]["weight"] = 0.02
+    with pytest.raises(ConfigError, match="the weights leave no row to train on"):
+        classification.load(settings(sources=parts, k=4, dev_size=2, cache_dir="cache"))
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "problem"),
+    [
+        ([], {"text_pair_column": "b"}, "text_pair_column: has no effect here (data.text_pair_col"),
+        ([], {"target_column": "b"}, "target_column: has no effect here (data.task is sequence_"),
+        ([], {"split": "test"}, "split: has no effect here (the source is a file)"),
+        (["data.task=causal_lm"], {"messages_column": "b"}, "messages_column: has no effect here"),
+        (
+            ["data.task=causal_lm", "data.messages_column=m"],
+            {"text_column": "b"},
+            "text_column: has no effect here (data.messages_column is set)",
+        ),
+    ],
+)
+def test_settings_of_a_source_without_effect_are_refused(words, part, problem):
+    sources = json.dumps([{"file": "a.csv"}, {"file": "b.csv"} | part])
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"data.sources={sources}", *words])
+    assert any(p.startswith(f"data.sources[1].{problem}") for p in caught.value.problems)
+
+
+def test_an_edit_between_the_samples_of_a_local_folder_is_tokenised(in_tmp, tokenizer):
+    """The file keeps its size, and the pieces that `sample_hash` reads stay as they are."""
+    (in_tmp / "texts").mkdir()
+    path = in_tmp / "texts" / "train.csv"
+    lines = [f"good{' film' * 60},{'xy'[i % 2]}\n" for i in range(2000)]
+    path.write_text("text,label\n" + "".join(lines))
+    whole, before = bytearray(path.read_bytes()), sample_hash(path)
+    for number in range(SAMPLES):
+        start = len(whole) * number // SAMPLES + 1024
+        end = len(whole) * (number + 1) // SAMPLES
+        whole[start:end] = whole[start:end].replace(b"film", b"good")
+    data = settings(path="texts", dev_size=2, max_length=64, cache_dir="cache", workers=1)
+    known = tokenizer.convert_tokens_to_ids("good")
+
+    def count() -> int:
+        classification._load.cache_clear()
+        rows = classification.tokenize(classification.load(data), tokenizer, data).train
+        return sum(ids.count(known) for ids in rows["input_ids"])
+
+    first = count()
+    path.write_bytes(whole)
+    assert sample_hash(path) == before and count() > first
