@@ -10,7 +10,8 @@ writes OUTPUT/results.csv with one row per finished trial, which `scaleup report
 
 Exit codes: 0 all runs are done, or the sweep was stopped by SIGTERM, SIGUSR1 or SIGHUP and saved
 (SCALEUP_EXIT_STOPPED can name another code); 1 some runs are missing, because they failed twice or
-another sweep has them; 2 something must change (one message lists everything); 130 interrupted.
+another sweep has them, or the table could not be made; 2 something must change (one message lists
+everything); 130 interrupted.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         screen.say(f"table      {sweep.save_table(checked, earlier)}")
     except ConfigError as error:
         screen.say(f"table      not written: {error.problems[0]}")
+        complete = False
     if sweeper.stopping is not None:
         return INTERRUPTED if sweeper.stopping == signal.SIGINT else stopped_code()
     return DONE if complete else FAILED

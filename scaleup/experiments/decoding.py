@@ -22,6 +22,7 @@ from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from scaleup.backbone.loading import load_config, load_model
+from scaleup.errors import ConfigError
 from scaleup.experiments import batches, bench_output, call_counts, overhead, timing, variants
 from scaleup.experiments.variants import BenchOptions
 from scaleup.settings.schema import ModelSettings
@@ -181,6 +182,8 @@ def count_layer(name: str, options: DecodeOptions) -> dict[str, float]:
 
 def run(options: DecodeOptions) -> None:
     """Measure with one thread, print a table, and write the result file."""
+    if options.tokens < 2:
+        raise ConfigError("--tokens: tokens after the first are timed; it takes at least 2")
     bench_output.check(options.output)
     logging.set_verbosity_error()
     torch.set_num_threads(1)

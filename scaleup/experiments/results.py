@@ -41,7 +41,7 @@ class _Seeds(TypedDict):
 
 
 class _Examples(TypedDict):
-    train: int
+    train: int | None  # None: a stream
 
 
 class _Counts(TypedDict):
@@ -141,10 +141,7 @@ def write_csv(runs: Sequence[Run], path: pathlib.Path) -> None:
     for run in runs:
         results, metric = dict(run.results), run.results["metric"]
         if isinstance(results.get("sources"), list):
-            results["sources"] = {
-                source["split"]: {key: value for key, value in source.items() if key != "split"}
-                for source in results["sources"]
-            }
+            results["sources"] = _by_split(results["sources"])
         scores = [(results[split] or {}).get(metric) for split in ("dev", "test")]
         seeds = (results["seeds"]["data"], results["seeds"]["train"])
         summary = (run.folder.name, run.task, run.k, run.method, *seeds, metric, *scores)
@@ -152,6 +149,16 @@ def write_csv(runs: Sequence[Run], path: pathlib.Path) -> None:
         cells |= {f"config.{key}": value for key, value in run.settings.items()} | run.facts
         rows.append({column: _encode(value) for column, value in cells.items()})
     write_text(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def _by_split(sources: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what is known about each source: train, train_2, train_3, …, validation, test."""
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        same = sum(name.partition("_")[0] == source["split"] for name in found)
+        name = f"{source['split']}_{same + 1}" if same else source["split"]
+        found[name] = {key: value for key, value in source.items() if key != "split"}
+    return found
 
 
 def _files(folder: pathlib.Path) -> list[Callable[[], Run]]:

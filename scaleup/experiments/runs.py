@@ -86,7 +86,8 @@ class Run:
     @property
     def k(self) -> int | str:
         """The number of training examples, or "all"."""
-        default = "all" if self.results["test_is_dev"] else self.results["examples"]["train"]
+        rows = self.results["examples"]["train"]  # None: a stream
+        default = "all" if self.results["test_is_dev"] or rows is None else rows
         return self.settings.get("data.k", default)
 
     @property

@@ -178,19 +178,27 @@ def missing_scores(
 ) -> list[str]:
     """Name the tasks and seeds that rows with some results lack."""
     missing = []
+    # With K all, seeds are those of training only, and have other names than seeds of sampling.
+    kind = (points.index.get_level_values("k") == "all") == (k == "all")
+    points = points[kind].dropna(axis="columns", how="all")
     for row in rows:
         if not any((k, row, task) in points.index for task in tasks):
             continue
         for task, seeds in select(points, k, row, tasks).iterrows():
-            absent = ", ".join(map(str, sorted(seeds[seeds.isna()].index)))
+            absent = _listed(seeds[seeds.isna()].index)
             if absent:
                 some = f", seed {absent}" if seeds.notna().any() else ""
                 missing.append(f"{name_of(row)} on {TASKS.get(task, task)} at K = {k}{some}")
     return missing
 
 
+def _listed(seeds: Iterable[int | str]) -> str:
+    """Name seeds in order, numbers first."""
+    return ", ".join(map(str, sorted(seeds, key=lambda seed: (isinstance(seed, str), seed))))
+
+
 def _count_note(runs: Sequence[Run], points: pd.DataFrame) -> str:
-    return f"{len(runs)} runs, seeds {', '.join(map(str, sorted(points.columns)))}."
+    return f"{len(runs)} runs, seeds {_listed(points.columns)}."
 
 
 def low_resource(runs: Sequence[Run], paper: dict[str, Any], splits: Sequence[str]) -> Table:

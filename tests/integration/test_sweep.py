@@ -412,5 +412,7 @@ def test_the_command_reports_what_is_missing_and_what_is_wrong(workspace, tmp_pa
         command(path, "model.name=/no/such") == 2
         and "every run: model.name: no folder /no/such" in capsys.readouterr().err
     )
+    assert command(path, "--only", trial.name) == 1, "a table that was not made is no success"
+    assert "table      not written: " in capsys.readouterr().out
     shutil.rmtree(tmp_path / "runs")
     assert command(path, "--jobs", "0") == 2 and "--jobs: 0 runs at once" in capsys.readouterr().err

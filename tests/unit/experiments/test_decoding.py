@@ -67,3 +67,8 @@ def test_a_folder_is_measured_and_a_missing_one_refused(tmp_path, tiny_smollm):
     assert all(row["milliseconds"] > 0 for row in rows.values())
     with pytest.raises(ConfigError, match="nowhere"):
         decoding._backbone(DecodeOptions(str(tmp_path / "nowhere")))
+
+
+def test_one_token_has_no_time_after_the_first(tmp_path):
+    with pytest.raises(ConfigError, match="--tokens: .* it takes at least 2"):
+        decoding.run(DecodeOptions(**SMALL | {"tokens": 1}, output=tmp_path / "d.json"))

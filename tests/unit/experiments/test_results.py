@@ -352,3 +352,42 @@ def test_what_is_no_file_of_the_benchmark_is_named(small, tmp_path):
     for name in ("pipe", "endless", "folder", "deep"):
         assert any(f"{name}.json is not a file of the benchmark" in line for line in lines)
     assert any("Training times from times.json (bert-base, 1 x 8 tokens, 5)" in x for x in lines)
+
+
+def change(folder, **entries) -> None:
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_a_run_on_a_stream_is_read(tmp_path):
+    made = leave_run(tmp_path / "runs", "reviews", "all", "lora", 0, 0.5)
+    change(made, examples={"train": None, "dev": 2, "test": 2}, test_is_dev=False)
+    assert results.load([str(tmp_path / "runs")])[0].k == "all"
+    (made / "config.yaml").unlink()
+    assert results.load([str(tmp_path / "runs")])[0].k == "all"
+    results.write_csv(results.load([str(tmp_path / "runs")]), tmp_path / "t.csv")
+    assert len(results.load([str(tmp_path / "t.csv")])) == 1
+
+
+def test_a_table_keeps_every_source_of_a_mixture(tmp_path):
+    made = leave_run(tmp_path / "runs", "cola", 100, "lora", 0, 0.5)
+    parts = [("train", "A"), ("train", "B"), ("test", "C")]
+    change(made, sources=[{"split": split, "sha256": digest} for split, digest in parts])
+    results.write_csv(results.load([str(tmp_path / "runs")]), tmp_path / "t.csv")
+    assert results.load([str(tmp_path / "t.csv")])[0].results["sources"] == {
+        "train": {"sha256": "A"},
+        "train_2": {"sha256": "B"},
+        "test": {"sha256": "C"},
+    }
+
+
+@pytest.mark.parametrize("name", ["table1", "differences"])
+def test_seeds_of_sampling_and_of_training_stand_side_by_side(tmp_path, name):
+    """With K all, nothing is sampled. With K = 100, all runs here have the same examples."""
+    for k in (100, "all"):
+        for method in ("lora", "apl"):
+            for seed in range(2):
+                made = leave_run(tmp_path / "runs", "reviews", k, method, seed, 0.5 + seed / 10)
+                change(made, seeds={"data": 0, "train": seed}, test_is_dev=False)
+    lines = report.report(name, [str(tmp_path / "runs")], tmp_path / "out")
+    assert "Missing: nothing." in lines
