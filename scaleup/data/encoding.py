@@ -113,7 +113,8 @@ def _encode_texts(
             ids, counted = [blank, *ids], [False, *counted]
         row = {
             "input_ids": ids,
-            "labels": [token if mark else IGNORED for token, mark in zip(ids, counted)],
+            # No token predicts the first one, so that the loss cannot count it.
+            "labels": [IGNORED, *(t if mark else IGNORED for t, mark in zip(ids[1:], counted[1:]))],
             "length": len(ids),
             "prompt": chat.prompt[start:] or [blank],
         }

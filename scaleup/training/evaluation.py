@@ -14,6 +14,13 @@ from scaleup.training.callbacks import GateStatistics
 from scaleup.training.context import Run
 
 
+def counted(labels: torch.Tensor) -> torch.Tensor:
+    """Return the number of labels in a mean loss: those of tokens, or of examples."""
+    if labels.is_floating_point():  # of a regression, where every number is a label
+        return torch.tensor(labels.numel(), device=labels.device)
+    return (labels != IGNORED).sum()
+
+
 class EvaluatingTrainer(Trainer):
     """A Trainer that evaluates every example once, and takes means over tokens for text."""
 
@@ -64,7 +71,7 @@ class EvaluatingTrainer(Trainer):
         with contextlib.nullcontext() if count else self.gate_statistics.paused():
             loss, outputs, labels = self._predict(model, scored, prediction_loss_only, ignore_keys)
         if count:
-            items = (scored["labels"] != IGNORED).sum()  # tokens, or examples
+            items = counted(scored["labels"])
             self.loss_sum_and_items += torch.stack([loss.double() * items, items.double()])
         if outputs is None:
             return loss, None, None
