@@ -82,6 +82,9 @@ def without_effect(sections: Mapping[str, Any]) -> dict[str, str]:
     learned = method is None or (method.name == "unipelt" and method.resolved_gates == "learned")
     if train is not None and not learned:
         idle["train.gate_learning_rate"] = "there are no learned gates"
+    if train is not None and train.eval_strategy != "steps":
+        reason = "train.eval_strategy is not steps"
+        idle |= dict.fromkeys(("train.eval_steps", "train.save_steps"), reason)
     if train is not None and not train.gradient_checkpointing:
         idle["train.gradient_checkpointing_kwargs"] = "train.gradient_checkpointing is off"
     return idle

@@ -245,6 +245,7 @@ def load(
     path: str | None,
     overrides: Sequence[str] = (),
     checks: Sequence[Callable[[dict[str, Section]], list[str]]] = (),
+    earlier: bool = False,
 ) -> Settings:
     """Read and check a config.
 
@@ -253,6 +254,8 @@ def load(
         overrides: words `section.key=value` with YAML values.
         checks: further checks, such as `scaleup.training.preflight.CHECKS`. Each gets the valid
             sections by name and returns its problems.
+        earlier: whether an earlier version may have written the file. It may then have settings
+            without effect that were not refused yet.
 
     Raises:
         ConfigError: lists every problem."""
@@ -263,7 +266,7 @@ def load(
             sections[name] = cls.model_validate(raw.get(name, {}))
         except pydantic.ValidationError as error:
             problems += _section_problems(name, error)
-    for key, reason in without_effect(sections).items():
+    for key, reason in () if earlier else without_effect(sections).items():
         name, _, field = key.partition(".")
         section = sections[name]
         default = type(section).model_fields[field].get_default(call_default_factory=True)
@@ -286,7 +289,7 @@ def stored(path: str | None, overrides: Sequence[str] = ()) -> dict[str, dict[st
     Raises:
         ConfigError: the file is damaged.
     """
-    return load(path, [*earlier_settings(path), *overrides]).dump()
+    return load(path, [*earlier_settings(path), *overrides], earlier=True).dump()
 
 
 def earlier_settings(path: str | None) -> list[str]:

@@ -7,12 +7,13 @@ a dot are unfinished or being removed, and are ignored.
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.io import LOCK, read_json
 from scaleup.settings.schema import Settings, TrainSettings, stored
-from scaleup.training.checkpoint import verify
+from scaleup.training.checkpoint import describe_file, verify
 from scaleup.training.console import finished_note, summary
 from scaleup.training.manifest import ANY, FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
@@ -259,7 +260,12 @@ def loss_sum(log: list[dict[str, Any]]) -> float:
 
 
 def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
-    """Return the results of this very run if it has ended, so that a restarted job does nothing."""
+    """Return the results of this very run if it has ended, so that a restarted job does nothing.
+
+    Raises:
+        CheckpointError: results.json is damaged.
+        ConfigError: a file of the run's data has changed since.
+    """
     path, config = out / "results.json", out / "config.yaml"
     if settings.train.resume == "never" or not path.is_file() or not config.is_file():
         return None
@@ -277,7 +283,21 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         advice = "remove it to score the run's checkpoints again"
         raise CheckpointError(f"{path} is damaged; {advice}") from None
+    for file, digest in _files(results):
+        if describe_file(file)["sha256"] != digest:
+            problem = f"the run in {out} is finished, and {file} has changed since"
+            raise ConfigError(f"train.resume: {problem}; use a new train.output_dir")
     return results
+
+
+def _files(results: dict[str, Any]) -> Iterator[tuple[pathlib.Path, str]]:
+    """Yield the files of a run's data that are still there, with the hash that they had."""
+    sources = results.get("sources")
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and {"file", "sha256"} <= source.keys():
+            file = pathlib.Path(str(source["file"]))
+            if file.is_file():
+                yield file, source["sha256"]
 
 
 def seconds(out: pathlib.Path) -> float | None:

@@ -264,7 +264,7 @@ def _make_trainer(
         raise RunError(f"rank {run.world.rank}: {one_line(error, 300)}") from error
     except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
         # A tracker, an optimizer or a DeepSpeed file has refused its settings.
-        if watchdog.is_lost(error):
+        if watchdog.is_lost(error) or isinstance(error, ConfigError):
             raise
         raise ConfigError(f"train: {one_line(error)}") from error
     trainer.refuse_late_evaluation()

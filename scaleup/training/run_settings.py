@@ -50,7 +50,7 @@ def load_trained(
     # The run may be another person's, and may have prepared its data on another machine.
     local = [override(key, None) for key in ANY]
     overrides = [*earlier_settings(str(path)), *local, *overrides]
-    settings = load(str(path), overrides, checks=[model_folder, model_files])
+    settings = load(str(path), overrides, checks=[model_folder, model_files], earlier=True)
     if settings.model.trust_remote_code and not trusted:
         raise PermissionMissing(
             f"--trust-remote-code: {path} asks to run Python code that comes with the backbone "

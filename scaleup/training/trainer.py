@@ -44,7 +44,15 @@ class RunTrainer(SavingTrainer):
 
     def try_out(self) -> None:
         """Make data loader, optimizer and schedule once; libraries raise if settings are bad."""
-        self.lengths = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        loader = self.get_train_dataloader()
+        if not self.run.settings.data.streaming and not len(loader):
+            rows, batch = len(self.train_dataset), self.args.train_batch_size
+            problem = f"{rows} rows are less than a batch of {batch} for each process"
+            raise ConfigError(
+                f"train.dataloader_drop_last: {problem}, so that nothing is left to train on;"
+                " lower train.per_device_train_batch_size, or leave it out"
+            )
+        self.lengths = self.set_initial_training_values(self.args, loader)
         *_, steps = self.lengths
         own_optimizer = own_schedule = True
         if self.is_deepspeed_enabled:

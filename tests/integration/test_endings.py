@@ -232,3 +232,11 @@ def test_a_file_size_limit_is_named(workspace, finished, tmp_path):
                 run(workspace, out, "train.resume=auto")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_batch_that_no_epoch_fills_is_refused(workspace, tmp_path):
+    for end in ("train.max_steps=2", "train.num_train_epochs=1"):
+        problem = r"^train.dataloader_drop_last: 5 rows are less than a batch of 16"
+        with pytest.raises(ConfigError, match=problem):
+            few = ("data.k=5", "train.per_device_train_batch_size=16")
+            run(workspace, tmp_path / "run", *few, "train.dataloader_drop_last=true", end)

@@ -456,3 +456,15 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     log.write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n{"st')
     rewind(log, 4)
     assert log.read_text() == '{"step": 1}\n{"step": 4}\n'
+
+
+def test_a_finished_run_whose_data_has_changed_is_refused(workspace, tmp_path):
+    file = tmp_path / "mine.csv"
+    content = (workspace / "train.csv").read_text()
+    file.write_text(content)
+    more = (f"data.train_file={file}", "train.max_steps=2", "train.resume=auto")
+    first = run(workspace, tmp_path / "run", *more)
+    assert run(workspace, tmp_path / "run", *more) == first
+    file.write_text(content.replace("film", "plot"))
+    with pytest.raises(ConfigError, match=r"is finished, and .*mine.csv has changed since"):
+        run(workspace, tmp_path / "run", *more)

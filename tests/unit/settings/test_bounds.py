@@ -112,7 +112,7 @@ def test_a_value_without_a_meaning_is_refused(override):
     ],
 )
 def test_a_value_with_a_meaning_is_accepted(override):
-    assert config.load(None, [FILE, override])
+    assert config.load(None, [FILE, override, "train.eval_strategy=steps"])
 
 
 @pytest.mark.parametrize("values", [{"r": 10**30}, {"gate_bias": 1e30}, {"prefix_length": 65_537}])

@@ -3,7 +3,7 @@
 import pytest
 
 from scaleup.errors import ConfigError
-from scaleup.settings.schema import load
+from scaleup.settings.schema import load, stored
 from tests.utils.configs import GLUE, problems, write
 
 CHECKPOINTING = "train.gradient_checkpointing_kwargs"
@@ -270,3 +270,16 @@ def test_flash_attention_takes_no_packed_rows_in_compiled_steps():
 def test_what_fsdp_cannot_shard_or_run_is_refused(other, words):
     found = problems(GLUE, "train.fsdp=full", other)
     assert any(words in problem for problem in found), found
+
+
+@pytest.mark.parametrize("setting", ["eval_steps", "save_steps"])
+def test_steps_of_evaluation_need_an_evaluation_in_steps(setting):
+    words = (GLUE, f"train.{setting}=5")
+    reason = "has no effect here (train.eval_strategy is not steps); remove it"
+    assert problems(*words) == [f"train.{setting}: {reason}"]
+    load(None, [*words, "train.eval_strategy=steps"])
+
+
+def test_a_run_of_an_earlier_version_may_have_settings_without_effect(tmp_path):
+    path = write(tmp_path, "data: {name: rte}\ntrain: {eval_steps: 5}\n")
+    assert "eval_steps" not in stored(path)["train"]
