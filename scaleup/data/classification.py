@@ -233,12 +233,6 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    return prepared.texts(data, state, functools.partial(_read, data))
-
-
 def load(data: DataSettings) -> Examples:
     """Read the examples of a run and choose those to train and develop on (protocol of the paper).
 
@@ -248,7 +242,7 @@ def load(data: DataSettings) -> Examples:
     own replaces the development examples, and test_file is the test set. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources_of(data))))
+    return prepared.load(data, _read, sources.files(sources_of(data)))
 
 
 def tokenize(

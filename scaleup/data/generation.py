@@ -9,7 +9,6 @@ Shapes of a batch: B examples, T tokens.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -124,12 +123,6 @@ def _read(data: DataSettings, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(settings: str, state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    return prepared.texts(data, state, functools.partial(_read, data))
-
-
 def load(data: DataSettings) -> Examples:
     """Read the examples of a run and choose those to train and develop on.
 
@@ -137,7 +130,7 @@ def load(data: DataSettings) -> Examples:
     `dev_size` rows are for development unless there is a validation file. The ConfigError names
     every problem in the files.
     """
-    return _load(data.model_dump_json(), prepared.file_states(sources.files(sources.of_user(data))))
+    return prepared.load(data, _read, sources.files(sources.of_user(data)))
 
 
 def tokenize(

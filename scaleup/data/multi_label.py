@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from scaleup.data import classification, sets, sources
+from scaleup.data import classification, prepared, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.files import Table
@@ -114,7 +114,7 @@ def load(data: DataSettings) -> Examples:
 
     The ConfigError names every problem in the files.
     """
-    return sets.load(data, _read)
+    return prepared.load(data, _read, sources.files(sources.of_user(data)))
 
 
 def tokenize(

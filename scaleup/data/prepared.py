@@ -39,6 +39,8 @@ OF_TOKENS |= {"window_overlap"}
 FILES = {"train_file", "validation_file", "test_file", "path"}
 ROWS_PER_WORKER = 2000  # for fewer rows, a process more costs more than it saves
 
+Make = Callable[[DataSettings, pathlib.Path], dict[str, Any]]
+
 
 def cache_dir(data: DataSettings) -> pathlib.Path:
     """Return the folder of prepared data: data.cache_dir, or one in the cache of `datasets`."""
@@ -96,21 +98,25 @@ def rows_of(part: datasets.Dataset, rows: Sequence[int] | None = None) -> Iterat
     yield from (part if rows is None else part.select(rows)).iter(batch_size=1000)
 
 
-def texts(
-    data: DataSettings, state: tuple, make: Callable[[pathlib.Path], dict[str, Any]]
-) -> Examples:
-    """Return the examples of a run as texts, which one process reads if they are not prepared.
+def load(data: DataSettings, make: Make, files: Iterable[str]) -> Examples:
+    """Return the examples of a run as texts. One process reads them if they are not prepared.
 
     Args:
-        state: changes whenever the data changes.
         make: writes <set>.arrow for every set, and perhaps references.arrow, into a folder.
             It returns the other fields of `Examples`.
+        files: the files that `make` reads. If one has changed, all are read anew.
     """
+    return _texts(make, data.model_dump_json(), file_states(files))
+
+
+@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
+def _texts(make: Make, resolved: str, state: tuple) -> Examples:
+    data = DataSettings.model_validate_json(resolved)
     settings = data.model_dump(mode="json", exclude=IDLE | OF_TOKENS)
     folder = cache_dir(data) / f"texts-{hashed(_code(), settings, state)}"
 
     def fill(part: pathlib.Path) -> None:
-        fields = make(part)
+        fields = make(data, part)
         # Of a folder of files, `sources` has samples only, and an edit may lie between them.
         hashes = {path.name: _file_hash(path) for path in sorted(part.glob("*.arrow"))}
         write_json(part / "examples.json", fields | {"hashes": hashes})

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from scaleup.data import prepared, sets, sources
+from scaleup.data import prepared, sources
 from scaleup.data.columns import as_list, replace_surrogates
 from scaleup.data.examples import Examples
 from scaleup.data.metrics import answer_scores
@@ -121,7 +121,7 @@ def load(data: DataSettings) -> Examples:
 
     The ConfigError names every problem in the files.
     """
-    return sets.load(data, _read)
+    return prepared.load(data, _read, sources.files(sources.of_user(data)))
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, question: str, most: int) -> str:

@@ -9,7 +9,6 @@ become numbers.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from scaleup.data import prepared, sources, splits
+from scaleup.data import prepared, splits
 from scaleup.data.columns import CheckRow
 from scaleup.data.examples import Examples, shared_texts
 from scaleup.data.files import Table
@@ -31,29 +30,12 @@ from scaleup.settings.data_rules import COLUMNS
 Cell = tuple[Any, str | None]  # the cleaned cell, and the problem with it or None
 Clean = Callable[[Table], Callable[[Any, str], Cell]]
 Rows = dict[str, list]  # columns of some rows
-Read = Callable[[DataSettings, pathlib.Path], dict[str, Any]]
 
 
 def role_columns(data: DataSettings) -> dict[str, str]:
     """Return the name of the column for each role of a task that reads the user's own files."""
     columns = {role: getattr(data, f"{role}_column") for role in COLUMNS[data.resolved_task]}
     return {role: column for role, column in columns.items() if column is not None}
-
-
-@functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
-def _load(read: Read, settings: str, state: tuple) -> Examples:
-    data = DataSettings.model_validate_json(settings)
-    return prepared.texts(data, state, functools.partial(read, data))
-
-
-def load(data: DataSettings, read: Read) -> Examples:
-    """Return the examples of a run, which are read anew only if its files have changed.
-
-    Args:
-        read: writes the sets of a run into a folder, and returns the other fields of `Examples`.
-    """
-    files = sources.files(sources.of_user(data))
-    return _load(read, data.model_dump_json(), prepared.file_states(files))
 
 
 class SetReader:

@@ -30,6 +30,7 @@ def asked_by(folder, processes: int) -> collections.Counter:
     return collections.Counter(path.rpartition("/")[2] for path in asked)
 
 
+@pytest.mark.slow
 def test_one_process_of_a_host_talks_to_the_hub(tmp_path):
     folder = make_workspace(tmp_path)
     one, two = asked_by(folder, 1), asked_by(folder, 2)

@@ -123,6 +123,7 @@ def test_a_rank_that_is_killed_while_another_is_missing_ends_those_that_wait(ran
     assert code == 1 and "error: rank 1 has not been heard from for 5 s; stopping" in stderr
 
 
+@pytest.mark.slow
 def test_a_rank_0_that_is_killed_while_another_is_missing_ends_those_that_wait(ranks):
     group = ranks(3)
     killed, waiting = group.start(0), group.start(1)

@@ -102,6 +102,7 @@ def test_what_cannot_be_uploaded_is_refused_in_one_line(trained, hub, tmp_path):
     assert hub.files == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_upload_is_refused_before_it_starts(hub, tmp_path):
     folder = make_workspace(tmp_path)
     words = overrides(folder, folder / "run", "train.push_to_hub=true")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaleup.data import classification as data
+from scaleup.data import prepared
 from scaleup.errors import ConfigError
 from scaleup.settings.data import DataSettings
 from tests.utils.examples import problems, settings, write_csv, write_parquet
@@ -95,7 +96,7 @@ def test_training_and_development_share_no_row(in_tmp):
 
 def test_the_seed_alone_decides_which_examples_are_drawn(glue):
     def draw(seed):
-        data._load.cache_clear()
+        prepared._texts.cache_clear()
         return data.load(settings(name="rte", path=glue, k=100, seed=seed)).train["text"][:]
 
     assert draw(1) == draw(1)

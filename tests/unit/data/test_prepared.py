@@ -29,7 +29,7 @@ def data(rows=20, **fields) -> DataSettings:
 
 
 def tokens(fields: DataSettings, tokenizer):
-    classification._load.cache_clear()
+    prepared._texts.cache_clear()
     return classification.tokenize(classification.load(fields), tokenizer, fields)
 
 
@@ -40,7 +40,7 @@ def test_texts_and_tokens_take_no_memory_of_their_own(in_tmp, tokenizer):
     )
     tokenizer.eos_token = "[SEP]"
     generation.tokenize(generation.load(fields), tokenizer, fields)
-    generation._load.cache_clear()
+    prepared._texts.cache_clear()
     before = pa.total_allocated_bytes()
     texts = generation.load(fields)
     found = generation.tokenize(texts, tokenizer, fields)

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from scaleup.data import classification, generation, tasks
+from scaleup.data import classification, generation, prepared, tasks
 from scaleup.errors import ConfigError
 from scaleup.io import SAMPLES, sample_hash
 from scaleup.settings.data import DataSettings
@@ -75,7 +75,7 @@ def test_a_hub_data_set_is_read_by_id_with_its_splits_and_columns(hub, in_tmp):
         "name": "en",
         "revision": COMMIT,
     }
-    classification._load.cache_clear()
+    prepared._texts.cache_clear()
     classification.load(data)
     assert len(hub["asked"]) == 3, "what is prepared needs no hub"
 
@@ -320,7 +320,7 @@ def test_an_edit_between_the_samples_of_a_local_folder_is_tokenised(in_tmp, toke
     known = tokenizer.convert_tokens_to_ids("good")
 
     def count() -> int:
-        classification._load.cache_clear()
+        prepared._texts.cache_clear()
         rows = classification.tokenize(classification.load(data), tokenizer, data).train
         return sum(ids.count(known) for ids in rows["input_ids"])
 
