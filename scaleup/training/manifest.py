@@ -171,6 +171,10 @@ class Manifest:
             # Settings that the version of that time did not have yet had today's defaults.
             hashes = setting_hashes(settings)
             then_hashes = default_hashes() | self.config
+            # Earlier checkpoints hash the files of sources, too.
+            sources = _hash(settings.dump()["data"].get("sources"))
+            if then_hashes.get("data.sources") == sources:
+                hashes["data.sources"] = sources
             different += [key for key in hashes if hashes[key] != then_hashes.get(key)]
         if different:
             raise ConfigError(
@@ -182,9 +186,12 @@ class Manifest:
 def setting_hashes(settings: Settings) -> dict[str, str]:
     """Return a hash of each setting that a checkpoint depends on and that is not a path."""
     fixed = [f"train.{key}" for key in FIXED_IN_TRAINING.split()]
+    sections = settings.dump()
+    for source in sections["data"].get("sources") or ():
+        source.pop("file")
     return {
         key: _hash(value)
-        for key, value in flat(settings.dump()).items()
+        for key, value in flat(sections).items()
         if key not in PATHS + ANY and (key.startswith(("model.", "data.")) or key in fixed)
     }
 

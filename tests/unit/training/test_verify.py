@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scaleup.errors import CheckpointError, ConfigError
 from scaleup.settings import schema
 from scaleup.training.checkpoint import check_tensors, verify
-from scaleup.training.manifest import Manifest, setting_hashes
+from scaleup.training.manifest import Manifest, _hash, setting_hashes
 from scaleup.training.run_settings import load_trained
 from tests.utils.altered import rehash
 from tests.utils.tiny import adapt, backbone
@@ -221,6 +221,28 @@ def test_what_may_change_when_a_run_moves_or_continues_is_no_change(tmp_path):
     words = ["data.name=rte", f"model.name={OLD / 'bert'}", "data.path=moved", *changes]
     path.write_text(schema.to_yaml(schema.load(None, words)))
     assert load_trained(path, manifest, [], trusted=False).train.resume == "auto"
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["now", "an earlier checkpoint"])
+def test_the_files_of_sources_may_move_and_their_other_settings_may_not(tmp_path, earlier):
+    path, parts = tmp_path / "config.yaml", "[{file: a.csv, weight: 2}, {file: b.csv}]"
+    words = [f"model.name={OLD / 'bert'}", "data.task=sequence_classification"]
+    settings = schema.load(None, [*words, f"data.sources={parts}"])
+    hashes = setting_hashes(settings)
+    if earlier:
+        hashes["data.sources"] = _hash(settings.dump()["data"]["sources"])
+    manifest = _manifest({}, method=settings.dump()["method"], config=hashes)
+
+    def load(sources: str) -> None:
+        path.write_text(schema.to_yaml(schema.load(None, [*words, f"data.sources={sources}"])))
+        load_trained(path, manifest, [], trusted=False)
+
+    load(parts)
+    for changed in (parts.replace("2", "3"), "[{file: a.csv, weight: 2}]"):
+        with pytest.raises(ConfigError, match="with a different data.sources;"):
+            load(changed)
+    if not earlier:
+        load(parts.replace("a.csv", "moved/a.csv"))
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path):
