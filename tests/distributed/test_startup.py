@@ -170,6 +170,7 @@ distributed.leave()
 """
 
 
+@pytest.mark.slow
 def test_processes_wait_for_a_late_one_longer_than_a_collective_may_take(ranks):
     group = ranks(2)
     both = [group.start(rank, "-c", LATE, str(ROOT)) for rank in range(2)]

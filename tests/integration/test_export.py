@@ -270,6 +270,7 @@ def test_an_export_that_loses_too_much_keeps_nothing(workspace, monkeypatch, dro
     )
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_leaves_is_removed_by_the_next_one(workspace, tmp_path):
     temporary, output = tmp_path / "tmp", tmp_path / "out"
     temporary.mkdir()

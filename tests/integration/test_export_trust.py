@@ -234,11 +234,9 @@ def test_a_damaged_tokenizer_and_damaged_results_are_named(folder, capsys, damag
     ],
 )
 def test_a_signal_ends_the_child_processes_and_removes_all_folders(folder, number):
-    temporary = folder / "temporary"
-    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "scaleup", *command("merged")],
-        env=environment(TMPDIR=str(temporary), PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -250,7 +248,8 @@ def test_a_signal_ends_the_child_processes_and_removes_all_folders(folder, numbe
         deadline = time.monotonic() + 120
         while not running and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
-            running = children.read_text().split() if list(temporary.glob("*/before.json")) else []
+            measured = list(folder.glob(".out.draft/.work-*/before.json"))
+            running = children.read_text().split() if measured else []
         assert running, process.communicate()[1][-2000:]
         process.send_signal(number)
         _, shown = process.communicate(timeout=60)
@@ -261,7 +260,6 @@ def test_a_signal_ends_the_child_processes_and_removes_all_folders(folder, numbe
     if number != signal.SIGINT:
         assert f"stopped by {number.name}; nothing was kept" in shown
     assert not any(pathlib.Path(f"/proc/{child}").exists() for child in running)
-    assert not list(temporary.glob("scaleup-export-*"))
     assert not (folder / "out").exists() and not (folder / ".out.draft").exists()
 
 

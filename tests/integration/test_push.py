@@ -48,6 +48,7 @@ def test_a_run_uploads_its_best_checkpoint_and_prints_the_address(trained):
     assert "uploaded   http://127.0.0.1:" in trained[1] and "/me/film/commit/" in trained[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_uploaded_with_a_card_that_the_hub_can_read(trained, hub):
     access = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
     words = [str(trained[0] / "best"), "--repo", "me/film", "--revision", "v2"]

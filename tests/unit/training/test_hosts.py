@@ -41,6 +41,7 @@ watchdog.stop()
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_processes_detect_which_of_them_share_the_output_folder(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
