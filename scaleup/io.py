@@ -83,6 +83,12 @@ def samples(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield file.read(1024)
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sample_hash(path: str | os.PathLike[str]) -> str:
     """Return a hash of the size and of samples of a file, which may be too large to read."""
     with open(path, "rb") as file:

@@ -242,7 +242,7 @@ def load(data: DataSettings) -> Examples:
     own replaces the development examples, and test_file is the test set. The ConfigError names
     every problem in the files.
     """
-    return prepared.load(data, _read, sources.files(sources_of(data)))
+    return prepared.load(data, _read, sources_of(data))
 
 
 def tokenize(

@@ -7,7 +7,6 @@ Only an absent value counts as missing. A file is never in memory as a whole.
 import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaleup.errors import ConfigError, one_line
-from scaleup.io import check_regular_file, is_lfs_pointer, read_bytes, sample_hash
+from scaleup.io import check_regular_file, file_hash, is_lfs_pointer, read_bytes, sample_hash
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 ROWS = 1000  # of a batch at most
@@ -228,8 +227,7 @@ def read_table(key: str, file: str, hashed: bool = True) -> Table:
             raise ConfigError(f"{place} {problem}")
         source: dict[str, Any] = {"file": file}
         if hashed:
-            with open(file, "rb") as content:
-                source["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+            source["sha256"] = file_hash(file)
         else:
             source["samples"] = sample_hash(file)
         features = _features(file) if suffix == ".parquet" else {}

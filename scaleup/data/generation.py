@@ -130,7 +130,7 @@ def load(data: DataSettings) -> Examples:
     `dev_size` rows are for development unless there is a validation file. The ConfigError names
     every problem in the files.
     """
-    return prepared.load(data, _read, sources.files(sources.of_user(data)))
+    return prepared.load(data, _read, sources_of(data))
 
 
 def tokenize(

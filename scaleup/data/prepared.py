@@ -26,8 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from scaleup.data.examples import Examples
 from scaleup.data.once import fill_once
+from scaleup.data.sources import Source
+from scaleup.data.sources import files as source_files
 from scaleup.errors import RunError
-from scaleup.io import read_json, write_json
+from scaleup.io import file_hash, read_json, write_json
 from scaleup.settings.data import DataSettings
 
 SETS = ("train", "dev", "test")
@@ -62,11 +64,6 @@ def _code() -> str:
     return hashed(hashes, transformers.__version__, tokenizers.__version__)
 
 
-def _file_hash(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def file_states(files: Iterable[str]) -> tuple:
     """Return what changes whenever a file is changed or replaced: size, times and inode."""
     states = [(os.path.abspath(file), os.stat(file)) for file in files if os.path.isfile(file)]
@@ -98,15 +95,15 @@ def rows_of(part: datasets.Dataset, rows: Sequence[int] | None = None) -> Iterat
     yield from (part if rows is None else part.select(rows)).iter(batch_size=1000)
 
 
-def load(data: DataSettings, make: Make, files: Iterable[str]) -> Examples:
+def load(data: DataSettings, make: Make, splits: dict[str, list[Source]]) -> Examples:
     """Return the examples of a run as texts. One process reads them if they are not prepared.
 
     Args:
         make: writes <set>.arrow for every set, and perhaps references.arrow, into a folder.
             It returns the other fields of `Examples`.
-        files: the files that `make` reads. If one has changed, all are read anew.
+        splits: the sources that `make` reads. If a file of them has changed, all are read anew.
     """
-    return _texts(make, data.model_dump_json(), file_states(files))
+    return _texts(make, data.model_dump_json(), file_states(source_files(splits)))
 
 
 @functools.lru_cache(maxsize=1)  # preflight checks and the run share one reading
@@ -118,7 +115,7 @@ def _texts(make: Make, resolved: str, state: tuple) -> Examples:
     def fill(part: pathlib.Path) -> None:
         fields = make(data, part)
         # Of a folder of files, `sources` has samples only, and an edit may lie between them.
-        hashes = {path.name: _file_hash(path) for path in sorted(part.glob("*.arrow"))}
+        hashes = {path.name: file_hash(path) for path in sorted(part.glob("*.arrow"))}
         write_json(part / "examples.json", fields | {"hashes": hashes})
 
     fill_once(folder, fill)

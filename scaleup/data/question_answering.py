@@ -121,7 +121,7 @@ def load(data: DataSettings) -> Examples:
 
     The ConfigError names every problem in the files.
     """
-    return prepared.load(data, _read, sources.files(sources.of_user(data)))
+    return prepared.load(data, _read, sources_of(data))
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, question: str, most: int) -> str:

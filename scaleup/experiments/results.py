@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -154,9 +155,11 @@ def write_csv(runs: Sequence[Run], path: pathlib.Path) -> None:
 def _by_split(sources: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return what is known about each source: train, train_2, train_3, …, validation, test."""
     found: dict[str, dict[str, Any]] = {}
+    counts: Counter[str] = Counter()
     for source in sources:
-        same = sum(name.partition("_")[0] == source["split"] for name in found)
-        name = f"{source['split']}_{same + 1}" if same else source["split"]
+        split = source["split"]
+        counts[split] += 1
+        name = f"{split}_{counts[split]}" if counts[split] > 1 else split
         found[name] = {key: value for key, value in source.items() if key != "split"}
     return found
 

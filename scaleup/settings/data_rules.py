@@ -135,11 +135,11 @@ def source_problems(data: Any) -> list[str]:
                 continue
             if role not in COLUMNS[task]:
                 reasons[key] = f"data.task is {task}"
-            elif role in used and getattr(data, key) is None:
-                reasons[key] = f"data.{key} is not set; set it, too"
             elif role not in used:
                 state = "set" if chats else "not set"
                 reasons[key] = f"data.messages_column is {state}"
+            elif getattr(data, key) is None:
+                reasons[key] = f"data.{key} is not set; set it, too"
         problems += [
             f"data.sources[{number}].{key}: has no effect here ({reason})"
             for key, reason in reasons.items()

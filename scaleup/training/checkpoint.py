@@ -33,7 +33,7 @@ from scaleup.backbone.method import apply_method, saved_parameters
 from scaleup.backbone.sharded import whole_shape
 from scaleup.backbone.weights import tensor_files
 from scaleup.errors import CheckpointError, one_line
-from scaleup.io import read_json
+from scaleup.io import file_hash, read_json
 from scaleup.settings.schema import Settings
 from scaleup.training.manifest import ALTERED, MANIFEST, Manifest
 from scaleup.unipelt.config import UniPeltConfig
@@ -126,9 +126,7 @@ def _other_files(folder: pathlib.Path, listed: Collection[str] = ()) -> dict[str
 
 def describe_file(path: pathlib.Path) -> dict[str, Any]:
     """Return size in bytes and hash of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from scaleup.errors import CheckpointError, ConfigError
-from scaleup.io import LOCK, read_json
+from scaleup.io import LOCK, file_hash, read_json
 from scaleup.settings.schema import Settings, TrainSettings, stored
-from scaleup.training.checkpoint import describe_file, verify
+from scaleup.training.checkpoint import verify
 from scaleup.training.console import finished_note, summary
 from scaleup.training.manifest import ANY, FIXED_IN_TRAINING, Manifest
 from scaleup.training.output_folder import LEFTOVERS, SCHEDULER_LOGS, SET_ASIDE
@@ -284,7 +284,7 @@ def finished(settings: Settings, out: pathlib.Path) -> dict[str, Any] | None:
         advice = "remove it to score the run's checkpoints again"
         raise CheckpointError(f"{path} is damaged; {advice}") from None
     for file, digest in _files(results):
-        if describe_file(file)["sha256"] != digest:
+        if file_hash(file) != digest:
             problem = f"the run in {out} is finished, and {file} has changed since"
             raise ConfigError(f"train.resume: {problem}; use a new train.output_dir")
     return results
