@@ -8,8 +8,9 @@ from scaleup.settings.schema import ModelSettings, Settings
 
 # Model types that count the positions of a text from their padding index + 1.
 FROM_PADDING = (
-    *("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xmod"),
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
+    *("markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    "xmod",
 )
 
 

@@ -6,7 +6,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from scaleup.backbone.lengths import position_limit
 from scaleup.backbone.loading import load_config, load_model, set_labels
 from scaleup.backbone.method import apply_method
 from scaleup.backbone.tokenizer import load_tokenizer
@@ -25,19 +24,6 @@ def test_heads_are_found_without_their_names():
         "classification_head"
     ]
     assert head_names(backbone("bert").base_model) == []
-
-
-def test_the_positions_of_bert_are_all_for_tokens():
-    assert position_limit(backbone("bert").config) == 48
-
-
-@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mpnet"])
-def test_position_limits_count_from_the_padding(family):
-    model = backbone(family)
-    assert position_limit(model.config) == 46
-    model(input_ids=torch.full((1, 46), 5))
-    with pytest.raises((IndexError, RuntimeError), match="out of"):
-        model(input_ids=torch.full((1, 47), 5))
 
 
 @pytest.fixture
