@@ -30,12 +30,13 @@ import pydantic
 from pydantic import Field, PositiveInt
 
 from scaleup.errors import ConfigError
-from scaleup.io import expand_home
+from scaleup.io import expand_home, read_json
 from scaleup.settings.data import Path
 from scaleup.settings.derived import Section
 from scaleup.settings.loading import flat, nearest, override, parse_file, shown, validation_problem
 from scaleup.settings.schema import Settings, stored
 from scaleup.settings.schema import load as load_config
+from scaleup.training.finished import changed_files
 from scaleup.training.preflight import CHECKS
 from scaleup.training.run_settings import check_permission
 
@@ -198,10 +199,14 @@ def select(
 
 
 def check_same_run(settings: Settings, folder: pathlib.Path) -> None:
-    """Raise ConfigError if a folder has a run with other settings, or damaged files."""
+    """Raise ConfigError if a folder has a run with other settings or data, or damaged files."""
     results, path = folder / "results.json", folder / "config.yaml"
     if results.is_file():
-        _read_file(results, lambda path: json.loads(path.read_text(encoding="utf-8")))
+        for file in changed_files(_read_file(results, read_json)):
+            raise ConfigError(
+                f"{folder} has a finished run, and {file} has changed since; "
+                "choose another output, or remove the folder"
+            )
     if not path.is_file():
         return
     other = different(settings, flat(_read_file(path, lambda path: stored(str(path)))))

@@ -39,7 +39,7 @@ from scaleup.data import tasks
 from scaleup.errors import CheckpointError, ConfigError, Preempted, RunError, one_line
 from scaleup.memory.states import estimate
 from scaleup.settings.schema import Settings, to_yaml
-from scaleup.training import console, distributed, graphs, resume, watchdog
+from scaleup.training import console, distributed, finished, graphs, resume, watchdog
 from scaleup.training.arguments import training_arguments
 from scaleup.training.callbacks import GateStatistics, GracefulShutdown, JsonlLogger, ProgressBars
 from scaleup.training.checkpoint import check_tensors
@@ -81,9 +81,9 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         raise ConfigError(problems)
     shared = distributed.shares_folder(world, out)
     # results.json is on the first host only.
-    results = distributed.gather(world, resume.finished(settings, out))[0]
+    results = distributed.gather(world, finished.results_of(settings, out))[0]
     if results is not None:
-        lines = console.summary(results, out, resume.seconds(out))
+        lines = console.summary(results, out, finished.seconds(out))
         _print(world, f"{console.finished_note(settings, results)} Results of {out}:", *lines)
         return results
     prepared = _prepare(settings, world, shared, config)

@@ -1,6 +1,7 @@
 """What a sweep file says: trials, their settings, and what is refused."""
 
 import collections
+import hashlib
 import json
 import pathlib
 import shutil
@@ -242,4 +243,19 @@ def test_results_of_a_trial_that_are_nested_too_deeply_are_damaged(workspace, tm
     (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
     (trial.folder / "results.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="results.json is damaged; remove the folder"):
+        grid.load(str(path))
+
+
+def test_a_finished_trial_whose_data_has_changed_is_refused(workspace, tmp_path):
+    path, data = sweep_file(workspace, tmp_path), tmp_path / "mine.csv"
+    data.write_text("text,label")
+    trial = grid.load(str(path)).trials[0]
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "config.yaml").write_text(to_yaml(trial.settings))
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    results = {"sources": [{"file": str(data), "sha256": digest}]}
+    (trial.folder / "results.json").write_text(json.dumps(results))
+    assert grid.load(str(path)).trials[0] == trial
+    data.write_text("text,topic")
+    with pytest.raises(ConfigError, match=r"a finished run, and .*mine.csv has changed since; "):
         grid.load(str(path))

@@ -74,10 +74,3 @@ def test_a_finished_run_names_the_setting_that_ended_it(words, reached, key):
     settings = load(None, ["data.name=rte", "train.num_train_epochs=3", *words])
     note = finished_note(settings, dict(zip(("steps", "epochs"), reached)))
     assert note == f"this run is finished; to train on, raise train.{key}."
-
-
-@pytest.mark.parametrize(("content", "expected"), [('{"seconds": 3.4}', 3.4), ("{", None)])
-def test_the_time_of_a_finished_run_is_that_of_its_file(tmp_path, content, expected):
-    assert resume.seconds(tmp_path) is None
-    (tmp_path / "timing.json").write_text(content)
-    assert resume.seconds(tmp_path) == expected
