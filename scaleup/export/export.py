@@ -13,8 +13,8 @@ Measurements run the whole model in processes of their own. The process of the e
 shard of the backbone at a time.
 """
 
+import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 import shutil
@@ -23,20 +23,19 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleup import __version__, io
 from scaleup.backbone import loading, weights
 from scaleup.backbone.method import complete_config
 from scaleup.backbone.tokenizer import share_pad_token
 from scaleup.data import tasks
-from scaleup.errors import CheckpointError, ConfigError, ExportError, PermissionMissing, one_line
+from scaleup.errors import CheckpointError, ConfigError, ExportError
 from scaleup.export import absorbed, fold
 from scaleup.export.calibrate import Place, TrainedMeasurements
 from scaleup.export.card import card
 from scaleup.export.evaluation import BATCH, Evaluation
 from scaleup.export.folder import FolderWriter
-from scaleup.export.kinds import KINDS
+from scaleup.export.inputs import load_tokenizer, read_run
 from scaleup.export.measure import peak_mib
 from scaleup.export.report import (
     Absorption,
@@ -48,23 +47,14 @@ from scaleup.export.report import (
 )
 from scaleup.export.verify import dtype_name, verify_export
 from scaleup.machine import versions
-from scaleup.settings.data_rules import METRICS
-from scaleup.settings.loading import override
-from scaleup.settings.schema import Settings
-from scaleup.training import resume
 from scaleup.training.checkpoint import (
     check_adapter_tensors,
     commit_checkpoint,
-    create_staging_folder,
     describe_file,
     staging_folder,
-    verify,
 )
-from scaleup.training.manifest import ALTERED, MANIFEST, Manifest
-from scaleup.training.output_folder import has_long_name
-from scaleup.training.run_settings import load_trained
+from scaleup.training.manifest import Manifest
 from scaleup.unipelt.sites import find_sites
-from scaleup.unipelt.submodules import SUBMODULES
 
 TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template)[\w.-]*"
@@ -83,153 +73,49 @@ def run(options: ExportOptions, say: Callable[[str], None] = print) -> ExportRep
         CheckpointError: the checkpoint is not whole.
         ExportError: the export failed its verification, and nothing was kept.
     """
-    settings, manifest, config = _read_run(options)
-    staging = staging_folder(options.output)
-    if staging.is_dir():  # left by an export that is still running or was killed
-        io.hold(staging, "--output: another export", lock="")
-    try:
-        staging = create_staging_folder(options.output)
-        io.hold(staging, "--output: another export", lock="")
+    settings, manifest, config = read_run(options)
+    staging = _claim(options.output)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, staging, ignore_errors=True)
         auto = tasks.of(settings.data).auto
         complete_config(settings, config, auto, manifest.labels)
         check_adapter_tensors(options.checkpoint, manifest, settings, config, auto)
-        tokenizer = _load_tokenizer(options)
+        tokenizer = load_tokenizer(options)
         share_pad_token(str(options.checkpoint), tokenizer, config, auto)
         adapter, tensors = fold.read_checkpoint(options.checkpoint)
         export = Export(options, settings, manifest, config, tokenizer, adapter, tensors, say)
-        return _export(export, staging)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        report = _export(export, staging)
+        cleanup.pop_all()  # the folder has its final name
+    return report
 
 
-def _read_run(options: ExportOptions) -> tuple[Settings, Manifest, PretrainedConfig]:
-    """Return the run's settings, the checkpoint's manifest and the backbone's config.
+def _claim(output: pathlib.Path) -> pathlib.Path:
+    """Return the empty staging folder of an output, which this process holds.
 
     Raises:
-        ConfigError: they do not belong together, or cannot be exported.
-        CheckpointError: the checkpoint is not whole.
+        ConfigError: another export writes to the output, or has done so in the meantime.
     """
-    checkpoint = options.checkpoint
-    path = options.config or checkpoint.parent / "config.yaml"
-    problems = []
-    if not os.path.isdir(checkpoint):
-        problems.append(f"--checkpoint: no folder {checkpoint}")
-    elif os.path.isfile(checkpoint / "config.yaml") and not (checkpoint / MANIFEST).exists():
-        problems.append(
-            f"--checkpoint: {checkpoint} is the folder of a run; {_suggest(checkpoint)}"
-        )
-    elif not os.path.isfile(path):
-        problems.append(
-            f"--config: no file {path}; give the config.yaml of the run that wrote {checkpoint}"
-        )
-    if problem := _output_problem(options.output, checkpoint):
-        problems.append(f"--output: {options.output} {problem}; choose another folder")
-    if problems:
-        raise ConfigError(problems)
-    _check_manifest(checkpoint, Manifest.read(checkpoint))
-    manifest = verify(checkpoint)
-    overrides = [] if options.backbone is None else [override("model.name", options.backbone)]
-    settings = load_trained(path, manifest, overrides, options.trust_remote_code)
-    _check_tokenizer_code(options)
-    own_file = options.calibrate not in ("dev", "test")
-    if KINDS[options.kind].needs_data and own_file and settings.data.name:
-        raise ConfigError(
-            f"--calibrate: the run's data is {settings.data.name}, which is not a file; use dev or "
-            "test"
-        )
-    task = settings.data.resolved_task
-    if options.metric is not None and options.metric not in METRICS[task]:
-        raise ConfigError(
-            f"--metric: {options.metric} does not fit data.task {task}; choose from "
-            f"{', '.join(METRICS[task])}"
-        )
-    config, trained_on = loading.load_config(settings.model), manifest.backbone
-    if loading.fingerprint(settings.model, config) != trained_on["fingerprint"]:
-        advice = "give its folder with --backbone"
-        if options.backbone is not None:
-            advice = "--backbone needs an unchanged copy of its folder, with config.json"
-        raise ConfigError(
-            f"model.name: {settings.model.name} is not the backbone that was trained on "
-            f"({trained_on['name']}, {str(trained_on['fingerprint'])[:19]}…); {advice}"
-        )
-    return settings, manifest, config
-
-
-def _output_problem(output: pathlib.Path, checkpoint: pathlib.Path) -> str | None:
-    """Return why no export can be written to a folder, or None."""
+    staging = staging_folder(output)
     try:
-        if output.exists():
-            return "exists"
-        if checkpoint.resolve() in output.resolve().parents:
-            return "is inside the checkpoint"
-        if has_long_name(staging_folder(output)):
-            return "has a name that is too long"
-        parent = next(path for path in output.absolute().parents if path.exists())
-    except OSError as error:
-        return f"cannot be written: {error.strerror}"
-    if not parent.is_dir():
-        return f"cannot be written: {parent} is a file"
-    return None if os.access(parent, os.W_OK | os.X_OK) else "cannot be written: no permission"
-
-
-def _suggest(run: pathlib.Path) -> str:
-    """Return advice that names the best checkpoint in the folder of a run."""
-    names = ("best", "final", *(path.name for path in reversed(resume.checkpoints(run))))
-    name = next((name for name in names if (run / name).is_dir()), None)
-    if name is None:
-        return "it has no checkpoint yet"
-    return f"give one of its checkpoints: --checkpoint {run / name}"
-
-
-def _check_manifest(checkpoint: pathlib.Path, manifest: Manifest) -> None:
-    """Raise ConfigError if the checkpoint is not one that can be exported."""
-    if manifest.export not in (None, "exact"):
-        raise ConfigError(
-            f"--checkpoint: {checkpoint} is an export already ({manifest.export}); give best/ or "
-            "final/ of the run"
-        )
-    method = manifest.method
-    if method["name"] != "unipelt":
-        raise ConfigError(
-            f"--checkpoint: {checkpoint} was trained with method {method['name']}; it is a "
-            "transformers folder already, so load it as it is"
-        )
-    built_in = [n for n, s in SUBMODULES.items() if type(s).__module__.startswith("scaleup.")]
-    foreign = [name for name in method["submodules"] if name not in built_in]
-    if foreign:
-        raise ConfigError(
-            f"--checkpoint: {checkpoint} uses {', '.join(foreign)}, which is not a submodule of "
-            "scaleup; an export cannot contain its code"
-        )
-
-
-def _check_tokenizer_code(options: ExportOptions) -> None:
-    """Raise PermissionMissing if the checkpoint's tokenizer asks to run code of its own."""
-    path = options.checkpoint / "tokenizer_config.json"
-    try:
-        asks = path.is_file() and "auto_map" in io.read_json(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; {ALTERED}") from None
-    if asks and not options.trust_remote_code:
-        raise PermissionMissing(
-            f"--trust-remote-code: {path} asks to run Python code (auto_map); give this flag if "
-            "you trust that code"
-        )
-
-
-def _load_tokenizer(options: ExportOptions) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's tokenizer. If it is damaged, raise CheckpointError."""
-    folder, trusted = options.checkpoint, options.trust_remote_code
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    except Exception as error:  # the library tokenizers has no class for its errors
-        problem = f"its tokenizer cannot be loaded ({one_line(error, 200)})"
-        raise CheckpointError(f"{folder}: {problem}; {ALTERED}") from None
+        staging.mkdir(parents=True, exist_ok=True)
+        io.hold(staging, "--output: another export", lock="")
+        for path in staging.iterdir():  # of an export that was killed
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    except FileNotFoundError:  # it has got its final name, or was removed
+        problem = f"another export to {output} has just ended"
+        raise ConfigError(f"--output: {problem}; start again, or choose another folder") from None
+    if output.exists():
+        staging.rmdir()
+        raise ConfigError(f"--output: {output} exists; choose another folder")
+    return staging
 
 
 def _export(export: Export, staging: pathlib.Path) -> ExportReport:
     """Write an export into the staging folder, verify it and commit it."""
-    # If the export is killed, the next one to the same output removes the staging folder. A name of
+    # If the export is killed, the next one to the same output empties the staging folder. A name of
     # its own, because a process of the killed export may still write into this folder.
     work = pathlib.Path(tempfile.mkdtemp(prefix=".work-", dir=staging))
     options, manifest = export.options, export.manifest

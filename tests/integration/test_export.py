@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from scaleup import errors
 from scaleup.cli import main
 from scaleup.errors import CheckpointError, ConfigError
-from scaleup.export import calibrate, export
+from scaleup.export import calibrate, export, inputs
 from scaleup.export.evaluation import Evaluation
 from scaleup.export.folder import FolderWriter
 from scaleup.export.report import ExportOptions
@@ -362,13 +362,13 @@ def test_a_submodule_from_outside_of_the_package_is_refused(tmp_path, monkeypatc
         name = "outside"
 
     monkeypatch.setattr(submodules, "SUBMODULES", dict(submodules.SUBMODULES))
-    monkeypatch.setattr(export, "SUBMODULES", submodules.SUBMODULES)
+    monkeypatch.setattr(inputs, "SUBMODULES", submodules.SUBMODULES)
     submodules.register(Outside())
     checkpoint = shutil.copytree(OLD_FORMAT / "best", tmp_path / "best")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["method"]["submodules"].append("outside")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(export, "load_trained", None)  # raises TypeError if it is called
+    monkeypatch.setattr(inputs, "load_trained", None)  # raises TypeError if it is called
     config = OLD_FORMAT / "run" / "config.yaml"
     for kind in ("exact", "standalone", "merged"):
         refused = ExportOptions(checkpoint, kind, tmp_path / "out", config=config)
