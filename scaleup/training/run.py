@@ -287,6 +287,7 @@ def _open_folder(run: Run, old_weights: pathlib.Path | None) -> None:
     if not io.hold(out):
         note = "is on a file system without locks; make sure that no other run writes there"
         print(f"note: {out} {note}", flush=True)
+    (out / "results.json").unlink(missing_ok=True)  # of a run that ended earlier than this one will
     io.write_text(out / "config.yaml", to_yaml(run.settings))
     io.write_json(out / "environment.json", machine.environment(run.world.device, run.world.size))
 

@@ -240,3 +240,11 @@ def test_a_batch_that_no_epoch_fills_is_refused(workspace, tmp_path):
         with pytest.raises(ConfigError, match=problem):
             few = ("data.k=5", "train.per_device_train_batch_size=16")
             run(workspace, tmp_path / "run", *few, "train.dataloader_drop_last=true", end)
+
+
+def test_a_run_that_was_stopped_while_it_trained_on_is_not_taken_for_finished(workspace, tmp_path):
+    out, longer = tmp_path / "run", ("train.num_train_epochs=2", "train.resume=auto")
+    run(workspace, out, "train.num_train_epochs=1")
+    with pytest.raises(Preempted):
+        run(workspace, out, *longer, callbacks=[Signal(signal.SIGTERM, step=5)])
+    assert run(workspace, out, *longer)["epochs"] == 2
