@@ -20,6 +20,7 @@ from scaleup.training.context import Run
 from scaleup.training.engines import state_keys
 from scaleup.training.failures import last_good
 from scaleup.training.graphs import StepGraphs
+from scaleup.training.random_states import random_states
 from scaleup.training.sampler import ResumableSampler, stream_loader
 from scaleup.training.saving import SavingTrainer
 
@@ -186,6 +187,7 @@ class RunTrainer(SavingTrainer):
         self._maybe_log_save_evaluate(
             self._tr_loss, None, self.model, trial, self.state.epoch, ignore_keys_for_eval, None
         )
+        self.random_states = random_states()  # the evaluation has drawn from them
         return {}
 
     def refuse_bad_loss(self) -> None:

@@ -176,6 +176,21 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_repeats(
         assert lines(out)[:-1] == lines(complete)[:-1]
 
 
+@pytest.mark.parametrize("more", [(), ("train.eval_strategy=steps", "train.eval_steps=3")])
+def test_dropout_goes_on_after_a_repeated_evaluation(workspace, tmp_path, more):
+    """Reading the examples of an evaluation draws from the random state, also a second time."""
+    shutil.copytree(workspace, tmp_path / "with-dropout")
+    path = tmp_path / "with-dropout" / "bert" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_dropout_prob": 0.1}))
+    more = ("train.num_train_epochs=2", *more)
+    run(path.parents[1], tmp_path / "complete", *more)
+    with pytest.raises(Preempted):
+        callbacks = [Signal(signal.SIGTERM, batch=2)]
+        run(path.parents[1], tmp_path / "run", *more, callbacks=callbacks)
+    run(path.parents[1], tmp_path / "run", *more, "train.resume=auto")
+    assert losses(tmp_path / "run") == losses(tmp_path / "complete")
+
+
 def test_early_stopping_that_a_repeated_evaluation_decides_takes_no_more_steps(workspace, tmp_path):
     more = ("train.early_stopping_patience=1", "train.learning_rate=1e-9")
     expected = run(workspace, tmp_path / "complete", *more)
