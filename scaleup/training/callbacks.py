@@ -130,9 +130,10 @@ class GracefulShutdown(TrainerCallback):
         return self.stopped_by is not None
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if self.stopped_by is not None and abs(state.epoch - round(state.epoch)) > 1e-6:
+        in_epoch = abs(state.epoch - round(state.epoch)) > 1e-6
+        if self.stopped_by is not None and in_epoch and state.global_step < state.max_steps:
             # Trainer also ends the epoch when it stops in the middle of one. The resumed run
-            # evaluates at the real end of the epoch.
+            # evaluates at the real end of the epoch, or at the last step.
             control.should_save = control.should_evaluate = control.should_log = False
         control.should_log |= control.should_save or control.should_evaluate
 

@@ -191,6 +191,18 @@ def test_dropout_goes_on_after_a_repeated_evaluation(workspace, tmp_path, more):
     assert losses(tmp_path / "run") == losses(tmp_path / "complete")
 
 
+def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_resumed_run(
+    workspace, tmp_path
+):
+    """The run ends after step 6, in the middle of an epoch of four steps."""
+    out, end = tmp_path / "run", "train.max_steps=6"
+    expected = run(workspace, tmp_path / "complete", end)
+    with pytest.raises(Preempted, match="at step 6, saved"):
+        run(workspace, out, end, callbacks=[Signal(signal.SIGTERM, step=5)])
+    assert run(workspace, out, end, "train.resume=auto") == expected
+    assert losses(out, "eval_loss") == losses(tmp_path / "complete", "eval_loss")
+
+
 def test_early_stopping_that_a_repeated_evaluation_decides_takes_no_more_steps(workspace, tmp_path):
     more = ("train.early_stopping_patience=1", "train.learning_rate=1e-9")
     expected = run(workspace, tmp_path / "complete", *more)
