@@ -200,8 +200,9 @@ class SavingTrainer(EvaluatingTrainer):
             self.state.best_model_checkpoint = str(best)
         self.earlier_loss = resume.loss_sum(self.state.log_history)
         count = resume.patience_used(self.state.stateful_callbacks)
-        if resume.must_evaluate(self.state.stateful_callbacks):
-            self.repeats_evaluation = self.args.eval_on_start = True
+        # An evaluation at the start belongs to step 0.
+        self.repeats_evaluation = resume.must_evaluate(self.state.stateful_callbacks)
+        self.args.eval_on_start = self.repeats_evaluation
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = count

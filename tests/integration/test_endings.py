@@ -203,6 +203,16 @@ def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_the_resumed_run
     assert losses(out, "eval_loss") == losses(tmp_path / "complete", "eval_loss")
 
 
+def test_a_resumed_run_does_not_repeat_the_evaluation_at_the_start(workspace, tmp_path):
+    """It would count as one more evaluation without a better score."""
+    out, more = tmp_path / "run", ("train.eval_on_start=true", "train.num_train_epochs=2")
+    run(workspace, tmp_path / "complete", *more)
+    with pytest.raises(Preempted):
+        run(workspace, out, *more, callbacks=[Signal(signal.SIGTERM, step=5)])
+    run(workspace, out, *more, "train.resume=auto")
+    assert lines(out)[:-1] == lines(tmp_path / "complete")[:-1]
+
+
 def test_early_stopping_that_a_repeated_evaluation_decides_takes_no_more_steps(workspace, tmp_path):
     more = ("train.early_stopping_patience=1", "train.learning_rate=1e-9")
     expected = run(workspace, tmp_path / "complete", *more)
