@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from scaleup.backbone.method import load_weights, saved_content
 from scaleup.backbone.sharded import copies_on_first
@@ -206,6 +207,10 @@ class SavingTrainer(EvaluatingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = count
+        # Trainer expects each of its callbacks here, and the earlier run may have had others.
+        own = [*self.callback_handler.callbacks, self.control]
+        own = [callback for callback in own if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=own).stateful_callbacks
 
     def _load_best_model(self) -> None:
         if self.shutdown.stopped_by is None:

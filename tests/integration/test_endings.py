@@ -222,6 +222,13 @@ def test_early_stopping_that_a_repeated_evaluation_decides_takes_no_more_steps(w
     assert run(workspace, tmp_path / "run", *more, "train.resume=auto") == expected
 
 
+def test_a_resumed_run_may_stop_early_although_it_began_without(workspace, tmp_path):
+    out, slow = tmp_path / "run", "train.learning_rate=1e-9"  # no epoch is better than the first
+    run(workspace, out, slow, "train.num_train_epochs=1", "train.early_stopping_patience=0")
+    more = ("train.early_stopping_patience=1", "train.resume=auto")
+    assert run(workspace, out, slow, *more)["steps"] == 8
+
+
 @pytest.mark.parametrize("batch", [13, 18])
 def test_a_signal_ends_the_final_scoring_which_the_resumed_run_repeats(
     workspace, finished, tmp_path, batch
