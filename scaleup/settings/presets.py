@@ -18,6 +18,23 @@ AUTOMATIC: dict[str, Any] = {
     "gradient_clipping": "auto",
 }
 
+# What Trainer knows of the sections that a file may have: section → type → parameters. Without
+# them, DeepSpeed would replace the run's settings with its own defaults, and not say so.
+PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "optimizer": {
+        "adam": ("lr", "weight_decay", "betas", "eps"),
+        "adamw": ("lr", "weight_decay", "betas", "eps"),
+        "lion": ("lr", "weight_decay"),
+        "sgd": ("lr", "weight_decay"),
+        "rmsprop": ("lr", "weight_decay"),
+    },
+    "scheduler": {
+        "warmuplr": ("warmup_max_lr", "warmup_num_steps"),
+        "warmupdecaylr": ("warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+        "warmupcosinelr": ("warmup_num_steps", "total_num_steps"),
+    },
+}
+
 HPZ = "zero_hpz_partition_size"  # processes of a host that share a second copy of the weights
 
 
@@ -31,8 +48,8 @@ def deepspeed_file(name: str | None) -> str | None:
 def read_deepspeed(name: str, per_host: int = 1) -> dict[str, Any]:
     """Return the DeepSpeed config that `train.deepspeed` names.
 
-    What the file leaves out and a run needs is filled in: batch sizes and data types as Trainer has
-    them.
+    What the file leaves out and a run needs is filled in: batch sizes, data types, and parameters
+    of its optimizer and its scheduler, as Trainer has them.
 
     Args:
         per_host: processes on each host, which "auto" stands for in `zero_hpz_partition_size`.
@@ -61,12 +78,23 @@ def read_deepspeed(name: str, per_host: int = 1) -> dict[str, Any]:
         meant = difflib.get_close_matches(key, ["zero_optimization", *AUTOMATIC], n=1, cutoff=0.8)
         if meant and key not in ("zero_optimization", *AUTOMATIC):
             raise ConfigError(f"{problem}: unknown key {key[:40]}; did you mean {meant[0]}?")
-    config = AUTOMATIC | config
+    config = AUTOMATIC | config | _completed_sections(config)
     if not {"bf16", "bfloat16", "fp16"} & config.keys():
         config |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
     if isinstance(zero, dict) and zero.get(HPZ) == "auto":  # Trainer does not fill it in
         config["zero_optimization"] = zero | {HPZ: per_host}
     return config
+
+
+def _completed_sections(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections `optimizer` and `scheduler` with the parameters that Trainer knows."""
+    completed = {}
+    for section, types in PARAMETERS.items():
+        part = config.get(section)
+        if isinstance(part, dict) and isinstance(given := part.get("params") or {}, dict):
+            known = types.get(str(part.get("type")).lower(), ())
+            completed[section] = part | {"params": dict.fromkeys(known, "auto") | given}
+    return completed
 
 
 def zero_stage(name: str | None) -> int:

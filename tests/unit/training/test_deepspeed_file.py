@@ -40,6 +40,25 @@ def test_what_a_file_says_is_kept(tmp_path):
     assert "bf16" not in config
 
 
+def test_an_optimizer_and_a_scheduler_of_the_file_get_the_numbers_of_the_run(tmp_path):
+    """DeepSpeed's own defaults, such as a learning rate of 0.001, replaced them silently."""
+    content = {
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupDecayLR"},
+    }
+    assert problems(tmp_path, content) == []
+    config = read_deepspeed(str(tmp_path / "zero.json"))
+    assert config["optimizer"]["params"] == {
+        "lr": "auto",
+        "weight_decay": 0.1,
+        "betas": "auto",
+        "eps": "auto",
+    }
+    numbers = ("warmup_max_lr", "warmup_num_steps", "total_num_steps")
+    assert config["scheduler"]["params"] == dict.fromkeys(numbers, "auto")
+
+
 @pytest.mark.parametrize("name", ZERO_PRESETS)
 def test_presets_are_complete(name):
     with open(str(deepspeed_file(name)), encoding="utf-8") as file:
