@@ -26,9 +26,10 @@ def training_arguments(
     train = settings.train
     passed = train.training_arguments
     strategy = _set_evaluation(passed, train)
-    non_reentrant = {"use_reentrant": False} if train.gradient_checkpointing else None
+    if train.gradient_checkpointing:  # without this one, torch would take the reentrant kind
+        arguments = passed.get("gradient_checkpointing_kwargs") or {}
+        passed["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | arguments
     defaults = {
-        "gradient_checkpointing_kwargs": non_reentrant,
         "save_strategy": strategy,
         "ddp_find_unused_parameters": False,
         # If True, Trainer multiplies a loss that is a mean over the batch by the process count.

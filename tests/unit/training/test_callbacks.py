@@ -61,3 +61,15 @@ def test_bars_are_drawn_on_a_terminal_or_on_request(
     settings = load(None, ["data.name=rte", f"train.output_dir={tmp_path}", *words])
     args = training_arguments(settings, start(False), "accuracy", True, None)
     assert args.disable_tqdm == disabled
+
+
+def test_further_arguments_of_checkpointing_do_not_make_it_reentrant(tmp_path):
+    words = [
+        f"train.output_dir={tmp_path}",
+        "train.gradient_checkpointing=true",
+        "train.gradient_checkpointing_kwargs={preserve_rng_state: false}",
+    ]
+    settings = load(None, ["data.name=rte", *words])
+    args = training_arguments(settings, start(False), "accuracy", True, None)
+    expected = {"use_reentrant": False, "preserve_rng_state": False}
+    assert args.gradient_checkpointing_kwargs == expected
