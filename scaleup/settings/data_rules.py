@@ -60,7 +60,8 @@ def idle_data(data: Any) -> dict[str, str]:
     own_validation = data.name is None and data.has_validation
     if data.k == "all" and (data.name is not None or own_validation):
         idle["dev_size"] = "with data.k all, the validation set is the development set"
-        if not data.streaming:
+        drawn = any(part.weight % 1 for part in data.sources or ())
+        if not data.streaming and not drawn:
             idle["seed"] = "with data.k all, nothing is sampled"
     if data.name is not None and data.k == "all":
         idle["test_size"] = "with data.k all, the development set is the test set"

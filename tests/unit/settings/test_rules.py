@@ -149,6 +149,15 @@ def test_every_method_can_freeze_the_head(method):
     ]
 
 
+@pytest.mark.parametrize("weight", [0.5, 2.5])
+def test_the_seed_that_draws_rows_of_a_weighted_source_can_be_set(weight):
+    own = [
+        f"data.sources=[{{file: a.csv, weight: {weight}}}, {{file: b.csv}}]",
+        "data.validation_file=c.csv",
+    ]
+    assert load(None, [*own, "data.seed=5"]).dump()["data"]["seed"] == 5
+
+
 def test_saying_a_default_out_loud_is_no_mistake():
     assert load(None, [GLUE, "method=full", "method.r=8"]).method.name == "full"
 
