@@ -48,6 +48,7 @@ _INSTEAD = {
     "the run finds out whether hosts share the folder": "save_on_each_node",
     "use train.group_by_length": "train_sampling_strategy",
     "a run can always be resumed": "save_only_model",
+    "a run saves on SIGTERM anyway": "enable_jit_checkpoint",
 }
 MANAGED = {name: reason for reason, names in _INSTEAD.items() for name in names.split()}
 """Fields of TrainingArguments that the run itself decides → the reason, or what to use instead."""
