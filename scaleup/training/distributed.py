@@ -175,7 +175,10 @@ def leave() -> None:
 
 
 def host_problems(train: TrainSettings, world: World) -> list[str]:
-    """Return why weights cannot be shared out among the processes and hosts of this run."""
+    """Return why the processes and hosts of this run cannot do what its settings ask for."""
+    if train.use_cpu and world.device.type != "cpu":
+        advice = "hide it with CUDA_VISIBLE_DEVICES= instead"
+        return [f"train.use_cpu: a run takes the GPU if there is one; {advice}"]
     if train.fsdp is not None and world.size == 1:
         problem = "there is one process, and it shards weights among several"
         return [f"train.fsdp: {problem}; start more (NPROC=2 launch/torchrun.sh), or leave it out"]

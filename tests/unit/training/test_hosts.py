@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from scaleup.settings.schema import TrainSettings
 from scaleup.training.console import placement
-from scaleup.training.distributed import World, gather, hosts, shares_folder
+from scaleup.training.distributed import World, gather, host_problems, hosts, shares_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -96,3 +97,12 @@ def test_the_screen_names_the_device_of_every_rank():
         "host       n01: rank 0 cuda:0 (H200), rank 1 cuda:1 (H200)",
         "host       n02: rank 2 cuda:0 (H200)",
     ]
+
+
+def test_a_gpu_cannot_be_declined_by_a_setting():
+    world = World(0, 0, 1, torch.device("cuda"), deepspeed=False)
+    (problem,) = host_problems(TrainSettings(use_cpu=True), world)
+    assert problem.startswith("train.use_cpu: ") and "CUDA_VISIBLE_DEVICES=" in problem
+    assert (
+        host_problems(TrainSettings(use_cpu=True), World(0, 0, 1, torch.device("cpu"), False)) == []
+    )
