@@ -110,7 +110,8 @@ def _attaching_problems(
     attention = model.attention if method.name == "unipelt" else "eager"
     empty = backbone.empty_model(copy.deepcopy(config), attention, None, auto)
     try:
-        apply_method(empty, method)
+        with torch.random.fork_rng(devices=[]):  # a run's random numbers must not change
+            apply_method(empty, method)
     except ConfigError as error:
         return error.problems
     except ValueError as error:

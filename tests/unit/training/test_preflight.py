@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from transformers import ViTConfig, ViTModel
+import torch
+from transformers import BertConfig, ViTConfig, ViTModel
 
 from scaleup import errors
 from scaleup.settings import schema as config
-from scaleup.training.preflight import CHECKS
+from scaleup.training.preflight import CHECKS, hub_structure
 from tests.utils.weights import sparse_weights
 from tests.utils.workspace import add_writer, make_workspace, overrides, writing
 
@@ -49,6 +50,14 @@ def test_a_setting_that_does_not_suit_the_model_is_refused_before_the_run(
     ]
     found = problems(*own)
     assert found == [] if words is None else [p.startswith(words) for p in found] == [True], found
+
+
+def test_the_check_of_a_model_of_the_hub_does_not_change_where_its_weights_start():
+    """A run makes it after the seed is set, and only if the model is no folder."""
+    words = ["data.name=rte", "model.name=me/bert", "method.lora_gate_scope=projection"]
+    before = torch.get_rng_state()
+    assert hub_structure(config.load(None, words), BertConfig()) == []
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
