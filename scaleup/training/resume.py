@@ -45,9 +45,12 @@ def clear_unfinished(out: pathlib.Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def keep_newest(out: pathlib.Path, count: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `count` and the best one."""
-    for path in checkpoints(out)[:-count]:
+def keep_newest(out: pathlib.Path, count: int, step: int, best_step: int | None) -> None:
+    """Remove all checkpoints up to `step` but the newest `count` and the best one.
+
+    A host may have a later one that others lack, so that the run continued from one before it.
+    """
+    for path in [path for path in checkpoints(out) if _number(path) <= step][:-count]:
         if path.name != f"checkpoint-{best_step}":
             gone = path.with_name(f".{path.name}.gone")
             path.rename(gone)  # so that a half-removed folder is never taken for a checkpoint

@@ -189,7 +189,7 @@ class SavingTrainer(EvaluatingTrainer):
         self._commit(folder)
         if self.writes:
             keep = self.run.settings.train.keep_checkpoints
-            resume.keep_newest(self.out, keep, self.state.best_global_step)
+            resume.keep_newest(self.out, keep, step, self.state.best_global_step)
 
     def _best_checkpoint(self) -> pathlib.Path | None:
         step = self.state.best_global_step

@@ -438,8 +438,15 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch_and_keeps_the_last_goo
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     for step in (4, 8, 12, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    resume.keep_newest(tmp_path, 1, best_step=8)
+    resume.keep_newest(tmp_path, 1, step=100, best_step=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-8"]
+
+
+def test_a_later_checkpoint_that_other_hosts_lack_does_not_count_as_the_newest(tmp_path):
+    for step in (4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    resume.keep_newest(tmp_path, 1, step=6, best_step=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
