@@ -80,8 +80,11 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     if problems:
         raise ConfigError(problems)
     shared = distributed.shares_folder(world, out)
-    # results.json is on the first host only.
-    results = distributed.gather(world, finished.results_of(settings, out))[0]
+    results = None
+    with _agreed(world):
+        if world.main:  # results.json is on the first host only
+            results = finished.results_of(settings, out)
+    results = distributed.gather(world, results)[0]
     if results is not None:
         lines = console.summary(results, out, finished.seconds(out))
         _print(world, f"{console.finished_note(settings, results)} Results of {out}:", *lines)
