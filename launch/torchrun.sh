@@ -39,7 +39,9 @@ if [ -n "${RANK:-}" ] && [ -n "${LOCAL_RANK:-}" ]; then
 fi
 
 nodes=${NNODES:-${PET_NNODES:-1}}
-node=${NODE_RANK:-${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}}
+index=${JOB_COMPLETION_INDEX:-0}
+if [ "$nodes" = 1 ]; then index=0; fi # each pod of the job is a run of its own
+node=${NODE_RANK:-${PET_NODE_RANK:-$index}}
 address=${MASTER_ADDR:-${PET_MASTER_ADDR:-127.0.0.1}}
 port=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
 processes=${NPROC:-${PET_NPROC_PER_NODE:-}}

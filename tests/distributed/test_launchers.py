@@ -268,12 +268,20 @@ TORCH = "-m torch.distributed.run"
             " --rdzv_id scaleup --rdzv_conf last_call_timeout=5 --max_restarts 10",
         ),
         (
+            {"JOB_COMPLETION_INDEX": "3"},
+            "--nnodes 1 --nproc_per_node 1 --node_rank 0 --master_addr 127.0.0.1"
+            " --master_port 29500",
+        ),
+        (
             {"JOB_COMPLETION_INDEX": "1", "NNODES": "2", "MASTER_ADDR": "scaleup-0.scaleup"},
             "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr scaleup-0.scaleup"
             " --master_port 29500",
         ),
     ],
-    ids=["alone", "plain", "kubeflow", "kubeflow elastic", "elastic", "indexed job"],
+    ids=[
+        *("alone", "plain", "kubeflow", "kubeflow elastic", "elastic"),
+        *("indexed job of single runs", "indexed job"),
+    ],
 )
 def test_torchrun_takes_its_place_from_the_environment(programs, env, words):
     result = run(
