@@ -215,7 +215,9 @@ def _train_problems(train: Any) -> list[str]:
     if train.bf16 is True and train.fp16:
         problems.append("train.fp16: train.bf16 is on already; choose one")
     arguments = train.gradient_checkpointing_kwargs
-    if isinstance(arguments, dict) and arguments.get("use_reentrant"):
+    if isinstance(arguments, str):  # Trainer reads a text as JSON
+        problems.append("train.gradient_checkpointing_kwargs: write a mapping, not a text")
+    elif arguments and arguments.get("use_reentrant", False) is not False:
         problems.append(
             "train.gradient_checkpointing_kwargs: use_reentrant loses the gradient of the prefix; "
             "leave it out"

@@ -178,6 +178,14 @@ def test_saying_a_default_out_loud_is_no_mistake():
             [GLUE, "train.gradient_checkpointing=true", f"{CHECKPOINTING}={{use_reentrant: true}}"],
             CHECKPOINTING,
         ),
+        (
+            [GLUE, "train.gradient_checkpointing=true", f"{CHECKPOINTING}={{use_reentrant: null}}"],
+            CHECKPOINTING,
+        ),
+        (
+            [GLUE, "train.gradient_checkpointing=true", CHECKPOINTING + """='{"a": true}'"""],
+            CHECKPOINTING,
+        ),
         ([GLUE, "train.deepspeed=zero2", "train.use_cpu=true"], "train.use_cpu"),
         ([GLUE, "method.submodules=[]"], "method.submodules"),
         ([GLUE, "method.submodules=[lora, lora]"], "method.submodules"),
