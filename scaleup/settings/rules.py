@@ -30,6 +30,7 @@ _INSTEAD = {
     "metrics need predictions only": "include_for_metrics",
     "metrics are computed over the whole set": "batch_eval_metrics eval_do_concat_batches",
     "the launcher sets it": "local_rank",
+    "processes talk through NCCL on GPUs and through gloo on CPUs": "ddp_backend",
     "scaleup configures Accelerate": "accelerator_config",
     "use train.seed for the order of batches and data.seed for the choice of examples": "data_seed",
     "log in with `hf auth login`, or set HF_TOKEN": "hub_token",
