@@ -14,7 +14,8 @@ def steps_per_epoch(train: TrainSettings, examples: int, world: int) -> int:
         examples: rows of the training set.
         world: number of processes.
     """
-    passes = math.ceil(examples / (train.per_device_train_batch_size * world))
+    batches = examples / (train.per_device_train_batch_size * world)
+    passes = math.floor(batches) if train.dataloader_drop_last else math.ceil(batches)
     return max(math.ceil(passes / train.gradient_accumulation_steps), 1)
 
 

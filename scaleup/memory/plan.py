@@ -78,6 +78,7 @@ class Plan:
 
     settings: Settings
     world: int
+    per_host: int  # processes on each host
     device: str
     half: str  # bf16, fp16 or no
     limit: int | None  # memory of a device; None if unknown
@@ -257,6 +258,7 @@ def make_plan(
     return Plan(
         settings=settings,
         world=world,
+        per_host=per_host,
         device=device,
         half={torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[half],
         limit=limit,

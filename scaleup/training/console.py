@@ -36,7 +36,8 @@ def header(run: Run, counts: dict[str, Any]) -> list[str]:
     # Only the prefix's MLP is trained and not stored.
     mlp = ", with the prefix's MLP" if counts["trained"] > counts["stored"] else ""
     rows = examples.train_rows
-    few = None if rows is None else few_steps(train, rows, world.size)
+    batch = {"per_device_train_batch_size": per_process, "gradient_accumulation_steps": passes}
+    few = None if rows is None else few_steps(train.model_copy(update=batch), rows, world.size)
     lines = [
         f"backbone   {model.name} ({counts['backbone']:,} parameters{quantized})",
         f"method     {settings.method.name}{f' ({parts})' if parts else ''}",

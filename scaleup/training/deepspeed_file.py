@@ -36,8 +36,8 @@ REPLACED = {
 }
 
 
-def replaced_settings(train: TrainSettings) -> list[str]:
-    """Return the settings that are set, but replaced by sections of the run's DeepSpeed file."""
+def section_problems(train: TrainSettings) -> list[str]:
+    """Return which settings do not go with the sections of the run's DeepSpeed file."""
     if train.deepspeed is None or train.deepspeed in ZERO_PRESETS:
         return []
     try:
@@ -53,6 +53,11 @@ def replaced_settings(train: TrainSettings) -> list[str]:
                     f"train.{key}: has no effect, because {train.deepspeed} has a section "
                     f"{section!r} of its own; remove one of them"
                 )
+    scheduler = config.get("scheduler")
+    given = scheduler.get("params") if isinstance(scheduler, dict) else None
+    if train.warmup_steps == 0 and (given or {}).get("warmup_num_steps") == "auto":
+        advice = f"the scheduler of {train.deepspeed} needs at least 1"
+        problems["warmup_steps"] = f"train.warmup_steps: {advice}"
     return list(problems.values())
 
 

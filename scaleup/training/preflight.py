@@ -34,7 +34,7 @@ from scaleup.settings.data import DataSettings
 from scaleup.settings.derived import Section
 from scaleup.settings.presets import zero_stage
 from scaleup.settings.schema import MethodSettings, ModelSettings, Settings, TrainSettings
-from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
+from scaleup.training.deepspeed_file import deepspeed_problems, section_problems
 from scaleup.training.output_folder import output_folder_problems
 from scaleup.unipelt.probe import not_for_texts
 from scaleup.unipelt.sites import EAGER_ONLY, PACKS, TESTED, head_names
@@ -192,7 +192,7 @@ def deepspeed_file(sections: dict[str, Section]) -> list[str]:
     problems = deepspeed_problems(train.deepspeed)
     if not problems:
         problems = _writing_problems(sections.get("data"), train)
-    return problems + replaced_settings(train)
+    return problems + section_problems(train)
 
 
 def _writing_problems(data: Section | None, train: TrainSettings) -> list[str]:

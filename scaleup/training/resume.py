@@ -138,7 +138,7 @@ def _different(settings: Settings) -> list[str]:
         f"{section}.{key}"
         for section, values in settings.dump().items()
         for key in (values | then[section])
-        if (section != "train" or key in FIXED_IN_TRAINING.split())
+        if (section != "train" or key in (*FIXED_IN_TRAINING.split(), "dataloader_drop_last"))
         and f"{section}.{key}" not in ANY
         and values.get(key) != then[section].get(key)
     ]

@@ -184,6 +184,7 @@ def test_another_backbone_is_refused(workspace, copy, tmp_path):
     [
         ("train.learning_rate=0.05", "train.learning_rate"),
         ("train.seed=7", "train.seed"),
+        ("train.dataloader_drop_last=true", "train.dataloader_drop_last"),
         ("method.r=4", "method.r"),
     ],
 )

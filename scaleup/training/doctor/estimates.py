@@ -133,21 +133,25 @@ def _save(plan: Plan, row: Row, speeds: Speeds, zero3: bool) -> str:
 
 
 def _load(plan: Plan, row: Row, speeds: Speeds, weight_bytes: int, zero3: bool) -> str:
-    """Estimate loading: processes read all weights, under ZeRO-3 rank 0 alone, and get rank 0's."""
-    whole = _whole_backbone(row, plan.world, zero3)
-    moving = _moving({"broadcast": whole} if plan.world > 1 else {}, speeds.transfers)
+    """Estimate loading.
+
+    Each process reads all weights and gets those of rank 0. Under ZeRO-3, rank 0 alone reads them.
+    Under FSDP, each process reads its own rows and gets nothing.
+    """
+    fsdp = plan.settings.train.fsdp
+    if fsdp is not None:
+        weight_bytes //= plan.world if fsdp == "full" else plan.per_host
+    sizes = {"broadcast": row.states.backbone * (plan.world if zero3 else 1)}
+    moving = _moving(sizes if plan.world > 1 and fsdp is None else {}, speeds.transfers)
     if not weight_bytes:
         return "load       no estimate, because the weights are not on this host"
     if speeds.read is None or moving is None:
         return "load       no estimate, because a measurement above is missing"
     read_s, (moving_s, what) = weight_bytes / speeds.read, moving
     line = f"load       {_sum(read_s, moving_s)} to read {amount(weight_bytes)}"
-    readers = "one process" if zero3 else "each process"
-    return f"{line} in {readers} + {seconds(moving_s)} for {what}" if what else line
-
-
-def _whole_backbone(row: Row, world: int, zero3: bool) -> int:
-    return row.states.backbone * (world if zero3 else 1)
+    if plan.world > 1:
+        line += " in one process" if zero3 else " in each process"
+    return f"{line} + {seconds(moving_s)} for {what}" if what else line
 
 
 def needed_space(plan: Plan) -> int:

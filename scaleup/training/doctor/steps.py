@@ -49,26 +49,29 @@ def place() -> Place:
         ConfigError: the launcher's variables make no sense.
     """
     _take_over_srun()
-    launched = "MASTER_ADDR" in os.environ and "RANK" in os.environ
-    env = os.environ if launched else {}
-    try:
-        return Place(
-            rank=int(env.get("RANK", "0")),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            size=int(env.get("WORLD_SIZE", "1")),
-            address=env.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(env.get("MASTER_PORT", "29500")),
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"RANK, LOCAL_RANK, WORLD_SIZE or MASTER_PORT: {one_line(error)}"
-        ) from error
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        return Place(0, 0, 1, "127.0.0.1", 29500)
+    return Place(
+        rank=_number("RANK", 0),
+        local_rank=_number("LOCAL_RANK", 0),
+        size=_number("WORLD_SIZE", 1),
+        address=os.environ["MASTER_ADDR"],
+        port=_number("MASTER_PORT", 29500),
+    )
+
+
+def _number(variable: str, default: int) -> int:
+    """Return the number in an environment variable."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{variable}: {text!r} is not a number; unset it, or correct it")
+    return int(text)
 
 
 def _take_over_srun() -> None:
     """Set the variables of a launcher in a task of srun, as launch/slurm/train.sbatch does."""
     env = os.environ
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if "RANK" in env or _number("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
     words = ["scontrol", "show", "hostnames", env.get("SLURM_STEP_NODELIST", "")]
     try:
@@ -78,7 +81,7 @@ def _take_over_srun() -> None:
         reason = one_line(error, 200)
         raise ConfigError(f"scontrol does not name the hosts of this step: {reason}") from error
     env.setdefault("MASTER_ADDR", first)
-    env.setdefault("MASTER_PORT", str(10000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.setdefault("MASTER_PORT", str(10000 + _number("SLURM_JOB_ID", 0) % 20000))
     env |= {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env["SLURM_LOCALID"]}
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
 

@@ -23,6 +23,11 @@ def test_steps_are_counted_as_by_a_loader_of_whole_batches(examples, batch, accu
     assert steps_per_epoch(train(batch, accumulation), examples, world) == expected
 
 
+def test_an_incomplete_last_batch_counts_only_if_it_is_not_dropped():
+    settings = train(8).model_copy(update={"dataloader_drop_last": True})
+    assert steps_per_epoch(train(8), 108, 2) == 7 and steps_per_epoch(settings, 108, 2) == 6
+
+
 def test_a_job_with_one_step_an_epoch_is_told_the_arithmetic_and_a_batch_size_that_helps():
     warning = few_steps(train(16), 500, 32)
     assert warning.startswith(

@@ -9,7 +9,7 @@ from scaleup.errors import ConfigError
 from scaleup.settings.presets import deepspeed_file, read_deepspeed
 from scaleup.settings.rules import ZERO_PRESETS
 from scaleup.settings.schema import TrainSettings
-from scaleup.training.deepspeed_file import deepspeed_problems, replaced_settings
+from scaleup.training.deepspeed_file import deepspeed_problems, section_problems
 
 
 def problems(folder, content) -> list[str]:
@@ -161,11 +161,23 @@ def test_a_setting_that_a_section_of_the_file_replaces_is_refused(tmp_path, sect
     path, (key,) = tmp_path / "zero.json", setting
     plain = {"zero_optimization": {"stage": 2}}
     path.write_text(json.dumps(plain | {section: {"type": "X"}}))
-    assert replaced_settings(TrainSettings(deepspeed=str(path))) == []
-    assert replaced_settings(TrainSettings(deepspeed=str(path), **setting)) == [
+    assert section_problems(TrainSettings(deepspeed=str(path))) == []
+    assert section_problems(TrainSettings(deepspeed=str(path), **setting)) == [
         f"train.{key}: has no effect, because {path} has a section {section!r} of its own; remove "
         "one of them"
     ]
     path.write_text(json.dumps(plain))
-    assert replaced_settings(TrainSettings(deepspeed=str(path), **setting)) == []
-    assert replaced_settings(TrainSettings(deepspeed="zero2", **setting)) == []
+    assert section_problems(TrainSettings(deepspeed=str(path), **setting)) == []
+    assert section_problems(TrainSettings(deepspeed="zero2", **setting)) == []
+
+
+@pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_a_scheduler_of_the_file_that_takes_the_warmup_of_the_run_needs_one(tmp_path, name):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"scheduler": {"type": name}}))
+    assert section_problems(TrainSettings(deepspeed=str(path))) == []
+    assert section_problems(TrainSettings(deepspeed=str(path), warmup_steps=0)) == [
+        f"train.warmup_steps: the scheduler of {path} needs at least 1"
+    ]
+    path.write_text(json.dumps({"scheduler": {"type": name, "params": {"warmup_num_steps": 5}}}))
+    assert section_problems(TrainSettings(deepspeed=str(path), warmup_steps=0)) == []

@@ -10,8 +10,10 @@ import torch
 
 from scaleup.cli import main
 from scaleup.errors import ConfigError, RunError
+from scaleup.memory.plan import make_plan
+from scaleup.settings.schema import load
 from scaleup.training.distributed import World
-from scaleup.training.doctor import examination, host, report, steps
+from scaleup.training.doctor import estimates, examination, host, report, steps
 from scaleup.training.doctor.network import Transfer
 from tests.utils.workspace import make_workspace, overrides
 
@@ -139,6 +141,37 @@ def test_a_task_of_srun_takes_its_place_from_slurm(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "")  # so that what is set here is undone
         monkeypatch.delenv(name)
     assert steps.place() == steps.Place(3, 1, 4, "n1", 21234)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(monkeypatch, name):
+    for variable in LAUNCHER:
+        monkeypatch.delenv(variable, raising=False)
+    if name != "SLURM_STEP_NUM_TASKS":
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv(name, "many")
+    with pytest.raises(ConfigError, match=f"{name}: 'many' is not a number; unset it"):
+        steps.place()
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ((), "3.91 M in each process + "),
+        (("train.deepspeed=zero3",), "3.91 M in one process + "),
+        (("train.fsdp=full",), "1000 K in each process"),
+        (("train.fsdp=hybrid",), "1.95 M in each process"),
+    ],
+)
+def test_loading_is_estimated_from_what_each_process_reads(workspace, tmp_path, words, read):
+    settings = load(None, overrides(workspace, tmp_path / "run", *words))
+    plan = make_plan(settings, 4, device="cpu", configured=True, per_host=2)
+    transfer = Transfer(10**6, 1.0)
+    names = ("all-reduce", "broadcast", "all-gather")
+    speeds = estimates.Speeds(1e9, 1e6, 1e6, 1e6, dict.fromkeys(names, transfer))
+    line = estimates.estimates(plan, speeds, 4_096_000, 32)[2]
+    assert f" to read {read}" in line and line.endswith("broadcast") == ("+" in read)
 
 
 def test_differences_between_hosts_and_ranks_are_problems():
