@@ -55,7 +55,8 @@ def section_problems(train: TrainSettings) -> list[str]:
                 )
     scheduler = config.get("scheduler")
     given = scheduler.get("params") if isinstance(scheduler, dict) else None
-    if train.warmup_steps == 0 and (given or {}).get("warmup_num_steps") == "auto":
+    takes_ours = isinstance(given, dict) and given.get("warmup_num_steps") == "auto"
+    if takes_ours and train.warmup_steps == 0:
         advice = f"the scheduler of {train.deepspeed} needs at least 1"
         problems["warmup_steps"] = f"train.warmup_steps: {advice}"
     return list(problems.values())

@@ -181,3 +181,5 @@ def test_a_scheduler_of_the_file_that_takes_the_warmup_of_the_run_needs_one(tmp_
     ]
     path.write_text(json.dumps({"scheduler": {"type": name, "params": {"warmup_num_steps": 5}}}))
     assert section_problems(TrainSettings(deepspeed=str(path), warmup_steps=0)) == []
+    path.write_text(json.dumps({"scheduler": {"type": name, "params": 5}}))
+    assert section_problems(TrainSettings(deepspeed=str(path), warmup_steps=0)) == []
